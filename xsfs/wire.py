@@ -108,8 +108,10 @@ class Request(NamedTuple):
 
 
 _REPEATABLE: Final = frozenset(
-    (Op.DIRECTORY, Op.DIRECTORY_PART, Op.READ, Op.GET_PERMS)
-    + (Op.GET_DOMAIN_PATH, Op.IS_DOMAIN_INTRODUCED)
+    (
+        *(Op.DIRECTORY, Op.DIRECTORY_PART, Op.READ, Op.GET_PERMS),
+        *(Op.GET_DOMAIN_PATH, Op.IS_DOMAIN_INTRODUCED),
+    )
 )
 
 

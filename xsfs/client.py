@@ -1,0 +1,252 @@
+"""The client: Xenstore for tasks of a trio program, and the Python interface of xsfs.
+
+    async with open_store() as store:
+        name = await store.read("name")
+        await store.write("data/x", "42")
+        async with store.transaction() as tx:
+            await tx.write("data/n", await tx.read_integer("data/n") + 1)
+        async with store.watch("data") as events:
+            async for path in events:
+                ...
+
+A `Store` has one connection for requests, which all tasks share and which comes back after it was
+lost; one for watches (xsfs/watches.py); and one for each `Transaction`, so that closing it ends even
+a transaction that the daemon refuses to end.  What `atomically` runs is on the shared connection: it
+is for the few requests of one short transaction.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Final, TypeVar
+
+import trio
+
+from xsfs import wire
+from xsfs.connection import Connection, Reply
+from xsfs.errors import ConnectionLost, TransactionEnded, XenstoreError
+from xsfs.link import Connect, Link, open_connection
+from xsfs.session import Path, Session, encode_path
+from xsfs.transport import Transport, find_store, open_transport
+from xsfs.watches import Subscription, Watches
+from xsfs.wire import Request
+
+DEFAULT_TIMEOUT: Final = 10.0
+
+ATOMIC_MAX: Final = 4
+"""How many short transactions run at once: a guest is let to have 10 in all, its mounts' own and
+other programs' included."""
+
+Result = TypeVar("Result")
+
+
+class Transaction(Session):
+    """One Xenstore transaction.  `commit` or `rollback` end it; so does the end of its connection."""
+
+    def __init__(self, connection: Connection, tx_id: int) -> None:
+        self._connection = connection
+        self._tx_id: int | None = tx_id
+
+    @property
+    def payload_max(self) -> int:
+        return self._connection.payload_max
+
+    @property
+    def open(self) -> bool:
+        return self._tx_id is not None and self._connection.alive
+
+    async def burst(self, requests: Sequence[Request]) -> list[Reply]:
+        if self._tx_id is None:
+            raise TransactionEnded("the transaction has ended")
+        try:
+            return await self._connection.burst(requests, self._tx_id)
+        except ConnectionLost as error:
+            self._tx_id = None
+            raise TransactionEnded(f"the transaction was lost: {error}") from error
+
+    async def finish(self, requests: Sequence[Request], *, commit: bool = True) -> list[Reply]:
+        """Ask `requests` and end the transaction, in one round trip.
+
+        Raises XenstoreError for the end's own verdict: `EAGAIN` is a conflict.  Where one of the
+        requests failed the transaction is committed all the same: look at their replies.
+        """
+        if self._tx_id is None:
+            raise TransactionEnded("the transaction has ended")
+        tx_id, self._tx_id = self._tx_id, None
+        *replies, end = await self._connection.burst(
+            (*requests, wire.transaction_end(commit)), tx_id
+        )
+        if isinstance(end, XenstoreError):
+            raise end
+        return replies
+
+    async def commit(self) -> None:
+        """Make it all true at once.  Raises XenstoreError `EAGAIN` on a conflict: begin again.
+
+        ConnectionLost means that the outcome is unknown.
+        """
+        await self.finish(())
+
+    async def rollback(self) -> None:
+        await self.finish((), commit=False)
+
+
+class Store(Session):
+    """Xenstore as it is.  Made by `open_store`."""
+
+    def __init__(self, nursery: trio.Nursery, connect: Connect, timeout: float) -> None:
+        self._nursery = nursery
+        self._connect = connect
+        self._link = Link(nursery, connect, timeout)
+        self._atomic = trio.CapacityLimiter(ATOMIC_MAX)
+        self.timeout = timeout
+        self.watches = Watches(nursery, connect, timeout)
+        self.requests = 0
+
+    @property
+    def payload_max(self) -> int:
+        connection = self._link.connection
+        return connection.payload_max if connection is not None else wire.DEVICE_PAYLOAD_MAX
+
+    @property
+    def reconnects(self) -> int:
+        return max(0, self._link.made - 1)
+
+    async def open(self) -> None:
+        """Connect for the first time, and see that the store answers.
+
+        A daemon that is not there is an error at once: it is only waited for after it was seen.
+        """
+        deadline = trio.current_time() + self.timeout
+        self._link.adopt(await open_connection(self._connect, deadline, patient=False))
+        await self.burst((wire.directory(b"/"),))
+
+    def distrust(self, reason: str) -> None:
+        """End the connection of a store that answers nonsense; the next request makes a new one."""
+        self._link.close(reason)
+
+    async def burst(self, requests: Sequence[Request]) -> list[Reply]:
+        """As in Session.  What only reads is asked again when the connection is lost meanwhile."""
+        self.requests += len(requests)
+        deadline = trio.current_time() + self.timeout
+        while True:
+            connection = self._link.connection
+            if connection is None or not connection.alive:
+                connection = await self._link.connected(deadline)
+            try:
+                return await connection.burst(requests)
+            except ConnectionLost:
+                if trio.current_time() >= deadline:
+                    raise
+                if not all(request.repeatable for request in requests):
+                    raise
+
+    # -------------------------------------------------------------------------- transactions
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """A transaction with a connection of its own.
+
+        It is committed at the end of the block if nobody ended it before, rolled back if the block
+        raises.  A conflict raises XenstoreError `EAGAIN` there: begin again.
+        """
+        transaction = await self.begin()
+        try:
+            yield transaction
+            if transaction.open:
+                await transaction.commit()
+        finally:
+            self.abandon(transaction)
+
+    async def begin(self) -> Transaction:
+        """Start a transaction with a connection of its own; `abandon` must follow sometime."""
+        deadline = trio.current_time() + self.timeout
+        connection = Connection(await open_connection(self._connect, deadline), self.timeout)
+        self._nursery.start_soon(connection.run)
+        try:
+            return await self._start(connection)
+        except BaseException:
+            connection.close()
+            raise
+
+    def abandon(self, transaction: Transaction) -> None:
+        """Close the transaction's connection, which rolls back what is still open."""
+        transaction._connection.close()
+
+    async def _start(self, connection: Connection) -> Transaction:
+        (reply,) = await connection.burst((wire.transaction_start(),))
+        if isinstance(reply, XenstoreError):
+            raise reply
+        return Transaction(connection, wire.decode_transaction_id(reply))
+
+    async def atomically(self, work: Callable[[Transaction], Awaitable[Result]]) -> Result:
+        """Run `work` in a short transaction, again while it conflicts, for `timeout` seconds.
+
+        `work` ends the transaction itself (`finish`, `commit`); it is rolled back where it raises.
+        Raises XenstoreError `EAGAIN` if it conflicted all the time.
+        """
+        deadline = trio.current_time() + self.timeout
+        async with self._atomic:
+            while True:
+                self.requests += 1
+                transaction = await self._start(await self._link.connected(deadline))
+                try:
+                    return await work(transaction)
+                except XenstoreError as error:
+                    if error.name != "EAGAIN" or trio.current_time() >= deadline:
+                        raise
+                finally:
+                    await self._clean_up(transaction)
+
+    async def _clean_up(self, transaction: Transaction) -> None:
+        if not transaction.open:
+            return
+        with trio.CancelScope(shield=True):
+            try:
+                await transaction.rollback()
+            except (ConnectionLost, XenstoreError):
+                # A daemon that will not end it keeps it as long as the connection.
+                self.distrust("a transaction could not be ended")
+
+    # ------------------------------------------------------------------------------- watches
+
+    def watch(self, path: Path) -> AbstractAsyncContextManager[Subscription]:
+        """The events of a node and all below it, while the block runs.
+
+        The first one comes at once and is for the node itself.  Events tell the path of what
+        changed, in the form (absolute, relative) in which `path` is given.
+        """
+        return self.watches.watching(encode_path(path))
+
+
+@asynccontextmanager
+async def open_store(
+    path: str | None = None,
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
+    connect: Connect | None = None,
+) -> AsyncIterator[Store]:
+    """A Store, connected and answering.
+
+    path        its socket or device; looked for where libxenstore does if None
+    timeout     seconds within which each request must be answered
+    connect     how to make a connection, for stores that have no path
+
+    Raises StoreUnavailable, ConnectionLost, RequestTimeout.
+    """
+    if connect is None:
+        found = path if path is not None else find_store(os.environ)
+
+        def connect() -> Transport:
+            return open_transport(found)
+
+    async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        store = Store(nursery, connect, timeout)
+        nursery.start_soon(store.watches.run)
+        try:
+            await store.open()
+            yield store
+        finally:
+            nursery.cancel_scope.cancel()

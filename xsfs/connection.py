@@ -1,0 +1,271 @@
+"""One connection to Xenstore: many requests in flight, each reply brought to the one who waits.
+
+What it owns: a transport, the table of unanswered requests, and three tasks (`run`): the reader, the
+writer (idle unless the peer is slow to take what is sent) and the watchdog (idle unless something is
+unanswered).  Any task of the same trio loop may call `burst`.
+
+What always holds:
+
+- The reader reads, whoever else waits: an oxenstored whose events are not read stops answering other
+  clients.  So what is done with an event (`on_event`) must not wait.
+- Each request in the table belongs to one `_Batch`; its sender sleeps until the whole batch is
+  answered, timed out, or the connection has ended.  When `run` ends, every sender has been woken.
+- A sender that has gone (cancelled, timed out) leaves its requests in the table, so that the late
+  replies are known and dropped.  The table is bounded: past OUTSTANDING_MAX nothing more is asked.
+- Any violation of the protocol ends the connection; nothing after it is believed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import outcome
+import trio
+from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
+
+from xsfs.errors import ConnectionLost, RequestTimeout, XenstoreError
+from xsfs.transport import Transport
+from xsfs.wire import Message, Op, Parser, Request, WireError, decode_error, decode_event, encode
+
+log = logging.getLogger(__name__)
+
+Reply = bytes | XenstoreError
+
+WINDOW: Final = 512
+"""How many requests of one burst are sent before their replies are awaited: enough to hide the
+round trip, few enough that other tasks' requests wait milliseconds behind them."""
+
+OUTSTANDING_MAX: Final = 65536
+
+
+class _Batch:
+    """Requests sent together, with consecutive req_ids from `first` on."""
+
+    __slots__ = ("deadline", "first", "missing", "replies", "requests", "task")
+
+    def __init__(self, requests: Sequence[Request], first: int, deadline: float) -> None:
+        self.requests = requests
+        self.first = first
+        self.deadline = deadline
+        self.missing = len(requests)
+        self.replies: list[Reply] = [b""] * len(requests)
+        self.task: Task | None = None
+
+    def wake(self, result: outcome.Outcome[list[Reply]]) -> None:
+        if self.task is not None:
+            reschedule(self.task, result)
+            self.task = None
+
+
+class Connection:
+    """See the module's text.  `run` must be running while `burst` is used.
+
+    timeout     seconds within which each request must be answered
+    on_event    called with (path, token) of each watch event, in the reader's task
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        timeout: float,
+        on_event: Callable[[bytes, bytes], None] | None = None,
+    ) -> None:
+        self._transport = transport
+        self._timeout = timeout
+        self._on_event = on_event
+        self._parser = Parser()
+        self._batches: dict[int, _Batch] = {}
+        self._next_id = 1
+        self._unsent = b""
+        self._writer_parked = trio.lowlevel.ParkingLot()
+        self._watchdog_parked = trio.lowlevel.ParkingLot()
+        self._closed_because: str | None = None
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self.payload_max = transport.payload_max
+
+    @property
+    def alive(self) -> bool:
+        return self._closed_because is None
+
+    async def ended(self) -> None:
+        """Return when the connection has ended."""
+        await self._ended.wait()
+
+    # ------------------------------------------------------------------------------- requests
+
+    async def burst(self, requests: Sequence[Request], tx_id: int = 0) -> list[Reply]:
+        """Ask everything at once; the replies, in order, errors of single requests among them.
+
+        Raises ConnectionLost, RequestTimeout.
+        """
+        if len(requests) <= WINDOW:
+            return await self._ask(requests, tx_id)
+        replies: list[Reply] = []
+        for start in range(0, len(requests), WINDOW):
+            replies += await self._ask(requests[start : start + WINDOW], tx_id)
+        return replies
+
+    async def _ask(self, requests: Sequence[Request], tx_id: int) -> list[Reply]:
+        if not requests:
+            return []
+        batch = self._enter(requests)
+        messages = []
+        req_id = batch.first
+        for op, payload in requests:
+            messages.append(encode(op, req_id, tx_id, payload))
+            req_id = (req_id + 1) & 0xFFFFFFFF
+        try:
+            if self._transport.watch_blocks and requests[0].op in (Op.WATCH, Op.UNWATCH):
+                await self._send_watch(messages, batch)
+            else:
+                self._send(messages)
+        except OSError as error:
+            self.close(f"cannot send: {error.strerror}")
+            raise ConnectionLost(self._closed_because) from error
+        if not batch.missing:  # answered while the device carried it out
+            return batch.replies
+        batch.task = current_task()
+
+        def abort(_: object) -> Abort:
+            batch.task = None
+            return Abort.SUCCEEDED
+
+        replies: list[Reply] = await wait_task_rescheduled(abort)
+        return replies
+
+    def _enter(self, requests: Sequence[Request]) -> _Batch:
+        if self._closed_because is not None:
+            raise ConnectionLost(self._closed_because)
+        if len(self._batches) + len(requests) > OUTSTANDING_MAX:
+            raise RequestTimeout("Xenstore does not answer, and too much is asked of it already")
+        batch = _Batch(requests, self._next_id, trio.current_time() + self._timeout)
+        if self._watchdog_parked:
+            self._watchdog_parked.unpark_all()
+        for offset in range(len(requests)):
+            self._batches[(batch.first + offset) & 0xFFFFFFFF] = batch
+        self._next_id = (self._next_id + len(requests)) & 0xFFFFFFFF
+        return batch
+
+    def _send(self, messages: Sequence[bytes]) -> None:
+        if self._unsent:
+            self._unsent += b"".join(messages)
+            return
+        self._unsent = self._transport.send(messages)
+        if self._unsent:
+            self._writer_parked.unpark_all()
+
+    async def _send_watch(self, messages: Sequence[bytes], batch: _Batch) -> None:
+        """Have the device carry out a WATCH or UNWATCH, in a thread since it blocks.
+
+        A refused one is an error of write(2), and has no reply.
+        """
+        try:
+            with trio.fail_after(self._timeout):
+                await trio.to_thread.run_sync(
+                    self._transport.send, messages, abandon_on_cancel=True
+                )
+        except trio.TooSlowError:
+            raise RequestTimeout("the kernel did not carry out a WATCH in time") from None
+        except OSError as error:
+            name = errno.errorcode.get(error.errno or errno.EIO, "EIO")
+            self._batches.pop(batch.first, None)
+            raise XenstoreError(name, batch.requests[0]) from error
+
+    # --------------------------------------------------------------------------------- tasks
+
+    async def run(self) -> None:
+        """Serve the connection until it ends, or until cancelled.  Never raises for its end."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write_rest)
+                    nursery.start_soon(self._watch_the_clock)
+                    await self._read()
+        finally:
+            self.close("the connection was closed")
+
+    def close(self, reason: str = "the connection was closed") -> None:
+        """End the connection, and wake all who wait on it.  Any number of times."""
+        if self._closed_because is not None:
+            return
+        self._closed_because = reason
+        self._scope.cancel()
+        self._ended.set()
+        batches, self._batches = self._batches, {}
+        for batch in batches.values():
+            batch.wake(outcome.Error(ConnectionLost(reason)))
+        trio.lowlevel.notify_closing(self._transport.fileno())
+        self._transport.close()
+
+    async def _read(self) -> None:
+        transport, parser = self._transport, self._parser
+        while self.alive:
+            await trio.lowlevel.wait_readable(transport.fileno())
+            try:
+                data = transport.receive()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self.close(f"cannot receive: {error.strerror}")
+                return
+            if not data:
+                self.close("Xenstore closed the connection")
+                return
+            parser.feed(data)
+            try:
+                while (message := parser.next()) is not None:
+                    self._take(message)
+            except WireError as error:
+                log.error("Xenstore broke the protocol: %s", error)
+                self.close(f"Xenstore broke the protocol: {error}")
+
+    def _take(self, message: Message) -> None:
+        op, req_id, _, payload = message
+        # Events first: the kernel's device leaves rubbish in their req_id.
+        if op == Op.WATCH_EVENT:
+            path, token = decode_event(payload)
+            if self._on_event is not None:
+                self._on_event(path, token)
+            return
+        batch = self._batches.pop(req_id, None)
+        if batch is None:
+            raise WireError(f"a reply to request {req_id}, which is not open")
+        index = (req_id - batch.first) & 0xFFFFFFFF
+        request = batch.requests[index]
+        if op == request.op:
+            batch.replies[index] = payload
+        elif op == Op.ERROR:
+            batch.replies[index] = XenstoreError(decode_error(payload), request)
+        else:
+            batch.wake(outcome.Error(ConnectionLost("Xenstore broke the protocol")))
+            raise WireError(f"a reply of type {op} to {request.op.name}")
+        batch.missing -= 1
+        if not batch.missing:
+            batch.wake(outcome.Value(batch.replies))
+
+    async def _write_rest(self) -> None:
+        while True:
+            if not self._unsent:
+                await self._writer_parked.park()
+            await trio.lowlevel.wait_writable(self._transport.fileno())
+            try:
+                self._unsent = self._transport.send_rest(self._unsent)
+            except OSError as error:
+                self.close(f"cannot send: {error.strerror}")
+                return
+
+    async def _watch_the_clock(self) -> None:
+        """Wake at most once a timeout while something is awaited, and never while nothing is."""
+        while True:
+            # Requests enter the table in order, with one timeout for all: the first is the oldest.
+            oldest = next((b for b in self._batches.values() if b.task is not None), None)
+            if oldest is None:
+                await self._watchdog_parked.park()
+            elif oldest.deadline > trio.current_time():
+                await trio.sleep_until(oldest.deadline)
+            else:
+                oldest.wake(outcome.Error(RequestTimeout("Xenstore did not answer in time")))

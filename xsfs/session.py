@@ -1,0 +1,160 @@
+"""The operations on Xenstore, whatever they go through: the store as it is, or one transaction.
+
+A `Session` answers `burst`; all else follows from it.  Somebody who knows pyxs, libxenstore or LING's
+xenstore module finds the operations under the names they have there (docs/python.md has the table).
+Paths are bytes or str, absolute or relative to the domain's home; values and names are bytes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from xsfs import wire
+from xsfs.connection import Reply
+from xsfs.errors import XenstoreError
+from xsfs.wire import Permission, Permissions, Request
+
+Path = bytes | str
+Names = list[bytes]
+Replies = list[Reply]
+
+LISTING_RESTARTS: Final = 20
+"""How often a listing is begun anew because the node changed meanwhile, before it is EAGAIN."""
+
+PARTS_MAX: Final = wire.REPLY_MAX // 1024
+"""How many parts one listing may have, that a store which never ends one is found out."""
+
+
+def encode_path(path: Path) -> bytes:
+    """The path as bytes; ValueError for one that no daemon takes."""
+    return wire.check_path(path.encode() if isinstance(path, str) else path)
+
+
+class Session(ABC):
+    """What can be asked of Xenstore."""
+
+    @abstractmethod
+    async def burst(self, requests: Sequence[Request]) -> Replies:
+        """Ask everything in one round trip; the replies, in order, errors of single ones among them.
+
+        Raises StoreError where no reply came at all.
+        """
+
+    @property
+    @abstractmethod
+    def payload_max(self) -> int:
+        """The longest payload of a request, in bytes."""
+
+    async def call(self, request: Request) -> bytes:
+        """The reply to one request.  Raises XenstoreError for the store's own verdict."""
+        (reply,) = await self.burst((request,))
+        if isinstance(reply, XenstoreError):
+            raise reply
+        return reply
+
+    # --------------------------------------------------------------------------------- nodes
+
+    async def read(self, path: Path) -> bytes:
+        """The node's value: any bytes, perhaps none."""
+        return await self.call(wire.read(encode_path(path)))
+
+    async def read_integer(self, path: Path) -> int:
+        """The node's value as a number; ValueError where it is none."""
+        return int(await self.read(path))
+
+    async def write(self, path: Path, value: bytes | str | int) -> None:
+        """Set the node's value; makes the node, and all its missing parents.
+
+        ValueError for a value that does not fit one message.
+        """
+        data = value if isinstance(value, bytes) else str(value).encode()
+        encoded = encode_path(path)
+        if len(data) > wire.value_max(encoded, self.payload_max):
+            raise ValueError(f"a value of {len(data)} bytes does not fit one message")
+        await self.call(wire.write(encoded, data))
+
+    async def mkdir(self, path: Path) -> None:
+        """Make the node without a value, and all its missing parents; nothing if it is there."""
+        await self.call(wire.mkdir(encode_path(path)))
+
+    async def delete(self, path: Path) -> None:
+        """Remove the node and all below it; nothing if it is missing but its parent is there."""
+        await self.call(wire.rm(encode_path(path)))
+
+    async def exists(self, path: Path) -> bool:
+        try:
+            await self.read(path)
+        except XenstoreError as error:
+            if error.name == "ENOENT":
+                return False
+            raise
+        return True
+
+    async def list(self, path: Path) -> Names:
+        """The names of the node's children, however many; their order means nothing.
+
+        Raises XenstoreError `E2BIG` where the daemon has no way to list so many (oxenstored, asked
+        by a guest), `EAGAIN` where the node never stopped changing.
+        """
+        encoded = encode_path(path)
+        request = wire.directory(encoded)
+        (reply,) = await self.burst((request,))
+        if isinstance(reply, XenstoreError):
+            if reply.name != "E2BIG":
+                raise reply
+            return await self._list_parts(encoded, reply)
+        return wire.decode_names(reply)
+
+    async def _list_parts(self, path: bytes, too_big: XenstoreError) -> Names:
+        for _ in range(LISTING_RESTARTS):
+            listing = bytearray()
+            first_generation = None
+            for _ in range(PARTS_MAX):
+                try:
+                    reply = await self.call(wire.directory_part(path, len(listing)))
+                except XenstoreError as error:
+                    # oxenstored knows no DIRECTORY_PART: what DIRECTORY said is then the verdict.
+                    if error.name in ("ENOSYS", "EINVAL"):
+                        raise too_big from error
+                    raise
+                generation, part, last = wire.decode_part(reply)
+                if first_generation is None:
+                    first_generation = generation
+                elif generation != first_generation:
+                    break
+                listing += part
+                if last:
+                    return wire.decode_names(bytes(listing))
+                if not part:
+                    raise wire.WireError("a part of a listing without any name")
+            else:
+                raise wire.WireError("a listing that never ends")
+        raise XenstoreError("EAGAIN", wire.directory(path))
+
+    async def get_perms(self, path: Path) -> Permissions:
+        return wire.decode_perms(await self.call(wire.get_perms(encode_path(path))))
+
+    async def set_perms(self, path: Path, perms: str | Iterable[Permission]) -> None:
+        """Set the node's permissions, given as Permission objects or as `n0,r7`."""
+        entries = wire.parse_permissions(perms) if isinstance(perms, str) else perms
+        await self.call(wire.set_perms(encode_path(path), entries))
+
+    # ------------------------------------------------------------------------------- domains
+
+    async def domid(self) -> int:
+        """The number of the domain that asks, as its toolstack wrote it; 0 where nobody did.
+
+        GET_DOMAIN_PATH would not tell: it prints its argument.
+        """
+        try:
+            return await self.read_integer("domid")
+        except (XenstoreError, ValueError):
+            return 0
+
+    async def get_domain_path(self, domid: int) -> bytes:
+        return wire.decode_string(await self.call(wire.get_domain_path(domid)))
+
+    async def is_domain_introduced(self, domid: int) -> bool:
+        return wire.decode_string(await self.call(wire.is_domain_introduced(domid))) == b"T"

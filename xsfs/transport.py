@@ -1,0 +1,163 @@
+"""Where Xenstore is, and the two ways of talking to it: a Unix socket and the kernel's device.
+
+A transport moves bytes and never waits, but for the device's WATCH (see `DeviceTransport`).  It has
+no idea of messages beyond that the device takes exactly one with each write(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
+
+from xsfs.errors import StoreUnavailable
+from xsfs.wire import DEVICE_PAYLOAD_MAX, PAYLOAD_MAX
+
+RUNDIR: Final = "/var/run/xenstored"
+DEVICES: Final = ("/dev/xen/xenbus", "/proc/xen/xenbus")
+RECEIVE_SIZE: Final = 65536
+
+NO_STORE_HINT: Final = (
+    "start xenstored (dom0) or load xen's drivers (domU), name its socket or device, "
+    "or try 'xsfs embedded MOUNTPOINT', which needs no Xen"
+)
+
+
+class Transport(Protocol):
+    """One end of an open connection."""
+
+    payload_max: int
+    watch_blocks: bool
+    """Whether sending a WATCH or UNWATCH blocks the caller for a round trip."""
+
+    def fileno(self) -> int: ...
+
+    def send(self, messages: Sequence[bytes]) -> bytes:
+        """Send whole messages; returns what could not be sent yet.  OSError ends the connection."""
+
+    def send_rest(self, rest: bytes) -> bytes:
+        """Go on with what `send` returned."""
+
+    def receive(self) -> bytes:
+        """What there is to read; b"" at the end.  BlockingIOError where there is nothing yet."""
+
+    def close(self) -> None: ...
+
+
+class SocketTransport:
+    """A connected Unix socket."""
+
+    payload_max = PAYLOAD_MAX
+    watch_blocks = False
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, messages: Sequence[bytes]) -> bytes:
+        return self.send_rest(messages[0] if len(messages) == 1 else b"".join(messages))
+
+    def send_rest(self, rest: bytes) -> bytes:
+        try:
+            sent = self._socket.send(rest)
+        except BlockingIOError:
+            return rest
+        return rest[sent:]
+
+    def receive(self) -> bytes:
+        return self._socket.recv(RECEIVE_SIZE)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class DeviceTransport:
+    """/dev/xen/xenbus, where the kernel multiplexes the domain's one ring.
+
+    It takes one message with each write and drops a second one in the same buffer; it never reports
+    that it is writable, and need not: write only queues.  WATCH and UNWATCH are the exception, they
+    are carried out within write, and one sent while another request of the same descriptor is
+    unanswered can deadlock the kernel's Xenstore driver for good.
+    """
+
+    payload_max = DEVICE_PAYLOAD_MAX
+    watch_blocks = True
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def send(self, messages: Sequence[bytes]) -> bytes:
+        for message in messages:
+            os.write(self._descriptor, message)
+        return b""
+
+    def send_rest(self, rest: bytes) -> bytes:
+        raise AssertionError("the device takes a message whole")
+
+    def receive(self) -> bytes:
+        return os.read(self._descriptor, RECEIVE_SIZE)
+
+    def close(self) -> None:
+        # A closed descriptor's number may belong to another file by the next call.
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def find_store(environ: Mapping[str, str]) -> str:
+    """The path of the socket or device, looked for as libxenstore does: xs_open() of xs.c.
+
+    Raises StoreUnavailable.
+    """
+    if path := environ.get("XENSTORED_PATH"):
+        return path
+    candidates = (os.path.join(environ.get("XENSTORED_RUNDIR") or RUNDIR, "socket"), *DEVICES)
+    for path in candidates:
+        if os.path.exists(path):
+            return path
+    raise StoreUnavailable(f"no Xenstore found: none of {', '.join(candidates)}", NO_STORE_HINT)
+
+
+def open_transport(path: str) -> Transport:
+    """Connect to the socket, or open the device, at `path`.
+
+    Raises BlockingIOError while a daemon has no room for one more connection (both listen with a
+    backlog of 1), StoreUnavailable where trying again is of no use, other OSErrors where the daemon
+    may come back.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISSOCK(mode):
+            return _connect(path)
+        if stat.S_ISCHR(mode):
+            return DeviceTransport(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+    except PermissionError as error:
+        raise StoreUnavailable(
+            f"no right to use {path}", "only root may talk to Xenstore: run as root", denied=True
+        ) from error
+    except OSError as error:
+        # ENXIO, ENODEV: the device is there but Xen is not.
+        if error.errno in (errno.ENXIO, errno.ENODEV):
+            raise StoreUnavailable(f"{path}: {error.strerror}", NO_STORE_HINT) from error
+        raise
+    raise StoreUnavailable(f"{path} is neither a socket nor a device", NO_STORE_HINT)
+
+
+def _connect(path: str) -> SocketTransport:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return SocketTransport(sock)

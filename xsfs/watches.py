@@ -1,0 +1,203 @@
+"""Watches: one connection for all of them, and for nothing else.
+
+What `Watches` owns: a link whose connection carries only WATCH and UNWATCH, one at a time (on the
+kernel's device anything else outstanding beside them can deadlock its Xenstore driver), and one watch
+at the store for each path, however many subscribe to it.
+
+What always holds:
+
+- An event is put into each subscription of its watch and never waits for a subscriber.  Equal events
+  still unread are one; past EVENTS_MAX the backlog becomes one event for the watched path itself,
+  which by Xenstore's own rule means "look at all of it again".
+- After the connection was lost, `_keep` sets every watch again, and the store's initial event tells
+  each subscriber that it may have missed something.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from xsfs import wire
+from xsfs.connection import Connection
+from xsfs.errors import ConnectionLost, StoreError, XenstoreError
+from xsfs.link import BACKOFF_MAX, Connect, Link
+
+log = logging.getLogger(__name__)
+
+EVENTS_MAX: Final = 4096
+
+
+class Subscription:
+    """The events of one path for one reader.  Iterate over it, or use `take` and `wait`.
+
+    `on_event`, if given, is called at each event, in the connection's task: it must not wait.
+    """
+
+    def __init__(self, path: bytes, on_event: Callable[[], None] | None = None) -> None:
+        self.path = path
+        self._events: dict[bytes, None] = {}
+        self._on_event = on_event
+        self._arrived = trio.lowlevel.ParkingLot()
+
+    def put(self, path: bytes) -> None:
+        if len(self._events) >= EVENTS_MAX and path not in self._events:
+            self._events = {self.path: None}
+        else:
+            self._events[path] = None
+        self._arrived.unpark_all()
+        if self._on_event is not None:
+            self._on_event()
+
+    def take(self) -> list[bytes]:
+        """The paths that changed since last asked, in order; perhaps none."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def __bool__(self) -> bool:
+        """Whether there is an event to take."""
+        return bool(self._events)
+
+    async def wait(self) -> None:
+        """Return when there is an event to take."""
+        while not self._events:
+            await self._arrived.park()
+
+    def __aiter__(self) -> Subscription:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await self.wait()
+        path = next(iter(self._events))
+        del self._events[path]
+        return path
+
+
+class _Watch:
+    """One watch at the store."""
+
+    def __init__(self, path: bytes, token: bytes) -> None:
+        self.path = path
+        self.token = token
+        self.subscriptions: list[Subscription] = []
+        self.connection: Connection | None = None
+
+
+class Watches:
+    """See the module's text.  `run` must be running."""
+
+    def __init__(self, nursery: trio.Nursery, connect: Connect, timeout: float) -> None:
+        self._timeout = timeout
+        self._link = Link(nursery, connect, timeout, self._dispatch)
+        self._turn = trio.Lock()
+        self._by_path: dict[bytes, _Watch] = {}
+        self._by_token: dict[bytes, _Watch] = {}
+        self._last_token = 0
+        self._lost = trio.lowlevel.ParkingLot()
+
+    def __len__(self) -> int:
+        """How many watches there are at the store."""
+        return len(self._by_path)
+
+    @property
+    def reconnects(self) -> int:
+        return max(0, self._link.made - 1)
+
+    def _dispatch(self, path: bytes, token: bytes) -> None:
+        watch = self._by_token.get(token)
+        if watch is None:
+            # Of a watch just removed; or of a store that lies, which harms nobody.
+            return
+        for subscription in watch.subscriptions:
+            subscription.put(path)
+
+    async def subscribe(self, subscription: Subscription) -> None:
+        """Watch the subscription's path for it.  Raises StoreError; then nothing is watched.
+
+        The first event comes at once, as Xenstore's do.
+        """
+        async with self._turn:
+            watch = self._by_path.get(subscription.path)
+            if watch is not None:
+                watch.subscriptions.append(subscription)
+                subscription.put(subscription.path)
+                return
+            self._last_token += 1
+            watch = _Watch(subscription.path, b"%x" % self._last_token)
+            watch.subscriptions.append(subscription)
+            self._by_token[watch.token] = watch
+            try:
+                await self._arm(watch)
+            except BaseException:
+                del self._by_token[watch.token]
+                raise
+            self._by_path[watch.path] = watch
+            self._lost.unpark_all()
+
+    async def unsubscribe(self, subscription: Subscription) -> None:
+        """The opposite; the last subscriber of a path removes the watch.  Never raises."""
+        with trio.CancelScope(shield=True):
+            async with self._turn:
+                watch = self._by_path.get(subscription.path)
+                if watch is None or subscription not in watch.subscriptions:
+                    return
+                watch.subscriptions.remove(subscription)
+                if watch.subscriptions:
+                    return
+                del self._by_path[watch.path]
+                del self._by_token[watch.token]
+                if watch.connection is not None and watch.connection.alive:
+                    try:
+                        await watch.connection.burst((wire.unwatch(watch.path, watch.token),))
+                    except StoreError as error:
+                        # The daemon may still have it: only the connection's end is sure to end it.
+                        watch.connection.close(f"a watch could not be removed: {error}")
+
+    async def _arm(self, watch: _Watch) -> None:
+        deadline = trio.current_time() + self._timeout
+        connection = await self._link.connected(deadline)
+        (reply,) = await connection.burst((wire.watch(watch.path, watch.token),))
+        if isinstance(reply, XenstoreError):
+            raise reply
+        watch.connection = connection
+
+    async def run(self) -> None:
+        """Set the watches again whenever their connection has been lost."""
+        while True:
+            connection = self._link.connection
+            if not self._by_path or connection is None:
+                await self._lost.park()
+            elif connection.alive:
+                await connection.ended()
+            else:
+                await self._rearm()
+
+    async def _rearm(self) -> None:
+        for watch in list(self._by_path.values()):
+            async with self._turn:
+                if watch.path not in self._by_path:
+                    continue
+                try:
+                    await self._arm(watch)
+                except ConnectionLost:
+                    await trio.sleep(BACKOFF_MAX)
+                    return
+                except StoreError as error:
+                    log.error("the watch of %r could not be set again: %s", watch.path, error)
+                    watch.connection = None
+                    for subscription in watch.subscriptions:
+                        subscription.put(watch.path)
+
+    @asynccontextmanager
+    async def watching(self, path: bytes) -> AsyncIterator[Subscription]:
+        subscription = Subscription(path)
+        await self.subscribe(subscription)
+        try:
+            yield subscription
+        finally:
+            await self.unsubscribe(subscription)
