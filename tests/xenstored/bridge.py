@@ -1,0 +1,155 @@
+"""Connects the clients of a Unix socket, guest.<domid>.sock, to the ring of that domain."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+from typing import Final
+
+from .ring import Ring
+from .xenbus import Client, TooLong, Xenbus
+
+GUEST_PORT: Final = 1
+"""The event channel port of the ring, the same in every domain."""
+
+QUEUE: Final = 16 * 1024
+"""How much may wait for the ring, or for a client to read it, before (its) requests wait too."""
+
+HELD_MAX: Final = 1 << 20
+"""How much is held for a client that does not read before it is dropped."""
+
+RETRY_MS: Final = 2
+"""There is no event for room in the queue of a datagram socket."""
+
+
+class GuestBridge(threading.Thread):
+    """Serves all clients of one domain, and is never held up by any of them.
+
+    A client that does not read its replies is not read from either; watch events still pile up for
+    it, and past HELD_MAX bytes it is dropped (EOF).  So is one whose request has a payload of more
+    than 4096 bytes: the daemon would give the whole ring up.  When the daemon takes no requests,
+    since too many are outstanding or since it is gone, clients just wait.
+    """
+
+    def __init__(self, directory: str, domid: int) -> None:
+        super().__init__(name=f"xenstore-guest-{domid}", daemon=True)
+        self.path = os.path.join(directory, f"guest.{domid}.sock")
+        self._evtchn_path = os.path.join(directory, f"evtchn.{domid}")
+        self._daemon_path = os.path.join(directory, "evtchn")
+        self._wakeup = struct.pack("=II", domid, GUEST_PORT)
+        self._ring = Ring(os.path.join(directory, f"ring.{domid}"))
+        self._evtchn = _bind(socket.SOCK_DGRAM, self._evtchn_path)
+        self._listener = _bind(socket.SOCK_STREAM, self.path)
+        self._listener.listen(64)
+        self._stopped, self._stopper = socket.socketpair()
+        self._kick_due = False
+        self._xenbus = Xenbus()
+        self._clients: dict[Client, socket.socket] = {}
+        self.start()
+
+    def stop(self) -> None:
+        """Drop all clients, and the socket."""
+        self._stopper.send(b"x")
+        self.join()
+        sockets = (self._listener, self._evtchn, self._stopped, self._stopper)
+        for sock in (*self._clients.values(), *sockets):
+            sock.close()
+        self._ring.close()
+        for path in (self.path, self._evtchn_path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def run(self) -> None:
+        while True:
+            self._pump()
+            ready = self._wait()
+            if self._stopped.fileno() in ready:
+                return
+            if self._evtchn.fileno() in ready:
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        self._evtchn.recv(16)
+            # The oldest first, and new ones last: what a client leaves behind is then undone
+            # before whoever connects after it has closed is heard.
+            for client, sock in list(self._clients.items()):
+                events = ready.get(sock.fileno(), 0)
+                if events & ~select.POLLOUT:
+                    self._read(client, sock, everything=bool(events & ~select.POLLIN))
+            if self._listener.fileno() in ready:
+                with contextlib.suppress(BlockingIOError, ConnectionError):
+                    sock = self._listener.accept()[0]
+                    sock.setblocking(False)
+                    self._clients[self._xenbus.open()] = sock
+
+    def _wait(self) -> dict[int, int]:
+        poll = select.poll()
+        for sock in self._stopped, self._evtchn, self._listener:
+            poll.register(sock, select.POLLIN)
+        room = len(self._xenbus.to_ring) < QUEUE
+        for client, sock in self._clients.items():
+            wanted = select.POLLIN if room and len(client.out) < QUEUE else 0
+            # A hang-up is told of in any case.
+            poll.register(sock, wanted | (select.POLLOUT if client.out else 0))
+        return dict(poll.poll(RETRY_MS if self._kick_due else None))
+
+    def _pump(self) -> None:
+        """Move all that can be moved, but for what comes from clients."""
+        replies = self._ring.get()
+        self._xenbus.feed_ring(replies)
+        for client, sock in list(self._clients.items()):
+            if client.out:
+                self._write(client, sock)
+        moved = self._ring.put(self._xenbus.to_ring)
+        del self._xenbus.to_ring[:moved]
+        if replies or moved or self._kick_due:
+            self._kick()
+
+    def _kick(self) -> None:
+        self._kick_due = False
+        try:
+            self._evtchn.sendto(self._wakeup, self._daemon_path)
+        except BlockingIOError:
+            self._kick_due = True
+        except (ConnectionRefusedError, FileNotFoundError):
+            pass  # no daemon: nobody hears it, as in reality
+
+    def _read(self, client: Client, sock: socket.socket, *, everything: bool) -> None:
+        """Take requests: one helping, or after a hang-up all that the client had still sent."""
+        try:
+            while data := sock.recv(QUEUE):
+                self._xenbus.feed(client, data)
+                if not everything:
+                    return
+        except BlockingIOError:
+            return
+        except (ConnectionError, TooLong):
+            pass
+        self._drop(client)
+
+    def _write(self, client: Client, sock: socket.socket) -> None:
+        try:
+            del client.out[: sock.send(client.out)]
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            # The hang-up is seen to when its last requests are read.
+            client.out.clear()
+        if len(client.out) > HELD_MAX:
+            self._drop(client)
+
+    def _drop(self, client: Client) -> None:
+        self._clients.pop(client).close()
+        self._xenbus.close(client)
+
+
+def _bind(kind: socket.SocketKind, path: str) -> socket.socket:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.setblocking(False)
+    sock.bind(path)
+    return sock
