@@ -1,0 +1,511 @@
+"""The embedded store's data: a whole xenstored 4.17 without its connections.
+
+`Store` owns the nodes, the domains and what they use of their quotas.  It is synchronous and knows
+no sockets: whoever owns it calls one method for each request, and is told of each change by the
+function `changed`, which is called in the middle of a request and must not call back into the
+store except for `access`.  A request either is refused (`Refused`), and then no node has changed,
+or is done completely; only in a transaction a refused request may leave marks, and then the
+transaction is `failed`.
+
+What always holds: the nodes are a flat table of absolute paths; each node but the root is among
+the children of its parent, and each child is in the table; `Domain.nodes` is the number of nodes
+whose first permission entry names the domain.  The generation counts every change ever made; it is
+how a transaction sees conflicts, how a client sees that a listing has changed under it, and how a
+permission is seen to be older than the domain which now has its domid.
+
+The order in which a request looks at nodes is xenstored's own, since in a transaction it decides
+what conflicts, and in which order events come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from xsfs.store_node import (
+    ALL,
+    DEAD,
+    OWNER,
+    READ,
+    ROOT,
+    WRITE,
+    Entry,
+    Node,
+    Perms,
+    Refused,
+    child_of,
+    is_path,
+    parent_of,
+    parse_perms,
+    record_size,
+)
+from xsfs.store_transaction import Transaction
+
+DOM0: Final = 0
+DOMID_LIMIT: Final = 0x7FF0
+"""DOMID_FIRST_RESERVED, which is DOMID_SELF too."""
+
+INTRODUCE_DOMAIN: Final = b"@introduceDomain"
+RELEASE_DOMAIN: Final = b"@releaseDomain"
+
+# The quotas of a domain other than 0.
+NODES_MAX: Final = 1000
+NODE_SIZE_MAX: Final = 2048
+PERMS_MAX: Final = 5
+TRANSACTIONS_MAX: Final = 10
+WATCHES_MAX: Final = 128
+
+
+class Change(NamedTuple):
+    """Something happened at `path`: to all which is watched at or above it, or, if `exact`, to
+    what is watched at `path` alone.  Who may read one of `readable_by` may know."""
+
+    path: bytes
+    exact: bool
+    readable_by: tuple[Perms, ...]
+
+
+class Domain:
+    """A domain which the store has met; `generation` is when."""
+
+    __slots__ = ("domid", "generation", "introduced", "nodes", "target", "transactions", "watches")
+
+    def __init__(self, domid: int, generation: int) -> None:
+        self.domid = domid
+        self.generation = generation
+        self.introduced = False
+        self.target: int | None = None
+        self.nodes = 0
+        self.watches = 0
+        self.transactions = 0
+
+
+class Store:
+    def __init__(self, changed: Callable[[Change], None]) -> None:
+        self._changed = changed
+        self._generation = 0
+        self._existing = {DOM0}
+        dom0 = Domain(DOM0, 0)
+        dom0.introduced = True
+        self.domains = {DOM0: dom0}
+        self._special: dict[bytes, Perms] = dict.fromkeys(
+            (INTRODUCE_DOMAIN, RELEASE_DOMAIN), (Entry(DOM0, 0),)
+        )
+        self._nodes = {ROOT: Node(b"", (Entry(DOM0, 0),), 1)}
+        self._generation = dom0.nodes = 1
+        self.mkdir(DOM0, b"/tool/xenstored")
+
+    # -- who may do what
+
+    def access(self, who: int, perms: Perms) -> int:
+        """READ, WRITE and OWNER, as far as `perms` give them to the domain."""
+        if who == DOM0:
+            return ALL
+        domain = self.domains.get(who)
+        target = None if domain is None else domain.target
+        owner, others = perms[0]
+        if owner in (who, target):
+            return ALL
+        for domid, bits in perms[1:]:
+            if not bits & DEAD and domid in (who, target):
+                return bits
+        return others
+
+    def may_know(self, who: int, change: Change) -> bool:
+        return any(self.access(who, perms) & READ for perms in change.readable_by)
+
+    def _live(self, node: Node) -> Perms:
+        """The node's permissions, with the entries of domains marked which do not exist, or came
+        into being after the node was last written."""
+        perms = node.perms
+        if len(perms) == 1:
+            return perms
+        return perms[:1] + tuple(
+            entry if self._was_there(entry.domid, node.generation) else self._dead(entry)
+            for entry in perms[1:]
+        )
+
+    def _was_there(self, domid: int, generation: int) -> bool:
+        domain = self.domains.get(domid)
+        return domain is not None and domain.generation <= generation
+
+    @staticmethod
+    def _dead(entry: Entry) -> Entry:
+        return Entry(entry.domid, entry.bits | DEAD)
+
+    # -- finding a node
+
+    def _look(self, path: bytes, tx: Transaction | None) -> Node | None:
+        """The node as the request sees it, whoever asks."""
+        if tx is None:
+            return self._nodes.get(path)
+        touched = tx.touched.get(path)
+        if touched is not None:
+            return touched.node
+        node = self._nodes.get(path)
+        return tx.touch(path, node, None if node is None else self._live(node))
+
+    def _find(self, who: int, path: bytes, needed: int, tx: Transaction | None) -> Node | None:
+        """The node, if the domain may; None if it is missing, and the domain may know that."""
+        if not is_path(path):
+            raise Refused("EINVAL")
+        node = self._look(path, tx)
+        if node is not None and (
+            who == DOM0 or self.access(who, self._live(node)) & needed == needed
+        ):
+            return node
+        ancestor = self._nearest(parent_of(path), tx)
+        if node is not None or not self.access(who, self._live(ancestor)) & needed:
+            raise Refused("EACCES")
+        return None
+
+    def _nearest(self, path: bytes, tx: Transaction | None) -> Node:
+        """The node at `path`, or at the longest part of it at which there is one."""
+        while True:
+            node = self._look(path, tx)
+            if node is not None:
+                return node
+            path = parent_of(path)
+
+    def readable(self, who: int, path: bytes, tx: Transaction | None = None) -> Node:
+        """READ, DIRECTORY and GET_PERMS: the node, to take what is asked for.  Not to be kept."""
+        node = self._find(who, path, READ, tx)
+        if node is None:
+            raise Refused("ENOENT")
+        return node
+
+    # -- changing a node
+
+    def _step(self, path: bytes, tx: Transaction | None) -> int:
+        """A change to one node begins; returns the node's new generation."""
+        self._generation += 1
+        if tx is not None:
+            tx.touched[path].modified = True
+        return self._generation
+
+    @staticmethod
+    def _check_size(who: int, size: int, tx: Transaction | None) -> None:
+        if who != DOM0 and size >= NODE_SIZE_MAX:
+            if tx is not None:
+                tx.failed = True
+            raise Refused("ENOSPC")
+
+    def _count(self, owner: int, difference: int, tx: Transaction | None) -> None:
+        if tx is not None:
+            tx.count(owner, difference)
+            return
+        domain = self._meet(owner)
+        if domain is not None:
+            domain.nodes += difference
+
+    def _tell(
+        self, path: bytes, exact: bool, tx: Transaction | None, node: Node, *old: Perms
+    ) -> None:
+        if tx is not None:
+            tx.queue_event(path, exact)
+            return
+        readable_by = (*old, self._live(node))
+        parent = self._nodes.get(parent_of(path))
+        if parent is not None:
+            readable_by += (self._live(parent),)
+        self._changed(Change(path, exact, readable_by))
+
+    def write(self, who: int, path: bytes, value: bytes, tx: Transaction | None = None) -> None:
+        node = self._find(who, path, WRITE, tx)
+        if node is None:
+            node = self._create(who, path, value, tx)
+        else:
+            generation = self._step(path, tx)
+            self._check_size(who, record_size(value, node.perms, node.child_bytes), tx)
+            self._update(node, generation, self._live(node))
+            node.value = value
+        self._tell(path, False, tx, node)
+
+    def mkdir(self, who: int, path: bytes, tx: Transaction | None = None) -> None:
+        if self._find(who, path, WRITE, tx) is None:
+            node = self._create(who, path, b"", tx)
+            self._tell(path, False, tx, node)
+
+    @staticmethod
+    def _update(node: Node, generation: int, perms: Perms) -> None:
+        # A new generation would make a dead entry look alive, so its mark must be kept with it.
+        node.perms = perms
+        node.generation = generation
+
+    def _create(self, who: int, path: bytes, value: bytes, tx: Transaction | None) -> Node:
+        """Make the node, and all parents which are missing."""
+        missing = [path]
+        while (parent := self._look(parent_of(missing[-1]), tx)) is None:
+            missing.append(parent_of(missing[-1]))
+        perms = self._live(parent)
+        if who != DOM0:
+            # What an unprivileged domain makes is its own.
+            perms = (Entry(who, perms[0].bits), *perms[1:])
+        if tx is not None:
+            tx.created = True
+        generations = self._check_creation(who, missing, parent, perms, value, tx)
+
+        lowest = Node(value, perms, generations[0])
+        self._place(path, lowest, tx)
+        for name, higher, generation in zip(missing, missing[1:], generations[1:], strict=False):
+            node = Node(b"", perms, generation)
+            node.add_child(name.rpartition(b"/")[2])
+            self._place(higher, node, tx)
+        self._update(parent, generations[-1], self._live(parent))
+        parent.add_child(missing[-1].rpartition(b"/")[2])
+        return lowest
+
+    def _place(self, path: bytes, node: Node, tx: Transaction | None) -> None:
+        if tx is None:
+            self._nodes[path] = node
+        else:
+            tx.touched[path].node = node
+        self._count(node.perms[0].domid, 1, tx)
+
+    def _check_creation(
+        self,
+        who: int,
+        missing: list[bytes],
+        parent: Node,
+        perms: Perms,
+        value: bytes,
+        tx: Transaction | None,
+    ) -> list[int]:
+        """Whether the quotas allow it; returns the generations of the new nodes and the parent."""
+        generations = []
+        child_bytes = 0
+        for count, path in enumerate(missing):
+            # Within a transaction the nodes only count at its end.
+            if who != DOM0 and (
+                self.domains[who].nodes + (count if tx is None else 0) >= NODES_MAX
+            ):
+                raise Refused("ENOSPC")
+            generations.append(self._step(path, tx))
+            self._check_size(who, record_size(value, perms, child_bytes), tx)
+            value = b""
+            child_bytes = len(path.rpartition(b"/")[2]) + 1
+        generations.append(self._step(parent_of(missing[-1]), tx))
+        self._check_size(who, parent.size + child_bytes, tx)
+        return generations
+
+    def set_perms(
+        self, who: int, path: bytes, texts: list[bytes], tx: Transaction | None = None
+    ) -> None:
+        if who != DOM0 and len(texts) > PERMS_MAX:
+            raise Refused("ENOSPC")
+        perms = tuple(
+            entry if self._meet(entry.domid) else self._dead(entry) for entry in parse_perms(texts)
+        )
+        owner = perms[0].domid
+        if perms[0].bits & DEAD:
+            raise Refused("ENOENT")
+        if path.startswith(b"@"):
+            self._set_special_perms(who, path, perms)
+            return
+        node = self._find(who, path, WRITE | OWNER, tx)
+        if node is None:
+            raise Refused("ENOENT")
+        old = self._live(node)
+        if who != DOM0 and owner != old[0].domid:
+            raise Refused("EPERM")
+        generation = self._step(path, tx)
+        self._check_size(who, record_size(node.value, perms, node.child_bytes), tx)
+        self._count(old[0].domid, -1, tx)
+        self._count(owner, 1, tx)
+        self._update(node, generation, perms)
+        self._tell(path, False, tx, node, old)
+
+    # -- removal
+
+    def rm(self, who: int, path: bytes, tx: Transaction | None = None) -> None:
+        if self._find(who, path, WRITE, tx) is None:
+            if self._look(parent_of(path), tx) is None:
+                raise Refused("ENOENT")
+            return
+        if path == ROOT:
+            raise Refused("EINVAL")
+        self._remove(path, tx)
+
+    def _remove(self, path: bytes, tx: Transaction | None) -> None:
+        """Remove the tree at `path`, the deepest nodes first; what is below has exact events."""
+        parent = self._look(parent_of(path), tx)
+        if parent is None:
+            raise Refused("EINVAL")
+        try:
+            self._remove_tree(path, tx)
+        except Refused as refused:
+            # Only in a transaction: too many nodes, or the lists of children, fixed at different
+            # times, name nodes which are not there.
+            raise Refused("EIO") from refused
+        generation = self._step(parent_of(path), tx)
+        name = path.rpartition(b"/")[2]
+        if name not in parent.children:
+            raise Refused("EIO")
+        parent.remove_child(name)
+        self._update(parent, generation, self._live(parent))
+
+    def _remove_tree(self, top: bytes, tx: Transaction | None) -> None:
+        node = self._look(top, tx)
+        if node is None:
+            raise Refused("ENOENT")
+        # A path may have a thousand components: no recursion.
+        stack = [(top, node, iter(tuple(node.children)))]
+        while stack:
+            path, node, names = stack[-1]
+            name = next(names, None)
+            if name is not None:
+                below = child_of(path, name)
+                child = self._look(below, tx)
+                if child is None:
+                    raise Refused("ENOENT")
+                stack.append((below, child, iter(tuple(child.children))))
+                continue
+            stack.pop()
+            self._remove_one(path, node, path != top, tx)
+            if stack:
+                # xenstored writes the parent again without this child, which only shows if the
+                # rest of the removal is refused.
+                above, parent, _ = stack[-1]
+                self._step(above, tx)
+                if tx is not None:
+                    parent.remove_child(path.rpartition(b"/")[2])
+
+    def _remove_one(self, path: bytes, node: Node, exact: bool, tx: Transaction | None) -> None:
+        self._step(path, tx)
+        if tx is not None:
+            tx.touched[path].node = None
+        self._tell(path, exact, tx, node)
+        if tx is None:
+            del self._nodes[path]
+        self._count(node.perms[0].domid, -1, tx)
+
+    # -- transactions
+
+    def start(self, who: int) -> Transaction:
+        domain = self.domains[who]
+        if who != DOM0 and domain.transactions > TRANSACTIONS_MAX:
+            raise Refused("ENOSPC")
+        domain.transactions += 1
+        self._generation += 1
+        return Transaction(who)
+
+    def abort(self, tx: Transaction) -> None:
+        domain = self.domains.get(tx.domid)
+        if domain is not None and domain.transactions:
+            domain.transactions -= 1
+
+    def commit(self, tx: Transaction) -> None:
+        """End the transaction; if it is refused, it has ended all the same."""
+        self.abort(tx)
+        if tx.failed:
+            raise Refused("ENOMEM")
+        self._check_owned(tx)
+        for path, touched in tx.touched.items():
+            node = self._nodes.get(path)
+            if touched.generation != (None if node is None else node.generation):
+                raise Refused("EAGAIN")
+        for path, touched in tx.touched.items():
+            if not touched.modified:
+                continue
+            if touched.node is not None:
+                self._generation += 1
+                touched.node.generation = self._generation
+                self._nodes[path] = touched.node
+            elif touched.generation is not None:
+                del self._nodes[path]
+            if touched.fires:
+                self._tell_committed(path, touched.exact, touched.perms)
+        for owner, difference in tx.owned.items():
+            self.domains[owner].nodes += difference
+
+    def _check_owned(self, tx: Transaction) -> None:
+        for owner, difference in tx.owned.items():
+            domain = self._meet(owner)
+            if domain is None:
+                raise Refused("ENOMEM")
+            full = owner != DOM0 and domain.nodes + difference >= NODES_MAX
+            if full and tx.created and tx.domid != DOM0:
+                raise Refused("ENOSPC")
+
+    def _tell_committed(self, path: bytes, exact: bool, old: Perms | None) -> None:
+        # A parent which the same transaction has made may not be in the table yet: like xenstored,
+        # one then only asks the node itself.
+        node = self._nodes.get(path)
+        if node is not None:
+            self._tell(path, exact, None, node, *(() if old is None else (old,)))
+        elif old is not None:
+            self._changed(Change(path, exact, (old,)))
+
+    # -- domains
+
+    def _meet(self, domid: int) -> Domain | None:
+        """What the store knows of a domain, from now on if need be; None if there is no such."""
+        domain = self.domains.get(domid)
+        if domain is None and domid in self._existing:
+            domain = self.domains[domid] = Domain(domid, self._generation)
+        return domain
+
+    def exists(self, domid: int) -> bool:
+        return domid in self._existing
+
+    def create_domain(self, domid: int) -> None:
+        """The domain exists from now on, and can own nodes; it need not be introduced."""
+        if not 0 < domid < DOMID_LIMIT:
+            raise ValueError(f"not the domid of a guest: {domid}")
+        self._existing.add(domid)
+        self._meet(domid)
+
+    def is_introduced(self, domid: int) -> bool:
+        domain = self.domains.get(domid)
+        return domain is not None and domain.introduced
+
+    def introduce(self, domid: int) -> None:
+        self.create_domain(domid)
+        domain = self.domains[domid]
+        if not domain.introduced:
+            domain.introduced = True
+            self.tell_special(INTRODUCE_DOMAIN)
+
+    def release(self, domid: int) -> None:
+        """The store forgets the domain: its nodes vanish, and its permissions lose their effect."""
+        domain = self.domains.get(domid)
+        if domain is None or domid == DOM0:
+            return
+        self._remove_owned(domain)
+        for name, perms in self._special.items():
+            owner = Entry(DOM0, perms[0].bits) if perms[0].domid == domid else perms[0]
+            others = (entry for entry in perms[1:] if entry.domid != domid)
+            self._special[name] = (owner, *others)
+        del self.domains[domid]
+        for other in self.domains.values():
+            if other.target == domid:
+                other.target = None
+        if domain.introduced:
+            self.tell_special(RELEASE_DOMAIN)
+
+    def destroy(self, domid: int) -> None:
+        self._existing.discard(domid)
+        self.release(domid)
+
+    def _remove_owned(self, domain: Domain) -> None:
+        """Remove each tree whose top the domain owns, in the order of a walk from the root."""
+        stack = [ROOT]
+        while stack and domain.nodes > 0:
+            path = stack.pop()
+            node = self._nodes[path]
+            if node.perms[0].domid == domain.domid and path != ROOT:
+                self._remove(path, None)
+            else:
+                stack += [child_of(path, name) for name in reversed(node.children)]
+
+    # -- special watches
+
+    def _set_special_perms(self, who: int, name: bytes, perms: Perms) -> None:
+        if name not in self._special:
+            raise Refused("EINVAL")
+        if self.access(who, self._special[name]) & (WRITE | OWNER) != WRITE | OWNER:
+            raise Refused("EACCES")
+        self._special[name] = perms
+
+    def tell_special(self, name: bytes) -> None:
+        self._changed(Change(name, True, (self._special[name],)))
