@@ -96,8 +96,9 @@ class Connection:
     # -- output
 
     def queue_reply(self, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
-        self._out += wire.encode(op, req_id, tx_id, payload)
-        self._dirty.add(self)
+        if not self._closed:
+            self._out += wire.encode(op, req_id, tx_id, payload)
+            self._dirty.add(self)
 
     def queue_event(self, path: bytes, token: bytes) -> None:
         payload = b"%b\0%b\0" % (path, token)
