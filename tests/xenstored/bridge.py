@@ -11,13 +11,10 @@ import threading
 from typing import Final
 
 from .ring import Ring
-from .xenbus import Client, TooLong, Xenbus
+from .xenbus import QUEUE, Client, TooLong, Xenbus
 
 GUEST_PORT: Final = 1
 """The event channel port of the ring, the same in every domain."""
-
-QUEUE: Final = 16 * 1024
-"""How much may wait for the ring, or for a client to read it, before (its) requests wait too."""
 
 HELD_MAX: Final = 1 << 20
 """How much is held for a client that does not read before it is dropped."""
@@ -73,8 +70,8 @@ class GuestBridge(threading.Thread):
                 with contextlib.suppress(BlockingIOError):
                     while True:
                         self._evtchn.recv(16)
-            # The oldest first, and new ones last: what a client leaves behind is then undone
-            # before whoever connects after it has closed is heard.
+            # Requests are only taken in here, and asked in _pump: what a client leaves behind is
+            # undone before whoever connects after it has closed is heard.
             for client, sock in list(self._clients.items()):
                 events = ready.get(sock.fileno(), 0)
                 if events & ~select.POLLOUT:
@@ -89,20 +86,28 @@ class GuestBridge(threading.Thread):
         poll = select.poll()
         for sock in self._stopped, self._evtchn, self._listener:
             poll.register(sock, select.POLLIN)
-        room = len(self._xenbus.to_ring) < QUEUE
         for client, sock in self._clients.items():
-            wanted = select.POLLIN if room and len(client.out) < QUEUE else 0
+            wanted = select.POLLIN if len(client.requests) < QUEUE else 0
             # A hang-up is told of in any case.
             poll.register(sock, wanted | (select.POLLOUT if client.out else 0))
         return dict(poll.poll(RETRY_MS if self._kick_due else None))
 
     def _pump(self) -> None:
-        """Move all that can be moved, but for what comes from clients."""
+        """Move all that can be moved, but for what is still to be read from clients."""
         replies = self._ring.get()
         self._xenbus.feed_ring(replies)
         for client, sock in list(self._clients.items()):
             if client.out:
                 self._write(client, sock)
+        for client in list(self._clients):
+            try:
+                self._xenbus.advance(client)
+            except TooLong:
+                self._drop(client)
+        if self._clients:
+            # One who sends a lot must not always be the first to fill the room there is.
+            client = next(iter(self._clients))
+            self._clients[client] = self._clients.pop(client)
         moved = self._ring.put(self._xenbus.to_ring)
         del self._xenbus.to_ring[:moved]
         if replies or moved or self._kick_due:
@@ -121,12 +126,12 @@ class GuestBridge(threading.Thread):
         """Take requests: one helping, or after a hang-up all that the client had still sent."""
         try:
             while data := sock.recv(QUEUE):
-                self._xenbus.feed(client, data)
+                client.requests += data
                 if not everything:
                     return
         except BlockingIOError:
             return
-        except (ConnectionError, TooLong):
+        except ConnectionError:
             pass
         self._drop(client)
 

@@ -182,7 +182,7 @@ class XsClient:
         out, done, missing = bytearray(), False, 0
         self.sock.setblocking(False)
         try:
-            while not done or out or missing:
+            while not done or missing:
                 while not done and len(out) < window:
                     request = next(waiting, None)
                     if request is None:
@@ -192,10 +192,12 @@ class XsClient:
                     out += self._pack(op, payload, tx, None)
                     replies[self._req_id] = None
                     missing += 1
+                if not missing:
+                    break
                 readable, writable, _ = select.select(
-                    [self.sock] if missing else [], [self.sock] if out else [], [], self.timeout
+                    [self.sock], [self.sock] if out else [], [], self.timeout
                 )
-                if missing and not readable and not writable:
+                if not readable and not writable:
                     raise XsTimeout(f"{missing} replies have not come within {self.timeout} s")
                 if writable:
                     with contextlib.suppress(BlockingIOError):

@@ -10,6 +10,7 @@ have a payload of 4096 bytes.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Final, NamedTuple
 
 from xsfs.wire import Op
@@ -17,6 +18,12 @@ from xsfs.wire import Op
 from .client import HEADER
 
 PAYLOAD_MAX: Final = 4096
+
+QUEUE: Final = 16 * 1024
+"""How much may wait for the ring, or for a client to read it, before (its) requests wait too."""
+
+IN_FLIGHT: Final = 64
+"""How many requests of a client are asked at once: their replies must fit with what is held."""
 
 
 class TooLong(Exception):
@@ -31,7 +38,9 @@ class Client:
         self.out = bytearray()
         """Whole messages for the client; who writes them to it takes them out."""
         self.gone = False
-        self.partial = bytearray()
+        self.requests = bytearray()
+        """What has come from the client, and is not in the ring yet."""
+        self.in_flight = 0
         self.watches: set[bytes] = set()
         """Payloads of WATCH as in the ring."""
         self.transactions: set[int] = set()
@@ -72,7 +81,13 @@ class Xenbus:
         return client
 
     def close(self, client: Client) -> None:
-        """The client is gone: undo what it has left.  What is under way is undone when answered."""
+        """The client is gone: ask its last requests, and undo what it has left.
+
+        What is under way is undone when it is answered.
+        """
+        with contextlib.suppress(TooLong):
+            while message := _take(client.requests):
+                self._request(client, *message)
         client.gone = True
         del self._clients[client.number]
         for payload in client.watches:
@@ -82,10 +97,17 @@ class Xenbus:
 
     # -- from a client to the ring
 
-    def feed(self, client: Client, data: bytes) -> None:
-        """Bytes of a client.  TooLong: they are no request, and the client must be closed."""
-        client.partial += data
-        while message := _take(client.partial):
+    def advance(self, client: Client) -> None:
+        """Ask as many of the client's requests as there is room for, now.
+
+        TooLong: the next one is none, and the client must be closed.
+        """
+        while (
+            client.in_flight < IN_FLIGHT
+            and len(client.out) < QUEUE
+            and len(self.to_ring) < QUEUE
+            and (message := _take(client.requests))
+        ):
             self._request(client, *message)
 
     def _request(self, client: Client, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
@@ -122,6 +144,7 @@ class Xenbus:
             self._sent = self._sent % 0xFFFFFFFF + 1
             if self._sent not in self._requests:
                 break
+        client.in_flight += 1
         self._requests[self._sent] = _Request(client, op, req_id, tx_id, payload)
         self.to_ring += HEADER.pack(op, self._sent, ring_tx, len(payload)) + payload
 
@@ -145,6 +168,7 @@ class Xenbus:
 
     def _reply(self, request: _Request, op: int, tx_id: int, payload: bytes) -> None:
         client = request.client
+        client.in_flight -= 1
         if request.op == Op.TRANSACTION_END:
             # However it ended; the kernel forgets it too.
             client.transactions.discard(request.tx_id)
