@@ -28,6 +28,7 @@ from xsfs import wire
 from xsfs.connection import Connection, Reply
 from xsfs.errors import ConnectionLost, TransactionEnded, XenstoreError
 from xsfs.link import Connect, Link, open_connection
+from xsfs.servants import open_servants
 from xsfs.session import Path, Session, encode_path
 from xsfs.transport import Transport, find_store, open_transport
 from xsfs.watches import Subscription, Watches
@@ -104,6 +105,9 @@ class Store(Session):
         self.timeout = timeout
         self.watches = Watches(nursery, connect, timeout)
         self.requests = 0
+        """How many requests were sent, those of transactions and watches apart."""
+        self.transactions = 0
+        """How many transactions with a connection of their own are open."""
 
     @property
     def payload_max(self) -> int:
@@ -165,15 +169,20 @@ class Store(Session):
         deadline = trio.current_time() + self.timeout
         connection = Connection(await open_connection(self._connect, deadline), self.timeout)
         self._nursery.start_soon(connection.run)
+        self.transactions += 1
         try:
             return await self._start(connection)
         except BaseException:
-            connection.close()
+            self._close(connection)
             raise
 
     def abandon(self, transaction: Transaction) -> None:
         """Close the transaction's connection, which rolls back what is still open."""
-        transaction._connection.close()
+        self._close(transaction._connection)
+
+    def _close(self, connection: Connection) -> None:
+        connection.close()
+        self.transactions -= 1
 
     async def _start(self, connection: Connection) -> Transaction:
         (reply,) = await connection.burst((wire.transaction_start(),))
@@ -242,11 +251,8 @@ async def open_store(
         def connect() -> Transport:
             return open_transport(found)
 
-    async with trio.open_nursery(strict_exception_groups=False) as nursery:
+    async with open_servants() as nursery:
         store = Store(nursery, connect, timeout)
         nursery.start_soon(store.watches.run)
-        try:
-            await store.open()
-            yield store
-        finally:
-            nursery.cancel_scope.cancel()
+        await store.open()
+        yield store

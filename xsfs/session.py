@@ -18,6 +18,7 @@ from xsfs.wire import Permission, Permissions, Request
 
 Path = bytes | str
 Names = list[bytes]
+NamesOfEach = list[Names]
 Replies = list[Reply]
 
 LISTING_RESTARTS: Final = 20
@@ -98,14 +99,21 @@ class Session(ABC):
         Raises XenstoreError `E2BIG` where the daemon has no way to list so many (oxenstored, asked
         by a guest), `EAGAIN` where the node never stopped changing.
         """
-        encoded = encode_path(path)
-        request = wire.directory(encoded)
-        (reply,) = await self.burst((request,))
-        if isinstance(reply, XenstoreError):
-            if reply.name != "E2BIG":
+        (names,) = await self.list_all((encode_path(path),))
+        return names
+
+    async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
+        """The children's names of many nodes, in one round trip where all are short enough."""
+        replies = await self.burst([wire.directory(path) for path in paths])
+        names = []
+        for path, reply in zip(paths, replies, strict=True):
+            if isinstance(reply, bytes):
+                names.append(wire.decode_names(reply))
+            elif reply.name == "E2BIG":
+                names.append(await self._list_parts(path, reply))
+            else:
                 raise reply
-            return await self._list_parts(encoded, reply)
-        return wire.decode_names(reply)
+        return names
 
     async def _list_parts(self, path: bytes, too_big: XenstoreError) -> Names:
         for _ in range(LISTING_RESTARTS):

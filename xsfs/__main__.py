@@ -1,0 +1,7 @@
+"""`python3 -m xsfs`."""
+
+import sys
+
+from xsfs.command import main
+
+sys.exit(main())

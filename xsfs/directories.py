@@ -1,0 +1,409 @@
+"""Directories: Xenstore nodes with children, and the names that xsfs adds to them.
+
+`own` of each class is the table of xsfs's own names in such a directory: a new kind of file is a new
+class and a line there.  A name is looked up in this order: own names, `NAME.d`, aliases of long names,
+children.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Collection, Mapping
+from typing import ClassVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes
+
+from xsfs import changes, wire
+from xsfs.errors import XenstoreError
+from xsfs.names import NAME_MAX, VALUE_NAME, file_name, forced_name, is_alias, join
+from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Handle, Node, refuse
+from xsfs.session import Session
+from xsfs.values import DomidFile, DotValue, StatsFile, ValueFile, ValueHandle
+from xsfs.view import LOOK_WINDOW, NOTHING, Look
+from xsfs.wire import Request
+from xsfs.xattrs import XenstoreNode
+
+log = logging.getLogger(__name__)
+
+
+class Directory(XenstoreNode):
+    """A Xenstore node as a directory."""
+
+    __slots__ = ()
+
+    kind = stat.S_IFDIR
+    entry_timeout = DIRECTORY_ENTRY_TIMEOUT
+    own: ClassVar[Mapping[bytes, type[Node]]] = {VALUE_NAME: DotValue}
+
+    def attributes(self, look: Look) -> EntryAttributes:
+        return self.entry(0, look.readable, look.writable)
+
+    def is_of_kind(self, look: Look) -> bool:
+        return self.view.is_directory(self.path, look)
+
+    async def look(self) -> Look:
+        """What the node is now; ESTALE if it is no directory any more."""
+        self.require()
+        look = await self.view.look(self.path)
+        if look is None and self.lasting:
+            return NOTHING
+        if look is None or not self.is_of_kind(look):
+            refuse(errno.ESTALE)
+        return look
+
+    async def getattr(self) -> EntryAttributes:
+        return self.attributes(await self.look())
+
+    def value_was_written(self) -> None:
+        self.view.known.add(self.path, keep_with_value=True)
+
+    # --------------------------------------------------------------------------------- lookup
+
+    async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
+        if len(name) > NAME_MAX:
+            refuse(errno.ENAMETOOLONG)
+        kind = self.own.get(name)
+        if kind is not None:
+            self.require()
+            node = self.tree.node(kind, self, name)
+            return self._found(node, await node.looked_up(pid))
+        if (forced := forced_name(name)) is not None:
+            child = await self._child_name(forced)
+            look = await self.view.look(join(self.path, child))
+            if look is None:
+                refuse(errno.ENOENT)
+            directory = self.tree.node(ForcedDirectory, self, child)
+            return self._found(directory, directory.attributes(look))
+        child = await self._child_name(name)
+        path = join(self.path, child)
+        look = await self.view.look(path) if len(path) <= wire.PATH_MAX else None
+        if look is None and self.kind_of_directory(child).lasting:
+            look = NOTHING
+        if look is None:
+            # A cached entry may have led here: is the directory itself still there?
+            await self.require_present()
+            refuse(errno.ENOENT)
+        return self._found_child(child, path, look, pid)
+
+    def _found_child(self, name: bytes, path: bytes, look: Look, pid: int) -> EntryAttributes:
+        if self.view.is_directory(path, look):
+            directory = self.tree.node(self.kind_of_directory(name), self, name)
+            return self._found(directory, directory.attributes(look))
+        file = self.tree.node(ValueFile, self, name)
+        self.tree.prefetched.put(pid, file, look.value)
+        return self._found(file, file.attributes(look))
+
+    def kind_of_directory(self, name: bytes) -> type[Directory]:
+        """What a child is that is a directory."""
+        return Directory
+
+    def lasting_children(self) -> Collection[bytes]:
+        """The names of directories that are there even while their nodes are not."""
+        return ()
+
+    def _found(self, node: Node, entry: EntryAttributes) -> EntryAttributes:
+        self.tree.remember(node)
+        return entry
+
+    async def require_present(self) -> None:
+        """ESTALE unless the node is there: the kernel then looks its path up again."""
+        self.require()
+        if self.lasting:
+            return
+        (reply,) = await self.view.session.burst((wire.read(self.path),))
+        if isinstance(reply, XenstoreError) and reply.name == "ENOENT":
+            refuse(errno.ESTALE)
+
+    async def _child_name(self, name: bytes) -> bytes:
+        """The Xenstore name behind a file name; ENOENT for one that Xenstore cannot have."""
+        if wire.is_name(name):
+            return name
+        if is_alias(name):
+            for child in await self.view.session.list(self.path):
+                if file_name(child) == name:
+                    return child
+        refuse(errno.ENOENT)
+
+    def _new_path(self, name: bytes) -> bytes:
+        """The path of a child to be made; the error that says why there can be none."""
+        self.require()
+        if name in self.own or forced_name(name) is not None:
+            refuse(errno.EPERM)
+        if not wire.is_name(name):
+            refuse(errno.EINVAL)
+        path = join(self.path, name)
+        if len(name) > NAME_MAX or len(path) > wire.PATH_MAX:
+            refuse(errno.ENAMETOOLONG)
+        return path
+
+    # ------------------------------------------------------------------------------- creation
+
+    async def create(self, name: bytes, flags: int) -> tuple[Handle, EntryAttributes]:
+        path = self._new_path(name)
+        file = self.tree.node(ValueFile, self, name)
+        handle = ValueHandle(file, flags)
+        if flags & os.O_EXCL:
+            await self._make(path, directory=False)
+        else:
+            handle.truncated = bool(flags & os.O_TRUNC)
+            handle.creates = True
+            file.creating += 1
+        return handle, self._found(file, file.entry(0))
+
+    async def make_file(self, name: bytes) -> EntryAttributes:
+        await self._make(self._new_path(name), directory=False)
+        file = self.tree.node(ValueFile, self, name)
+        return self._found(file, file.entry(0))
+
+    async def make_directory(self, name: bytes) -> EntryAttributes:
+        path = self._new_path(name)
+        await self._make(path, directory=True)
+        self.view.known.add(path)
+        directory = self.tree.node(Directory, self, name)
+        return self._found(directory, directory.entry(0))
+
+    async def _make(self, path: bytes, *, directory: bool) -> None:
+        async def work(session: Session) -> Request:
+            return await changes.make(
+                session, path, directory=directory, in_present=not self.lasting
+            )
+
+        await self.view.atomically(work)
+        self.was_written()
+
+    # -------------------------------------------------------------------------------- removal
+
+    async def unlink(self, name: bytes) -> None:
+        self.require()
+        if name == VALUE_NAME:
+            # So that rm -r and rmdir can follow: the value goes, the node stays.
+            await self.view.session.write(self.path, b"")
+            self.was_written()
+            return
+        path = await self._path_of_present(name)
+
+        async def work(session: Session) -> Request:
+            return await changes.remove_file(self.view, session, path)
+
+        await self.view.atomically(work)
+        self._removed(ValueFile, path)
+
+    async def rmdir(self, name: bytes) -> None:
+        self.require()
+        path = await self._path_of_present(name)
+
+        async def work(session: Session) -> Request:
+            return await changes.remove_directory(self.view, session, path)
+
+        await self.view.atomically(work)
+        self._removed(self.kind_of_directory(name), path)
+
+    async def _path_of_present(self, name: bytes) -> bytes:
+        if name in self.own or forced_name(name) is not None:
+            refuse(errno.EPERM)
+        return join(self.path, await self._child_name(name))
+
+    def _removed(self, kind: type[Node], path: bytes) -> None:
+        self.view.known.discard(path)
+        self.was_written()
+        if (node := self.tree.find(kind, self, path.rpartition(b"/")[2])) is not None:
+            node.gone = True
+
+    # --------------------------------------------------------------------------------- rename
+
+    async def rename(self, name: bytes, target: Node, target_name: bytes, flags: int) -> None:
+        if flags & ~pyfuse3.RENAME_NOREPLACE:
+            refuse(errno.EINVAL)
+        if not isinstance(target, Directory) or target.view is not self.view:
+            refuse(errno.EXDEV)
+        if VALUE_NAME in (name, target_name):
+            refuse(errno.EXDEV)
+        self.require()
+        source_path = await self._path_of_present(name)
+        target_path = (
+            await target._path_of_present(target_name)
+            if is_alias(target_name)
+            else target._new_path(target_name)
+        )
+        if source_path == target_path:
+            return
+        if target_path.startswith(source_path + b"/"):
+            refuse(errno.EINVAL)
+        if source_path.startswith(target_path + b"/"):
+            refuse(errno.ENOTEMPTY)
+
+        async def work(session: Session) -> None:
+            replace = not flags & pyfuse3.RENAME_NOREPLACE
+            await changes.rename(
+                *(self.view, session, source_path, target_path),
+                replace=replace,
+                in_present=not target.lasting,
+            )
+
+        await self.view.atomically_apart(work)
+        self._renamed(source_path, target, target_path)
+
+    def _renamed(self, source_path: bytes, target: Directory, target_path: bytes) -> None:
+        self.was_written()
+        old_name, new_name = source_path.rpartition(b"/")[2], target_path.rpartition(b"/")[2]
+        for kind in (target.kind_of_directory(new_name), ValueFile):
+            if (replaced := self.tree.find(kind, target, new_name)) is not None:
+                replaced.gone = True
+        for kind in (Directory, ValueFile):
+            if (node := self.tree.find(kind, self, old_name)) is not None:
+                self.tree.move(node, target, new_name)
+        self.view.known.move(source_path, target_path)
+
+    # -------------------------------------------------------------------------------- listing
+
+    async def opendir(self) -> Handle:
+        handle = DirectoryHandle(self)
+        await handle.fetch()
+        return handle
+
+
+class ForcedDirectory(Directory):
+    """`NAME.d`: a node as a directory, whatever it looks like."""
+
+    __slots__ = ()
+
+    def value_was_written(self) -> None:
+        """NAME stays what it is."""
+
+    def is_of_kind(self, look: Look) -> bool:
+        return True
+
+
+class StoreRoot(Directory):
+    """`.root`: the whole store from `/`, whatever the mount's root is."""
+
+    __slots__ = ()
+
+    @property
+    def path(self) -> bytes:
+        return b"/"
+
+    def is_of_kind(self, look: Look) -> bool:
+        return True
+
+
+class LastingDirectory(Directory):
+    """A directory that is there, empty, even while its node is not; what is put in makes the node."""
+
+    __slots__ = ()
+
+    lasting = True
+
+
+class RootDirectory(Directory):
+    """The root of the mount."""
+
+    __slots__ = ()
+
+    own: ClassVar[Mapping[bytes, type[Node]]] = {
+        **Directory.own,
+        b".root": StoreRoot,
+        b".domid": DomidFile,
+        b".stats": StatsFile,
+    }
+    lasting = True
+
+    @property
+    def path(self) -> bytes:
+        return self.view.root
+
+    def is_of_kind(self, look: Look) -> bool:
+        return True
+
+    def kind_of_directory(self, name: bytes) -> type[Directory]:
+        return LastingDirectory if name in self.lasting_children() else Directory
+
+    def lasting_children(self) -> Collection[bytes]:
+        """`data`, every domain's own place, which the toolstack makes for guests but not for dom0."""
+        return (b"data",) if self.view.root == self.view.home else ()
+
+
+class DirectoryHandle(Handle):
+    """An open directory: its children's names as they were when it was opened, or last rewound.
+
+    What the children are is asked as the listing goes on, LOOK_WINDOW of them in one burst.
+    """
+
+    __slots__ = ("entries", "looks", "looks_from", "used")
+
+    node: Directory
+
+    def __init__(self, node: Directory) -> None:
+        super().__init__(node)
+        self.entries: list[bytes] = []
+        self.looks: list[Look | None] = []
+        self.looks_from = 0
+        self.used = False
+
+    async def fetch(self) -> None:
+        """Ask for the names.  `.value` is among them if there is a value."""
+        look = await self.node.look()
+        if look.hidden:
+            refuse(errno.EACCES)
+        names = await self.node.view.session.list(self.node.path) if look.has_children else []
+        names += self.node.lasting_children()
+        self.entries = list(dict.fromkeys(filter(self._is_listed, names)))
+        if look.value:
+            self.entries.insert(0, VALUE_NAME)
+        self.looks, self.looks_from = [], 0
+
+    def _is_listed(self, name: bytes) -> bool:
+        if wire.is_name(name):
+            # A domain's special nodes, which oxenstored lists in the root, are watched, not read.
+            return not (name.startswith(b"@") and self.node.path == b"/")
+        log.warning("left out of %r: a child named %r", self.node.path, name[:80])
+        return False
+
+    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
+        if start == 0 and self.used:
+            await self.fetch()
+        self.used = True
+        for position in range(start, len(self.entries) + 2):
+            if position < 2:
+                if not pyfuse3.readdir_reply(
+                    token, (b".", b"..")[position], self.node.entry(0), position + 1
+                ):
+                    return
+                continue
+            if not await self._reply(token, position - 2, position + 1):
+                return
+
+    async def _reply(self, token: pyfuse3.ReaddirToken, index: int, next_id: int) -> bool:
+        """Put one entry into the reply; False if it is full."""
+        look = await self._look(index)
+        if look is None:
+            if self.entries[index] not in self.node.lasting_children():
+                return True  # vanished meanwhile
+            look = NOTHING
+        node = self._node(self.entries[index], look)
+        if not pyfuse3.readdir_reply(token, file_name(node.name), node.attributes(look), next_id):
+            return False
+        self.node.tree.remember(node)
+        return True
+
+    def _node(self, name: bytes, look: Look) -> Directory | ValueFile:
+        directory = self.node
+        if name == VALUE_NAME:
+            return directory.tree.node(DotValue, directory, name)
+        if directory.view.is_directory(join(directory.path, name), look):
+            return directory.tree.node(directory.kind_of_directory(name), directory, name)
+        return directory.tree.node(ValueFile, directory, name)
+
+    async def _look(self, index: int) -> Look | None:
+        if not self.looks_from <= index < self.looks_from + len(self.looks):
+            path = self.node.path
+            window = self.entries[index : index + LOOK_WINDOW]
+            self.looks = await self.node.view.look_all(
+                [path if name == VALUE_NAME else join(path, name) for name in window]
+            )
+            self.looks_from = index
+        return self.looks[index - self.looks_from]

@@ -1,0 +1,227 @@
+"""Mounting: connect, mount, go into the background, serve, unmount.
+
+`mount` reads from top to bottom; each resource is let go of where it was taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import stat
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+import pyfuse3
+import trio
+
+from xsfs.background import Background
+from xsfs.client import Store, open_store
+from xsfs.directories import RootDirectory
+from xsfs.embedded import EmbeddedStore
+from xsfs.errors import StoreError, StoreUnavailable
+from xsfs.names import RAW, TEXT
+from xsfs.node import Ownership, Tree
+from xsfs.operations import Operations
+from xsfs.options import AUTOMATIC_SOURCES, Options
+from xsfs.servants import open_servants
+from xsfs.transport import NO_STORE_HINT, SocketTransport, Transport
+from xsfs.view import KnownDirectories, View, home_of
+
+log = logging.getLogger(__name__)
+
+EXIT_NO_STORE: Final = 3
+EXIT_DENIED: Final = 4
+EXIT_MOUNTPOINT: Final = 5
+EXIT_FUSE: Final = 6
+
+FUSE_DEVICE: Final = "/dev/fuse"
+
+END_SECONDS: Final = 2.0
+"""How long the end of the mount may wait for what open files have not yet written."""
+
+
+class MountError(Exception):
+    """Why nothing can be mounted, in one line, with what to do about it."""
+
+    def __init__(self, status: int, reason: str, hint: str) -> None:
+        super().__init__(f"{reason} ({hint})")
+        self.status = status
+
+
+def mount(options: Options) -> None:
+    """Mount and serve until the end.  In the background this returns in the foreground process, as
+    soon as the tree answers.  Raises MountError."""
+    check_mountpoint(options.mountpoint)
+    check_fuse()
+    background = None if options.foreground else Background()
+    if background is not None and background.in_foreground:
+        background.wait()
+        return
+    try:
+        trio.run(_serve, options, background.ready if background is not None else _nothing)
+    except MountError as error:
+        if background is None:
+            raise
+        background.failed(error.status, str(error))
+
+
+def _nothing() -> None:
+    pass
+
+
+async def _serve(options: Options, ready: Callable[[], None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with _store(options) as store:
+            operations = await _operations(options, store)
+            _fuse_mount(operations, options)
+            try:
+                ready()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_end_at_signal, signals, nursery.cancel_scope)
+                    await pyfuse3.main()
+                    nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
+                    await operations.end()
+                pyfuse3.close(unmount=True)
+
+
+async def _end_at_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for number in signals:
+        log.info("ending: %s", signal.Signals(number).name)
+        scope.cancel()
+
+
+# ------------------------------------------------------------------------------------ the store
+
+
+@asynccontextmanager
+async def _store(options: Options) -> AsyncIterator[Store]:
+    """The store that is to be mounted.  Raises MountError if it does not answer."""
+    async with _connect(options) as connect:
+        path = options.source
+        if options.embedded or path in AUTOMATIC_SOURCES:
+            path = None
+        try:
+            async with open_store(path, timeout=options.timeout, connect=connect) as store:
+                yield store
+        except StoreUnavailable as error:
+            status = EXIT_DENIED if error.denied else EXIT_NO_STORE
+            raise MountError(status, str(error), error.hint) from error
+        except StoreError as error:
+            raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
+
+
+@asynccontextmanager
+async def _connect(options: Options) -> AsyncIterator[Callable[[], Transport] | None]:
+    """How to connect to the embedded store, which runs meanwhile; None for a real one."""
+    if not options.embedded:
+        yield None
+        return
+    embedded = EmbeddedStore()
+    async with open_servants() as nursery:
+        await nursery.start(embedded.serve)
+        if options.listen is not None:
+            nursery.start_soon(embedded.listen, options.listen)
+        yield lambda: SocketTransport(embedded.connect(options.domid))
+
+
+async def _operations(options: Options, store: Store) -> Operations:
+    """The tree over the store, with nothing mounted yet."""
+    domid = await store.domid()
+    root = options.root if options.root is not None else home_of(domid)
+    content = RAW if options.raw else TEXT
+    view = View(store, domid, root, content, KnownDirectories())
+
+    def counters() -> dict[str, int]:
+        return {
+            "requests": store.requests,
+            "operations": operations.answered,
+            "errors": operations.errors,
+            "watches": len(store.watches),
+            "transactions": store.transactions,
+            "reconnects": store.reconnects + store.watches.reconnects,
+            "inodes": len(tree),
+            "handles": len(operations),
+        }
+
+    tree = Tree(Ownership(options.uid, options.gid, options.umask), counters)
+    tree.add_root(RootDirectory(tree, view, None, b""))
+    operations = Operations(tree, store.distrust)
+    return operations
+
+
+# ---------------------------------------------------------------------------------- mountpoints
+
+
+def check_mountpoint(path: str) -> None:
+    """Raises MountError where nothing can be mounted."""
+    if path.startswith("/dev/fd/"):
+        return  # mount.fuse3 has opened and mounted it already (drop_privileges)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise MountError(
+            EXIT_MOUNTPOINT, f"the mountpoint {path} does not exist", f"mkdir -p {path}"
+        ) from None
+    except OSError as error:
+        # ENOTCONN: a file system whose process has died.
+        raise MountError(
+            EXIT_MOUNTPOINT,
+            f"the mountpoint {path} is unusable: {error.strerror}",
+            f"is a dead mount there?  umount {path}",
+        ) from None
+    if not stat.S_ISDIR(mode):
+        raise MountError(
+            EXIT_MOUNTPOINT, f"the mountpoint {path} is not a directory", "name a directory"
+        )
+    if os.path.realpath(path) in _mounted("fuse.xsfs"):
+        raise MountError(
+            EXIT_MOUNTPOINT, f"the mountpoint {path} is busy: xsfs is there", f"umount {path}"
+        )
+
+
+def _mounted(kind: str) -> set[str]:
+    """Where file systems of this type are mounted: proc(5), mountinfo."""
+    found = set()
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields, _, rest = line.partition(" - ")
+            if rest.split(" ", 1)[0] == kind:
+                path = fields.split(" ")[4]
+                # Blanks, tabs, newlines and backslashes stand there as octal numbers.
+                found.add(path.encode("utf-8", "surrogateescape").decode("unicode_escape"))
+    return found
+
+
+def check_fuse() -> None:
+    if not os.path.exists(FUSE_DEVICE):
+        raise MountError(EXIT_FUSE, f"{FUSE_DEVICE} is missing", "modprobe fuse")
+    if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
+        raise MountError(EXIT_FUSE, f"no right to use {FUSE_DEVICE}", "run as root")
+
+
+def _fuse_mount(operations: Operations, options: Options) -> None:
+    """pyfuse3.init, with what libfuse prints to stderr made the reason of the error."""
+    with tempfile.TemporaryFile() as captured:
+        sys.stderr.flush()
+        saved = os.dup(2)
+        try:
+            os.dup2(captured.fileno(), 2)
+            pyfuse3.init(operations, options.mountpoint, options.fuse_options())
+        except RuntimeError as error:
+            captured.seek(0)
+            said = " ".join(captured.read().decode(errors="replace").split())
+            hint = "mounting needs root, or the fuse3 package"
+            if options.allow_other and os.getuid() != 0:
+                hint = "allow_other needs user_allow_other in /etc/fuse.conf"
+            raise MountError(
+                EXIT_FUSE, f"cannot mount at {options.mountpoint}: {said or error}", hint
+            ) from None
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

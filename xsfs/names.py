@@ -1,0 +1,108 @@
+"""Names and values as files have them, and as Xenstore has them.  Pure functions and tables.
+
+A name of Xenstore is a file name, but for those over NAME_MAX: they appear under an alias.  A name
+that begins with a dot, or holds one, cannot be Xenstore's, so xsfs's own names never collide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from xsfs.wire import is_name
+
+NAME_MAX: Final = 255
+ALIAS_PREFIX: Final = 200
+_ALIAS = re.compile(rb"[A-Za-z0-9_@-]{%d}~[0-9a-f]{16}" % ALIAS_PREFIX)
+
+FORCED_SUFFIX: Final = b".d"
+"""NAME.d is the node NAME as a directory, whatever it looks like now."""
+
+VALUE_NAME: Final = b".value"
+
+
+def file_name(name: bytes) -> bytes:
+    """The file name of a child: its own, or an alias for one longer than file names can be."""
+    if len(name) <= NAME_MAX:
+        return name
+    return name[:ALIAS_PREFIX] + b"~" + hashlib.sha256(name).hexdigest()[:16].encode()
+
+
+def is_alias(name: bytes) -> bool:
+    return _ALIAS.fullmatch(name) is not None
+
+
+def forced_name(name: bytes) -> bytes | None:
+    """NAME of `NAME.d`, or None for other names."""
+    if name.endswith(FORCED_SUFFIX):
+        name = name[: -len(FORCED_SUFFIX)]
+        if is_name(name) or is_alias(name):
+            return name
+    return None
+
+
+def join(path: bytes, name: bytes) -> bytes:
+    """The path of a child."""
+    return path + name if path == b"/" else b"%s/%s" % (path, name)
+
+
+def parent_path(path: bytes) -> bytes:
+    return path.rpartition(b"/")[0] or b"/"
+
+
+# ----------------------------------------------------------------------------------- containers
+
+_DOMAIN = rb"/local/domain/[0-9]+"
+_CONTAINERS: Final = (
+    rb"/",
+    # The toolstack's own (libxl_create.c, xenstore-paths.pandoc): made empty, and filled later.
+    rb"/(local|local/domain|local/pool|local/pool/[0-9]+|vm|vm/[^/]+|vm/[^/]+/(image|rtc|device))",
+    rb"/(libxl|libxl/[0-9]+|libxl/[0-9]+/(device|remus)|tool|tool/xenstored)",
+    _DOMAIN,
+    _DOMAIN + rb"/(attr|backend|bios-strings|console|control|cpu|data|device|device-model|drivers)",
+    _DOMAIN + rb"/(error|feature|hvmloader|image|libxl|memory|platform|serial|store)",
+    _DOMAIN + rb"/(attr|error|feature)/(vif|vbd|hotplug|PVAddons|device|backend)",
+    _DOMAIN + rb"/(backend|error/backend)/[a-z0-9_]+(/[0-9]+){0,2}",
+    _DOMAIN + rb"/(device|error/device)/(console|pvcalls|vbd|vfb|vif|vkbd|vscsi|vusb)(/[0-9]+)?",
+    _DOMAIN + rb"/(device-model/[0-9]+(/backends)?|device/suspend|cpu/[0-9]+)",
+)
+_CONTAINER = re.compile(b"|".join(b"(?:%s)" % pattern for pattern in _CONTAINERS))
+
+
+def is_container(path: bytes) -> bool:
+    """Whether a node without value and children is a directory by Xen's conventions.
+
+    Drawn from docs/misc/xenstore-paths.pandoc and libxl.  Only the outermost levels matter: what a
+    container has in it makes it a directory anyway.
+    """
+    return _CONTAINER.fullmatch(path) is not None
+
+
+# ---------------------------------------------------------------------------------------- values
+
+
+class Format(NamedTuple):
+    """How a value looks as the content of a file.  parse(render(value)) is always the value."""
+
+    render: Callable[[bytes], bytes]
+    parse: Callable[[bytes], bytes]
+
+
+def _render_text(value: bytes) -> bytes:
+    return value + b"\n" if value else b""
+
+
+def _parse_text(content: bytes) -> bytes:
+    return content[:-1] if content.endswith(b"\n") else content
+
+
+def _exact(data: bytes) -> bytes:
+    return data
+
+
+TEXT: Final = Format(_render_text, _parse_text)
+"""sysfs's convention: a value ends with a newline, an empty value is an empty file."""
+
+RAW: Final = Format(_exact, _exact)

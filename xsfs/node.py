@@ -1,0 +1,315 @@
+"""Inodes: the table of what the kernel knows, and what every kind of node answers by default.
+
+What `Tree` owns: each `Node` for which the kernel holds a lookup count, and the few facts that all
+nodes of a mount share.  Only the tasks that handle FUSE requests touch it, and none while it waits.
+
+What always holds:
+
+- A node is a position in the mount (its parent, its name) seen as one kind.  A file and a directory
+  at the same place are two nodes, and have two inode numbers: an inode whose type changes breaks the
+  files that are open on it.
+- An inode number is the hash of that position, so it stays the same when the kernel forgets a node
+  and comes back; a renamed node keeps its number.  Python's hash of bytes is keyed anew in each
+  process, so no guest can choose names that collide; should two collide all the same, the later
+  takes the next number.
+- A node is in the table while its lookup count is above 0 (the root always).
+- A node that was removed or replaced through the mount is `gone`: its old handles say ESTALE, and
+  never bring it back.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import stat
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Final, NoReturn, TypeVar, cast
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FUSEError
+
+from xsfs.names import join
+from xsfs.view import View
+
+DIRECTORY_ENTRY_TIMEOUT: Final = 3600.0
+"""Seconds.  A path means the same Xenstore path forever; whether it is still there each operation
+finds out by itself, and answers ESTALE, upon which the kernel looks it up again."""
+
+FILE_ENTRY_TIMEOUT: Final = 0.0
+"""A file that got children meanwhile would be ENOTDIR without xsfs being asked."""
+
+ATTRIBUTES_TIMEOUT: Final = 0.01
+"""Seconds.  Spares the fstat(2) that follows an open(2) or a listing at once a request of its own;
+whoever looks a path up gets new attributes anyway."""
+
+PREFETCH_SECONDS: Final = 0.05
+PREFETCH_MAX: Final = 64
+
+N = TypeVar("N", bound="Node")
+
+
+def refuse(number: int) -> NoReturn:
+    raise FUSEError(number)
+
+
+@dataclass(slots=True, frozen=True)
+class Ownership:
+    """Who owns the files, and what of their modes is cut."""
+
+    uid: int
+    gid: int
+    umask: int
+
+    def mode(self, kind: int, read: bool, write: bool) -> int:
+        bits = (0o444 if read else 0) | (0o222 if write else 0)
+        if kind == stat.S_IFDIR:
+            bits |= 0o111
+        return kind | (bits & ~self.umask)
+
+
+class Handle:
+    """An open file or directory.  Each kind answers what it can."""
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    async def read(self, offset: int, size: int) -> bytes:
+        refuse(errno.EINVAL)
+
+    async def write(self, offset: int, data: bytes) -> int:
+        refuse(errno.EINVAL)
+
+    async def truncate(self, size: int) -> None:
+        refuse(errno.EINVAL)
+
+    async def fsync(self) -> None:
+        """Carry out what is still due, and report its failure."""
+
+    async def release(self) -> None:
+        """The last descriptor was closed."""
+
+    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
+        refuse(errno.ENOTDIR)
+
+    async def poll(self, poll_handle: pyfuse3.PollHandle | None) -> int:
+        """What can be done without waiting, as poll(2) has it.
+
+        Never ENOSYS, which would turn poll off for the whole mount.
+        """
+        return select.POLLIN | select.POLLOUT
+
+
+class Node(ABC):
+    """One inode.  Subclasses are the kinds; each answers the operations that make sense on it."""
+
+    __slots__ = ("gone", "inode", "lookups", "name", "parent", "tree", "view")
+
+    kind: ClassVar[int] = stat.S_IFREG
+    entry_timeout: ClassVar[float] = FILE_ENTRY_TIMEOUT
+
+    def __init__(self, tree: Tree, view: View, parent: Node | None, name: bytes) -> None:
+        self.tree = tree
+        self.view = view
+        self.parent = parent
+        self.name = name
+        self.inode = 0
+        self.lookups = 0
+        self.gone = False
+
+    @property
+    def path(self) -> bytes:
+        """The absolute Xenstore path.  Not stored: a rename of a parent changes it."""
+        assert self.parent is not None
+        return join(self.parent.path, self.name)
+
+    def require(self) -> None:
+        if self.gone:
+            refuse(errno.ESTALE)
+
+    # ---------------------------------------------------------------------------- attributes
+
+    def entry(self, size: int, read: bool = True, write: bool = True) -> EntryAttributes:
+        """The attributes of this node as the kernel takes them."""
+        ownership = self.tree.ownership
+        entry = EntryAttributes()
+        entry.st_ino = self.inode
+        entry.st_mode = ownership.mode(self.kind, read, write)
+        entry.st_uid = ownership.uid
+        entry.st_gid = ownership.gid
+        entry.st_size = size
+        entry.entry_timeout = self.entry_timeout
+        entry.attr_timeout = ATTRIBUTES_TIMEOUT
+        return entry
+
+    @abstractmethod
+    async def getattr(self) -> EntryAttributes:
+        """The attributes as they are now; ESTALE if the node is not there, or of another kind."""
+
+    async def looked_up(self, pid: int) -> EntryAttributes:
+        """The same for the LOOKUP of one of xsfs's own names by thread `pid`."""
+        return await self.getattr()
+
+    async def truncate(self, size: int) -> None:
+        refuse(errno.EISDIR if self.kind == stat.S_IFDIR else errno.EPERM)
+
+    # ------------------------------------------------------------------------------- entries
+
+    async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
+        refuse(errno.ENOTDIR)
+
+    async def create(self, name: bytes, flags: int) -> tuple[Handle, EntryAttributes]:
+        refuse(errno.ENOTDIR)
+
+    async def make_file(self, name: bytes) -> EntryAttributes:
+        refuse(errno.ENOTDIR)
+
+    async def make_directory(self, name: bytes) -> EntryAttributes:
+        refuse(errno.ENOTDIR)
+
+    async def unlink(self, name: bytes) -> None:
+        refuse(errno.ENOTDIR)
+
+    async def rmdir(self, name: bytes) -> None:
+        refuse(errno.ENOTDIR)
+
+    async def rename(self, name: bytes, target: Node, target_name: bytes, flags: int) -> None:
+        refuse(errno.ENOTDIR)
+
+    async def readlink(self) -> bytes:
+        refuse(errno.EINVAL)
+
+    # ------------------------------------------------------------------------------- handles
+
+    async def open(self, flags: int, pid: int) -> Handle:
+        refuse(errno.EISDIR)
+
+    async def opendir(self) -> Handle:
+        refuse(errno.ENOTDIR)
+
+    # ---------------------------------------------------------------------------- attributes
+
+    async def getxattr(self, name: bytes) -> bytes:
+        refuse(pyfuse3.ENOATTR)
+
+    async def setxattr(self, name: bytes, value: bytes) -> None:
+        refuse(errno.EOPNOTSUPP)
+
+    async def listxattr(self) -> list[bytes]:
+        return []
+
+    async def removexattr(self, name: bytes) -> None:
+        refuse(pyfuse3.ENOATTR)
+
+
+class Prefetched:
+    """The values that LOOKUPs have fetched, kept for the OPEN of the same open(2).
+
+    The kernel sends both in the name of the same thread, one right after the other.  A value is given
+    once, to that thread, for that inode, and only for a moment: an open(2) whose OPEN is late, or one
+    without a LOOKUP (of /proc/self/fd), asks the store.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[Node, bytes, float]] = {}
+
+    def put(self, pid: int, node: Node, value: bytes) -> None:
+        self._values.pop(pid, None)
+        self._values[pid] = (node, value, time.monotonic() + PREFETCH_SECONDS)
+        if len(self._values) > PREFETCH_MAX:
+            del self._values[next(iter(self._values))]
+
+    def take(self, pid: int, node: Node) -> bytes | None:
+        found = self._values.pop(pid, None)
+        if found is None or found[0] is not node or found[2] < time.monotonic():
+            return None
+        return found[1]
+
+    def drop(self) -> None:
+        """Something was written through the mount: what was fetched before may be outdated."""
+        self._values.clear()
+
+
+class Tree:
+    """See the module's text."""
+
+    def __init__(self, ownership: Ownership, counters: Callable[[], dict[str, int]]) -> None:
+        self.ownership = ownership
+        self.counters = counters
+        self.prefetched = Prefetched()
+        self._nodes: dict[int, Node] = {}
+        self._moved: dict[tuple[type[Node], Node, bytes], Node] = {}
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def peek(self, inode: int) -> Node | None:
+        return self._nodes.get(inode)
+
+    def add_root(self, root: Node) -> None:
+        root.inode = pyfuse3.ROOT_INODE
+        root.lookups = 1
+        self._nodes[root.inode] = root
+
+    def get(self, inode: int) -> Node:
+        """The node with this number; ESTALE if there is none (any more)."""
+        node = self._nodes.get(inode)
+        if node is None:
+            refuse(errno.ESTALE)
+        return node
+
+    def node(self, kind: type[N], parent: Node, name: bytes) -> N:
+        """The node at this position, a new one if need be.  Its lookup count stays as it is."""
+        found, number = self._search(kind, parent, name)
+        if found is not None:
+            return found
+        node = kind(parent.tree, parent.view, parent, name)
+        node.inode = number
+        return node
+
+    def find(self, kind: type[N], parent: Node, name: bytes) -> N | None:
+        """The node at this position if the kernel knows one."""
+        return self._search(kind, parent, name)[0]
+
+    def _search(self, kind: type[N], parent: Node, name: bytes) -> tuple[N | None, int]:
+        if self._moved and (moved := self._moved.get((kind, parent, name))) is not None:
+            if not moved.gone:
+                return cast(N, moved), moved.inode
+            del self._moved[kind, parent, name]
+        # 2 and up: 1 is the root's.
+        number = (hash((kind, parent.inode, name)) & 0x3FFF_FFFF_FFFF_FFFF) + 2
+        while (found := self._nodes.get(number)) is not None:
+            if (
+                type(found) is kind
+                and found.parent is parent
+                and found.name == name
+                and not found.gone
+            ):
+                return found, number
+            number += 1
+        return None, number
+
+    def move(self, node: Node, parent: Node, name: bytes) -> None:
+        """The node has been renamed: it keeps its number, which is not its new position's hash."""
+        node.parent = parent
+        node.name = name
+        self._moved[type(node), parent, name] = node
+
+    def remember(self, node: Node) -> None:
+        """The kernel was told of the node."""
+        node.lookups += 1
+        self._nodes[node.inode] = node
+
+    def forget(self, inode: int, lookups: int) -> None:
+        node = self._nodes.get(inode)
+        if node is None:
+            return
+        node.lookups -= lookups
+        if node.lookups <= 0 and inode != pyfuse3.ROOT_INODE:
+            del self._nodes[inode]
+            if self._moved and node.parent is not None:
+                self._moved.pop((type(node), node.parent, node.name), None)

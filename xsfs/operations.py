@@ -1,0 +1,396 @@
+"""The pyfuse3 operations: a thin dispatch to nodes and handles, and the border between two worlds.
+
+What it owns: the table of open handles.  Each operation finds its node or handle and asks it; each
+goes through `_answer`, which turns every failure into an errno, whatever it was: an exception that
+escaped would end the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import stat
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from functools import wraps
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+
+import pyfuse3
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+    XAttrNameT,
+)
+
+from xsfs.errors import (
+    ConnectionLost,
+    RequestTimeout,
+    StoreUnavailable,
+    TransactionEnded,
+    XenstoreError,
+)
+from xsfs.names import NAME_MAX
+from xsfs.node import Handle, Tree, refuse
+from xsfs.wire import Op, WireError
+
+log = logging.getLogger(__name__)
+trace = logging.getLogger("xsfs.trace")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# --------------------------------------------------------------------------------------- errors
+
+_VERDICTS: Final = {
+    "EQUOTA": errno.EDQUOT,
+}
+"""Names of the store's that this system spells in another way."""
+
+_VERDICTS_BY_OP: Final = {
+    # oxenstored limits a value to 2048 bytes, and says that the argument list is too long.
+    (Op.WRITE, "E2BIG"): errno.EFBIG,
+    # A full quota of watches, by C xenstored.
+    (Op.WATCH, "E2BIG"): errno.ENOSPC,
+}
+
+_FAILURES: Final[Sequence[tuple[type[Exception], int]]] = (
+    (TransactionEnded, errno.ESTALE),
+    (RequestTimeout, errno.ETIMEDOUT),
+    (ConnectionLost, errno.EIO),
+    (StoreUnavailable, errno.EIO),
+)
+
+LONGEST_SURE_PATH: Final = 1024
+"""Paths up to here every daemon takes.  Past it EINVAL for a path of good letters means its length."""
+
+
+def errno_of(error: XenstoreError) -> int:
+    """The errno for the store's verdict; EIO, and a line in the log, for one nobody knows."""
+    request = error.request
+    number = _VERDICTS_BY_OP.get((request.op, error.name)) or _VERDICTS.get(error.name)
+    if number is None:
+        number = cast("int | None", getattr(errno, error.name, None))
+    if number is None:
+        log.error("Xenstore gave an unknown error: %s", error)
+        return errno.EIO
+    if number == errno.EINVAL and len(request.path) >= LONGEST_SURE_PATH:
+        return errno.ENAMETOOLONG
+    return number
+
+
+Handler = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
+
+
+def answered(handler: Handler[P, R]) -> Handler[P, R]:
+    """An operation that raises FUSEError and nothing else."""
+    operation = handler.__name__
+
+    @wraps(handler)
+    async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.answered += 1
+        if self.traces:
+            return await self.traced(operation, handler(self, *args, **kwargs), args)
+        try:
+            return await handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except Exception as error:
+            raise self.failure(operation, error) from None
+
+    return answer
+
+
+class Operations(pyfuse3.Operations):
+    """See the module's text.
+
+    distrust    called when a reply turns out to be nonsense
+    """
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, tree: Tree, distrust: Callable[[str], None]) -> None:
+        super().__init__()
+        self.tree = tree
+        self.errors = 0
+        self.answered = 0
+        self.traces = trace.isEnabledFor(logging.DEBUG)
+        self._distrust = distrust
+        self._handles: dict[int, Handle] = {}
+        self._next_handle = 1
+
+    def __len__(self) -> int:
+        """How many files and directories are open."""
+        return len(self._handles)
+
+    async def end(self) -> None:
+        """The mount ends: carry out what open files still owe the store."""
+        handles, self._handles = self._handles, {}
+        for handle in handles.values():
+            try:
+                await handle.release()
+            except Exception as error:
+                self.failure("release", error)
+
+    def failure(self, operation: str, error: Exception) -> FUSEError:
+        """The one place where an exception becomes an errno."""
+        if isinstance(error, FUSEError):
+            return error
+        self.errors += 1
+        if isinstance(error, XenstoreError):
+            return FUSEError(errno_of(error))
+        for kind, number in _FAILURES:
+            if isinstance(error, kind):
+                log.warning("%s: %s", operation, error)
+                return FUSEError(number)
+        if isinstance(error, WireError):
+            log.error("%s: Xenstore broke the protocol: %s", operation, error)
+            self._distrust(str(error))
+        else:
+            log.error("%s failed", operation, exc_info=error)
+        return FUSEError(errno.EIO)
+
+    async def traced(
+        self, operation: str, answer: Coroutine[Any, Any, R], args: Sequence[object]
+    ) -> R:
+        """Carry out an operation, and log it in one line."""
+        described = self._describe(operation, args)
+        start = time.perf_counter()
+        outcome = "ok"
+        try:
+            return await answer
+        except Exception as error:
+            failure = self.failure(operation, error)
+            outcome = errno.errorcode.get(failure.errno, str(failure.errno))
+            raise failure from None
+        finally:
+            microseconds = (time.perf_counter() - start) * 1e6
+            trace.debug("%s: %s, %.0f us", described, outcome, microseconds)
+
+    def _describe(self, operation: str, args: Sequence[object]) -> str:
+        words = [operation]
+        for position, value in enumerate(args):
+            if isinstance(value, bytes):
+                words.append(repr(value[:80])[1:])
+            elif isinstance(value, int):
+                on_handle = position == 0 and operation in _ON_HANDLES
+                node = self._handles[value].node if on_handle else self.tree.peek(value)
+                words.append(node.path.decode() if node is not None else str(value))
+        return " ".join(words)
+
+    def _open(self, handle: Handle) -> FileHandleT:
+        number = self._next_handle
+        self._next_handle += 1
+        self._handles[number] = handle
+        return number
+
+    def _file_info(self, handle: Handle) -> FileInfo:
+        # direct_io: what is read is what the handle has, whatever size was told before.
+        return FileInfo(fh=self._open(handle), direct_io=True, keep_cache=False)
+
+    # -------------------------------------------------------------------------------- entries
+
+    @answered
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        return await self.tree.get(parent_inode).lookup(name, ctx.pid)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, lookups in inode_list:
+            self.tree.forget(inode, lookups)
+
+    @answered
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        if not stat.S_ISREG(mode):
+            refuse(errno.EPERM)
+        return await self.tree.get(parent_inode).make_file(name)
+
+    @answered
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
+    ) -> EntryAttributes:
+        return await self.tree.get(parent_inode).make_directory(name)
+
+    @answered
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        refuse(errno.EPERM)
+
+    @answered
+    async def link(
+        self,
+        inode: InodeT,
+        new_parent_inode: InodeT,
+        new_name: FileNameT,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        refuse(errno.EPERM)
+
+    @answered
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self.tree.get(parent_inode).unlink(name)
+
+    @answered
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self.tree.get(parent_inode).rmdir(name)
+
+    @answered
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        source, target = self.tree.get(parent_inode_old), self.tree.get(parent_inode_new)
+        await source.rename(name_old, target, name_new, flags)
+
+    @answered
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        return await self.tree.get(inode).readlink()
+
+    # ----------------------------------------------------------------------------- attributes
+
+    @answered
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return await self.tree.get(inode).getattr()
+
+    @answered
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """Truncates; times are forgotten, modes and owners cannot change."""
+        node = self.tree.get(inode)
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            present = await node.getattr()
+            if (
+                (fields.update_mode and (attr.st_mode ^ present.st_mode) & 0o7777)
+                or (fields.update_uid and attr.st_uid != present.st_uid)
+                or (fields.update_gid and attr.st_gid != present.st_gid)
+            ):
+                refuse(errno.EPERM)
+        if fields.update_size:
+            if fh is not None:
+                await self._handles[fh].truncate(attr.st_size)
+            else:
+                await node.truncate(attr.st_size)
+        return await node.getattr()
+
+    @answered
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        return await self.tree.get(inode).getxattr(name)
+
+    @answered
+    async def setxattr(
+        self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
+    ) -> None:
+        await self.tree.get(inode).setxattr(name, value)
+
+    @answered
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        return await self.tree.get(inode).listxattr()
+
+    @answered
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        await self.tree.get(inode).removexattr(name)
+
+    @answered
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_namemax = NAME_MAX
+        return data
+
+    async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+        # Said once, the kernel never asks again.
+        refuse(errno.ENOSYS)
+
+    # ------------------------------------------------------------------------------- handles
+
+    @answered
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        return self._file_info(await self.tree.get(inode).open(flags, ctx.pid))
+
+    @answered
+    async def create(
+        self,
+        parent_inode: InodeT,
+        name: FileNameT,
+        mode: ModeT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> tuple[FileInfo, EntryAttributes]:
+        handle, entry = await self.tree.get(parent_inode).create(name, flags)
+        return self._file_info(handle), entry
+
+    @answered
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return await self._handles[fh].read(off, size)
+
+    @answered
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        return await self._handles[fh].write(off, buf)
+
+    async def flush(self, fh: FileHandleT) -> None:
+        # A shell closes a duplicate before it writes: a flush says nothing.  Never asked again.
+        refuse(errno.ENOSYS)
+
+    @answered
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        await self._handles[fh].fsync()
+
+    @answered
+    async def release(self, fh: FileHandleT) -> None:
+        await self._handles.pop(fh).release()
+
+    @answered
+    async def poll(
+        self,
+        inode: InodeT,
+        fh: FileHandleT,
+        poll_handle: pyfuse3.PollHandle | None,
+        ctx: RequestContext,
+    ) -> int:
+        return await self._handles[fh].poll(poll_handle)
+
+    @answered
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        return self._open(await self.tree.get(inode).opendir())
+
+    @answered
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        await self._handles[fh].readdir(start_id, token)
+
+    @answered
+    async def releasedir(self, fh: FileHandleT) -> None:
+        await self._handles.pop(fh).release()
+
+    @answered
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """Nothing of a directory is ever due."""
+
+
+_ON_HANDLES: Final = frozenset(
+    ("read", "write", "fsync", "release", "readdir", "releasedir", "fsyncdir")
+)

@@ -1,0 +1,23 @@
+"""A nursery for tasks that serve the body of an `async with`, and end with it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+
+@asynccontextmanager
+async def open_servants() -> AsyncIterator[trio.Nursery]:
+    """What the body raises comes out as it is, not in an exception group; a servant that fails
+    ends the body, as in any nursery."""
+    raised: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        except BaseException as error:
+            raised = error
+        nursery.cancel_scope.cancel()
+    if raised is not None:
+        raise raised

@@ -1,0 +1,302 @@
+"""Files: a node's value, and the generated ones.
+
+A value file's handle holds what reading gave at open, and what the kernel has asked to truncate or
+create but no write has carried out yet: `echo 42 > FILE` must be exactly one WRITE, and the shell
+closes a duplicate of its descriptor before it writes, so that only the first write, or the last
+close, can tell.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from abc import abstractmethod
+from collections.abc import Callable
+
+from pyfuse3 import EntryAttributes
+
+from xsfs import changes, wire
+from xsfs.errors import StoreError
+from xsfs.node import Handle, Node, Tree, refuse
+from xsfs.session import Session
+from xsfs.view import NOTHING, Look, View
+from xsfs.wire import Request
+from xsfs.xattrs import XenstoreNode
+
+log = logging.getLogger(__name__)
+
+
+class ValueFile(XenstoreNode):
+    """A Xenstore node as a file."""
+
+    __slots__ = ("creating",)
+
+    def __init__(self, tree: Tree, view: View, parent: Node | None, name: bytes) -> None:
+        super().__init__(tree, view, parent, name)
+        self.creating = 0
+        """How many handles are to create the node, which is not there before they do."""
+
+    def attributes(self, look: Look) -> EntryAttributes:
+        size = len(self.view.content.render(look.value))
+        return self.entry(size, look.readable, look.writable)
+
+    def is_of_kind(self, look: Look) -> bool:
+        return not self.view.is_directory(self.path, look)
+
+    async def getattr(self) -> EntryAttributes:
+        look = await self.view.look(self.path)
+        if look is None and self.creating and not self.gone:
+            return self.entry(0)
+        if look is None or self.gone or not self.is_of_kind(look):
+            refuse(errno.ESTALE)
+        return self.attributes(look)
+
+    async def truncate(self, size: int) -> None:
+        await ValueHandle(self, os.O_WRONLY).truncate(size)
+
+    async def open(self, flags: int, pid: int) -> ValueHandle:
+        self.require()
+        handle = ValueHandle(self, flags)
+        if flags & os.O_ACCMODE != os.O_WRONLY:
+            value = self.tree.prefetched.take(pid, self)
+            if value is None:
+                look = await self.view.look(self.path)
+                if look is None or not self.is_of_kind(look):
+                    refuse(errno.ESTALE)
+                if look.hidden:
+                    refuse(errno.EACCES)
+                value = look.value
+            handle.fetched = self.view.content.render(value)
+        if flags & os.O_TRUNC:
+            handle.truncated = True
+        return handle
+
+
+class DotValue(ValueFile):
+    """`.value` of a directory: the value of the directory's own node."""
+
+    __slots__ = ()
+
+    @property
+    def path(self) -> bytes:
+        assert self.parent is not None
+        return self.parent.path
+
+    def is_of_kind(self, look: Look) -> bool:
+        return True
+
+    async def getattr(self) -> EntryAttributes:
+        assert self.parent is not None
+        self.parent.require()
+        return self.attributes(await self.directory_look())
+
+    async def looked_up(self, pid: int) -> EntryAttributes:
+        look = await self.directory_look()
+        self.tree.prefetched.put(pid, self, look.value)
+        return self.attributes(look)
+
+    def was_written(self) -> None:
+        super().was_written()
+        assert isinstance(self.parent, XenstoreNode)
+        self.parent.value_was_written()
+
+    async def directory_look(self) -> Look:
+        look = await self.view.look(self.path)
+        if look is not None:
+            return look
+        assert isinstance(self.parent, XenstoreNode)
+        if not self.parent.lasting:
+            refuse(errno.ESTALE)
+        return NOTHING
+
+
+class ValueHandle(Handle):
+    """A value file as one open(2) has it.
+
+    fetched     what reading gives, None if the next read must ask
+    was_read    whether a read was answered from `fetched`
+    written     the content of this handle's last write, which the store has as parse(written)
+    truncated   whether O_TRUNC is to be carried out
+    creates     whether the node is to be made
+    """
+
+    __slots__ = ("appends", "creates", "fetched", "truncated", "was_read", "written")
+
+    node: ValueFile
+
+    def __init__(self, node: ValueFile, flags: int) -> None:
+        super().__init__(node)
+        self.appends = bool(flags & os.O_APPEND)
+        self.fetched: bytes | None = None
+        self.was_read = False
+        self.written: bytes | None = None
+        self.truncated = False
+        self.creates = False
+
+    # -------------------------------------------------------------------------------- reading
+
+    async def read(self, offset: int, size: int) -> bytes:
+        # From the start again is a new reading, as with sysfs.
+        if self.fetched is None or (offset == 0 and self.was_read):
+            self.fetched = await self._fetch()
+        self.was_read = True
+        return self.fetched[offset : offset + size]
+
+    async def _fetch(self) -> bytes:
+        if self.truncated or self.creates:
+            return b""
+        self.node.require()
+        value = await self.node.view.session.call(wire.read(self.node.path))
+        return self.node.view.content.render(value)
+
+    # -------------------------------------------------------------------------------- writing
+
+    async def write(self, offset: int, data: bytes) -> int:
+        if not data:
+            return 0
+        self.node.require()
+        limit = wire.value_max(self.node.path, self.node.view.session.payload_max)
+        if not self.appends and offset > limit:
+            self._settle()
+            refuse(errno.EFBIG)
+
+        def overwrite(present: bytes) -> bytes:
+            at = len(present) if self.appends else offset
+            return present[:at].ljust(at, b"\0") + data + present[at + len(data) :]
+
+        await self._change(overwrite, limit)
+        return len(data)
+
+    async def truncate(self, size: int) -> None:
+        self.node.require()
+        limit = wire.value_max(self.node.path, self.node.view.session.payload_max)
+        if size > limit + 1:
+            refuse(errno.EFBIG)
+        if not size:
+            self.truncated = True
+        await self._change(lambda present: present[:size].ljust(size, b"\0"), limit)
+
+    async def _change(self, change: Callable[[bytes], bytes], limit: int) -> None:
+        """Write what `change` makes of the present content, which is empty after a truncation.
+
+        Whatever comes of it, truncation and creation are no longer due: a refused write leaves the
+        old value as it is.
+        """
+        node = self.node
+        content = node.view.content
+        truncated = self.truncated
+        result = b""
+        try:
+            if truncated:
+                result = change(b"")
+                value = content.parse(result)
+                if len(value) > limit:
+                    refuse(errno.EFBIG)
+                await node.view.session.call(wire.write(node.path, value))
+            else:
+
+                def of_value(value: bytes) -> bytes:
+                    nonlocal result
+                    result = change(self._content_of(value))
+                    return content.parse(result)
+
+                async def work(session: Session) -> Request:
+                    return await changes.splice(session, node.path, of_value, limit)
+
+                await node.view.atomically(work)
+        finally:
+            self._settle()
+        self.written = result
+        node.was_written()
+
+    def _content_of(self, value: bytes) -> bytes:
+        """The content that has this value: as this handle wrote it, unless somebody else wrote.
+
+        In text mode the content may lack the newline that reading would show, or hold one that
+        the value does not tell ("" is both nothing and an empty line): what was written counts.
+        """
+        content = self.node.view.content
+        if self.written is not None and content.parse(self.written) == value:
+            return self.written
+        return content.render(value)
+
+    def _settle(self) -> None:
+        self.truncated = False
+        self.fetched = None
+        if self.creates:
+            self.creates = False
+            self.node.creating -= 1
+
+    async def fsync(self) -> None:
+        """Carry out a truncation or creation that no write has carried out."""
+        if self.truncated:
+            await self._change(lambda _: b"", 0)
+        elif self.creates:
+            # MKDIR leaves what exists alone.  One request, sent before anything else is done: it
+            # reaches the store before the LOOKUP of whoever closed the file and looks for it.
+            try:
+                await self.node.view.session.mkdir(self.node.path)
+            finally:
+                self._settle()
+            self.node.was_written()
+
+    async def release(self) -> None:
+        if (self.truncated or self.creates) and not self.node.gone:
+            try:
+                await self.fsync()
+            except StoreError as error:
+                # close(2) has long returned.
+                log.warning("an emptied file could not be written at its close: %s", error)
+
+
+class TextFile(Node):
+    """A file of the mount's own, whose content is made anew at each opening."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """What the file holds now."""
+
+    async def getattr(self) -> EntryAttributes:
+        return self.entry(len(self.content()), write=False)
+
+    async def open(self, flags: int, pid: int) -> TextHandle:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            refuse(errno.EACCES)
+        return TextHandle(self)
+
+
+class TextHandle(Handle):
+    __slots__ = ("content",)
+
+    node: TextFile
+
+    def __init__(self, node: TextFile) -> None:
+        super().__init__(node)
+        self.content: bytes | None = None
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if offset == 0 or self.content is None:
+            self.content = self.node.content()
+        return self.content[offset : offset + size]
+
+
+class DomidFile(TextFile):
+    """`.domid`: the number of the domain whose rights the mount has."""
+
+    __slots__ = ()
+
+    def content(self) -> bytes:
+        return b"%d\n" % self.view.domid
+
+
+class StatsFile(TextFile):
+    """`.stats`: counters, one `name value` a line."""
+
+    __slots__ = ()
+
+    def content(self) -> bytes:
+        counters = self.tree.counters()
+        return b"".join(b"%s %d\n" % (name.encode(), counters[name]) for name in counters)

@@ -1,0 +1,207 @@
+"""What the store looks like from one place: as it is, or inside a transaction.
+
+A `View` is what all nodes of one tree share: the session through which they ask, the domain whose
+rights count, the rules by which a Xenstore node is a file or a directory.  It knows Xenstore and no
+FUSE; each `look` is one burst of requests, and nothing of it is kept but which nodes have been
+directories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, NamedTuple
+
+import trio
+
+from xsfs import wire
+from xsfs.client import Store, Transaction
+from xsfs.connection import Reply
+from xsfs.errors import XenstoreError
+from xsfs.names import Format, is_container
+from xsfs.session import Session
+from xsfs.wire import Request
+
+Work = Callable[[Session], Awaitable[Request | None]]
+
+KNOWN_MAX: Final = 100_000
+"""How many nodes are remembered as directories.  Past it the oldest are forgotten, and fall back on
+the conventions: a host whose guests come and go for years must not grow."""
+
+LOOK_WINDOW: Final = 256
+"""How many nodes one burst looks at.  A listing of 100,000 children is asked in such steps."""
+
+
+class Look(NamedTuple):
+    """What one burst told of a node."""
+
+    value: bytes
+    has_children: bool
+    readable: bool
+    writable: bool
+
+    @property
+    def hidden(self) -> bool:
+        """Whether this domain may not even know what the node is."""
+        return not self.readable
+
+
+HIDDEN: Final = Look(b"", False, False, True)
+"""A node that may not be read.  Whether it may be written only a write can tell."""
+
+NOTHING: Final = Look(b"", False, True, True)
+"""The root of a mount whose node is not there: a fresh store has no /local/domain/0."""
+
+
+def home_of(domid: int) -> bytes:
+    """What relative paths of a domain are relative to."""
+    return b"/local/domain/%d" % domid
+
+
+class KnownDirectories:
+    """The nodes that have been directories since the mount, by path.
+
+    An empty node without a value could be either; one that was made by mkdir, or had children once,
+    stays a directory.  `keep_with_value` is for a directory whose `.value` was written through the
+    mount: it stays one with a value and without children, or restoring a backup would turn it into a
+    file before its children are there.
+    """
+
+    def __init__(self) -> None:
+        self._paths: dict[bytes, bool] = {}
+
+    def add(self, path: bytes, *, keep_with_value: bool = False) -> None:
+        keep = self._paths.pop(path, False) or keep_with_value
+        self._paths[path] = keep
+        if len(self._paths) > KNOWN_MAX:
+            del self._paths[next(iter(self._paths))]
+
+    def discard(self, path: bytes) -> None:
+        self._paths.pop(path, None)
+
+    def move(self, source: bytes, target: bytes) -> None:
+        """A subtree was renamed."""
+        below = source + b"/"
+        for path in [p for p in self._paths if p == source or p.startswith(below)]:
+            self.add(target + path[len(source) :], keep_with_value=self._paths.pop(path))
+
+    def knows(self, path: bytes, value: bytes) -> bool:
+        keep = self._paths.get(path)
+        return keep is not None and (keep or not value)
+
+
+class View:
+    """See the module's text."""
+
+    def __init__(
+        self, store: Store, domid: int, root: bytes, content: Format, known: KnownDirectories
+    ) -> None:
+        self.store = store
+        self.session: Session = store
+        self.domid = domid
+        self.home = home_of(domid)
+        self.root = root
+        self.content = content
+        self.known = known
+
+    # ---------------------------------------------------------------------------------- looks
+
+    async def look(self, path: bytes) -> Look | None:
+        """What the node is now; None if there is none.  One round trip."""
+        (look,) = await self.look_all((path,))
+        return look
+
+    async def look_all(self, paths: Sequence[bytes]) -> list[Look | None]:
+        """The same for many nodes, still one round trip."""
+        return await self.look_through(self.session, paths)
+
+    async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
+        """The same by another session: one of a transaction's own."""
+        # Domain 0 may do everything: nothing to ask.
+        asks_perms = self.domid != 0
+        requests = []
+        for path in paths:
+            requests.append(wire.read(path))
+            requests.append(wire.directory(path))
+            if asks_perms:
+                requests.append(wire.get_perms(path))
+        replies = await session.burst(requests)
+        step = 3 if asks_perms else 2
+        looks = []
+        for index, path in enumerate(paths):
+            look = self._understand(replies[index * step : index * step + step])
+            if look is None:
+                self.known.discard(path)
+            elif look.has_children:
+                self.known.add(path)
+            looks.append(look)
+        return looks
+
+    def _understand(self, replies: Sequence[Reply]) -> Look | None:
+        value, children = replies[0], replies[1]
+        has_children = bool(children)
+        if isinstance(value, XenstoreError) or isinstance(children, XenstoreError):
+            if isinstance(children, XenstoreError) and children.name == "E2BIG":
+                has_children = True
+            else:
+                for reply in (value, children):
+                    if isinstance(reply, XenstoreError):
+                        if reply.name == "ENOENT":
+                            return None
+                        if reply.name == "EACCES":
+                            return HIDDEN
+                        raise reply
+            if isinstance(value, XenstoreError):
+                raise value
+        writable = True
+        if len(replies) > 2:
+            perms = replies[2]
+            if isinstance(perms, XenstoreError):
+                return None if perms.name == "ENOENT" else HIDDEN
+            writable = wire.access_of(wire.decode_perms(perms), self.domid)[1]
+        return Look(value, has_children, True, writable)
+
+    def is_directory(self, path: bytes, look: Look) -> bool:
+        """Whether a node is a directory: it has children, or is empty and one by custom.
+
+        A node that may not be read counts as one, since the way to readable nodes leads through it.
+        """
+        if look.has_children or look.hidden or self.known.knows(path, look.value):
+            return True
+        return not look.value and is_container(path)
+
+    # -------------------------------------------------------------------------------- changes
+
+    async def atomically(self, work: Work) -> None:
+        """Run `work` so that all it reads and writes happens at once, or not at all.
+
+        `work` gets a session, and returns the one last change, which goes out together with the
+        commit; None if there is nothing left to do.  It may be run several times; what it raises
+        undoes it.
+        """
+
+        async def and_commit(transaction: Transaction) -> None:
+            last = await work(transaction)
+            replies = await transaction.finish(() if last is None else (last,))
+            for reply in replies:
+                if isinstance(reply, XenstoreError):
+                    raise reply
+
+        await self.store.atomically(and_commit)
+
+    async def atomically_apart(self, work: Work) -> None:
+        """The same on a connection of its own, for transactions that may grow too big: closing it
+        ends even one that the daemon refuses to end (oxenstored, past a guest's quota)."""
+        deadline = trio.current_time() + self.store.timeout
+        while True:
+            transaction = await self.store.begin()
+            try:
+                last = await work(transaction)
+                if last is not None:
+                    await transaction.call(last)
+                await transaction.commit()
+                return
+            except XenstoreError as error:
+                if error.name != "EAGAIN" or trio.current_time() >= deadline:
+                    raise
+            finally:
+                self.store.abandon(transaction)
