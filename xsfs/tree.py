@@ -91,9 +91,12 @@ class Store:
         self._special: dict[bytes, Perms] = dict.fromkeys(
             (INTRODUCE_DOMAIN, RELEASE_DOMAIN), (Entry(DOM0, 0),)
         )
-        self._nodes = {ROOT: Node(b"", (Entry(DOM0, 0),), 1)}
-        self._generation = dom0.nodes = 1
-        self.mkdir(DOM0, b"/tool/xenstored")
+        self._nodes: dict[bytes, Node] = {}
+        for path in (ROOT, b"/tool", b"/tool/xenstored"):
+            self._generation += 1
+            self._place(path, Node(b"", (Entry(DOM0, 0),), self._generation), None)
+        self._nodes[ROOT].add_child(b"tool")
+        self._nodes[b"/tool"].add_child(b"xenstored")
 
     # -- who may do what
 
