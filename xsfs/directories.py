@@ -48,7 +48,10 @@ class Directory(XenstoreNode):
     async def look(self) -> Look:
         """What the node is now; ESTALE if it is no directory any more."""
         self.require()
-        look = await self.view.look(self.path)
+        return self.still(await self.view.look(self.path))
+
+    def still(self, look: Look | None) -> Look:
+        """What was seen of the node, if it is still a directory; else ESTALE."""
         if look is None and self.lasting:
             return NOTHING
         if look is None or not self.is_of_kind(look):
@@ -346,11 +349,13 @@ class DirectoryHandle(Handle):
 
     async def fetch(self) -> None:
         """Ask for the names.  `.value` is among them if there is a value."""
-        look = await self.node.look()
+        node = self.node
+        node.require()
+        look, names = await node.view.look_into(node.path)
+        look = node.still(look)
         if look.hidden:
             refuse(errno.EACCES)
-        names = await self.node.view.session.list(self.node.path) if look.has_children else []
-        names += self.node.lasting_children()
+        names += node.lasting_children()
         self.entries = list(dict.fromkeys(filter(self._is_listed, names)))
         if look.value:
             self.entries.insert(0, VALUE_NAME)

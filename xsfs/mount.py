@@ -127,7 +127,7 @@ async def _connect(options: Options) -> AsyncIterator[Callable[[], Transport] | 
         await nursery.start(embedded.serve)
         if options.listen is not None:
             nursery.start_soon(embedded.listen, options.listen)
-        yield lambda: SocketTransport(embedded.connect(options.domid))
+        yield lambda: SocketTransport(embedded.connect(options.domid), same_loop=True)
 
 
 async def _operations(options: Options, store: Store) -> Operations:

@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import stat
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
@@ -19,6 +20,9 @@ from xsfs.wire import DEVICE_PAYLOAD_MAX, PAYLOAD_MAX
 RUNDIR: Final = "/var/run/xenstored"
 DEVICES: Final = ("/dev/xen/xenbus", "/proc/xen/xenbus")
 RECEIVE_SIZE: Final = 65536
+
+SOON: Final = 1000
+"""Microseconds.  The kernel rounds it up to its tick, 4 ms at most."""
 
 NO_STORE_HINT: Final = (
     "start xenstored (dom0) or load xen's drivers (domU), name its socket or device, "
@@ -44,6 +48,9 @@ class Transport(Protocol):
     def receive(self) -> bytes:
         """What there is to read; b"" at the end.  BlockingIOError where there is nothing yet."""
 
+    def receive_soon(self) -> bytes | None:
+        """The same, but wait a moment (SOON at most) for it; None where nothing came."""
+
     def close(self) -> None: ...
 
 
@@ -53,8 +60,12 @@ class SocketTransport:
     payload_max = PAYLOAD_MAX
     watch_blocks = False
 
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+    def __init__(self, sock: socket.socket, *, same_loop: bool = False) -> None:
+        """`same_loop`: the peer is a task of this very event loop, and must not be waited for."""
+        self._same_loop = same_loop
+        # Blocking, so that receive_soon is a single system call; all others say MSG_DONTWAIT.
+        sock.setblocking(True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, SOON))
         self._socket = sock
 
     def fileno(self) -> int:
@@ -65,13 +76,21 @@ class SocketTransport:
 
     def send_rest(self, rest: bytes) -> bytes:
         try:
-            sent = self._socket.send(rest)
+            sent = self._socket.send(rest, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return rest
         return rest[sent:]
 
     def receive(self) -> bytes:
-        return self._socket.recv(RECEIVE_SIZE)
+        return self._socket.recv(RECEIVE_SIZE, socket.MSG_DONTWAIT)
+
+    def receive_soon(self) -> bytes | None:
+        if self._same_loop:
+            return None
+        try:
+            return self._socket.recv(RECEIVE_SIZE)
+        except BlockingIOError:
+            return None
 
     def close(self) -> None:
         self._socket.close()
@@ -105,6 +124,9 @@ class DeviceTransport:
 
     def receive(self) -> bytes:
         return os.read(self._descriptor, RECEIVE_SIZE)
+
+    def receive_soon(self) -> bytes | None:
+        return None
 
     def close(self) -> None:
         # A closed descriptor's number may belong to another file by the next call.

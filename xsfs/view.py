@@ -18,8 +18,8 @@ from xsfs.client import Store, Transaction
 from xsfs.connection import Reply
 from xsfs.errors import XenstoreError
 from xsfs.names import Format, is_container
-from xsfs.session import Session
-from xsfs.wire import Request
+from xsfs.session import Names, Session
+from xsfs.wire import Op, Request
 
 Work = Callable[[Session], Awaitable[Request | None]]
 
@@ -114,27 +114,45 @@ class View:
         """The same for many nodes, still one round trip."""
         return await self.look_through(self.session, paths)
 
+    async def look_into(self, path: bytes) -> tuple[Look | None, Names]:
+        """What the node is now, and the names of its children; one round trip for short listings."""
+        replies = await self.session.burst(self._questions(path))
+        look = self._learn(path, replies)
+        if look is None or not look.has_children:
+            return look, []
+        children = replies[1]
+        if isinstance(children, XenstoreError):
+            return look, await self.session.list(path)
+        return look, wire.decode_names(children)
+
     async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
         """The same by another session: one of a transaction's own."""
-        # Domain 0 may do everything: nothing to ask.
-        asks_perms = self.domid != 0
-        requests = []
-        for path in paths:
-            requests.append(wire.read(path))
-            requests.append(wire.directory(path))
-            if asks_perms:
-                requests.append(wire.get_perms(path))
-        replies = await session.burst(requests)
-        step = 3 if asks_perms else 2
-        looks = []
-        for index, path in enumerate(paths):
-            look = self._understand(replies[index * step : index * step + step])
-            if look is None:
-                self.known.discard(path)
-            elif look.has_children:
-                self.known.add(path)
-            looks.append(look)
-        return looks
+        replies = await session.burst([q for path in paths for q in self._questions(path)])
+        step = len(replies) // len(paths) if paths else 1
+        return [
+            self._learn(path, replies[index * step : index * step + step])
+            for index, path in enumerate(paths)
+        ]
+
+    def _questions(self, path: bytes) -> Sequence[Request]:
+        """What to ask in order to know what a node is."""
+        terminated = path + b"\0"
+        if self.domid == 0:
+            # Domain 0 may do everything: no permissions to ask.
+            return (Request(Op.READ, terminated), Request(Op.DIRECTORY, terminated))
+        return (
+            Request(Op.READ, terminated),
+            Request(Op.DIRECTORY, terminated),
+            Request(Op.GET_PERMS, terminated),
+        )
+
+    def _learn(self, path: bytes, replies: Sequence[Reply]) -> Look | None:
+        look = self._understand(replies)
+        if look is None:
+            self.known.discard(path)
+        elif look.has_children:
+            self.known.add(path)
+        return look
 
     def _understand(self, replies: Sequence[Reply]) -> Look | None:
         value, children = replies[0], replies[1]
