@@ -26,9 +26,9 @@ import trio
 
 from xsfs import wire
 from xsfs.store_content import dom0_nodes, guest_nodes, make
+from xsfs.store_domains import DOM0
 from xsfs.store_requests import Requests
 from xsfs.store_watch import Connection
-from xsfs.tree import DOM0
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +127,8 @@ class EmbeddedStore:
         self._flush()
 
     def _welcome(self, domid: int) -> None:
-        if not self._store.is_introduced(domid):
-            self._store.create_domain(domid)
+        if not self._store.domains.is_introduced(domid):
+            self._store.domains.create(domid)
             if self._populate:
                 make(self._store, guest_nodes(domid))
             self.introduce(domid)
@@ -137,7 +137,7 @@ class EmbeddedStore:
 
     async def _serve_socket(self, sock: socket.socket, domid: int) -> None:
         with sock:
-            if not self._store.is_introduced(domid):
+            if not self._store.domains.is_introduced(domid):
                 # Gone since the socket was made.
                 return
             async with trio.open_nursery() as nursery:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import uuid
 
+from xsfs.store_domains import DOM0
 from xsfs.store_node import home_of
-from xsfs.tree import DOM0, Store
+from xsfs.tree import Store
 
 Made = tuple[bytes, bytes, list[bytes] | None]
 """Path, value, and permissions unless they are the parent's."""

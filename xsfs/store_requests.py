@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Final
 
 from xsfs import wire
+from xsfs.store_domains import DOM0, DOMID_LIMIT, Change
 from xsfs.store_node import PATH_LENGTH_MAX, Refused, absolute, format_perms, home_of, is_path
 from xsfs.store_transaction import Transaction
 from xsfs.store_watch import Connection, Watch, Watches
-from xsfs.tree import DOM0, DOMID_LIMIT, WATCHES_MAX, Change, Store
+from xsfs.tree import WATCHES_MAX, Store
 from xsfs.wire import Op
 
 log = logging.getLogger(__name__)
@@ -99,13 +100,13 @@ class Requests:
             connection = watch.connection
             may = permitted.get(connection)
             if may is None:
-                may = permitted[connection] = self.store.may_know(connection.domid, change)
+                may = permitted[connection] = self.store.domains.may_know(connection.domid, change)
             if may:
                 watch.tell(change.path)
 
     def reset(self, connection: Connection) -> None:
         """Drop the connection's watches and transactions."""
-        domain = self.store.domains.get(connection.domid)
+        domain = self.store.domains.known.get(connection.domid)
         for watch in connection.watches.values():
             self._watches.remove(watch)
             if domain is not None and domain.watches:
@@ -191,7 +192,7 @@ class Requests:
             raise Refused("EINVAL")
         if (path, token) in client.watches:
             raise Refused("EEXIST")
-        domain = self.store.domains[client.domid]
+        domain = self.store.domains.known[client.domid]
         if client.domid != DOM0 and domain.watches > WATCHES_MAX:
             raise Refused("E2BIG")
         domain.watches += 1
@@ -206,7 +207,7 @@ class Requests:
         if watch is None:
             raise Refused("ENOENT")
         self._watches.remove(watch)
-        self.store.domains[client.domid].watches -= 1
+        self.store.domains.known[client.domid].watches -= 1
         return OK
 
     def _reset_watches(self, client: Connection, payload: bytes, tx: Transaction | None) -> bytes:
@@ -258,7 +259,7 @@ class Requests:
         domid = _domid(_one_string(payload))
         if domid == DOM0:
             raise Refused("EINVAL")
-        if not self.store.is_introduced(domid):
+        if not self.store.domains.is_introduced(domid):
             raise Refused("ENOENT")
         return domid
 
@@ -277,9 +278,11 @@ class Requests:
         if len(strings) < 2:
             raise Refused("EINVAL")
         domid, target = map(_domid, strings[:2])
-        if not self.store.is_introduced(domid) or not self.store.is_introduced(target):
+        if not self.store.domains.is_introduced(domid) or not self.store.domains.is_introduced(
+            target
+        ):
             raise Refused("ENOENT")
-        self.store.domains[domid].target = target
+        self.store.domains.known[domid].target = target
         return OK
 
     def _get_domain_path(self, client: Connection, payload: bytes, tx: Transaction | None) -> bytes:
@@ -290,7 +293,7 @@ class Requests:
     ) -> bytes:
         domid = _domid(_one_string(payload))
         # DOMID_SELF is always there.
-        return b"T\0" if domid == DOMID_LIMIT or self.store.is_introduced(domid) else b"F\0"
+        return b"T\0" if domid == DOMID_LIMIT or self.store.domains.is_introduced(domid) else b"F\0"
 
     def _control(self, client: Connection, payload: bytes, tx: Transaction | None) -> bytes:
         match _all_strings(payload):

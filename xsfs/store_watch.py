@@ -21,9 +21,9 @@ from typing import Final
 import trio
 
 from xsfs import wire
+from xsfs.store_domains import Change
 from xsfs.store_node import home_of, parent_of
 from xsfs.store_transaction import Transaction
-from xsfs.tree import Change
 
 OUTPUT_HIGH: Final = 256 << 10
 OUTPUT_MAX: Final = 4 << 20

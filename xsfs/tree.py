@@ -1,17 +1,16 @@
 """The embedded store's data: a whole xenstored 4.17 without its connections.
 
-`Store` owns the nodes, the domains and what they use of their quotas.  It is synchronous and knows
-no sockets: whoever owns it calls one method for each request, and is told of each change by the
-function `changed`, which is called in the middle of a request and must not call back into the
-store except for `access`.  A request either is refused (`Refused`), and then no node has changed,
-or is done completely; only in a transaction a refused request may leave marks, and then the
-transaction is `failed`.
+`Store` owns the nodes and, in `Domains`, those who use them.  It is synchronous and knows no
+sockets: whoever owns it calls one method for each request, and is told of each change by the
+function `changed`, which is called in the middle of a request and may only ask `Domains` then.
+A request either is refused (`Refused`), and then no node has changed, or is done completely; only
+in a transaction a refused request may leave marks, and the transaction then cannot succeed.
 
 What always holds: the nodes are a flat table of absolute paths; each node but the root is among
 the children of its parent, and each child is in the table; `Domain.nodes` is the number of nodes
-whose first permission entry names the domain.  The generation counts every change ever made; it is
-how a transaction sees conflicts, how a client sees that a listing has changed under it, and how a
-permission is seen to be older than the domain which now has its domid.
+whose first permission entry names the domain.  A node's generation is
+that of its last change: by it a transaction sees conflicts, and a client that a listing has
+changed under it.
 
 The order in which a request looks at nodes is xenstored's own, since in a transaction it decides
 what conflicts, and in which order events come.
@@ -20,10 +19,17 @@ what conflicts, and in which order events come.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
+from xsfs.store_domains import (
+    DOM0,
+    INTRODUCE_DOMAIN,
+    RELEASE_DOMAIN,
+    Change,
+    Domain,
+    Domains,
+)
 from xsfs.store_node import (
-    ALL,
     DEAD,
     OWNER,
     READ,
@@ -41,13 +47,6 @@ from xsfs.store_node import (
 )
 from xsfs.store_transaction import Transaction
 
-DOM0: Final = 0
-DOMID_LIMIT: Final = 0x7FF0
-"""DOMID_FIRST_RESERVED, which is DOMID_SELF too."""
-
-INTRODUCE_DOMAIN: Final = b"@introduceDomain"
-RELEASE_DOMAIN: Final = b"@releaseDomain"
-
 # The quotas of a domain other than 0.
 NODES_MAX: Final = 1000
 NODE_SIZE_MAX: Final = 2048
@@ -56,85 +55,16 @@ TRANSACTIONS_MAX: Final = 10
 WATCHES_MAX: Final = 128
 
 
-class Change(NamedTuple):
-    """Something happened at `path`: to all which is watched at or above it, or, if `exact`, to
-    what is watched at `path` alone.  Who may read one of `readable_by` may know."""
-
-    path: bytes
-    exact: bool
-    readable_by: tuple[Perms, ...]
-
-
-class Domain:
-    """A domain which the store has met; `generation` is when."""
-
-    __slots__ = ("domid", "generation", "introduced", "nodes", "target", "transactions", "watches")
-
-    def __init__(self, domid: int, generation: int) -> None:
-        self.domid = domid
-        self.generation = generation
-        self.introduced = False
-        self.target: int | None = None
-        self.nodes = 0
-        self.watches = 0
-        self.transactions = 0
-
-
 class Store:
     def __init__(self, changed: Callable[[Change], None]) -> None:
         self._changed = changed
-        self._generation = 0
-        self._existing = {DOM0}
-        dom0 = Domain(DOM0, 0)
-        dom0.introduced = True
-        self.domains = {DOM0: dom0}
-        self._special: dict[bytes, Perms] = dict.fromkeys(
-            (INTRODUCE_DOMAIN, RELEASE_DOMAIN), (Entry(DOM0, 0),)
-        )
+        self.domains = Domains()
         self._nodes: dict[bytes, Node] = {}
         for path in (ROOT, b"/tool", b"/tool/xenstored"):
-            self._generation += 1
-            self._place(path, Node(b"", (Entry(DOM0, 0),), self._generation), None)
+            self.domains.generation += 1
+            self._place(path, Node(b"", (Entry(DOM0, 0),), self.domains.generation), None)
         self._nodes[ROOT].add_child(b"tool")
         self._nodes[b"/tool"].add_child(b"xenstored")
-
-    # -- who may do what
-
-    def access(self, who: int, perms: Perms) -> int:
-        """READ, WRITE and OWNER, as far as `perms` give them to the domain."""
-        if who == DOM0:
-            return ALL
-        domain = self.domains.get(who)
-        target = None if domain is None else domain.target
-        owner, others = perms[0]
-        if owner in (who, target):
-            return ALL
-        for domid, bits in perms[1:]:
-            if not bits & DEAD and domid in (who, target):
-                return bits
-        return others
-
-    def may_know(self, who: int, change: Change) -> bool:
-        return any(self.access(who, perms) & READ for perms in change.readable_by)
-
-    def _live(self, node: Node) -> Perms:
-        """The node's permissions, with the entries of domains marked which do not exist, or came
-        into being after the node was last written."""
-        perms = node.perms
-        if len(perms) == 1:
-            return perms
-        return perms[:1] + tuple(
-            entry if self._was_there(entry.domid, node.generation) else self._dead(entry)
-            for entry in perms[1:]
-        )
-
-    def _was_there(self, domid: int, generation: int) -> bool:
-        domain = self.domains.get(domid)
-        return domain is not None and domain.generation <= generation
-
-    @staticmethod
-    def _dead(entry: Entry) -> Entry:
-        return Entry(entry.domid, entry.bits | DEAD)
 
     # -- finding a node
 
@@ -146,7 +76,7 @@ class Store:
         if touched is not None:
             return touched.node
         node = self._nodes.get(path)
-        return tx.touch(path, node, None if node is None else self._live(node))
+        return tx.touch(path, node, None if node is None else self.domains.live(node))
 
     def _find(self, who: int, path: bytes, needed: int, tx: Transaction | None) -> Node | None:
         """The node, if the domain may; None if it is missing, and the domain may know that."""
@@ -154,11 +84,11 @@ class Store:
             raise Refused("EINVAL")
         node = self._look(path, tx)
         if node is not None and (
-            who == DOM0 or self.access(who, self._live(node)) & needed == needed
+            who == DOM0 or self.domains.access(who, self.domains.live(node)) & needed == needed
         ):
             return node
         ancestor = self._nearest(parent_of(path), tx)
-        if node is not None or not self.access(who, self._live(ancestor)) & needed:
+        if node is not None or not self.domains.access(who, self.domains.live(ancestor)) & needed:
             raise Refused("EACCES")
         return None
 
@@ -181,10 +111,10 @@ class Store:
 
     def _step(self, path: bytes, tx: Transaction | None) -> int:
         """A change to one node begins; returns the node's new generation."""
-        self._generation += 1
+        self.domains.generation += 1
         if tx is not None:
             tx.touched[path].modified = True
-        return self._generation
+        return self.domains.generation
 
     @staticmethod
     def _check_size(who: int, size: int, tx: Transaction | None) -> None:
@@ -197,7 +127,7 @@ class Store:
         if tx is not None:
             tx.count(owner, difference)
             return
-        domain = self._meet(owner)
+        domain = self.domains.meet(owner)
         if domain is not None:
             domain.nodes += difference
 
@@ -207,10 +137,10 @@ class Store:
         if tx is not None:
             tx.queue_event(path, exact)
             return
-        readable_by = (*old, self._live(node))
+        readable_by = (*old, self.domains.live(node))
         parent = self._nodes.get(parent_of(path))
         if parent is not None:
-            readable_by += (self._live(parent),)
+            readable_by += (self.domains.live(parent),)
         self._changed(Change(path, exact, readable_by))
 
     def write(self, who: int, path: bytes, value: bytes, tx: Transaction | None = None) -> None:
@@ -220,7 +150,7 @@ class Store:
         else:
             generation = self._step(path, tx)
             self._check_size(who, record_size(value, node.perms, node.child_bytes), tx)
-            self._update(node, generation, self._live(node))
+            self._update(node, generation, self.domains.live(node))
             node.value = value
         self._tell(path, False, tx, node)
 
@@ -240,7 +170,7 @@ class Store:
         missing = [path]
         while (parent := self._look(parent_of(missing[-1]), tx)) is None:
             missing.append(parent_of(missing[-1]))
-        perms = self._live(parent)
+        perms = self.domains.live(parent)
         if who != DOM0:
             # What an unprivileged domain makes is its own.
             perms = (Entry(who, perms[0].bits), *perms[1:])
@@ -254,7 +184,7 @@ class Store:
             node = Node(b"", perms, generation)
             node.add_child(name.rpartition(b"/")[2])
             self._place(higher, node, tx)
-        self._update(parent, generations[-1], self._live(parent))
+        self._update(parent, generations[-1], self.domains.live(parent))
         parent.add_child(missing[-1].rpartition(b"/")[2])
         return lowest
 
@@ -280,7 +210,7 @@ class Store:
         for count, path in enumerate(missing):
             # Within a transaction the nodes only count at its end.
             if who != DOM0 and (
-                self.domains[who].nodes + (count if tx is None else 0) >= NODES_MAX
+                self.domains.known[who].nodes + (count if tx is None else 0) >= NODES_MAX
             ):
                 raise Refused("ENOSPC")
             generations.append(self._step(path, tx))
@@ -296,19 +226,17 @@ class Store:
     ) -> None:
         if who != DOM0 and len(texts) > PERMS_MAX:
             raise Refused("ENOSPC")
-        perms = tuple(
-            entry if self._meet(entry.domid) else self._dead(entry) for entry in parse_perms(texts)
-        )
+        perms = self.domains.given(parse_perms(texts))
         owner = perms[0].domid
         if perms[0].bits & DEAD:
             raise Refused("ENOENT")
         if path.startswith(b"@"):
-            self._set_special_perms(who, path, perms)
+            self.domains.set_special_perms(who, path, perms)
             return
         node = self._find(who, path, WRITE | OWNER, tx)
         if node is None:
             raise Refused("ENOENT")
-        old = self._live(node)
+        old = self.domains.live(node)
         if who != DOM0 and owner != old[0].domid:
             raise Refused("EPERM")
         generation = self._step(path, tx)
@@ -345,7 +273,7 @@ class Store:
         if name not in parent.children:
             raise Refused("EIO")
         parent.remove_child(name)
-        self._update(parent, generation, self._live(parent))
+        self._update(parent, generation, self.domains.live(parent))
 
     def _remove_tree(self, top: bytes, tx: Transaction | None) -> None:
         node = self._look(top, tx)
@@ -385,15 +313,15 @@ class Store:
     # -- transactions
 
     def start(self, who: int) -> Transaction:
-        domain = self.domains[who]
+        domain = self.domains.known[who]
         if who != DOM0 and domain.transactions > TRANSACTIONS_MAX:
             raise Refused("ENOSPC")
         domain.transactions += 1
-        self._generation += 1
+        self.domains.generation += 1
         return Transaction(who)
 
     def abort(self, tx: Transaction) -> None:
-        domain = self.domains.get(tx.domid)
+        domain = self.domains.known.get(tx.domid)
         if domain is not None and domain.transactions:
             domain.transactions -= 1
 
@@ -411,19 +339,19 @@ class Store:
             if not touched.modified:
                 continue
             if touched.node is not None:
-                self._generation += 1
-                touched.node.generation = self._generation
+                self.domains.generation += 1
+                touched.node.generation = self.domains.generation
                 self._nodes[path] = touched.node
             elif touched.generation is not None:
                 del self._nodes[path]
             if touched.fires:
                 self._tell_committed(path, touched.exact, touched.perms)
         for owner, difference in tx.owned.items():
-            self.domains[owner].nodes += difference
+            self.domains.known[owner].nodes += difference
 
     def _check_owned(self, tx: Transaction) -> None:
         for owner, difference in tx.owned.items():
-            domain = self._meet(owner)
+            domain = self.domains.meet(owner)
             if domain is None:
                 raise Refused("ENOMEM")
             full = owner != DOM0 and domain.nodes + difference >= NODES_MAX
@@ -441,53 +369,24 @@ class Store:
 
     # -- domains
 
-    def _meet(self, domid: int) -> Domain | None:
-        """What the store knows of a domain, from now on if need be; None if there is no such."""
-        domain = self.domains.get(domid)
-        if domain is None and domid in self._existing:
-            domain = self.domains[domid] = Domain(domid, self._generation)
-        return domain
-
-    def exists(self, domid: int) -> bool:
-        return domid in self._existing
-
-    def create_domain(self, domid: int) -> None:
-        """The domain exists from now on, and can own nodes; it need not be introduced."""
-        if not 0 < domid < DOMID_LIMIT:
-            raise ValueError(f"not the domid of a guest: {domid}")
-        self._existing.add(domid)
-        self._meet(domid)
-
-    def is_introduced(self, domid: int) -> bool:
-        domain = self.domains.get(domid)
-        return domain is not None and domain.introduced
-
     def introduce(self, domid: int) -> None:
-        self.create_domain(domid)
-        domain = self.domains[domid]
+        domain = self.domains.create(domid)
         if not domain.introduced:
             domain.introduced = True
-            self.tell_special(INTRODUCE_DOMAIN)
+            self._changed(self.domains.special(INTRODUCE_DOMAIN))
 
     def release(self, domid: int) -> None:
         """The store forgets the domain: its nodes vanish, and its permissions lose their effect."""
-        domain = self.domains.get(domid)
+        domain = self.domains.known.get(domid)
         if domain is None or domid == DOM0:
             return
         self._remove_owned(domain)
-        for name, perms in self._special.items():
-            owner = Entry(DOM0, perms[0].bits) if perms[0].domid == domid else perms[0]
-            others = (entry for entry in perms[1:] if entry.domid != domid)
-            self._special[name] = (owner, *others)
-        del self.domains[domid]
-        for other in self.domains.values():
-            if other.target == domid:
-                other.target = None
+        self.domains.forget(domid)
         if domain.introduced:
-            self.tell_special(RELEASE_DOMAIN)
+            self._changed(self.domains.special(RELEASE_DOMAIN))
 
     def destroy(self, domid: int) -> None:
-        self._existing.discard(domid)
+        self.domains.end(domid)
         self.release(domid)
 
     def _remove_owned(self, domain: Domain) -> None:
@@ -496,19 +395,14 @@ class Store:
         while stack and domain.nodes > 0:
             path = stack.pop()
             node = self._nodes[path]
-            if node.perms[0].domid == domain.domid and path != ROOT:
+            owned = node.perms[0].domid == domain.domid
+            if owned and path != ROOT:
                 self._remove(path, None)
             else:
+                if owned:
+                    # xenstored would remove the root, and with it everything, for good.
+                    self._count(domain.domid, -1, None)
+                    self._count(DOM0, 1, None)
+                    perms = (Entry(DOM0, node.perms[0].bits), *self.domains.live(node)[1:])
+                    self._update(node, self._step(ROOT, None), perms)
                 stack += [child_of(path, name) for name in reversed(node.children)]
-
-    # -- special watches
-
-    def _set_special_perms(self, who: int, name: bytes, perms: Perms) -> None:
-        if name not in self._special:
-            raise Refused("EINVAL")
-        if self.access(who, self._special[name]) & (WRITE | OWNER) != WRITE | OWNER:
-            raise Refused("EACCES")
-        self._special[name] = perms
-
-    def tell_special(self, name: bytes) -> None:
-        self._changed(Change(name, True, (self._special[name],)))
