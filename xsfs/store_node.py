@@ -120,6 +120,10 @@ class Node:
 
     A transaction keeps copies of nodes.  A copy shares `children` with the original until one of
     the two changes them, so that copying costs the same for a node of any size.
+
+    `children` has the names as its values.  A key is the name too, but for a name that is there
+    once more: as in xenstored, a transaction's list can name a child twice, if others have removed
+    it and the transaction makes it anew.  (Such a transaction cannot succeed.)
     """
 
     __slots__ = ("_listing", "_shared", "child_bytes", "children", "generation", "perms", "value")
@@ -128,7 +132,7 @@ class Node:
         self.value = value
         self.perms = perms
         self.generation = generation
-        self.children: dict[bytes, None] = {}
+        self.children: dict[bytes, bytes] = {}
         self.child_bytes = 0
         self._shared = False
         self._listing: bytes | None = b""
@@ -144,13 +148,25 @@ class Node:
 
     def add_child(self, name: bytes) -> None:
         self._own_children()
-        if name not in self.children:
-            self.children[name] = None
-            self.child_bytes += len(name) + 1
+        self._append(name)
+        self.child_bytes += len(name) + 1
+
+    def _append(self, name: bytes) -> None:
+        key = name
+        while key in self.children:
+            key += b"\0"
+        self.children[key] = name
 
     def remove_child(self, name: bytes) -> None:
         self._own_children()
-        del self.children[name]
+        if name + b"\0" in self.children:
+            names = list(self.children.values())
+            names.remove(name)
+            self.children = {}
+            for kept in names:
+                self._append(kept)
+        else:
+            del self.children[name]
         self.child_bytes -= len(name) + 1
 
     def _own_children(self) -> None:
@@ -163,7 +179,7 @@ class Node:
     def listing(self) -> bytes:
         """The children's names, each with its NUL.  Kept, since DIRECTORY_PART asks repeatedly."""
         if self._listing is None:
-            self._listing = b"".join(name + b"\0" for name in self.children)
+            self._listing = b"".join(name + b"\0" for name in self.children.values())
         return self._listing
 
     @property

@@ -280,7 +280,7 @@ class Store:
         if node is None:
             raise Refused("ENOENT")
         # A path may have a thousand components: no recursion.
-        stack = [(top, node, iter(tuple(node.children)))]
+        stack = [(top, node, iter(tuple(node.children.values())))]
         while stack:
             path, node, names = stack[-1]
             name = next(names, None)
@@ -289,7 +289,7 @@ class Store:
                 child = self._look(below, tx)
                 if child is None:
                     raise Refused("ENOENT")
-                stack.append((below, child, iter(tuple(child.children))))
+                stack.append((below, child, iter(tuple(child.children.values()))))
                 continue
             stack.pop()
             self._remove_one(path, node, path != top, tx)
@@ -405,4 +405,4 @@ class Store:
                     self._count(DOM0, 1, None)
                     perms = (Entry(DOM0, node.perms[0].bits), *self.domains.live(node)[1:])
                     self._update(node, self._step(ROOT, None), perms)
-                stack += [child_of(path, name) for name in reversed(node.children)]
+                stack += [child_of(path, name) for name in reversed(node.children.values())]
