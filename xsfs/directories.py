@@ -19,18 +19,18 @@ from pyfuse3 import EntryAttributes
 
 from xsfs import changes, wire
 from xsfs.errors import XenstoreError
+from xsfs.listing import ListedNode
 from xsfs.names import NAME_MAX, VALUE_NAME, file_name, forced_name, is_alias, join
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Handle, Node, refuse
 from xsfs.session import Session
 from xsfs.values import DomidFile, DotValue, StatsFile, ValueFile, ValueHandle
-from xsfs.view import LOOK_WINDOW, NOTHING, Look
+from xsfs.view import NOTHING, Look
 from xsfs.wire import Request
-from xsfs.xattrs import XenstoreNode
 
 log = logging.getLogger(__name__)
 
 
-class Directory(XenstoreNode):
+class Directory(ListedNode):
     """A Xenstore node as a directory."""
 
     __slots__ = ()
@@ -38,9 +38,6 @@ class Directory(XenstoreNode):
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
     own: ClassVar[Mapping[bytes, type[Node]]] = {VALUE_NAME: DotValue}
-
-    def attributes(self, look: Look) -> EntryAttributes:
-        return self.entry(0, look.readable, look.writable)
 
     def is_of_kind(self, look: Look) -> bool:
         return self.view.is_directory(self.path, look)
@@ -72,8 +69,8 @@ class Directory(XenstoreNode):
         kind = self.own.get(name)
         if kind is not None:
             self.require()
-            node = self.tree.node(kind, self, name)
-            return self._found(node, await node.looked_up(pid))
+            entry = await self.tree.node(kind, self, name).looked_up(pid)
+            return self._found(self.tree.node(kind, self, name), entry)
         if (forced := forced_name(name)) is not None:
             child = await self._child_name(forced)
             look = await self.view.look(join(self.path, child))
@@ -93,20 +90,21 @@ class Directory(XenstoreNode):
         return self._found_child(child, path, look, pid)
 
     def _found_child(self, name: bytes, path: bytes, look: Look, pid: int) -> EntryAttributes:
+        node = self.child(name, path, look)
+        if isinstance(node, ValueFile):
+            self.tree.prefetched.put(pid, node, look.value)
+        return self._found(node, node.attributes(look))
+
+    def child(self, name: bytes, path: bytes, look: Look) -> Directory | ValueFile:
+        if name == VALUE_NAME:
+            return self.tree.node(DotValue, self, name)
         if self.view.is_directory(path, look):
-            directory = self.tree.node(self.kind_of_directory(name), self, name)
-            return self._found(directory, directory.attributes(look))
-        file = self.tree.node(ValueFile, self, name)
-        self.tree.prefetched.put(pid, file, look.value)
-        return self._found(file, file.attributes(look))
+            return self.tree.node(self.kind_of_directory(name), self, name)
+        return self.tree.node(ValueFile, self, name)
 
     def kind_of_directory(self, name: bytes) -> type[Directory]:
         """What a child is that is a directory."""
         return Directory
-
-    def lasting_children(self) -> Collection[bytes]:
-        """The names of directories that are there even while their nodes are not."""
-        return ()
 
     def _found(self, node: Node, entry: EntryAttributes) -> EntryAttributes:
         self.tree.remember(node)
@@ -147,11 +145,11 @@ class Directory(XenstoreNode):
 
     async def create(self, name: bytes, flags: int) -> tuple[Handle, EntryAttributes]:
         path = self._new_path(name)
-        file = self.tree.node(ValueFile, self, name)
-        handle = ValueHandle(file, flags)
         if flags & os.O_EXCL:
             await self._make(path, directory=False)
-        else:
+        file = self.tree.node(ValueFile, self, name)
+        handle = ValueHandle(file, flags)
+        if not flags & os.O_EXCL:
             handle.truncated = bool(flags & os.O_TRUNC)
             handle.creates = True
             file.creating += 1
@@ -261,13 +259,6 @@ class Directory(XenstoreNode):
                 self.tree.move(node, target, new_name)
         self.view.known.move(source_path, target_path)
 
-    # -------------------------------------------------------------------------------- listing
-
-    async def opendir(self) -> Handle:
-        handle = DirectoryHandle(self)
-        await handle.fetch()
-        return handle
-
 
 class ForcedDirectory(Directory):
     """`NAME.d`: a node as a directory, whatever it looks like."""
@@ -295,7 +286,7 @@ class StoreRoot(Directory):
 
 
 class LastingDirectory(Directory):
-    """A directory that is there, empty, even while its node is not; what is put in makes the node."""
+    """A directory that is there, empty, even while its node is not: what is put in makes it."""
 
     __slots__ = ()
 
@@ -328,87 +319,3 @@ class RootDirectory(Directory):
     def lasting_children(self) -> Collection[bytes]:
         """`data`, every domain's own place, which the toolstack makes for guests but not for dom0."""
         return (b"data",) if self.view.root == self.view.home else ()
-
-
-class DirectoryHandle(Handle):
-    """An open directory: its children's names as they were when it was opened, or last rewound.
-
-    What the children are is asked as the listing goes on, LOOK_WINDOW of them in one burst.
-    """
-
-    __slots__ = ("entries", "looks", "looks_from", "used")
-
-    node: Directory
-
-    def __init__(self, node: Directory) -> None:
-        super().__init__(node)
-        self.entries: list[bytes] = []
-        self.looks: list[Look | None] = []
-        self.looks_from = 0
-        self.used = False
-
-    async def fetch(self) -> None:
-        """Ask for the names.  `.value` is among them if there is a value."""
-        node = self.node
-        node.require()
-        look, names = await node.view.look_into(node.path)
-        look = node.still(look)
-        if look.hidden:
-            refuse(errno.EACCES)
-        names += node.lasting_children()
-        self.entries = list(dict.fromkeys(filter(self._is_listed, names)))
-        if look.value:
-            self.entries.insert(0, VALUE_NAME)
-        self.looks, self.looks_from = [], 0
-
-    def _is_listed(self, name: bytes) -> bool:
-        if wire.is_name(name):
-            # A domain's special nodes, which oxenstored lists in the root, are watched, not read.
-            return not (name.startswith(b"@") and self.node.path == b"/")
-        log.warning("left out of %r: a child named %r", self.node.path, name[:80])
-        return False
-
-    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
-        if start == 0 and self.used:
-            await self.fetch()
-        self.used = True
-        for position in range(start, len(self.entries) + 2):
-            if position < 2:
-                if not pyfuse3.readdir_reply(
-                    token, (b".", b"..")[position], self.node.entry(0), position + 1
-                ):
-                    return
-                continue
-            if not await self._reply(token, position - 2, position + 1):
-                return
-
-    async def _reply(self, token: pyfuse3.ReaddirToken, index: int, next_id: int) -> bool:
-        """Put one entry into the reply; False if it is full."""
-        look = await self._look(index)
-        if look is None:
-            if self.entries[index] not in self.node.lasting_children():
-                return True  # vanished meanwhile
-            look = NOTHING
-        node = self._node(self.entries[index], look)
-        if not pyfuse3.readdir_reply(token, file_name(node.name), node.attributes(look), next_id):
-            return False
-        self.node.tree.remember(node)
-        return True
-
-    def _node(self, name: bytes, look: Look) -> Directory | ValueFile:
-        directory = self.node
-        if name == VALUE_NAME:
-            return directory.tree.node(DotValue, directory, name)
-        if directory.view.is_directory(join(directory.path, name), look):
-            return directory.tree.node(directory.kind_of_directory(name), directory, name)
-        return directory.tree.node(ValueFile, directory, name)
-
-    async def _look(self, index: int) -> Look | None:
-        if not self.looks_from <= index < self.looks_from + len(self.looks):
-            path = self.node.path
-            window = self.entries[index : index + LOOK_WINDOW]
-            self.looks = await self.node.view.look_all(
-                [path if name == VALUE_NAME else join(path, name) for name in window]
-            )
-            self.looks_from = index
-        return self.looks[index - self.looks_from]

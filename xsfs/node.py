@@ -45,7 +45,7 @@ ATTRIBUTES_TIMEOUT: Final = 0.01
 """Seconds.  Spares the fstat(2) that follows an open(2) or a listing at once a request of its own;
 whoever looks a path up gets new attributes anyway."""
 
-PREFETCH_SECONDS: Final = 0.05
+PREFETCH_SECONDS: Final = 0.01
 PREFETCH_MAX: Final = 64
 
 N = TypeVar("N", bound="Node")
@@ -300,7 +300,8 @@ class Tree:
         self._moved[type(node), parent, name] = node
 
     def remember(self, node: Node) -> None:
-        """The kernel was told of the node."""
+        """The kernel was told of the node.  No await may lie between `node` and this, or two tasks
+        could have made it."""
         node.lookups += 1
         self._nodes[node.inode] = node
 

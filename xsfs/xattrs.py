@@ -11,9 +11,11 @@ from collections.abc import Awaitable, Callable
 from typing import ClassVar, Final
 
 import pyfuse3
+from pyfuse3 import EntryAttributes
 
 from xsfs import wire
 from xsfs.node import Node, refuse
+from xsfs.view import Look
 
 ATTRIBUTE_MAX: Final = 4096
 """No permissions and no value are longer in a request."""
@@ -26,6 +28,10 @@ class XenstoreNode(Node):
 
     lasting: ClassVar[bool] = False
     """Whether it is there even while its node is not."""
+
+    def attributes(self, look: Look) -> EntryAttributes:
+        """What was seen of the node, as the kernel takes it."""
+        return self.entry(0, look.readable, look.writable)
 
     def was_written(self) -> None:
         """A change of the node was carried out through the mount."""

@@ -1,0 +1,127 @@
+"""`python3 -m tests.benchmarks`, from the root of the project: see --help.
+
+Exits with 0 whatever the figures are, as they depend on what else the machine has to do; 1 means
+that something could not be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, Final, NoReturn
+
+from tests.xenstored.harness import DAEMONS, MissingProgramError
+
+from . import works
+from .errors import BenchmarkError
+from .mounting import UNMOUNT, bare
+from .report import Circumstances, Memory, document, lines
+from .stores import DOMAINS_MIN, domains_for, store
+from .timing import Result, measure, warm_up
+
+MODULES: Final = ("pyfuse3", "pyxs", "trio")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m tests.benchmarks",
+        description="Measure xsfs against pyxs, the Xenstore tools and a bare pyfuse3 file system.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--kind", choices=sorted(DAEMONS), default="C", help="the daemon to mount")
+    add("--nodes", type=_positive, default=10_000, help="how many nodes it has, at least")
+    add("--rounds", type=_positive, default=7, help="how often everything is run")
+    add("--json", metavar="FILE", help="write the figures there, too")
+    return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _check() -> None:
+    for program, package in {**works.PROGRAMS, **UNMOUNT}.items():
+        if not shutil.which(program):
+            raise MissingProgramError(program, package)
+    for module in MODULES:
+        if not importlib.util.find_spec(module):
+            raise BenchmarkError(f"there is no Python module {module}: pip install {module}")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise BenchmarkError("no right to use /dev/fuse, or it is missing")
+
+
+@contextlib.contextmanager
+def _pyxs(socket: str) -> Iterator[Any]:
+    import pyxs  # only here: _check() has words for it where it is missing
+
+    with pyxs.Client(unix_socket_path=socket) as client:
+        yield client
+
+
+def _run(kind: str, nodes: int, rounds: int) -> tuple[Circumstances, list[Result], Memory]:
+    domains = max(DOMAINS_MIN, domains_for(nodes))
+    load = os.getloadavg()[0]
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        _progress(f"starting {kind} daemons")
+        whole = enter(store(kind, domains))
+        quarter = enter(store(kind, domains // 4))
+        mounted = whole.mount.resident()
+        stage = works.Stage(whole, quarter, enter(bare()), enter(_pyxs(whole.socket)))
+        comparisons = works.comparisons(stage)
+        _progress("warming up")
+        warm_up(comparisons)
+        visited = whole.mount.resident()
+        results = measure(comparisons, rounds, _progress)
+        memory = Memory(stage.bare.resident(), mounted, visited, whole.mount.resident())
+        _progress("")
+    cpus = os.cpu_count() or 1
+    return Circumstances(kind, whole.nodes, quarter.nodes, rounds, cpus, load), results, memory
+
+
+def _progress(text: str) -> None:
+    """One line that is written over, for whoever waits."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _terminated(number: int, _: object) -> NoReturn:
+    """An exception, so that everything is unmounted and ended."""
+    sys.exit(128 + number)
+
+
+def main() -> int:
+    arguments = _arguments()
+    for number in signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, _terminated)
+    try:
+        _check()
+        figures = _run(arguments.kind, arguments.nodes, arguments.rounds)
+        for line in lines(*figures):
+            print(line)
+        if arguments.json:
+            with open(arguments.json, "w") as file:
+                json.dump(document(*figures), file, indent=2)
+                file.write("\n")
+    except (BenchmarkError, MissingProgramError, OSError, subprocess.SubprocessError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

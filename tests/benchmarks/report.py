@@ -1,0 +1,116 @@
+"""The figures as a table, and as JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from .timing import Result
+
+HEADINGS: Final = ("work", "against", "ours", "theirs", "ratio", "target", "")
+LEFT: Final = 2
+"""So many columns are words."""
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What the figures depend on."""
+
+    kind: str
+    nodes: int
+    quarter_nodes: int
+    rounds: int
+    cpus: int
+    load: float
+    """At the beginning: with more than a little, the figures are noisy."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes resident of processes which serve a file system."""
+
+    bare: int
+    mounted: int
+    """xsfs, before anything was looked at."""
+    visited: int
+    """After find and grep have been everywhere once."""
+    finished: int
+    """After all rounds: much more than `visited` would mean that it grows without end."""
+
+
+def lines(circumstances: Circumstances, results: Sequence[Result], memory: Memory) -> Iterable[str]:
+    it = circumstances
+    yield f"{it.kind} daemon, {it.nodes} nodes ({it.quarter_nodes} in the smaller store)"
+    yield f"medians of {it.rounds} rounds, {it.cpus} CPUs, load {it.load:.1f} at the start"
+    yield ""
+    yield from _table([HEADINGS, *map(_row, results)])
+    yield ""
+    yield "resident memory"
+    yield f"  bare pyfuse3, mounted           {_mebibytes(memory.bare)}"
+    yield f"  xsfs, just mounted              {_mebibytes(memory.mounted)}"
+    by_node = (memory.visited - memory.mounted) / it.nodes
+    yield f"  xsfs, all nodes visited once    {_mebibytes(memory.visited)}, {by_node:.0f} bytes a node"
+    yield f"  xsfs, after all rounds          {_mebibytes(memory.finished)}"
+
+
+def document(
+    circumstances: Circumstances, results: Sequence[Result], memory: Memory
+) -> Mapping[str, Any]:
+    """The same for programs: seconds and bytes, and each round's time."""
+    return {
+        **asdict(circumstances),
+        "results": [
+            {
+                "work": result.comparison.work,
+                "ours": result.comparison.ours.name,
+                "against": result.comparison.theirs.name,
+                "each": result.comparison.each,
+                "ours_median": statistics.median(result.ours),
+                "theirs_median": statistics.median(result.theirs),
+                "ratio": result.ratio,
+                "target": result.comparison.target,
+                "ok": result.ok,
+                "ours_rounds": result.ours,
+                "theirs_rounds": result.theirs,
+            }
+            for result in results
+        ],
+        "memory": asdict(memory),
+    }
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    target = result.comparison.target
+    return (
+        result.comparison.work,
+        result.comparison.theirs.name,
+        _duration(statistics.median(result.ours)),
+        _duration(statistics.median(result.theirs)),
+        f"{result.ratio:.2f}",
+        "" if target is None else f"{target:.2f}",
+        "" if target is None else "ok" if result.ok else "over",
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.ljust(width) if column < LEFT else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds:.2f} s"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / (1 << 20):6.1f} MiB"

@@ -1,0 +1,75 @@
+"""Real daemons without Xen, with as many nodes as asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Final
+
+from tests.xenstored.harness import RealXenstored, dom0_nodes, guest_nodes
+
+from .mounting import Mount, xsfs
+
+DOMAINS_MIN: Final = 4
+"""So that a quarter of them is one."""
+
+HOME: Final = "/local/domain/0"
+NAME: Final = f"{HOME}/name"
+"""A node with a value of 8 bytes, which populate() makes."""
+
+SCRATCH: Final = f"{HOME}/scratch"
+"""A node to write to."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A daemon, its nodes, and xsfs over them."""
+
+    socket: str
+    nodes: int
+    mount: Mount
+    environment: Mapping[str, str]
+    """That of programs which are to find this daemon."""
+
+    def file(self, node: str) -> str:
+        return f"{self.mount.path}{node}"
+
+
+@contextlib.contextmanager
+def store(kind: str, domains: int) -> Iterator[Store]:
+    with RealXenstored(kind) as daemon:
+        daemon.populate(range(1, domains + 1))
+        with daemon.client() as client:
+            client.write(SCRATCH, b"0")
+        # One locale, or grep's speed would be that of the user's.
+        environment = os.environ | {"XENSTORED_PATH": daemon.socket, "LC_ALL": "C"}
+        nodes = _count(environment)
+        with xsfs(daemon.socket) as mount:
+            yield Store(daemon.socket, nodes, mount, environment)
+
+
+def _count(environment: Mapping[str, str]) -> int:
+    """Of all that the daemon has: it makes some nodes by itself."""
+    listing = subprocess.run(
+        ["xenstore-ls", "-f"], env=environment, stdout=subprocess.PIPE, check=True
+    )
+    return listing.stdout.count(b"\n")
+
+
+def domains_for(nodes: int) -> int:
+    """How many domains it takes to have at least so many nodes."""
+    domains = 0
+    paths = _paths(path for path, _, _ in dom0_nodes())
+    while len(paths) < nodes:
+        domains += 1
+        paths |= _paths(path for path, _, _ in guest_nodes(domains))
+    return domains
+
+
+def _paths(written: Iterator[str]) -> set[PurePosixPath]:
+    """The nodes, and those which are made on the way to them."""
+    return {node for path in map(PurePosixPath, written) for node in (path, *path.parents)}

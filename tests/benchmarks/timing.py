@@ -1,0 +1,99 @@
+"""Who is measured, how, and what came of it.
+
+On a machine with other things to do, one measurement after another would compare different minutes.
+So each round runs every contender once, close to whom it is compared with and every other round in
+the opposite order, and a ratio is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """Something that takes time."""
+
+    name: str
+    run: Callable[[], None]
+    """Raises an exception where the work was not done, since a failure would be fast."""
+    items: int
+    """How many times, or for how many nodes, one run does its work."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of what is to be known."""
+
+    work: str
+    ours: Contender
+    theirs: Contender
+    target: float | None = None
+    """What the ratio should not exceed, if anything is expected of it."""
+    each: bool = False
+    """Whether the time of a single item matters, rather than that of a run."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A comparison's figures; times in seconds, of a run or of an item of it, one a round."""
+
+    comparison: Comparison
+    ours: Sequence[float] = field(repr=False)
+    theirs: Sequence[float] = field(repr=False)
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(a / b for a, b in zip(self.ours, self.theirs, strict=True))
+
+    @property
+    def ok(self) -> bool | None:
+        """None: no target."""
+        target = self.comparison.target
+        return None if target is None else self.ratio <= target
+
+
+def contenders(comparisons: Sequence[Comparison]) -> list[Contender]:
+    """Each once, in the order in which they come."""
+    both = ((comparison.ours, comparison.theirs) for comparison in comparisons)
+    return list(dict.fromkeys(itertools.chain.from_iterable(both)))
+
+
+def warm_up(comparisons: Sequence[Comparison]) -> None:
+    for contender in contenders(comparisons):
+        contender.run()
+
+
+def measure(
+    comparisons: Sequence[Comparison], rounds: int, progress: Callable[[str], None]
+) -> list[Result]:
+    """Run all rounds; `progress` is told what is about to run."""
+    order = contenders(comparisons)
+    seconds: Mapping[Contender, list[float]] = {contender: [] for contender in order}
+    for number in range(1, rounds + 1):
+        for contender in order:
+            progress(f"round {number} of {rounds}: {contender.name}")
+            seconds[contender].append(_time(contender.run))
+        order.reverse()
+
+    def times(contender: Contender, each: bool) -> list[float]:
+        divisor = contender.items if each else 1
+        return [taken / divisor for taken in seconds[contender]]
+
+    return [Result(it, times(it.ours, it.each), times(it.theirs, it.each)) for it in comparisons]
+
+
+def _time(run: Callable[[], None]) -> float:
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    finally:
+        gc.enable()

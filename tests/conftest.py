@@ -1,0 +1,59 @@
+"""Fixtures of the outer rings: every store, mounted."""
+
+from __future__ import annotations
+
+import faulthandler
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mounting import PLACES, Mount, Place, mounted, open_place
+from tests.xenstored.harness import XsClient
+
+NEEDED = {
+    "fusermount3": "fuse3",
+    "getfattr": "attr",
+    "gcc": "gcc",
+    "rsync": "rsync",
+    "xenstore-ls": "xenstore-utils",
+}
+
+
+def pytest_sessionstart() -> None:
+    faulthandler.enable()
+    for program, package in NEEDED.items():
+        if shutil.which(program) is None:
+            pytest.exit(f"{program} is missing: apt-get install {package}", returncode=3)
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Each store in turn."""
+    with open_place(request.param, tmp_path_factory.mktemp("place")) as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def mount(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """The store, mounted with no options."""
+    with mounted([place.socket], tmp_path_factory.mktemp("mount") / "m") as mount:
+        yield mount
+
+
+@pytest.fixture
+def witness(place: Place) -> Iterator[XsClient]:
+    """An independent client of the same domain."""
+    with place.witness() as client:
+        yield client
+
+
+@pytest.fixture
+def box(request: pytest.FixtureRequest, place: Place, mount: Mount, witness: XsClient) -> Iterator[Path]:
+    """An empty directory of the mount, for one test alone."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60]
+    path = mount.path / "data" / name
+    path.mkdir()
+    yield path
+    witness.rm(f"{place.home}/data/{name}")

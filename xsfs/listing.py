@@ -1,0 +1,118 @@
+"""Listings: the names in a directory, and what they are, asked in as few bursts as will do."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from abc import abstractmethod
+from collections.abc import Collection
+
+import pyfuse3
+
+from xsfs import wire
+from xsfs.names import VALUE_NAME, file_name, join
+from xsfs.node import Handle, refuse
+from xsfs.view import LOOK_WINDOW, NOTHING, Look
+from xsfs.xattrs import XenstoreNode
+
+log = logging.getLogger(__name__)
+
+
+class ListedNode(XenstoreNode):
+    """What a listing needs of a directory."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def still(self, look: Look | None) -> Look:
+        """What was seen of the node, if it is still a directory; else ESTALE."""
+
+    @abstractmethod
+    def child(self, name: bytes, path: bytes, look: Look) -> XenstoreNode:
+        """The node for a child that looks so, or for `.value`."""
+
+    def lasting_children(self) -> Collection[bytes]:
+        """The names of directories that are there even while their nodes are not."""
+        return ()
+
+    async def opendir(self) -> Handle:
+        handle = DirectoryHandle(self)
+        await handle.fetch()
+        return handle
+
+
+class DirectoryHandle(Handle):
+    """An open directory: its children's names as they were when it was opened, or last rewound.
+
+    What the children are is asked as the listing goes on, LOOK_WINDOW of them in one burst.
+    """
+
+    __slots__ = ("entries", "looks", "looks_from", "used")
+
+    node: ListedNode
+
+    def __init__(self, node: ListedNode) -> None:
+        super().__init__(node)
+        self.entries: list[bytes] = []
+        self.looks: list[Look | None] = []
+        self.looks_from = 0
+        self.used = False
+
+    async def fetch(self) -> None:
+        """Ask for the names.  `.value` is among them if there is a value."""
+        node = self.node
+        node.require()
+        look, names = await node.view.look_into(node.path)
+        look = node.still(look)
+        if look.hidden:
+            refuse(errno.EACCES)
+        names += node.lasting_children()
+        self.entries = list(dict.fromkeys(filter(self._is_listed, names)))
+        if look.value:
+            self.entries.insert(0, VALUE_NAME)
+        self.looks, self.looks_from = [], 0
+
+    def _is_listed(self, name: bytes) -> bool:
+        if wire.is_name(name):
+            # A domain's special nodes, which oxenstored lists in the root, are watched, not read.
+            return not (name.startswith(b"@") and self.node.path == b"/")
+        log.warning("left out of %r: a child named %r", self.node.path, name[:80])
+        return False
+
+    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
+        if start == 0 and self.used:
+            await self.fetch()
+        self.used = True
+        for position in range(start, len(self.entries) + 2):
+            if position < 2:
+                if not pyfuse3.readdir_reply(
+                    token, (b".", b"..")[position], self.node.entry(0), position + 1
+                ):
+                    return
+                continue
+            if not await self._reply(token, position - 2, position + 1):
+                return
+
+    async def _reply(self, token: pyfuse3.ReaddirToken, index: int, next_id: int) -> bool:
+        """Put one entry into the reply; False if it is full."""
+        look = await self._look(index)
+        if look is None:
+            if self.entries[index] not in self.node.lasting_children():
+                return True  # vanished meanwhile
+            look = NOTHING
+        name = self.entries[index]
+        node = self.node.child(name, self._path(name), look)
+        if not pyfuse3.readdir_reply(token, file_name(node.name), node.attributes(look), next_id):
+            return False
+        self.node.tree.remember(node)
+        return True
+
+    def _path(self, name: bytes) -> bytes:
+        return self.node.path if name == VALUE_NAME else join(self.node.path, name)
+
+    async def _look(self, index: int) -> Look | None:
+        if not self.looks_from <= index < self.looks_from + len(self.looks):
+            window = self.entries[index : index + LOOK_WINDOW]
+            self.looks = await self.node.view.look_all([self._path(name) for name in window])
+            self.looks_from = index
+        return self.looks[index - self.looks_from]
