@@ -1,0 +1,514 @@
+"""The innermost ring: the wire protocol as pure functions.  Bytes in, messages out; nothing runs
+beside the test, no socket is opened.
+
+What the protocol says is written out here once more, as numbers and bytes, so that a slip in
+xsfs/wire.py cannot hide behind itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from xsfs import wire
+from xsfs.wire import Message, Op, Parser, Permission, Request, WireError
+
+# ------------------------------------------------------------------------------ numbers and names
+
+MESSAGE_TYPES = {
+    "CONTROL": 0,
+    "DIRECTORY": 1,
+    "READ": 2,
+    "GET_PERMS": 3,
+    "WATCH": 4,
+    "UNWATCH": 5,
+    "TRANSACTION_START": 6,
+    "TRANSACTION_END": 7,
+    "INTRODUCE": 8,
+    "RELEASE": 9,
+    "GET_DOMAIN_PATH": 10,
+    "WRITE": 11,
+    "MKDIR": 12,
+    "RM": 13,
+    "SET_PERMS": 14,
+    "WATCH_EVENT": 15,
+    "ERROR": 16,
+    "IS_DOMAIN_INTRODUCED": 17,
+    "RESUME": 18,
+    "SET_TARGET": 19,
+    "RESET_WATCHES": 21,
+    "DIRECTORY_PART": 22,
+}
+"""enum xsd_sockmsg_type of Xen 4.17's xs_wire.h, without its XS_."""
+
+ERROR_NAMES = """
+    EINVAL EACCES EEXIST EISDIR ENOENT ENOMEM ENOSPC EIO ENOTEMPTY ENOSYS EROFS EBUSY EAGAIN
+    EISCONN E2BIG EPERM
+"""
+"""xsd_errors of the same file."""
+
+
+def test_every_message_type_has_its_number() -> None:
+    assert {op.name: op.value for op in Op} == MESSAGE_TYPES
+
+
+def test_the_errors_are_those_of_the_header_and_of_oxenstored() -> None:
+    assert set(ERROR_NAMES.split()) | {"EQUOTA"} == wire.ERRORS
+
+
+def test_limits() -> None:
+    assert wire.HEADER.size == 16
+    assert wire.PAYLOAD_MAX == 4096
+    assert wire.DEVICE_PAYLOAD_MAX == 4080
+    assert wire.PATH_MAX == 3072
+    assert wire.RELATIVE_PATH_MAX == 2048
+    assert wire.REPLY_MAX > 1 << 20
+
+
+def test_the_header_is_four_native_words() -> None:
+    found = wire.encode(Op.WRITE, 0x01020304, 0xFFFFFFFF, b"a\0b")
+    native = struct.pack("I", 11) + struct.pack("I", 0x01020304) + struct.pack("I", 0xFFFFFFFF)
+    assert found == native + struct.pack("I", 3) + b"a\0b"
+
+
+# --------------------------------------------------------------------------------------- requests
+
+REQUESTS: list[tuple[Request, int, bytes]] = [
+    (wire.read(b"/a/b"), 2, b"/a/b\0"),
+    (wire.directory(b"/"), 1, b"/\0"),
+    (wire.directory_part(b"/vm", 0), 22, b"/vm\x000\0"),
+    (wire.directory_part(b"/vm", 4093), 22, b"/vm\x004093\0"),
+    (wire.get_perms(b"data"), 3, b"data\0"),
+    (wire.set_perms(b"/a", ()), 14, b"/a\0"),
+    (
+        wire.set_perms(b"/a", (Permission(0, False, False), Permission(7, True, True))),
+        14,
+        b"/a\0n0\0b7\0",
+    ),
+    (wire.write(b"/a", b""), 11, b"/a\0"),
+    (wire.write(b"/a", b"\0x\0\xff"), 11, b"/a\0\0x\0\xff"),
+    (wire.mkdir(b"/a"), 12, b"/a\0"),
+    (wire.rm(b"/a"), 13, b"/a\0"),
+    (wire.watch(b"@releaseDomain", b"t1"), 4, b"@releaseDomain\0t1\0"),
+    (wire.unwatch(b"/a", b""), 5, b"/a\0\0"),
+    (wire.transaction_start(), 6, b"\0"),
+    (wire.transaction_end(True), 7, b"T\0"),
+    (wire.transaction_end(False), 7, b"F\0"),
+    (wire.get_domain_path(12), 10, b"12\0"),
+    (wire.is_domain_introduced(0), 17, b"0\0"),
+    (wire.domain_request(Op.INTRODUCE, 7, 4103, 1), 8, b"7\x004103\x001\0"),
+    (wire.domain_request(Op.RELEASE, 7), 9, b"7\0"),
+    (wire.domain_request(Op.RESUME, 7), 18, b"7\0"),
+    (wire.domain_request(Op.SET_TARGET, 3, 7), 19, b"3\x007\0"),
+]
+
+
+@pytest.mark.parametrize(("request_", "op", "payload"), REQUESTS)
+def test_a_request_as_bytes(request_: Request, op: int, payload: bytes) -> None:
+    assert (int(request_.op), request_.payload) == (op, payload)
+    # oxenstored does not answer a request without a payload.
+    assert payload
+
+
+@pytest.mark.parametrize(("request_", "op", "payload"), REQUESTS)
+def test_the_path_of_a_request_is_its_first_string(
+    request_: Request, op: int, payload: bytes
+) -> None:
+    assert request_.path == payload.split(b"\0")[0]
+
+
+def test_only_requests_that_change_nothing_may_be_repeated() -> None:
+    names = {op.name for op in Op if Request(op, b"\0").repeatable}
+    assert names == {
+        *("DIRECTORY", "DIRECTORY_PART", "READ", "GET_PERMS"),
+        *("GET_DOMAIN_PATH", "IS_DOMAIN_INTRODUCED"),
+    }
+
+
+def test_the_root_is_never_removed() -> None:
+    with pytest.raises(ValueError, match="root"):
+        wire.rm(b"/")
+
+
+# ------------------------------------------------------------------------------------------ paths
+
+GOOD_PATHS = [
+    *(b"/", b"/a", b"a", b"/a/b", b"a/b", b"/A-Z_09/x", b"domid", b"data/x-y_z@w", b"-", b"@"),
+    *(b"@introduceDomain", b"@releaseDomain", b"/a/@b", b"/" + b"x" * 3071, b"x" * 3072),
+]
+BAD_PATHS = [
+    *(
+        b"",
+        b"//",
+        b"/a/",
+        b"a/",
+        b"//a",
+        b"/a//b",
+        b"/a.b",
+        b"/.",
+        b"..",
+        b"/a b",
+        b"/a\n",
+        b"/a\0",
+    ),
+    *(b"/a:b", b"/a~", b"/\xc3\xa4", b"/\xff", b"/a/\n", b"\n", b"/a+b", b"/*", b"/a,b"),
+    *(b"/" + b"x" * 3072, b"x" * 3073),
+]
+
+
+@pytest.mark.parametrize("path", GOOD_PATHS)
+def test_good_paths(path: bytes) -> None:
+    assert wire.check_path(path) == path
+
+
+@pytest.mark.parametrize("path", BAD_PATHS)
+def test_bad_paths(path: bytes) -> None:
+    with pytest.raises(ValueError, match="path"):
+        wire.check_path(path)
+
+
+def test_every_byte_in_a_path() -> None:
+    good = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_@-"
+    for number in range(256):
+        byte = bytes((number,))
+        assert wire.is_name(byte) == (byte in good)
+        assert wire.is_name(b"a" + byte) == (byte in good)
+        if byte in good:
+            assert wire.check_path(b"/x" + byte) == b"/x" + byte
+        else:
+            with pytest.raises(ValueError, match="path"):
+                wire.check_path(b"/x" + byte)
+
+
+@pytest.mark.parametrize("name", [b"", b"/", b"a/b", b"a.b", b"a\n"])
+def test_what_is_no_name(name: bytes) -> None:
+    assert not wire.is_name(name)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=40))
+@example(b"/a\n")
+def test_a_path_is_names_between_slashes(path: bytes) -> None:
+    body = path[1:] if path[:1] == b"/" else path
+    good = path == b"/" or all(map(wire.is_name, body.split(b"/")))
+    try:
+        wire.check_path(path)
+    except ValueError:
+        assert not good
+    else:
+        assert good
+
+
+@pytest.mark.parametrize(
+    ("path", "limit", "most"), [(b"/a", 4096, 4093), (b"/a", 4080, 4077), (b"x" * 3072, 4096, 1023)]
+)
+def test_the_longest_value_just_fits(path: bytes, limit: int, most: int) -> None:
+    assert wire.value_max(path, limit) == most
+    assert len(wire.write(path, bytes(most)).payload) == limit
+
+
+def test_the_longest_value_on_a_socket() -> None:
+    assert wire.value_max(b"/a") == 4093
+
+
+# ------------------------------------------------------------------------------------ permissions
+
+ACCESS = {"n": (False, False), "r": (True, False), "w": (False, True), "b": (True, True)}
+
+
+@pytest.mark.parametrize("letter", "nrwb")
+@pytest.mark.parametrize("domid", [0, 7, 32751, 4294967295])
+def test_a_permission_as_text_and_back(letter: str, domid: int) -> None:
+    perm = wire.parse_permission(f"{letter}{domid}")
+    assert perm == Permission(domid, *ACCESS[letter])
+    assert str(perm) == f"{letter}{domid}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "r", "7", "x7", "R7", "r-1", "r7 ", " r7", "r7\n", "r٣", "r²", "rr7", "r12345678901"],
+)
+def test_what_is_no_permission(text: str) -> None:
+    with pytest.raises(ValueError, match="permission"):
+        wire.parse_permission(text)
+
+
+@pytest.mark.parametrize("text", ["n0,r7", "n0 r7", " n0, r7 ", "n0\tr7\n", "n0,,r7,"])
+def test_permissions_with_commas_or_blanks(text: str) -> None:
+    perms = wire.parse_permissions(text)
+    assert perms == (Permission(0, False, False), Permission(7, True, False))
+    assert wire.format_permissions(perms) == "n0,r7"
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "n0,x", "n0;r7"])
+def test_what_are_no_permissions(text: str) -> None:
+    with pytest.raises(ValueError, match="permission"):
+        wire.parse_permissions(text)
+
+
+permissions = st.builds(Permission, st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+
+
+@settings(deadline=None)
+@given(st.lists(permissions, min_size=1, max_size=8))
+def test_permissions_survive_text_and_wire(perms: list[Permission]) -> None:
+    assert list(wire.parse_permissions(wire.format_permissions(perms))) == perms
+    payload = wire.set_perms(b"/a", perms).payload
+    assert list(wire.decode_perms(payload.removeprefix(b"/a\0"))) == perms
+
+
+@pytest.mark.parametrize(
+    ("text", "domid", "access"),
+    [
+        ("n5", 0, "b"),  # domain 0 may do everything
+        ("n5,n0", 0, "b"),
+        ("n5", 5, "b"),  # and so may the owner
+        ("n5,n5", 5, "b"),
+        ("n5", 7, "n"),  # the owner's letter is for all others
+        ("r5", 7, "r"),
+        ("w5", 7, "w"),
+        ("b5", 7, "b"),
+        ("b5,n7", 7, "n"),  # but for those with an entry
+        ("n5,b7", 7, "b"),
+        ("n5,b7", 8, "n"),
+        ("n5,r7,w7", 7, "r"),  # of which the first counts
+        ("n5,n8,w7,b7", 7, "w"),
+    ],
+)
+def test_who_may_do_what(text: str, domid: int, access: str) -> None:
+    assert wire.access_of(wire.parse_permissions(text), domid) == ACCESS[access]
+
+
+# ----------------------------------------------------------------------------------------- replies
+
+Decoder = Callable[[bytes], object]
+
+
+@pytest.mark.parametrize(
+    ("decode", "payload", "found"),
+    [
+        (wire.strings, b"", []),
+        (wire.strings, b"\0", [b""]),
+        (wire.strings, b"a\0", [b"a"]),
+        (wire.strings, b"a\0\0b\0", [b"a", b"", b"b"]),
+        (wire.decode_names, b"", []),
+        (wire.decode_names, b"b\0a\0", [b"b", b"a"]),
+        (wire.decode_error, b"ENOENT\0", "ENOENT"),
+        (wire.decode_error, b"E2BIG\0", "E2BIG"),
+        (wire.decode_error, b"ENOENT", "ENOENT"),
+        (wire.decode_error, b"EWHATEVER\0", "EWHATEVER"),
+        (wire.decode_error, b"x" * 40 + b"\0", "x" * 40),
+        (wire.decode_part, b"17\0a\0b\0", (b"17", b"a\0b\0", False)),
+        (wire.decode_part, b"17\0a\0b\0\0", (b"17", b"a\0b\0", True)),
+        (wire.decode_part, b"17\0\0", (b"17", b"", True)),
+        (wire.decode_perms, b"n0\0", (Permission(0, False, False),)),
+        (
+            wire.decode_perms,
+            b"w3\0r7\0",
+            (Permission(3, False, True), Permission(7, True, False)),
+        ),
+        (wire.decode_transaction_id, b"1\0", 1),
+        (wire.decode_transaction_id, b"4294967295\0", 4294967295),
+        (wire.decode_transaction_id, b"9", 9),
+        (wire.decode_string, b"/local/domain/3\0", b"/local/domain/3"),
+        (wire.decode_string, b"\0", b""),
+        (wire.decode_event, b"/a\0t\0", (b"/a", b"t")),
+        (wire.decode_event, b"@releaseDomain\0t\x007\0", (b"@releaseDomain", b"t")),
+        (wire.decode_event, b"\0\0", (b"", b"")),
+    ],
+)
+def test_good_replies(decode: Decoder, payload: bytes, found: object) -> None:
+    assert decode(payload) == found
+
+
+LONG_NUMBER = b"1" * 5000
+"""Python refuses to make a number of so many digits, with a ValueError."""
+
+
+@pytest.mark.parametrize(
+    ("decode", "payload"),
+    [
+        (wire.strings, b"a"),
+        (wire.strings, b"a\0b"),
+        (wire.decode_names, b"a\0b"),
+        (wire.decode_error, b""),
+        (wire.decode_error, b"\0"),
+        (wire.decode_error, b"no name\0"),
+        (wire.decode_error, b"EN\0ENT\0"),
+        (wire.decode_error, b"E\xc4\0"),
+        (wire.decode_error, b"x" * 41),
+        (wire.decode_part, b""),
+        (wire.decode_part, b"17"),
+        (wire.decode_part, b"17\0"),
+        (wire.decode_part, b"17\0a"),
+        (wire.decode_part, b"\0a\0"),
+        (wire.decode_part, b"x\0a\0"),
+        (wire.decode_part, b"-1\0a\0"),
+        (wire.decode_perms, b""),
+        (wire.decode_perms, b"n0"),
+        (wire.decode_perms, b"\0"),
+        (wire.decode_perms, b"n0\0\0"),
+        (wire.decode_perms, b"x0\0"),
+        (wire.decode_perms, b"r-1\0"),
+        (wire.decode_perms, b"n0\0r\xb2\0"),
+        (wire.decode_perms, b"r" + LONG_NUMBER + b"\0"),
+        (wire.decode_transaction_id, b""),
+        (wire.decode_transaction_id, b"\0"),
+        (wire.decode_transaction_id, b"0\0"),
+        (wire.decode_transaction_id, b"-1\0"),
+        (wire.decode_transaction_id, b"x\0"),
+        (wire.decode_transaction_id, b"1\x002\0"),
+        (wire.decode_transaction_id, b"4294967296\0"),
+        (wire.decode_transaction_id, LONG_NUMBER + b"\0"),
+        (wire.decode_string, b""),
+        (wire.decode_string, b"a"),
+        (wire.decode_string, b"a\0b\0"),
+        (wire.decode_event, b""),
+        (wire.decode_event, b"/a\0"),
+        (wire.decode_event, b"/a\0t"),
+    ],
+)
+def test_malformed_replies(decode: Decoder, payload: bytes) -> None:
+    with pytest.raises(WireError):
+        decode(payload)
+
+
+DECODERS: list[Decoder] = [
+    *(wire.strings, wire.decode_error, wire.decode_names, wire.decode_part, wire.decode_perms),
+    *(wire.decode_transaction_id, wire.decode_string, wire.decode_event),
+]
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+@settings(deadline=None)
+@given(
+    st.binary(max_size=60)
+    | st.lists(st.sampled_from((b"n0", b"1", b"\0", b"", b"-", b"\xb2"))).map(b"".join)
+)
+def test_garbage_is_a_wire_error_or_nothing(decode: Decoder, payload: bytes) -> None:
+    with contextlib.suppress(WireError):
+        decode(payload)
+
+
+# ------------------------------------------------------------------------------------------ parser
+
+words = st.integers(0, 2**32 - 1)
+messages = st.builds(Message, words, words, words, st.binary(max_size=200))
+cuts = st.lists(st.integers(0, 3000))
+
+
+def as_bytes(sent: Iterable[Message]) -> bytes:
+    return b"".join(wire.encode(*message) for message in sent)
+
+
+def pieces_of(data: bytes, at: Iterable[int]) -> list[bytes]:
+    places = sorted({0, len(data), *(place % (len(data) + 1) for place in at)})
+    return [data[start:end] for start, end in pairwise(places)]
+
+
+def parse(pieces: Iterable[bytes], parser: Parser) -> tuple[list[Message], bool]:
+    """All messages, and whether garbage came after them."""
+    found: list[Message] = []
+    for piece in pieces:
+        parser.feed(piece)
+        try:
+            while (message := parser.next()) is not None:
+                found.append(message)
+        except WireError:
+            with pytest.raises(WireError):
+                parser.next()
+            return found, True
+    return found, False
+
+
+EXAMPLES = [
+    Message(Op.READ, 1, 0, b""),
+    Message(Op.WATCH_EVENT, 0xFFFFFFFF, 0, b"/a\0t\0"),
+    Message(4711, 0, 0xFFFFFFFF, bytes(300)),
+]
+
+
+def test_byte_by_byte() -> None:
+    parser = Parser()
+    found = []
+    for number, byte in enumerate(as_bytes(EXAMPLES)):
+        assert parser.partial == (number not in (0, 16, 37))
+        parser.feed(bytes((byte,)))
+        if (message := parser.next()) is not None:
+            found.append(message)
+            assert parser.next() is None
+    assert found == EXAMPLES
+    assert not parser.partial
+
+
+def test_all_at_once() -> None:
+    parser = Parser()
+    parser.feed(as_bytes(EXAMPLES))
+    assert [parser.next() for _ in range(4)] == [*EXAMPLES, None]
+
+
+@settings(deadline=None)
+@given(st.lists(messages, max_size=8), cuts)
+def test_messages_come_out_however_they_were_cut(sent: list[Message], at: list[int]) -> None:
+    parser = Parser()
+    assert parse(pieces_of(as_bytes(sent), at), parser) == (sent, False)
+    assert parser.next() is None
+    assert not parser.partial
+
+
+@settings(deadline=None)
+@given(st.lists(messages, max_size=8), st.binary(max_size=15), cuts)
+def test_an_unfinished_message_is_known_as_such(
+    sent: list[Message], rest: bytes, at: list[int]
+) -> None:
+    parser = Parser()
+    assert parse(pieces_of(as_bytes(sent) + rest, at), parser) == (sent, False)
+    assert parser.partial == bool(rest)
+
+
+@settings(deadline=None)
+@given(st.lists(messages, max_size=8), st.integers(201, 2**32 - 1), st.binary(max_size=40), cuts)
+def test_messages_before_garbage_are_still_given(
+    sent: list[Message], length: int, rest: bytes, at: list[int]
+) -> None:
+    garbage = struct.pack("=IIII", Op.READ, 1, 0, length) + rest
+    parser = Parser(payload_max=200)
+    assert parse(pieces_of(as_bytes(sent) + garbage, at), parser) == (sent, True)
+    # Nothing that follows is believed.
+    parser.feed(as_bytes(EXAMPLES))
+    with pytest.raises(WireError):
+        parser.next()
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=400)), st.integers(0, 5000))
+def test_garbage_is_messages_or_a_wire_error(pieces: list[bytes], limit: int) -> None:
+    parser = Parser(payload_max=limit)
+    found, _ = parse(pieces, parser)
+    data = b"".join(pieces)
+    assert data.startswith(as_bytes(found))
+    assert all(len(message.payload) <= limit for message in found)
+
+
+@pytest.mark.parametrize("length", [4097, 65536, wire.REPLY_MAX])
+def test_replies_longer_than_the_limit_of_requests(length: int) -> None:
+    sent = [Message(Op.DIRECTORY, 1, 0, b"x" * length), Message(Op.READ, 2, 0, b"y")]
+    data = as_bytes(sent)
+    pieces = [data[start : start + 65536] for start in range(0, len(data), 65536)]
+    assert parse(pieces, Parser()) == (sent, False)
+
+
+def test_the_limit_is_told_from_the_header_alone() -> None:
+    parser = Parser()
+    parser.feed(struct.pack("=IIII", Op.READ, 1, 0, wire.REPLY_MAX))
+    assert parser.next() is None
+    parser = Parser()
+    parser.feed(struct.pack("=IIII", Op.READ, 1, 0, wire.REPLY_MAX + 1))
+    with pytest.raises(WireError, match=str(wire.REPLY_MAX + 1)):
+        parser.next()
