@@ -113,6 +113,19 @@ def test_serve_ends_all_it_started() -> None:
     run(test)
 
 
+def test_arguments_which_are_no_single_string() -> None:
+    async def test() -> None:
+        async with serving() as store:
+            client = Client(store.connect())
+            ops = (Op.READ, Op.DIRECTORY, Op.GET_PERMS, Op.MKDIR, Op.RM, Op.GET_DOMAIN_PATH)
+            for op in ops:
+                for payload in b"", b"/tool", b"/tool\0x", b"/tool\0\0":
+                    assert await client.ask(Request(op, payload)) == "EINVAL"
+            assert await client.ask(Request(Op.TRANSACTION_START, b"")) == b"1\0"
+
+    run(test)
+
+
 def test_requests_in_small_pieces() -> None:
     async def test() -> None:
         async with serving() as store:

@@ -303,7 +303,7 @@ def test_scenario(name: str, kind: str, tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------- random requests, twice
 
-EXAMPLES = 250
+EXAMPLES = 150
 STEPS = 40
 
 PATHS = (

@@ -31,7 +31,8 @@ _Handler = Callable[["Requests", Connection, bytes, Transaction | None], bytes]
 
 
 def _one_string(payload: bytes) -> bytes:
-    if payload.find(b"\0") != len(payload) - 1:
+    # xenstored forgets to say EINVAL, and replies with the name of whatever error was last.
+    if not payload or payload.find(b"\0") != len(payload) - 1:
         raise Refused("EINVAL")
     return payload[:-1]
 
@@ -222,17 +223,16 @@ class Requests:
         if tx is not None:
             raise Refused("EBUSY")
         started = self.store.start(client.domid)
-        tx_id = client.new_transaction_id()
-        client.transactions[tx_id] = started
-        return b"%d\0" % tx_id
+        started.number = client.new_transaction_number()
+        client.transactions[started.number] = started
+        return b"%d\0" % started.number
 
     def _transaction_end(self, client: Connection, payload: bytes, tx: Transaction | None) -> bytes:
         if payload not in (b"T\0", b"F\0"):
             raise Refused("EINVAL")
         if tx is None:
             raise Refused("ENOENT")
-        tx_id = next(number for number, open_tx in client.transactions.items() if open_tx is tx)
-        del client.transactions[tx_id]
+        del client.transactions[tx.number]
         if payload == b"T\0":
             self.store.commit(tx)
         else:

@@ -35,10 +35,12 @@ class Touched:
 
 
 class Transaction:
-    __slots__ = ("created", "domid", "failed", "owned", "touched")
+    __slots__ = ("created", "domid", "failed", "number", "owned", "touched")
 
     def __init__(self, domid: int) -> None:
         self.domid = domid
+        self.number = 0
+        """The tx_id; whoever owns the connection chooses it."""
         self.touched: dict[bytes, Touched] = {}
         self.owned: dict[int, int] = {}
         """By how many nodes the commit changes what each domain owns."""

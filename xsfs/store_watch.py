@@ -52,14 +52,14 @@ class Watches:
     """All watches, by path: a change looks at its own path and those above, not at each watch."""
 
     def __init__(self) -> None:
-        self._by_path: dict[bytes, list[Watch]] = {}
+        self._by_path: dict[bytes, dict[Watch, None]] = {}
 
     def add(self, watch: Watch) -> None:
-        self._by_path.setdefault(watch.path, []).append(watch)
+        self._by_path.setdefault(watch.path, {})[watch] = None
 
     def remove(self, watch: Watch) -> None:
         found = self._by_path[watch.path]
-        found.remove(watch)
+        del found[watch]
         if not found:
             del self._by_path[watch.path]
 
@@ -158,7 +158,7 @@ class Connection:
 
     # -- transactions
 
-    def new_transaction_id(self) -> int:
+    def new_transaction_number(self) -> int:
         while True:
             self._last_transaction = (self._last_transaction + 1) & 0xFFFFFFFF
             if self._last_transaction and self._last_transaction not in self.transactions:

@@ -8,9 +8,8 @@ in a transaction a refused request may leave marks, and the transaction then can
 
 What always holds: the nodes are a flat table of absolute paths; each node but the root is among
 the children of its parent, and each child is in the table; `Domain.nodes` is the number of nodes
-whose first permission entry names the domain.  A node's generation is
-that of its last change: by it a transaction sees conflicts, and a client that a listing has
-changed under it.
+whose first permission entry names the domain.  A node's generation is that of its last change: by
+it a transaction sees conflicts, and a client that a listing has changed under it.
 
 The order in which a request looks at nodes is xenstored's own, since in a transaction it decides
 what conflicts, and in which order events come.
