@@ -24,7 +24,7 @@ from . import works
 from .errors import BenchmarkError
 from .mounting import UNMOUNT, bare
 from .report import Circumstances, Memory, document, lines
-from .stores import DOMAINS_MIN, domains_for, store
+from .stores import DOMAINS_MIN, NAME_VALUE, domains_for, store
 from .timing import Result, measure, warm_up
 
 MODULES: Final = ("pyfuse3", "pyxs", "trio")
@@ -79,7 +79,8 @@ def _run(kind: str, nodes: int, rounds: int) -> tuple[Circumstances, list[Result
         whole = enter(store(kind, domains))
         quarter = enter(store(kind, domains // 4))
         mounted = whole.mount.resident()
-        stage = works.Stage(whole, quarter, enter(bare()), enter(_pyxs(whole.socket)))
+        file = enter(bare(f"{NAME_VALUE}\n"))
+        stage = works.Stage(whole, quarter, file, enter(_pyxs(whole.socket)))
         comparisons = works.comparisons(stage)
         _progress("warming up")
         warm_up(comparisons)

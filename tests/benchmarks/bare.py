@@ -1,6 +1,6 @@
-"""The least that a file can be in pyfuse3: `python3 -m tests.benchmarks.bare MOUNTPOINT`.
+"""The least that a file can be in pyfuse3: `python3 -m tests.benchmarks.bare CONTENT MOUNTPOINT`.
 
-One file with fixed content, whatever its name.  As in xsfs the kernel keeps no entry of it, so that
+One file with that content, whatever its name.  As in xsfs the kernel keeps no entry of it, so that
 each open begins with a lookup, and reads with direct_io; and there is nothing else.  What opening
 it, reading it and closing it takes is the floor under every file system on pyfuse3.
 """
@@ -26,38 +26,39 @@ from pyfuse3 import (
     RequestContext,
 )
 
-CONTENT: Final = b"Domain-0\n"
-
 FILE: Final = InodeT(ROOT_INODE + 1)
 HANDLE: Final = FileHandleT(1)
 
 
-def attributes(inode: InodeT) -> EntryAttributes:
-    entry = EntryAttributes()
-    entry.st_ino = inode
-    if inode == FILE:
-        entry.st_mode = stat.S_IFREG | 0o444
-        entry.st_size = len(CONTENT)
-    else:
-        entry.st_mode = stat.S_IFDIR | 0o555
-    entry.entry_timeout = entry.attr_timeout = 0
-    return entry
-
-
 class Bare(pyfuse3.Operations):
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.content = content
+
+    def attributes(self, inode: InodeT) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = inode
+        if inode == FILE:
+            entry.st_mode = stat.S_IFREG | 0o444
+            entry.st_size = len(self.content)
+        else:
+            entry.st_mode = stat.S_IFDIR | 0o555
+        entry.entry_timeout = entry.attr_timeout = 0
+        return entry
+
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        return attributes(FILE)
+        return self.attributes(FILE)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return attributes(inode)
+        return self.attributes(inode)
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         return FileInfo(fh=HANDLE, direct_io=True, keep_cache=False)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return CONTENT[off : off + size]
+        return self.content[off : off + size]
 
     async def flush(self, fh: FileHandleT) -> None:
         # The kernel does not ask again.
@@ -67,8 +68,10 @@ class Bare(pyfuse3.Operations):
         pass
 
 
-def main(mountpoint: str) -> None:
-    pyfuse3.init(Bare(), mountpoint, {"fsname=bare", "ro", "nosuid", "nodev", "noexec"})
+def main(content: str, mountpoint: str) -> None:
+    pyfuse3.init(
+        Bare(content.encode()), mountpoint, {"fsname=bare", "ro", "nosuid", "nodev", "noexec"}
+    )
     try:
         trio.run(pyfuse3.main)
     finally:
@@ -76,4 +79,4 @@ def main(mountpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -49,8 +49,9 @@ def xsfs(socket: str) -> contextlib.AbstractContextManager[Mount]:
     return mounted("xsfs", ["-f", "-o", "root=/", socket])
 
 
-def bare() -> contextlib.AbstractContextManager[Mount]:
-    return mounted(f"{__package__}.bare", [])
+def bare(content: str) -> contextlib.AbstractContextManager[Mount]:
+    """A file system with a single file, found under any name."""
+    return mounted(f"{__package__}.bare", [content])
 
 
 @contextlib.contextmanager

@@ -105,11 +105,11 @@ def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.1f} us"
-    if seconds < 1:
-        return f"{seconds * 1e3:.1f} ms"
-    return f"{seconds:.2f} s"
+    """To three digits."""
+    for unit, units in ("us", 1e6), ("ms", 1e3):
+        if seconds * units < 999.5:
+            return f"{seconds * units:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _mebibytes(size: int) -> str:

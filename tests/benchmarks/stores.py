@@ -19,7 +19,8 @@ DOMAINS_MIN: Final = 4
 
 HOME: Final = "/local/domain/0"
 NAME: Final = f"{HOME}/name"
-"""A node with a value of 8 bytes, which populate() makes."""
+NAME_VALUE: Final = "Domain-0"
+"""What populate() writes there."""
 
 SCRATCH: Final = f"{HOME}/scratch"
 """A node to write to."""

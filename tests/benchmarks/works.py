@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .bare import CONTENT
 from .errors import BenchmarkError
 from .mounting import Mount
-from .stores import NAME, SCRATCH, Store
+from .stores import NAME, NAME_VALUE, SCRATCH, Store
 from .timing import Comparison, Contender
 
 PROGRAMS: Final = {
@@ -45,6 +44,7 @@ class Stage:
     quarter: Store
     """A store with a quarter of the nodes, for what a node costs in it."""
     bare: Mount
+    """Its file has the same content as that of NAME in xsfs."""
     pyxs: Any
     """A connected pyxs.Client of the whole store."""
 
@@ -59,11 +59,12 @@ def one_value(stage: Stage) -> list[Comparison]:
     pyxs is what such a program uses instead; the bare file system is what no file system on pyfuse3
     can do better, so bare against pyxs is the part of the ratio which is not xsfs's.
     """
+    line = f"{NAME_VALUE}\n".encode()
     node, path = NAME.encode(), stage.whole.file(NAME)
     bare_path = os.path.join(stage.bare.path, "value")
-    ours = _batch("xsfs", lambda: _open_read_close(path), CONTENT)
-    pyxs = _batch("pyxs", lambda: stage.pyxs.read(node), CONTENT.rstrip(b"\n"))
-    bare = _batch("bare pyfuse3", lambda: _open_read_close(bare_path), CONTENT)
+    ours = _batch("xsfs", lambda: _open_read_close(path), line)
+    pyxs = _batch("pyxs", lambda: stage.pyxs.read(node), NAME_VALUE.encode())
+    bare = _batch("bare pyfuse3", lambda: _open_read_close(bare_path), line)
     return [
         Comparison("open, read, close a value", ours, pyxs, 3.0, each=True),
         Comparison("open, read, close a value", ours, bare, each=True),
