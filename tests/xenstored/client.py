@@ -61,6 +61,7 @@ class XsClient:
     """One connection, by the path of a Unix socket.  `timeout` bounds each wait, in seconds."""
 
     def __init__(self, path: str, timeout: float = 10.0) -> None:
+        self.path = path
         self.timeout = timeout
         self.events: deque[tuple[str, str]] = deque()
         """(path, token) of the events that came while something else was waited for."""
@@ -105,7 +106,7 @@ class XsClient:
         except ConnectionResetError:
             data = b""
         if not data:
-            raise XsEOF
+            raise XsEOF(f"the end of the connection to {self.path}")
         self._buffer += data
 
     def receive(self, timeout: float | None = None) -> Reply:
@@ -115,7 +116,7 @@ class XsClient:
         while not (message := self._next()):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self.sock], [], [], left)[0]:
-                raise XsTimeout(f"nothing came within {limit} s")
+                raise XsTimeout(f"nothing came from {self.path} within {limit} s")
             self._fill()
         return message
 
