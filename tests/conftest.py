@@ -29,7 +29,9 @@ def pytest_sessionstart() -> None:
 
 
 @pytest.fixture(scope="module", params=PLACES)
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
     """Each store in turn."""
     with open_place(request.param, tmp_path_factory.mktemp("place")) as place:
         yield place
@@ -50,7 +52,9 @@ def witness(place: Place) -> Iterator[XsClient]:
 
 
 @pytest.fixture
-def box(request: pytest.FixtureRequest, place: Place, mount: Mount, witness: XsClient) -> Iterator[Path]:
+def box(
+    request: pytest.FixtureRequest, place: Place, mount: Mount, witness: XsClient
+) -> Iterator[Path]:
     """An empty directory of the mount, for one test alone."""
     name = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60]
     path = mount.path / "data" / name

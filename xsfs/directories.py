@@ -59,7 +59,14 @@ class Directory(ListedNode):
         return self.attributes(await self.look())
 
     def value_was_written(self) -> None:
-        self.view.known.add(self.path, keep_with_value=True)
+        self.view.known.add(self.path, with_value=True)
+
+    def has_dot_value(self, look: Look) -> bool:
+        """Whether `.value` is there.
+
+        Not while it is empty: the tools that restore a copy make each file that must not exist.
+        """
+        return self.view.has_dot_value(self.path, look)
 
     # --------------------------------------------------------------------------------- lookup
 
@@ -144,6 +151,11 @@ class Directory(ListedNode):
     # ------------------------------------------------------------------------------- creation
 
     async def create(self, name: bytes, flags: int) -> tuple[Handle, EntryAttributes]:
+        if name == VALUE_NAME:
+            entry = await self._make_dot_value()
+            handle = ValueHandle(self.tree.node(DotValue, self, name), flags)
+            handle.truncated = bool(flags & os.O_TRUNC)
+            return handle, entry
         path = self._new_path(name)
         if flags & os.O_EXCL:
             await self._make(path, directory=False)
@@ -155,7 +167,18 @@ class Directory(ListedNode):
             file.creating += 1
         return handle, self._found(file, file.entry(0))
 
+    async def _make_dot_value(self) -> EntryAttributes:
+        """The node is there: all there is to make is the name."""
+        look = self.still(await self.view.look(self.path))
+        if look.value:
+            refuse(errno.EEXIST)
+        self.value_was_written()
+        node = self.tree.node(DotValue, self, VALUE_NAME)
+        return self._found(node, node.attributes(look))
+
     async def make_file(self, name: bytes) -> EntryAttributes:
+        if name == VALUE_NAME:
+            return await self._make_dot_value()
         await self._make(self._new_path(name), directory=False)
         file = self.tree.node(ValueFile, self, name)
         return self._found(file, file.entry(0))
@@ -183,6 +206,7 @@ class Directory(ListedNode):
         if name == VALUE_NAME:
             # So that rm -r and rmdir can follow: the value goes, the node stays.
             await self.view.session.write(self.path, b"")
+            self.view.known.discard_value(self.path)
             self.was_written()
             return
         path = await self._path_of_present(name)
@@ -267,6 +291,9 @@ class ForcedDirectory(Directory):
 
     def value_was_written(self) -> None:
         """NAME stays what it is."""
+
+    def has_dot_value(self, look: Look) -> bool:
+        return True
 
     def is_of_kind(self, look: Look) -> bool:
         return True

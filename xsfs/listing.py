@@ -68,7 +68,7 @@ class DirectoryHandle(Handle):
             refuse(errno.EACCES)
         names += node.lasting_children()
         self.entries = list(dict.fromkeys(filter(self._is_listed, names)))
-        if look.value:
+        if node.view.has_dot_value(node.path, look):
             self.entries.insert(0, VALUE_NAME)
         self.looks, self.looks_from = [], 0
 

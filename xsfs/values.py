@@ -93,6 +93,9 @@ class DotValue(ValueFile):
 
     async def looked_up(self, pid: int) -> EntryAttributes:
         look = await self.directory_look()
+        assert isinstance(self.parent, XenstoreNode)
+        if not self.parent.has_dot_value(look):
+            refuse(errno.ENOENT)
         self.tree.prefetched.put(pid, self, look.value)
         return self.attributes(look)
 

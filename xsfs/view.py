@@ -61,32 +61,43 @@ class KnownDirectories:
     """The nodes that have been directories since the mount, by path.
 
     An empty node without a value could be either; one that was made by mkdir, or had children once,
-    stays a directory.  `keep_with_value` is for a directory whose `.value` was written through the
-    mount: it stays one with a value and without children, or restoring a backup would turn it into a
-    file before its children are there.
+    stays a directory.  A directory whose `.value` was made through the mount stays one even with a
+    value and without children, or restoring a backup would turn it into a file before its children
+    are there; and its `.value` is there even while it is empty, or the tool that made it would miss
+    it.
     """
 
     def __init__(self) -> None:
         self._paths: dict[bytes, bool] = {}
+        """Whether `.value` was made, of each path."""
 
-    def add(self, path: bytes, *, keep_with_value: bool = False) -> None:
-        keep = self._paths.pop(path, False) or keep_with_value
-        self._paths[path] = keep
+    def add(self, path: bytes, *, with_value: bool = False) -> None:
+        with_value = self._paths.pop(path, False) or with_value
+        self._paths[path] = with_value
         if len(self._paths) > KNOWN_MAX:
             del self._paths[next(iter(self._paths))]
 
     def discard(self, path: bytes) -> None:
         self._paths.pop(path, None)
 
+    def discard_value(self, path: bytes) -> None:
+        """The `.value` of this directory was removed."""
+        if path in self._paths:
+            self._paths[path] = False
+
     def move(self, source: bytes, target: bytes) -> None:
         """A subtree was renamed."""
         below = source + b"/"
         for path in [p for p in self._paths if p == source or p.startswith(below)]:
-            self.add(target + path[len(source) :], keep_with_value=self._paths.pop(path))
+            self.add(target + path[len(source) :], with_value=self._paths.pop(path))
 
     def knows(self, path: bytes, value: bytes) -> bool:
-        keep = self._paths.get(path)
-        return keep is not None and (keep or not value)
+        with_value = self._paths.get(path)
+        return with_value is not None and (with_value or not value)
+
+    def has_value(self, path: bytes) -> bool:
+        """Whether `.value` was made here."""
+        return self._paths.get(path, False)
 
 
 class View:
@@ -186,6 +197,10 @@ class View:
         if look.has_children or look.hidden or self.known.knows(path, look.value):
             return True
         return not look.value and is_container(path)
+
+    def has_dot_value(self, path: bytes, look: Look) -> bool:
+        """Whether there is a `.value` in a directory: one for each value, or just made."""
+        return bool(look.value) or self.known.has_value(path)
 
     # -------------------------------------------------------------------------------- changes
 

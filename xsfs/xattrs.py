@@ -40,6 +40,10 @@ class XenstoreNode(Node):
     def value_was_written(self) -> None:
         """The value was written by way of this directory's `.value`."""
 
+    def has_dot_value(self, look: Look) -> bool:
+        """Whether there is a `.value` in this directory."""
+        return False
+
     async def getxattr(self, name: bytes) -> bytes:
         if name not in _ATTRIBUTES:
             # Never ENOSYS, which would turn extended attributes off for the whole mount.
