@@ -1,0 +1,355 @@
+"""Ring: the command as a user starts it: options, background, exit statuses, ends."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.mounting import GUEST, LIMIT, Mount, mounted
+from tests.xenstored.harness import RealXenstored, XsClient
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[RealXenstored]:
+    with RealXenstored("C", guests=(GUEST,)) as daemon:
+        daemon.populate()
+        yield daemon
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "m"
+    path.mkdir()
+    yield path
+    subprocess.run(["umount", "-l", path], stderr=subprocess.DEVNULL, check=False)
+
+
+def xsfs(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "xsfs", *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
+    """It failed with this status, and one clear line that has these words."""
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("xsfs: ")
+    for word in words:
+        assert word in done.stderr
+
+
+def process_at(mountpoint: Path) -> int:
+    """The process that serves a mount made in the background."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"xsfs" in words and bytes(mountpoint) in words:
+                return int(entry.name)
+    raise AssertionError("no such process")
+
+
+def wait_for_end(process: int) -> None:
+    """It is no child of ours, and may be nobody's who would bury it: a zombie has ended, too."""
+    deadline = time.monotonic() + LIMIT
+    pidfd = os.pidfd_open(process)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        assert poll.poll((deadline - time.monotonic()) * 1000), "xsfs goes on"
+    finally:
+        os.close(pidfd)
+
+
+def let_others_reach(path: Path) -> None:
+    """pytest's temporary directories are closed to other users."""
+    for parent in path.parents:
+        if parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o001:
+            parent.chmod(0o755)
+
+
+# ------------------------------------------------------------------------------------- mounting
+
+
+def test_it_returns_when_the_tree_answers(daemon: RealXenstored, mountpoint: Path) -> None:
+    done = xsfs(daemon.socket, mountpoint)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (mountpoint / "name").read_text() == "Domain-0\n"
+    process = process_at(mountpoint)
+    assert os.readlink(f"/proc/{process}/cwd") == "/"
+    assert {os.readlink(f"/proc/{process}/fd/{n}") for n in range(3)} == {"/dev/null"}
+    mounts = Path("/proc/self/mountinfo").read_text()
+    (line,) = [line for line in mounts.splitlines() if f" {mountpoint} " in line]
+    assert " - fuse.xsfs xenstore " in line
+    assert {"nosuid", "nodev", "noexec"} <= set(line.split(" ")[5].split(","))
+    subprocess.run(["umount", mountpoint], check=True, timeout=LIMIT)
+    wait_for_end(process)
+    assert os.listdir(mountpoint) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_end_it_cleanly(
+    daemon: RealXenstored, mountpoint: Path, number: signal.Signals
+) -> None:
+    mount = Mount([daemon.socket], mountpoint)
+    mount.wait_mounted()
+    # Also with a file open, and with one that is still to be emptied.
+    opened = os.open(mountpoint / "domid", os.O_RDONLY)
+    emptied = os.open(mountpoint / "data" / "due", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    assert mount.end(number) == 0
+    assert not os.path.ismount(mountpoint)
+    with pytest.raises(OSError, match="not connected"):
+        os.read(opened, 10)
+    for file in (opened, emptied):
+        with suppress(OSError):
+            os.close(file)
+    assert "Traceback" not in mount.stderr
+    with XsClient(daemon.socket) as client:
+        assert client.read("/local/domain/0/data/due") == b""
+        client.rm("/local/domain/0/data/due")
+    with mounted([daemon.socket], mountpoint):
+        assert (mountpoint / "domid").read_text() == "0\n"
+
+
+def test_fusermount_ends_it(daemon: RealXenstored, mountpoint: Path) -> None:
+    mount = Mount([daemon.socket], mountpoint)
+    mount.wait_mounted()
+    subprocess.run(["fusermount3", "-u", mountpoint], check=True, timeout=LIMIT)
+    assert mount.process.wait(LIMIT) == 0
+
+
+def test_killed_and_mounted_again(daemon: RealXenstored, mountpoint: Path) -> None:
+    mount = Mount([daemon.socket], mountpoint)
+    mount.wait_mounted()
+    mount.process.kill()
+    mount.process.wait(LIMIT)
+    refused(xsfs(daemon.socket, mountpoint), 5, "umount")
+    subprocess.run(["umount", mountpoint], check=True, timeout=LIMIT)
+    with mounted([daemon.socket], mountpoint):
+        assert (mountpoint / "domid").read_text() == "0\n"
+
+
+@pytest.mark.parametrize("source", [(), ("xenstore",), ("none",), ("auto",)])
+def test_the_store_is_found(
+    daemon: RealXenstored,
+    mountpoint: Path,
+    source: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable, value in (
+        ("XENSTORED_PATH", daemon.socket),
+        ("XENSTORED_RUNDIR", os.path.dirname(daemon.socket)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            with mounted(source, mountpoint) as mount:
+                assert mount.bash("cat name") == "Domain-0\n"
+
+
+def test_as_mount_calls_it(daemon: RealXenstored, mountpoint: Path) -> None:
+    """mount.fuse3 runs `TYPE SOURCE MOUNTPOINT -o ...`, with all that fstab and systemd add."""
+    options = "rw,nosuid,nodev,noexec,relatime,_netdev,nofail,noauto,user,x-systemd.automount,"
+    options += "x-systemd.after=xenstored.service,comment=hello,defaults,dev,suid"
+    done = xsfs(daemon.socket, mountpoint, "-o", options, "-o", "root=/,raw")
+    assert done.returncode == 0, done.stderr
+    assert (mountpoint / "local/domain/0/name").read_bytes() == b"Domain-0"
+    process = process_at(mountpoint)
+    subprocess.run(["umount", mountpoint], check=True, timeout=LIMIT)
+    wait_for_end(process)
+
+
+# -------------------------------------------------------------------------------------- options
+
+
+def test_option_root(daemon: RealXenstored, mountpoint: Path) -> None:
+    with mounted(["-o", f"root=/local/domain/{GUEST}", daemon.socket], mountpoint) as mount:
+        assert mount.bash("cat domid .domid") == f"{GUEST}\n0\n"
+        assert mount.bash("cat .root/local/domain/0/name") == "Domain-0\n"
+    with mounted(["-o", "root=/not/there", daemon.socket], mountpoint) as mount:
+        assert os.listdir(mountpoint) == []
+        assert mount.bash("mkdir x; echo 1 > y; ls") == "x\ny\n"
+        with XsClient(daemon.socket) as client:
+            client.rm("/not")
+
+
+def test_option_raw(daemon: RealXenstored, mountpoint: Path) -> None:
+    with mounted(["-o", "raw", daemon.socket], mountpoint) as mount:
+        assert (mountpoint / "name").read_bytes() == b"Domain-0"
+        mount.bash("echo 42 > data/raw; printf '\\n' >> data/raw")
+        with XsClient(daemon.socket) as client:
+            assert client.read("/local/domain/0/data/raw") == b"42\n\n"
+        assert (mountpoint / "data" / "raw").stat().st_size == 4
+
+
+def test_option_ro(daemon: RealXenstored, mountpoint: Path) -> None:
+    with mounted(["-o", "ro", daemon.socket], mountpoint):
+        assert (mountpoint / "name").read_text() == "Domain-0\n"
+        for attempt in (
+            lambda: (mountpoint / "name").write_text("1"),
+            lambda: (mountpoint / "d").mkdir(),
+            lambda: (mountpoint / "name").unlink(),
+            lambda: os.setxattr(mountpoint / "name", "user.xs.perms", b"b0"),
+        ):
+            with pytest.raises(OSError, match="Read-only file system"):
+                attempt()
+
+
+def test_options_of_ownership(daemon: RealXenstored, mountpoint: Path) -> None:
+    let_others_reach(mountpoint)
+    options = "uid=1234,gid=5678,umask=027,allow_other"
+    with mounted(["-o", options, daemon.socket], mountpoint):
+        found = (mountpoint / "name").stat()
+        assert (found.st_uid, found.st_gid) == (1234, 5678)
+        assert stat.filemode(found.st_mode) == "-rw-r-----"
+        assert stat.filemode(mountpoint.stat().st_mode) == "drwxr-x---"
+        # The kernel enforces them: the group may read, others may not even enter.
+        read = ["cat", str(mountpoint / "name")]
+        for user, group, allowed in ((1234, 1, True), (99, 5678, True), (99, 99, False)):
+            done = subprocess.run(
+                ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", *read],
+                capture_output=True,
+                timeout=LIMIT,
+                check=False,
+            )
+            assert (done.returncode == 0) is allowed, done.stderr
+
+
+def test_without_allow_other_nobody_else_gets_in(daemon: RealXenstored, mountpoint: Path) -> None:
+    let_others_reach(mountpoint)
+    with mounted(["-o", "umask=000", daemon.socket], mountpoint):
+        done = subprocess.run(
+            ["setpriv", "--reuid=99", "--regid=99", "--clear-groups", "ls", str(mountpoint)],
+            capture_output=True,
+            timeout=LIMIT,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert b"Permission denied" in done.stderr
+
+
+def test_debug_logs_each_operation(daemon: RealXenstored, mountpoint: Path) -> None:
+    with mounted(["-d", daemon.socket], mountpoint) as mount:
+        mount.bash("cat name; cat nothing || true; echo 1 > data/x")
+        log = mount.stderr
+    assert "lookup /local/domain/0 'name': ok" in log
+    assert "lookup /local/domain/0 'nothing': ENOENT" in log
+    assert "write /local/domain/0/data/x 0 '1\\n': ok" in log
+
+
+def test_embedded(tmp_path: Path, mountpoint: Path) -> None:
+    socket = tmp_path / "store.sock"
+    with mounted(["-o", f"listen={socket}", "embedded"], mountpoint) as mount:
+        assert mount.bash("cat name domid; echo 42 > data/x; cat data/x") == "Domain-0\n0\n42\n"
+        tools = {"XENSTORED_PATH": str(socket)}
+        assert mount.bash("xenstore-read data/x", **tools) == "42\n"
+        mount.bash("xenstore-write data/y 43", **tools)
+        assert mount.bash("cat data/y") == "43\n"
+        assert "Domain-0" in mount.bash("xenstore-ls /local", **tools)
+        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+    assert not socket.exists()
+
+
+def test_embedded_as_a_guest(mountpoint: Path) -> None:
+    with mounted(["-o", "domid=5", "embedded"], mountpoint) as mount:
+        assert mount.bash("cat .domid domid; echo 1 > data/x; cat data/x") == "5\n5\n1\n"
+        assert "Permission denied" in mount.run("echo 1 > name").stderr
+        assert "Permission denied" in mount.run("ls .root/local/domain").stderr
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def test_usage(daemon: RealXenstored, mountpoint: Path) -> None:
+    for arguments, word in (
+        ((), "required"),
+        (("a", "b", "c"), "too many"),
+        (("-o", "nonsense", mountpoint), "nonsense"),
+        (("-o", "umask=9", mountpoint), "umask"),
+        (("-o", "root=relative", mountpoint), "root"),
+        (("-o", "root", mountpoint), "root=PATH"),
+        (("-o", "ro=1", mountpoint), "takes no value"),
+        (("-o", "timeout=0", mountpoint), "timeout"),
+        (("-o", "domid=3", daemon.socket, mountpoint), "embedded"),
+        (("--nonsense", mountpoint), "--nonsense"),
+    ):
+        refused(xsfs(*arguments), 2, word, "--help")
+
+
+def test_help_and_version() -> None:
+    from xsfs import __version__
+    from xsfs.options import OPTIONS
+
+    helped = xsfs("--help")
+    assert helped.returncode == 0
+    for name in OPTIONS:
+        assert f"\n  {name}" in helped.stdout
+    assert xsfs("--version").stdout == f"xsfs {__version__}\n"
+
+
+def test_no_xenstore(tmp_path: Path, mountpoint: Path) -> None:
+    nowhere = {"XENSTORED_RUNDIR": str(tmp_path / "none"), "XENSTORED_PATH": ""}
+    if not os.path.exists("/dev/xen/xenbus"):
+        refused(xsfs(mountpoint, **nowhere), 3, "no Xenstore found", "embedded")
+    refused(xsfs(tmp_path / "gone.sock", mountpoint), 3, "No such file", "xenstored")
+    (tmp_path / "file").write_text("")
+    refused(xsfs(tmp_path / "file", mountpoint), 3, "neither a socket nor a device")
+
+
+def test_a_daemon_that_has_gone(mountpoint: Path) -> None:
+    with RealXenstored("C") as daemon:
+        daemon.kill()
+        start = time.monotonic()
+        refused(xsfs(daemon.socket, mountpoint), 3, "refused")
+        assert time.monotonic() - start < 5  # it is not waited for
+
+
+def test_a_daemon_that_does_not_answer(mountpoint: Path) -> None:
+    with RealXenstored("C") as daemon:
+        daemon.pause()
+        refused(xsfs("-o", "timeout=1", daemon.socket, mountpoint), 3, "did not answer")
+        daemon.resume()
+
+
+def test_no_right_to_connect(daemon: RealXenstored, mountpoint: Path) -> None:
+    done = subprocess.run(
+        ["setpriv", "--reuid=99", "--regid=99", "--clear-groups", sys.executable, "-m", "xsfs"]
+        + [daemon.socket, "/"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.returncode in (4, 6), done.stderr
+    assert "root" in done.stderr
+
+
+def test_wrong_mountpoints(daemon: RealXenstored, tmp_path: Path, mountpoint: Path) -> None:
+    refused(xsfs(daemon.socket, tmp_path / "missing"), 5, "does not exist", "mkdir")
+    (tmp_path / "file").write_text("")
+    refused(xsfs(daemon.socket, tmp_path / "file"), 5, "not a directory")
+
+
+def test_mounting_twice(daemon: RealXenstored, mountpoint: Path) -> None:
+    with mounted([daemon.socket], mountpoint) as mount:
+        refused(xsfs(daemon.socket, mountpoint), 5, "busy", "umount")
+        assert mount.bash("cat name") == "Domain-0\n"
