@@ -1,0 +1,135 @@
+"""The outermost ring, about the source itself: which module may lean on which, and how long each is.
+
+LAYERS is the whole of it, from the ground up: a module, and the modules it may import, all of which
+must stand above it in the list.  So there are no cycles, and a new dependency is a decision.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import xsfs
+
+PACKAGE = Path(xsfs.__file__).parent
+
+LINES_MAX = 400
+
+LAYERS = """
+    __init__
+
+    wire
+    errors              wire
+    transport           wire errors
+    servants
+    connection          wire errors transport
+    link                errors transport connection
+    session             wire errors connection
+    watches             wire errors connection link
+    client              wire errors transport servants connection link session watches
+
+    store_node
+    store_domains       store_node
+    store_transaction   store_node
+    tree                store_node store_domains store_transaction
+    store_content       store_node store_domains tree
+    store_watch         wire store_node store_domains store_transaction
+    store_requests      wire store_node store_domains store_transaction tree store_watch
+    embedded            wire store_domains store_content store_watch store_requests
+
+    names               wire
+    view                wire errors connection session client names
+    node                names view
+    xattrs              wire names view node
+    changes             wire errors session names view node
+    values              wire errors session names view node xattrs changes
+    listing             wire names view node xattrs
+    directories         wire errors session names view node xattrs changes values listing
+    operations          wire errors names node
+
+    background
+    options             wire client
+    mount               errors transport servants client embedded names view node directories \
+operations background options
+    command             __init__ options mount
+    __main__            command
+"""
+
+ALLOWED = {
+    module: set(imports)
+    for module, *imports in (line.split() for line in LAYERS.splitlines() if line.strip())
+}
+
+FILE_SYSTEM = {
+    *("node", "xattrs", "changes", "values", "listing", "directories", "operations", "mount"),
+}
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def source(module: str) -> str:
+    return (PACKAGE / f"{module}.py").read_text()
+
+
+def imports_of(module: str) -> set[str]:
+    """The full names of all modules that it imports, wherever in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import in line {node.lineno}"
+            base = node.module or ""
+            if base == "xsfs":
+                names = {alias.name for alias in node.names}
+                found |= {f"xsfs.{name if name in MODULES else '__init__'}" for name in names}
+            else:
+                found.add(base)
+    return found
+
+
+def packages_of(module: str) -> set[str]:
+    return {name.partition(".")[0] for name in imports_of(module)}
+
+
+def test_every_module_has_its_layer() -> None:
+    assert set(MODULES) == set(ALLOWED)
+
+
+def test_layers_lean_only_on_those_below() -> None:
+    below: set[str] = set()
+    for module, allowed in ALLOWED.items():
+        assert allowed <= below, module
+        below.add(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_within_the_package(module: str) -> None:
+    own = {name.removeprefix("xsfs.") for name in imports_of(module) if name.startswith("xsfs")}
+    assert own - ALLOWED.get(module, set()) == set()
+
+
+def test_only_the_file_system_knows_of_fuse() -> None:
+    users = {module for module in MODULES if "pyfuse3" in packages_of(module)}
+    assert users - FILE_SYSTEM == set()
+    assert users, "nobody uses pyfuse3: the test looks in the wrong place"
+
+
+def test_only_the_command_knows_of_argparse() -> None:
+    assert {module for module in MODULES if "argparse" in packages_of(module)} == {"command"}
+
+
+def test_the_wire_is_pure() -> None:
+    assert packages_of("wire") & {"xsfs", "trio", "socket", "os", "select", "time"} == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_says_what_it_is(module: str) -> None:
+    assert ast.get_docstring(ast.parse(source(module)))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_is_too_long(module: str) -> None:
+    assert len(source(module).splitlines()) <= LINES_MAX
