@@ -40,8 +40,10 @@ from tests.scenarios import (
     Oversize,
     Part,
     Reply,
+    Scenario,
     Step,
     Told,
+    node,
     set_perms,
 )
 from tests.xenstored.harness import RealXenstored, XsClient, XsEOF, XsError
@@ -303,14 +305,14 @@ def test_scenario(name: str, kind: str, tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------- random requests, twice
 
-EXAMPLES = 150
-STEPS = 40
+EXAMPLES = 200
+STEPS = 60
 
-PATHS = (
-    *(b"/", b"/w", b"/w/a", b"/w/a/b", b"/w/a/c", b"/w/b", b"/x/y/z", b"/x/y", b"/x"),
-    *(b"data", b"data/a", b"data/a/b", b"name", b"/local/domain/7", b"/local/domain/7/data/a"),
-    *(b"@releaseDomain", b"@introduceDomain", b"/bad//path"),
+NODES = (
+    *(b"/w", b"/w/a", b"/w/a/b", b"/w/a/c", b"/w/b", b"data", b"data/a", b"data/a/b"),
+    *(b"/w/a", b"/w/a/b", b"/local/domain/7/data/a"),
 )
+PATHS = (*NODES, *NODES, b"/", b"name", b"/local/domain/7", b"@releaseDomain", b"/bad//path")
 PERMS = (
     *("n0", "n7", "n9", "r0", "b0", "w0", "n0 r7", "n0 b7", "n0 w7", "n7 r0", "n7 b9", "n9 b7"),
     *("b7 n9", "r9", "n0 r9 w7", "n0 n7 b7", "n0 r8", "n7 r1 r2 r3 r4 r5", "n99"),
@@ -318,6 +320,19 @@ PERMS = (
 VALUES = (b"", b"1", b"2", b"n\0ul", b"v" * 1990, b"v" * 2020)
 MORTAL = 9
 """The domain which comes and goes."""
+
+FIRST: Scenario = (
+    Create(MORTAL),
+    *node(b"/w", "b7 r9"),
+    *node(b"/w/a", "n0 b7"),
+    *node(b"/w/a/b", "n9 r7"),
+    Ask("dom0", set_perms(b"@releaseDomain", "n0 r7")),
+    *(Ask("dom0", wire.watch(path, b"t")) for path in (b"/w/a", b"/", b"@releaseDomain")),
+    *(Ask("second", wire.watch(path, b"t")) for path in (b"/w/a/b", b"/w/b", b"@introduceDomain")),
+    *(Ask("guest", wire.watch(path, b"t")) for path in (b"/w", b"data", b"data/a")),
+    *(Ask("guest", wire.watch(path, b"u")) for path in (b"/w/a", b"@releaseDomain")),
+)
+"""Nodes of all owners and watches of all kinds, so that most steps have something to tell."""
 
 
 @dataclass(frozen=True)
@@ -341,45 +356,45 @@ def survivable(permissions: tuple[bytes, str]) -> bool:
     return path != b"/" or perms[1:2] != str(MORTAL)
 
 
+def weighted(*choices: tuple[int, st.SearchStrategy[T]]) -> st.SearchStrategy[T]:
+    """One of the strategies, as often as its weight says.  (one_of() drops repetitions.)"""
+    indices = [index for index, (weight, _) in enumerate(choices) for _ in range(weight)]
+    return st.sampled_from(indices).flatmap(lambda index: choices[index][1])
+
+
 def requests() -> st.SearchStrategy[tuple[int, bytes]]:
     path = st.sampled_from(PATHS)
     token = st.sampled_from((b"t", b"u"))
-    by_path = st.sampled_from((Op.READ, Op.DIRECTORY, Op.GET_PERMS, Op.MKDIR, Op.RM, Op.RM))
+    reading = st.sampled_from((Op.READ, Op.DIRECTORY, Op.GET_PERMS))
     # SET_PERMS of special names is left to the table: xenstored forgets to set the error's name.
-    nodes = st.sampled_from([path for path in PATHS if not path.startswith(b"@")])
-    return st.one_of(
-        st.builds(lambda op, path: (op, path + b"\0"), by_path, path),
-        st.builds(
-            lambda path, value: (Op.WRITE, path + b"\0" + value), path, st.sampled_from(VALUES)
-        ),
-        st.builds(
-            lambda path, value: (Op.WRITE, path + b"\0" + value), path, st.sampled_from(VALUES)
-        ),
-        st.tuples(nodes, st.sampled_from(PERMS))
-        .filter(survivable)
-        .map(lambda pair: set_perms(*pair)),
-        st.builds(lambda path, offset: wire.directory_part(path, offset), path, st.integers(0, 9)),
-        st.builds(lambda path, token: wire.watch(path, token), path, token),
-        st.builds(lambda path, token: wire.unwatch(path, token), path, token),
-        st.just(wire.transaction_start()),
-        st.just(wire.transaction_end(True)),
-        st.just(wire.transaction_end(True)),
-        st.just(wire.transaction_end(False)),
-        st.just((Op.RESET_WATCHES, b"\0")),
+    permissions = st.tuples(st.sampled_from((*NODES, b"/")), st.sampled_from(PERMS))
+    return weighted(
+        (10, st.builds(wire.write, path, st.sampled_from(VALUES))),
+        (4, path.map(lambda path: (Op.RM, path + b"\0"))),
+        (2, path.map(wire.mkdir)),
+        (4, permissions.filter(survivable).map(lambda pair: set_perms(*pair))),
+        (3, st.builds(lambda op, path: (op, path + b"\0"), reading, path)),
+        (1, st.builds(wire.directory_part, path, st.integers(0, 9))),
+        (1, st.builds(wire.watch, path, token)),
+        (1, st.builds(wire.unwatch, path, token)),
+        (6, st.just(wire.transaction_start())),
+        (6, st.just(wire.transaction_end(True))),
+        (1, st.just(wire.transaction_end(False))),
     )
 
 
-STEP = st.one_of(
-    *(
+STEP: st.SearchStrategy[Random | LifeOrDeath] = weighted(
+    (
+        50,
         st.builds(
             Random,
             st.sampled_from(("dom0", "second", "guest")),
             requests(),
-            st.one_of(st.none(), st.integers(0, 2)),
+            st.sampled_from((None, 0, 1)),
         ),
-    )
-    * 12,
-    st.just(LifeOrDeath()),
+    ),
+    (1, st.builds(Random, st.just("guest"), st.just((Op.RESET_WATCHES, b"\0")))),
+    (2, st.just(LifeOrDeath())),
 )
 
 
@@ -389,10 +404,10 @@ class Side:
     def __init__(self, store: Backend, kind: str) -> None:
         self._store = store
         self._run = Run(store, kind)
-        for step in HOMES:
+        for step in (*HOMES, *FIRST):
             self._run.step(step)
         self._open: dict[str, list[int]] = {"dom0": [], "second": [], "guest": []}
-        self._mortal = False
+        self._mortal = True
 
     def close(self) -> None:
         self._run.close()
@@ -415,8 +430,9 @@ class Side:
         op, payload = step.request
         started = self._open[step.who]
         tx_id = 0
-        if started and step.tx is not None and op != Op.RESET_WATCHES:
-            tx_id = started[step.tx % len(started)]
+        choice = 0 if op == Op.TRANSACTION_END else step.tx
+        if started and choice is not None and op not in (Op.RESET_WATCHES, Op.TRANSACTION_START):
+            tx_id = started[choice % len(started)]
         client.send(op, payload, tx_id, req_id=77)
         reply = self._run.receive_reply(client)
         if op == Op.TRANSACTION_START and reply[0] == op:
@@ -429,7 +445,7 @@ class Side:
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(steps=st.lists(STEP, min_size=STEPS // 4, max_size=STEPS))
+@given(steps=st.lists(STEP, min_size=STEPS // 2, max_size=STEPS))
 def test_random_requests(steps: list[Random | LifeOrDeath]) -> None:
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))

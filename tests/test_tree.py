@@ -250,6 +250,17 @@ def test_exact_and_other_events_of_one_node_make_one(recorder: Recorder) -> None
     assert recorder.told() == [(b"/t", False), (b"/t/a", False)]
 
 
+def test_an_event_once_not_exact_stays_so(recorder: Recorder) -> None:
+    store = recorder.store
+    store.mkdir(DOM0, b"/t/a")
+    recorder.told()
+    tx = store.start(DOM0)
+    store.write(DOM0, b"/t/a", b"1", tx)
+    store.rm(DOM0, b"/t", tx)
+    store.commit(tx)
+    assert recorder.told() == [(b"/t/a", False), (b"/t", False)]
+
+
 def test_what_a_transaction_removed_is_told_to_who_could_read_it(recorder: Recorder) -> None:
     store = recorder.store
     store.set_perms(DOM0, b"/g7", [b"n7", b"r8"])
