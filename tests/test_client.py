@@ -818,7 +818,8 @@ async def test_a_restart(mortal: Mortal) -> None:
             with pytest.raises(TransactionEnded):
                 await call()
         store.abandon(tx)
-        assert store.reconnects == 1
+        # A daemon that is being killed may accept one connection more.
+        assert store.reconnects >= 1
         # A subscriber hears of it without having done anything.
         for events in watches:
             assert await anext(events) == events.path
@@ -850,8 +851,8 @@ async def test_while_the_daemon_is_gone(mortal: Mortal) -> None:
             assert isinstance(transaction, Transaction)
             store.abandon(transaction)
             assert outcomes == {"one": b"/local/domain/3", "two": b"/local/domain/3"}
-            assert store.reconnects == 1
             # One connection, at first sight of the daemon, does for all.
+            assert store.reconnects == 1
             await store.mkdir(base)
 
 
