@@ -693,9 +693,10 @@ async def test_a_connection_lost_between_two_watches(liar: LyingStore) -> None:
             await anext(events)
         liar.lie = one_each
         liar.hang_up()
-        # When the last one has been set again, all must be; else nothing will set them.
-        await anext(watches[-1])
-        with trio.fail_after(LONG / 2):
+        with trio.fail_after(LONG):
+            # The liar sends no event for a watch that it takes itself: these are the daemon's.
+            for events in watches:
+                assert await anext(events) == events.path
             for path, events in zip(paths, watches, strict=True):
                 await store.write(f"{path}/x", "")
                 while await anext(events) != f"{path}/x".encode():
