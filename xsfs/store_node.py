@@ -146,6 +146,12 @@ class Node:
         copied._shared = self._shared = True
         return copied
 
+    def update(self, generation: int, perms: Perms) -> None:
+        """The node is written; `perms` have the marks of the dead, whom the new generation would
+        make look alive."""
+        self.perms = perms
+        self.generation = generation
+
     def add_child(self, name: bytes) -> None:
         self._own_children()
         self._append(name)

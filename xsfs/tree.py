@@ -126,8 +126,7 @@ class Store:
         if tx is not None:
             tx.count(owner, difference)
             return
-        domain = self.domains.meet(owner)
-        if domain is not None:
+        if domain := self.domains.meet(owner):
             domain.nodes += difference
 
     def _tell(
@@ -149,7 +148,7 @@ class Store:
         else:
             generation = self._step(path, tx)
             self._check_size(who, record_size(value, node.perms, node.child_bytes), tx)
-            self._update(node, generation, self.domains.live(node))
+            node.update(generation, self.domains.live(node))
             node.value = value
         self._tell(path, False, tx, node)
 
@@ -157,12 +156,6 @@ class Store:
         if self._find(who, path, WRITE, tx) is None:
             node = self._create(who, path, b"", tx)
             self._tell(path, False, tx, node)
-
-    @staticmethod
-    def _update(node: Node, generation: int, perms: Perms) -> None:
-        # A new generation would make a dead entry look alive, so its mark must be kept with it.
-        node.perms = perms
-        node.generation = generation
 
     def _create(self, who: int, path: bytes, value: bytes, tx: Transaction | None) -> Node:
         """Make the node, and all parents which are missing."""
@@ -183,7 +176,7 @@ class Store:
             node = Node(b"", perms, generation)
             node.add_child(name.rpartition(b"/")[2])
             self._place(higher, node, tx)
-        self._update(parent, generations[-1], self.domains.live(parent))
+        parent.update(generations[-1], self.domains.live(parent))
         parent.add_child(missing[-1].rpartition(b"/")[2])
         return lowest
 
@@ -242,7 +235,7 @@ class Store:
         self._check_size(who, record_size(node.value, perms, node.child_bytes), tx)
         self._count(old[0].domid, -1, tx)
         self._count(owner, 1, tx)
-        self._update(node, generation, perms)
+        node.update(generation, perms)
         self._tell(path, False, tx, node, old)
 
     # -- removal
@@ -267,12 +260,12 @@ class Store:
             # Only in a transaction: too many nodes, or the lists of children, fixed at different
             # times, name nodes which are not there.
             raise Refused("EIO") from refused
-        generation = self._step(parent_of(path), tx)
         name = path.rpartition(b"/")[2]
+        generation = self._step(parent_of(path), tx)
         if name not in parent.children:
             raise Refused("EIO")
         parent.remove_child(name)
-        self._update(parent, generation, self.domains.live(parent))
+        parent.update(generation, self.domains.live(parent))
 
     def _remove_tree(self, top: bytes, tx: Transaction | None) -> None:
         node = self._look(top, tx)
@@ -403,5 +396,5 @@ class Store:
                     self._count(domain.domid, -1, None)
                     self._count(DOM0, 1, None)
                     perms = (Entry(DOM0, node.perms[0].bits), *self.domains.live(node)[1:])
-                    self._update(node, self._step(ROOT, None), perms)
+                    node.update(self._step(ROOT, None), perms)
                 stack += [child_of(path, name) for name in reversed(node.children.values())]
