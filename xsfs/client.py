@@ -26,7 +26,7 @@ import trio
 
 from xsfs import wire
 from xsfs.connection import Connection, Reply
-from xsfs.errors import ConnectionLost, TransactionEnded, XenstoreError
+from xsfs.errors import ConnectionLost, StoreError, TransactionEnded, XenstoreError
 from xsfs.link import Connect, Link, open_connection
 from xsfs.servants import open_servants
 from xsfs.session import Path, Session, encode_path
@@ -75,6 +75,10 @@ class Transaction(Session):
         """
         if self._tx_id is None:
             raise TransactionEnded("the transaction has ended")
+        if not self._connection.alive:
+            # Nothing was sent: its outcome is known.
+            self._tx_id = None
+            raise TransactionEnded("the transaction was lost with its connection")
         tx_id, self._tx_id = self._tx_id, None
         *replies, end = await self._connection.burst(
             (*requests, wire.transaction_end(commit)), tx_id
@@ -215,7 +219,7 @@ class Store(Session):
         with trio.CancelScope(shield=True):
             try:
                 await transaction.rollback()
-            except (ConnectionLost, XenstoreError):
+            except StoreError:
                 # A daemon that will not end it keeps it as long as the connection.
                 self.distrust("a transaction could not be ended")
 

@@ -141,6 +141,8 @@ class Connection:
         if self._closed_because is not None:
             raise ConnectionLost(self._closed_because)
         batch.task = current_task()
+        if self._watchdog_parked:
+            self._watchdog_parked.unpark_all()
 
         def abort(_: object) -> Abort:
             batch.task = None
@@ -155,8 +157,6 @@ class Connection:
         if len(self._batches) + len(requests) > OUTSTANDING_MAX:
             raise RequestTimeout("Xenstore does not answer, and too much is asked of it already")
         batch = _Batch(requests, self._next_id, trio.current_time() + self._timeout)
-        if self._watchdog_parked:
-            self._watchdog_parked.unpark_all()
         for offset in range(len(requests)):
             self._batches[(batch.first + offset) & 0xFFFFFFFF] = batch
         self._next_id = (self._next_id + len(requests)) & 0xFFFFFFFF
@@ -198,7 +198,7 @@ class Connection:
             self._skip_prompt -= 1
             return
         start = time.perf_counter()
-        while batch.missing and self.alive:
+        while batch.missing and self.alive and time.perf_counter() - start < PROMPT_SECONDS:
             try:
                 data = self._transport.receive_soon()
             except OSError:
@@ -238,8 +238,8 @@ class Connection:
     async def _read(self) -> None:
         transport = self._transport
         while self.alive:
-            await trio.lowlevel.wait_readable(transport.fileno())
             try:
+                await trio.lowlevel.wait_readable(transport.fileno())
                 data = transport.receive()
             except BlockingIOError:
                 continue
@@ -269,7 +269,7 @@ class Connection:
             if self._on_event is not None:
                 self._on_event(path, token)
             return
-        batch = self._batches.pop(req_id, None)
+        batch = self._batches.get(req_id)
         if batch is None:
             raise WireError(f"a reply to request {req_id}, which is not open")
         index = (req_id - batch.first) & 0xFFFFFFFF
@@ -279,8 +279,9 @@ class Connection:
         elif op == Op.ERROR:
             batch.replies[index] = XenstoreError(decode_error(payload), request)
         else:
-            batch.wake(outcome.Error(ConnectionLost("Xenstore broke the protocol")))
             raise WireError(f"a reply of type {op} to {request.op.name}")
+        # Not before: what raises above is woken with all others that are in the table.
+        del self._batches[req_id]
         batch.missing -= 1
         if not batch.missing:
             batch.wake(outcome.Value(batch.replies))

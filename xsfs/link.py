@@ -65,6 +65,8 @@ class Link:
         self._on_event = on_event
         self._lock = trio.Lock()
         self.connection: Connection | None = None
+        self._delay = 0.0
+        self._made_at = -BACKOFF_MAX
         self.made = 0
 
     async def connected(self, deadline: float) -> Connection:
@@ -80,6 +82,10 @@ class Link:
         raise ConnectionLost("Xenstore cannot be reached")
 
     async def _make(self, deadline: float) -> Connection:
+        # A store that takes each connection and hangs up must not be stormed.
+        short_lived = trio.current_time() < self._made_at + BACKOFF_MAX
+        self._delay = min(2 * self._delay or BACKOFF_FIRST, BACKOFF_MAX) if short_lived else 0.0
+        await trio.sleep(self._delay)
         try:
             return self.adopt(await open_connection(self._connect, deadline))
         except StoreUnavailable as error:
@@ -94,6 +100,7 @@ class Link:
         if self.made > 1:
             log.warning("connected to Xenstore again")
         self.connection = connection
+        self._made_at = trio.current_time()
         return connection
 
     def close(self, reason: str) -> None:

@@ -135,8 +135,8 @@ class Session(ABC):
                 listing += part
                 if last:
                     return wire.decode_names(bytes(listing))
-                if not part:
-                    raise wire.WireError("a part of a listing without any name")
+                if len(listing) > wire.REPLY_MAX:
+                    raise wire.WireError("a listing that never ends")
             else:
                 raise wire.WireError("a listing that never ends")
         raise XenstoreError("EAGAIN", wire.directory(path))
@@ -147,7 +147,10 @@ class Session(ABC):
     async def set_perms(self, path: Path, perms: str | Iterable[Permission]) -> None:
         """Set the node's permissions, given as Permission objects or as `n0,r7`."""
         entries = wire.parse_permissions(perms) if isinstance(perms, str) else perms
-        await self.call(wire.set_perms(encode_path(path), entries))
+        request = wire.set_perms(encode_path(path), entries)
+        if len(request.payload) > self.payload_max:
+            raise ValueError("the permissions do not fit one message")
+        await self.call(request)
 
     # ------------------------------------------------------------------------------- domains
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
 import struct
@@ -161,7 +162,11 @@ def open_transport(path: str) -> Transport:
         if stat.S_ISSOCK(mode):
             return _connect(path)
         if stat.S_ISCHR(mode):
-            return DeviceTransport(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+            descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            if not _can_be_polled(descriptor):
+                os.close(descriptor)
+                raise StoreUnavailable(f"{path} is not Xenstore's device", NO_STORE_HINT)
+            return DeviceTransport(descriptor)
     except PermissionError as error:
         raise StoreUnavailable(
             f"no right to use {path}", "only root may talk to Xenstore: run as root", denied=True
@@ -172,6 +177,15 @@ def open_transport(path: str) -> Transport:
             raise StoreUnavailable(f"{path}: {error.strerror}", NO_STORE_HINT) from error
         raise
     raise StoreUnavailable(f"{path} is neither a socket nor a device", NO_STORE_HINT)
+
+
+def _can_be_polled(descriptor: int) -> bool:
+    with select.epoll() as poll:
+        try:
+            poll.register(descriptor)
+        except PermissionError:
+            return False
+    return True
 
 
 def _connect(path: str) -> SocketTransport:

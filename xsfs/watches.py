@@ -24,7 +24,7 @@ import trio
 
 from xsfs import wire
 from xsfs.connection import Connection
-from xsfs.errors import ConnectionLost, StoreError, XenstoreError
+from xsfs.errors import ConnectionLost, StoreError, StoreUnavailable, XenstoreError
 from xsfs.link import BACKOFF_MAX, Connect, Link
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class Watches:
     """See the module's text.  `run` must be running."""
 
     def __init__(self, nursery: trio.Nursery, connect: Connect, timeout: float) -> None:
+        self._nursery = nursery
         self._timeout = timeout
         self._link = Link(nursery, connect, timeout, self._dispatch)
         self._turn = trio.Lock()
@@ -133,38 +134,52 @@ class Watches:
             self._by_token[watch.token] = watch
             try:
                 await self._arm(watch)
-            except BaseException:
+            except XenstoreError:
                 del self._by_token[watch.token]
+                raise
+            except BaseException:
+                # Cancelled, or without a reply: the store may have it, or set it later.
+                del self._by_token[watch.token]
+                self._nursery.start_soon(self._give_up, watch)
                 raise
             self._by_path[watch.path] = watch
             self._lost.unpark_all()
 
     async def unsubscribe(self, subscription: Subscription) -> None:
         """The opposite; the last subscriber of a path removes the watch.  Never raises."""
+        watch = self._by_path.get(subscription.path)
+        if watch is None or subscription not in watch.subscriptions:
+            return
+        watch.subscriptions.remove(subscription)
+        if watch.subscriptions:
+            return
+        del self._by_path[watch.path]
+        del self._by_token[watch.token]
         with trio.CancelScope(shield=True):
-            async with self._turn:
-                watch = self._by_path.get(subscription.path)
-                if watch is None or subscription not in watch.subscriptions:
-                    return
-                watch.subscriptions.remove(subscription)
-                if watch.subscriptions:
-                    return
-                del self._by_path[watch.path]
-                del self._by_token[watch.token]
-                if watch.connection is not None and watch.connection.alive:
-                    try:
-                        await watch.connection.burst((wire.unwatch(watch.path, watch.token),))
-                    except StoreError as error:
-                        # The daemon may still have it: only the connection's end is sure to end it.
-                        watch.connection.close(f"a watch could not be removed: {error}")
+            await self._give_up(watch)
+
+    async def _give_up(self, watch: _Watch) -> None:
+        async with self._turn:
+            await self._disarm(watch)
+
+    async def _disarm(self, watch: _Watch) -> None:
+        connection = watch.connection
+        if connection is None or not connection.alive:
+            return
+        try:
+            await connection.burst((wire.unwatch(watch.path, watch.token),))
+        except StoreError as error:
+            # The daemon may still have it: only the connection's end is sure to end it.
+            connection.close(f"a watch could not be removed: {error}")
 
     async def _arm(self, watch: _Watch) -> None:
         deadline = trio.current_time() + self._timeout
         connection = await self._link.connected(deadline)
+        watch.connection = connection
         (reply,) = await connection.burst((wire.watch(watch.path, watch.token),))
         if isinstance(reply, XenstoreError):
+            watch.connection = None
             raise reply
-        watch.connection = connection
 
     async def run(self) -> None:
         """Set the watches again whenever their connection has been lost."""
@@ -172,26 +187,36 @@ class Watches:
             connection = self._link.connection
             if not self._by_path or connection is None:
                 await self._lost.park()
-            elif connection.alive:
+            elif connection.alive and all(
+                watch.connection in (None, connection) for watch in self._by_path.values()
+            ):
                 await connection.ended()
             else:
                 await self._rearm()
 
     async def _rearm(self) -> None:
         for watch in list(self._by_path.values()):
-            async with self._turn:
-                if watch.path not in self._by_path:
-                    continue
-                try:
-                    await self._arm(watch)
-                except ConnectionLost:
-                    await trio.sleep(BACKOFF_MAX)
-                    return
-                except StoreError as error:
-                    log.error("the watch of %r could not be set again: %s", watch.path, error)
-                    watch.connection = None
-                    for subscription in watch.subscriptions:
-                        subscription.put(watch.path)
+            try:
+                async with self._turn:
+                    await self._rearm_one(watch)
+            except (ConnectionLost, StoreUnavailable):
+                await trio.sleep(BACKOFF_MAX)
+                return
+
+    async def _rearm_one(self, watch: _Watch) -> None:
+        if self._by_path.get(watch.path) is not watch:
+            return  # removed meanwhile
+        if watch.connection is not None and watch.connection.alive:
+            return
+        try:
+            await self._arm(watch)
+        except (ConnectionLost, StoreUnavailable):
+            raise
+        except StoreError as error:
+            log.error("the watch of %r could not be set again: %s", watch.path, error)
+            watch.connection = None
+            for subscription in watch.subscriptions:
+                subscription.put(watch.path)
 
     @asynccontextmanager
     async def watching(self, path: bytes) -> AsyncIterator[Subscription]:

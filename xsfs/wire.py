@@ -372,7 +372,7 @@ def decode_perms(payload: bytes) -> Permissions:
 
 def decode_transaction_id(payload: bytes) -> int:
     digits = payload.rstrip(b"\0")
-    if not digits.isdigit() or not 0 < int(digits) < 1 << 32:
+    if not digits.isdigit() or len(digits) > 10 or not 0 < int(digits) < 1 << 32:
         raise WireError(f"not a transaction id: {payload[:80]!r}")
     return int(digits)
 
