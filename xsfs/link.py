@@ -83,8 +83,9 @@ class Link:
 
     async def _make(self, deadline: float) -> Connection:
         # A store that takes each connection and hangs up must not be stormed.
+        longest = min(BACKOFF_MAX, self._timeout / 4)
         short_lived = trio.current_time() < self._made_at + BACKOFF_MAX
-        self._delay = min(2 * self._delay or BACKOFF_FIRST, BACKOFF_MAX) if short_lived else 0.0
+        self._delay = min(2 * self._delay or BACKOFF_FIRST, longest) if short_lived else 0.0
         await trio.sleep(self._delay)
         try:
             return self.adopt(await open_connection(self._connect, deadline))

@@ -73,7 +73,7 @@ class DirectoryHandle(Handle):
         self.looks, self.looks_from = [], 0
 
     def _is_listed(self, name: bytes) -> bool:
-        if wire.is_name(name):
+        if wire.is_name(name) and len(self._path(name)) <= wire.PATH_MAX:
             # A domain's special nodes, which oxenstored lists in the root, are watched, not read.
             return not (name.startswith(b"@") and self.node.path == b"/")
         log.warning("left out of %r: a child named %r", self.node.path, name[:80])

@@ -28,6 +28,7 @@ from xsfs.node import Ownership, Tree
 from xsfs.operations import Operations
 from xsfs.options import AUTOMATIC_SOURCES, Options
 from xsfs.servants import open_servants
+from xsfs.tasks import describe_tasks
 from xsfs.transport import NO_STORE_HINT, SocketTransport, Transport
 from xsfs.view import KnownDirectories, View, home_of
 
@@ -37,6 +38,8 @@ EXIT_NO_STORE: Final = 3
 EXIT_DENIED: Final = 4
 EXIT_MOUNTPOINT: Final = 5
 EXIT_FUSE: Final = 6
+
+ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 FUSE_DEVICE: Final = "/dev/fuse"
 
@@ -74,14 +77,14 @@ def _nothing() -> None:
 
 
 async def _serve(options: Options, ready: Callable[[], None]) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals:
         async with _store(options) as store:
             operations = await _operations(options, store)
             _fuse_mount(operations, options)
             try:
                 ready()
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_end_at_signal, signals, nursery.cancel_scope)
+                    nursery.start_soon(_obey_signals, signals, nursery.cancel_scope)
                     await pyfuse3.main()
                     nursery.cancel_scope.cancel()
             finally:
@@ -90,10 +93,13 @@ async def _serve(options: Options, ready: Callable[[], None]) -> None:
                 pyfuse3.close(unmount=True)
 
 
-async def _end_at_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+async def _obey_signals(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
     async for number in signals:
-        log.info("ending: %s", signal.Signals(number).name)
-        scope.cancel()
+        if number in ENDING:
+            log.info("ending: %s", signal.Signals(number).name)
+            scope.cancel()
+        else:
+            log.info("all tasks:\n%s", "\n".join(describe_tasks()))
 
 
 # ------------------------------------------------------------------------------------ the store

@@ -45,6 +45,9 @@ class Look(NamedTuple):
         return not self.readable
 
 
+_ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
+"""EINVAL: a path longer than the store takes, so that there can be no such node."""
+
 HIDDEN: Final = Look(b"", False, False, True)
 """A node that may not be read.  Whether it may be written only a write can tell."""
 
@@ -174,7 +177,7 @@ class View:
             else:
                 for reply in (value, children):
                     if isinstance(reply, XenstoreError):
-                        if reply.name == "ENOENT":
+                        if reply.name in _ABSENT:
                             return None
                         if reply.name == "EACCES":
                             return HIDDEN

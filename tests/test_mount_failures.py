@@ -1,0 +1,281 @@
+"""Ring: a real mount of a store that fails, restarts, stops or lies.
+
+Whatever the store does, a tool at the mount ends with the truth or a clear error, in time; and the
+mount works again as soon as the store does.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lying_store import Lie, LyingStore, hang_up, on, says, sends, silence
+from tests.mounting import LIMIT, Mount, mounted
+from tests.test_mount_values import fails
+from tests.xenstored.harness import RealXenstored, XsClient, strings
+from xsfs.wire import HEADER, Message, Op, encode
+
+TIMEOUT = 0.4
+HOME = "/local/domain/0"
+
+
+@pytest.fixture(scope="module", params=["C", "ocaml"])
+def daemon(request: pytest.FixtureRequest) -> Iterator[RealXenstored]:
+    with RealXenstored(request.param) as daemon:
+        daemon.populate()
+        yield daemon
+
+
+@pytest.fixture
+def liar(daemon: RealXenstored, tmp_path: Path) -> Iterator[LyingStore]:
+    with LyingStore(tmp_path / "liar.sock", daemon.socket) as liar:
+        yield liar
+
+
+@pytest.fixture
+def over_liar(liar: LyingStore, tmp_path: Path) -> Iterator[Mount]:
+    with mounted(["-o", f"timeout={TIMEOUT}", liar.path], tmp_path / "m") as mount:
+        yield mount
+
+
+# ------------------------------------------------------------------------------------------ lies
+
+
+def garbage(_: object, request: Message) -> bool:
+    return False
+
+
+LIES: dict[str, Lie] = {
+    "garbage": sends(os.urandom(64).replace(b"\0", b"x")),
+    "too long": sends(HEADER.pack(Op.READ, 1, 0, 1 << 30)),
+    "cut": sends(HEADER.pack(Op.READ, 1, 0, 100) + b"only this", then_hang_up=True),
+    "unasked": sends(encode(Op.READ, 0x7FFFFFFF, 0, b"value")),
+    "wrong type": says(b"OK\0", Op.WRITE),
+    "unknown type": says(b"OK\0", 99),
+    "hang up": hang_up,
+    "silence": silence,
+    "error without a name": says(b"", Op.ERROR),
+    "unknown error": says(b"EWHATEVER\0", Op.ERROR),
+}
+
+
+def outcome(action: Callable[[], object]) -> int:
+    """The errno of the action; 0 if it went well.  It may take as long as the mount's limit."""
+    start = time.monotonic()
+    try:
+        action()
+        number = 0
+    except OSError as error:
+        number = error.errno or -1
+    assert time.monotonic() - start < 4 * TIMEOUT + 2
+    return number
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_lie_is_a_clear_error_and_then_it_works(
+    liar: LyingStore, over_liar: Mount, name: str
+) -> None:
+    path = over_liar.path
+    (path / "data" / "x").write_text("before\n")
+    opened = os.open(path / "data" / "x", os.O_WRONLY)
+    actions: list[Callable[[], object]] = [
+        lambda: (path / "name").read_text(),
+        lambda: os.listdir(path),
+        lambda: os.write(opened, b"lie\n"),
+        lambda: (path / "data" / "d").mkdir(),
+    ]
+    for action in actions:
+        liar.lie = LIES[name]
+        number = outcome(action)
+        assert number in (errno.EIO, errno.ETIMEDOUT), errno.errorcode.get(number, number)
+        liar.behave()
+        assert (path / "name").read_text() == "Domain-0\n"
+    os.close(opened)
+    assert (path / "data" / "x").read_text() == "before\n"
+
+
+@pytest.mark.parametrize(
+    ("op", "payload"),
+    [
+        (Op.DIRECTORY, b"no NUL at the end"),
+        (Op.DIRECTORY, b"\0.\0..\0a/b\0good\0.value\0a b\0" + b"x" * 3000 + b"\0"),
+        (Op.READ, b"any \0 value \xff\n\n"),
+        (Op.GET_PERMS, b"nonsense\0"),
+        (Op.GET_PERMS, b""),
+        (Op.TRANSACTION_START, b"no number\0"),
+    ],
+)
+def test_replies_of_nonsense(liar: LyingStore, over_liar: Mount, op: Op, payload: bytes) -> None:
+    path = over_liar.path
+    liar.lie = on(op, says(payload))
+    outcomes = [
+        outcome(lambda: os.listdir(path)),
+        outcome(lambda: (path / "name").read_bytes()),
+        outcome(lambda: os.getxattr(path / "name", "user.xs.perms")),
+        outcome(lambda: (path / "data" / "made").mkdir()),
+    ]
+    assert set(outcomes) <= {0, errno.EIO, errno.ESTALE, errno.EISDIR, errno.EEXIST}
+    liar.behave()
+    assert (path / "name").read_text() == "Domain-0\n"
+    assert "name" in os.listdir(path)
+
+
+def test_hostile_names_are_left_out(liar: LyingStore, over_liar: Mount) -> None:
+    long, too_long = b"x" * 1000, b"y" * 3060
+
+    def names(talk: object, request: Message) -> bool:
+        if request.op != Op.DIRECTORY or request.payload != f"{HOME}/data\0".encode():
+            return False
+        listing = b"\0.\0..\0a/b\0ok\0ok\0.value\0a b\0\x1b[31m\0" + long + b"\0" + too_long + b"\0"
+        talk.reply(request, listing)  # type: ignore[attr-defined]
+        return True
+
+    data = over_liar.path / "data"
+    for name in ("ok",):
+        (data / name).write_text("1\n")
+    liar.lie = names
+    alias = "x" * 200 + "~" + hashlib.sha256(long).hexdigest()[:16]
+    # The long one is not there when asked for, and left out as any that vanished.
+    assert os.listdir(data) == ["ok"]
+    assert not (data / alias).exists()
+    liar.behave()
+    assert "left out" in over_liar.stderr
+    (data / "ok").unlink()
+
+
+def test_events_that_nobody_asked_for_are_harmless(liar: LyingStore, over_liar: Mount) -> None:
+    def events_first(talk: object, request: Message) -> bool:
+        for _ in range(100):
+            talk.event(b"/some/path", b"no such token")  # type: ignore[attr-defined]
+        return False
+
+    liar.lie = events_first
+    for _ in range(20):
+        assert (over_liar.path / "name").read_text() == "Domain-0\n"
+
+
+def test_replies_byte_by_byte(liar: LyingStore, over_liar: Mount) -> None:
+    def slowly(talk: object, request: Message) -> bool:
+        for byte in talk.ask(request):  # type: ignore[attr-defined]
+            talk.send(bytes((byte,)))  # type: ignore[attr-defined]
+        return True
+
+    liar.lie = slowly
+    assert (over_liar.path / "name").read_text() == "Domain-0\n"
+
+
+def test_an_unknown_error_is_logged(liar: LyingStore, over_liar: Mount) -> None:
+    liar.lie = on(Op.READ, says(b"EWHATEVER\0", Op.ERROR))
+    with fails(errno.EIO):
+        (over_liar.path / "name").read_text()
+    liar.behave()
+    assert "EWHATEVER" in over_liar.stderr
+
+
+# ------------------------------------------------------------------------- restarts, stopped ones
+
+
+def test_the_daemon_restarts(tmp_path: Path, daemon: RealXenstored) -> None:
+    with mounted(["-o", f"timeout={TIMEOUT}", daemon.socket], tmp_path / "m") as mount:
+        path = mount.path
+        (path / "data" / "x").write_text("1\n")
+        held = os.open(path / "data" / "x", os.O_RDWR)
+        for _ in range(2):
+            daemon.restart()
+            daemon.populate()
+            # What only reads is asked again; the store is a new one.
+            assert (path / "name").read_text() == "Domain-0\n"
+            with pytest.raises(FileNotFoundError):
+                (path / "data" / "x").read_text()
+            (path / "data" / "y").write_text("2\n")
+            assert (path / "data" / "y").read_text() == "2\n"
+        os.close(held)
+        assert mount.counter("reconnects") == 2
+
+
+def test_the_daemon_is_gone_and_comes_back(tmp_path: Path, daemon: RealXenstored) -> None:
+    with mounted(["-o", f"timeout={TIMEOUT}", daemon.socket], tmp_path / "m") as mount:
+        path = mount.path
+        daemon.kill()
+        for action in (
+            lambda: (path / "name").read_text(),
+            lambda: os.listdir(path),
+            lambda: (path / "name").write_text("1\n"),
+        ):
+            assert outcome(action) in (errno.EIO, errno.ETIMEDOUT)
+        daemon.start()
+        daemon.populate()
+        assert (path / "name").read_text() == "Domain-0\n"
+
+
+def test_the_daemon_stops_and_goes_on(tmp_path: Path, daemon: RealXenstored) -> None:
+    with mounted(["-o", f"timeout={TIMEOUT}", daemon.socket], tmp_path / "m") as mount:
+        path = mount.path
+        daemon.pause()
+        try:
+            outcomes: list[int] = []
+            threads = [
+                threading.Thread(
+                    target=lambda: outcomes.append(outcome(lambda: (path / "name").stat()))
+                )
+                # The kernel lets one lookup into a directory at a time.
+                for _ in range(3)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(LIMIT)
+            assert outcomes == [errno.ETIMEDOUT] * 3
+        finally:
+            daemon.resume()
+        assert (path / "name").read_text() == "Domain-0\n"
+        assert mount.counter("reconnects") == 0
+
+
+def test_a_signal_ends_the_mount_of_a_stopped_daemon(tmp_path: Path, daemon: RealXenstored) -> None:
+    mount = Mount([daemon.socket], tmp_path / "m")
+    try:
+        mount.wait_mounted()
+        assert (mount.path / "name").read_text() == "Domain-0\n"
+        daemon.pause()
+        waiting = threading.Thread(target=lambda: outcome(lambda: (mount.path / "name").stat()))
+        waiting.start()
+        assert mount.end(signal.SIGTERM) == 0
+        waiting.join(LIMIT)
+        assert not waiting.is_alive()
+    finally:
+        daemon.resume()
+        mount.clear()
+
+
+# -------------------------------------------------------------------------------- very large stores
+
+
+@pytest.mark.parametrize("kind", ["C", "ocaml"])
+def test_a_directory_of_100_000_children(tmp_path: Path, kind: str) -> None:
+    # A daemon of its own: C xenstored takes minutes to remove them again.
+    names = [f"c{number}" for number in range(100_000)]
+    with (
+        RealXenstored(kind) as daemon,
+        mounted(["-o", "timeout=60", daemon.socket], tmp_path / "m") as mount,
+        XsClient(daemon.socket, timeout=120.0) as witness,
+    ):
+        replies = witness.pipeline(
+            [("WRITE", strings(f"{HOME}/data/big/{name}") + b"v") for name in names]
+        )
+        assert set(replies) == {b"OK\0"}
+        big = mount.path / "data" / "big"
+        assert sorted(os.listdir(big)) == sorted(names)
+        assert (big / "c99999").read_text() == "v\n"
+        assert os.listdir(mount.path) == ["data"]
+        status = Path(f"/proc/{mount.process.pid}/status").read_text()
+        resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
+        assert resident < 100, "MiB"
