@@ -1,0 +1,366 @@
+"""Ring: the operations in process, over the embedded store, without a kernel.
+
+Here are the facts that a kernel hides: how many requests an operation costs, inode numbers and lookup
+counts, and what becomes of an exception.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import wraps
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pyfuse3
+import pytest
+import trio
+from pyfuse3 import FUSEError, RequestContext
+
+from xsfs.client import Store, open_store
+from xsfs.directories import Directory, RootDirectory
+from xsfs.embedded import EmbeddedStore
+from xsfs.errors import (
+    ConnectionLost,
+    RequestTimeout,
+    StoreUnavailable,
+    TransactionEnded,
+    XenstoreError,
+)
+from xsfs.names import TEXT
+from xsfs.node import Ownership, Tree
+from xsfs.operations import Operations, errno_of
+from xsfs.servants import open_servants
+from xsfs.transport import SocketTransport
+from xsfs.values import ValueFile
+from xsfs.view import KNOWN_MAX, KnownDirectories, View
+from xsfs.wire import WireError, directory, read, watch, write
+
+ROOT = pyfuse3.ROOT_INODE
+LIMIT = 10.0
+RDONLY, WRONLY, TRUNC, APPEND, EXCL = (
+    os.O_RDONLY,
+    os.O_WRONLY,
+    os.O_TRUNC,
+    os.O_APPEND,
+    os.O_EXCL,
+)
+
+
+def ctx(pid: int = 1) -> RequestContext:
+    return cast(RequestContext, SimpleNamespace(pid=pid, uid=0, gid=0, umask=0))
+
+
+class World:
+    """Operations over a store of their own."""
+
+    def __init__(self, operations: Operations, store: Store, view: View) -> None:
+        self.operations = operations
+        self.store = store
+        self.view = view
+        self.tree = operations.tree
+
+    async def lookup(self, *names: bytes, pid: int = 1) -> pyfuse3.EntryAttributes:
+        inode = ROOT
+        for name in names:
+            entry = await self.operations.lookup(inode, name, ctx(pid))
+            inode = entry.st_ino
+        return entry
+
+    async def costs(self, action: Callable[[], Awaitable[Any]]) -> int:
+        """How many requests the action sends to the store."""
+        before = self.store.requests
+        await action()
+        return self.store.requests - before
+
+
+@asynccontextmanager
+async def world(domid: int = 0) -> AsyncIterator[World]:
+    embedded = EmbeddedStore()
+    async with open_servants() as nursery:
+        await nursery.start(embedded.serve)
+
+        def connect() -> SocketTransport:
+            return SocketTransport(embedded.connect(domid), same_loop=True)
+
+        async with open_store(connect=connect) as store:
+            view = View(store, domid, b"/local/domain/%d" % domid, TEXT, KnownDirectories())
+            tree = Tree(Ownership(0, 0, 0o077), lambda: {"requests": store.requests})
+            tree.add_root(RootDirectory(tree, view, None, b""))
+            yield World(Operations(tree, store.distrust), store, view)
+
+
+def in_world(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
+    @wraps(test)
+    def run() -> None:
+        async def bounded() -> None:
+            with trio.fail_after(LIMIT):
+                async with world() as a_world:
+                    await test(a_world)
+
+        trio.run(bounded)
+
+    # pytest would take the argument for a fixture.
+    del run.__wrapped__
+    return run
+
+
+async def refused(number: int, operation: Awaitable[object]) -> None:
+    with pytest.raises(FUSEError) as caught:
+        await operation
+    assert errno.errorcode[caught.value.errno] == errno.errorcode[number]
+
+
+# ------------------------------------------------------------------------------------ round trips
+
+
+@in_world
+async def test_open_read_close_asks_once(w: World) -> None:
+    async def cat() -> None:
+        entry = await w.lookup(b"name")
+        handle = await w.operations.open(entry.st_ino, RDONLY, ctx())
+        assert await w.operations.read(handle.fh, 0, 4096) == b"Domain-0\n"
+        assert await w.operations.read(handle.fh, 9, 4096) == b""
+        await w.operations.release(handle.fh)
+
+    assert await w.costs(cat) == 2  # READ and DIRECTORY, in one burst
+    assert len(w.operations) == 0
+
+
+@in_world
+async def test_an_open_by_another_thread_asks_itself(w: World) -> None:
+    entry = await w.lookup(b"name", pid=1)
+
+    async def open_it() -> None:
+        await w.operations.open(entry.st_ino, RDONLY, ctx(2))
+
+    assert await w.costs(open_it) == 2
+    # And a value is given once.
+    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(1))) == 0
+    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(1))) == 2
+
+
+@in_world
+async def test_a_write_drops_what_was_fetched_before(w: World) -> None:
+    await w.store.write("data/x", "old")
+    entry = await w.lookup(b"data", b"x")
+    writer = await w.operations.open(entry.st_ino, WRONLY | TRUNC, ctx(2))
+    await w.operations.write(writer.fh, 0, b"new\n")
+    reader = await w.operations.open(entry.st_ino, RDONLY, ctx(1))
+    assert await w.operations.read(reader.fh, 0, 4096) == b"new\n"
+
+
+@in_world
+async def test_echo_is_one_request(w: World) -> None:
+    await w.store.write("data/x", "old")
+    entry = await w.lookup(b"data", b"x")
+
+    async def echo() -> None:
+        handle = await w.operations.open(entry.st_ino, WRONLY | TRUNC, ctx())
+        await w.operations.write(handle.fh, 0, b"42\n")
+        await w.operations.release(handle.fh)
+
+    assert await w.costs(echo) == 1
+
+    async def echo_to_a_new_one() -> None:
+        data = await w.lookup(b"data")
+        before = w.store.requests
+        info, _ = await w.operations.create(data.st_ino, b"new", 0o644, WRONLY | TRUNC, ctx())
+        await w.operations.write(info.fh, 0, b"42\n")
+        await w.operations.release(info.fh)
+        assert w.store.requests - before == 1
+
+    await echo_to_a_new_one()
+    assert await w.store.read("data/new") == b"42"
+
+
+@in_world
+async def test_a_listing_asks_one_burst_for_the_names(w: World) -> None:
+    assert await w.costs(lambda: w.operations.opendir(ROOT, ctx())) == 2
+
+
+# --------------------------------------------------------------------------------- inodes, counts
+
+
+@in_world
+async def test_numbers_are_the_same_after_a_forget(w: World) -> None:
+    first = await w.lookup(b"name")
+    again = await w.lookup(b"name")
+    assert first.st_ino == again.st_ino
+    assert len(w.tree) == 2
+    await w.operations.forget([(first.st_ino, 1)])
+    assert len(w.tree) == 2
+    await w.operations.forget([(first.st_ino, 1)])
+    assert len(w.tree) == 1
+    await refused(errno.ESTALE, w.operations.getattr(first.st_ino, ctx()))
+    assert (await w.lookup(b"name")).st_ino == first.st_ino
+    await w.operations.forget([(ROOT, 1000), (12345, 1)])
+    assert stat.S_ISDIR((await w.operations.getattr(ROOT, ctx())).st_mode)
+
+
+@in_world
+async def test_a_file_and_a_directory_at_one_place_differ(w: World) -> None:
+    await w.store.write("data/x", "1")
+    file = await w.lookup(b"data", b"x")
+    await w.store.write("data/x/y", "2")
+    directory_entry = await w.lookup(b"data", b"x")
+    assert file.st_ino != directory_entry.st_ino
+    assert stat.S_ISREG(file.st_mode)
+    assert stat.S_ISDIR(directory_entry.st_mode)
+    await refused(errno.ESTALE, w.operations.getattr(file.st_ino, ctx()))
+    # The same node by three ways is three inodes: the kernel would move one directory's entry about.
+    forced = await w.lookup(b"data", b"x.d")
+    other = await w.lookup(b".root", b"local", b"domain", b"0", b"data", b"x")
+    assert len({directory_entry.st_ino, forced.st_ino, other.st_ino}) == 3
+
+
+@in_world
+async def test_numbers_that_collide(w: World) -> None:
+    data = await w.lookup(b"data")
+    parent = w.tree.get(data.st_ino)
+    await w.store.write("data/x", "1")
+    expected = w.tree.node(ValueFile, parent, b"x").inode
+    squatter = w.tree.node(ValueFile, parent, b"squatter")
+    squatter.inode = expected
+    w.tree.remember(squatter)
+    entry = await w.lookup(b"data", b"x")
+    assert entry.st_ino == expected + 1
+    assert (await w.lookup(b"data", b"x")).st_ino == expected + 1
+
+
+@in_world
+async def test_a_renamed_node_keeps_its_number(w: World) -> None:
+    await w.store.write("data/d/x", "1")
+    data = await w.lookup(b"data")
+    d = await w.lookup(b"data", b"d")
+    x = await w.lookup(b"data", b"d", b"x")
+    await w.operations.rename(data.st_ino, b"d", data.st_ino, b"e", 0, ctx())
+    assert w.tree.get(x.st_ino).path == b"/local/domain/0/data/e/x"
+    assert (await w.lookup(b"data", b"e")).st_ino == d.st_ino
+    assert (await w.operations.getattr(x.st_ino, ctx())).st_size == 2
+    made = await w.operations.mkdir(data.st_ino, b"d", 0o755, ctx())
+    assert made.st_ino != d.st_ino
+    await w.operations.rmdir(data.st_ino, b"d", ctx())
+    await refused(errno.ESTALE, w.operations.getattr(made.st_ino, ctx()))
+
+
+@in_world
+async def test_timeouts(w: World) -> None:
+    file, data = await w.lookup(b"name"), await w.lookup(b"data")
+    assert file.entry_timeout == 0
+    assert data.entry_timeout > 1000
+    assert max(file.attr_timeout, data.attr_timeout) <= 0.01
+
+
+@in_world
+async def test_many_lookups_at_once_make_one_node(w: World) -> None:
+    entries: list[pyfuse3.EntryAttributes] = []
+
+    async def look(pid: int) -> None:
+        entries.append(await w.lookup(b"data.d", b".value", pid=pid))
+
+    async with trio.open_nursery() as nursery:
+        for pid in range(20):
+            nursery.start_soon(look, pid)
+    assert len({entry.st_ino for entry in entries}) == 1
+    assert w.tree.get(entries[0].st_ino).lookups == 20
+
+
+def test_known_directories_are_bounded() -> None:
+    known = KnownDirectories()
+    for number in range(KNOWN_MAX + 10):
+        known.add(b"/%d" % number)
+    assert not known.knows(b"/9", b"")
+    assert known.knows(b"/10", b"")
+    assert not known.knows(b"/10", b"value")
+    known.add(b"/10", with_value=True)
+    known.add(b"/10")
+    assert known.knows(b"/10", b"value")
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+def test_verdicts() -> None:
+    for name in ("ENOENT", "EACCES", "EPERM", "ENOSPC", "EAGAIN", "EEXIST", "EROFS", "EBUSY"):
+        assert errno_of(XenstoreError(name, read(b"/x"))) == getattr(errno, name)
+    assert errno_of(XenstoreError("EQUOTA", write(b"/x", b""))) == errno.EDQUOT
+    assert errno_of(XenstoreError("E2BIG", write(b"/x", b""))) == errno.EFBIG
+    assert errno_of(XenstoreError("E2BIG", directory(b"/x"))) == errno.E2BIG
+    assert errno_of(XenstoreError("E2BIG", watch(b"/x", b"t"))) == errno.ENOSPC
+    assert errno_of(XenstoreError("EINVAL", read(b"/x"))) == errno.EINVAL
+    assert errno_of(XenstoreError("EINVAL", read(b"/" + b"x" * 2048))) == errno.ENAMETOOLONG
+    assert errno_of(XenstoreError("EWHATEVER", read(b"/x"))) == errno.EIO
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (FUSEError(errno.ENOTDIR), errno.ENOTDIR),
+        (XenstoreError("EAGAIN", read(b"/x")), errno.EAGAIN),
+        (ConnectionLost("gone"), errno.EIO),
+        (RequestTimeout("late"), errno.ETIMEDOUT),
+        (TransactionEnded("ended"), errno.ESTALE),
+        (StoreUnavailable("none", "hint"), errno.EIO),
+        (WireError("nonsense"), errno.EIO),
+        (KeyError("a bug"), errno.EIO),
+        (AssertionError("a bug"), errno.EIO),
+    ],
+)
+def test_every_exception_becomes_an_errno(
+    error: Exception, number: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in a handler is EIO and a logged traceback, never a dead mount."""
+
+    async def fail(self: Directory, name: bytes, pid: int) -> pyfuse3.EntryAttributes:
+        raise error
+
+    @in_world
+    async def test(w: World) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Directory, "lookup", fail)
+            await refused(number, w.operations.lookup(ROOT, b"name", ctx()))
+            w.operations.traces = True
+            await refused(number, w.operations.lookup(ROOT, b"name", ctx()))
+            w.operations.traces = False
+        assert (await w.lookup(b"name")).st_size == 9
+
+    with caplog.at_level(logging.WARNING):
+        test()
+    bug = isinstance(error, KeyError | AssertionError)
+    assert ("Traceback" in caplog.text) is bug
+
+
+@in_world
+async def test_handles_that_are_not_open(w: World) -> None:
+    await refused(errno.EIO, w.operations.read(4711, 0, 10))
+    await refused(errno.EIO, w.operations.release(4711))
+
+
+@in_world
+async def test_what_is_due_at_the_end_is_written(w: World) -> None:
+    await w.store.write("data/x", "old")
+    entry = await w.lookup(b"data", b"x")
+    await w.operations.open(entry.st_ino, WRONLY | TRUNC, ctx())
+    data = await w.lookup(b"data")
+    await w.operations.create(data.st_ino, b"touched", 0o644, WRONLY | APPEND, ctx())
+    assert await w.store.read("data/x") == b"old"
+    await w.operations.end()
+    assert await w.store.read("data/x") == b""
+    assert await w.store.read("data/touched") == b""
+    assert len(w.operations) == 0
+
+
+@in_world
+async def test_exclusive_creation(w: World) -> None:
+    data = await w.lookup(b"data")
+    await w.operations.create(data.st_ino, b"lock", 0o644, WRONLY | EXCL, ctx())
+    # Whoever looked before it was there, and comes later.
+    await refused(
+        errno.EEXIST, w.operations.create(data.st_ino, b"lock", 0o644, WRONLY | EXCL, ctx())
+    )
+    await refused(errno.EEXIST, w.operations.mkdir(data.st_ino, b"lock", 0o755, ctx()))
