@@ -50,9 +50,10 @@ LAYERS = """
     operations          wire errors names node
 
     background
+    tasks
     options             wire client
     mount               errors transport servants client embedded names view node directories \
-operations background options
+operations background tasks options
     command             __init__ options mount
     __main__            command
 """
