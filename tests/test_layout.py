@@ -46,14 +46,16 @@ LAYERS = """
     changes             wire errors session names view node
     values              wire errors session names view node xattrs changes
     listing             wire names view node xattrs
-    directories         wire errors session names view node xattrs changes values listing
+    watch_files         wire errors watches names view node xattrs
+    directories         wire errors session names view node xattrs changes values listing \
+watch_files
     operations          wire errors names node
 
     background
     tasks
     options             wire client
-    mount               errors transport servants client embedded names view node directories \
-operations background tasks options
+    mount               errors transport servants client embedded names view node watch_files \
+directories operations background tasks options
     command             __init__ options mount
     __main__            command
 """
@@ -64,7 +66,17 @@ ALLOWED = {
 }
 
 FILE_SYSTEM = {
-    *("node", "xattrs", "changes", "values", "listing", "directories", "operations", "mount"),
+    *(
+        "node",
+        "xattrs",
+        "changes",
+        "values",
+        "listing",
+        "watch_files",
+        "directories",
+        "operations",
+        "mount",
+    ),
 }
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))

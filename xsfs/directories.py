@@ -25,6 +25,7 @@ from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Handle, Node, refuse
 from xsfs.session import Session
 from xsfs.values import DomidFile, DotValue, StatsFile, ValueFile, ValueHandle
 from xsfs.view import NOTHING, Look
+from xsfs.watch_files import WatchFile
 from xsfs.wire import Request
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class Directory(ListedNode):
 
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
-    own: ClassVar[Mapping[bytes, type[Node]]] = {VALUE_NAME: DotValue}
+    own: ClassVar[Mapping[bytes, type[Node]]] = {VALUE_NAME: DotValue, b".watch": WatchFile}
 
     def is_of_kind(self, look: Look) -> bool:
         return self.view.is_directory(self.path, look)

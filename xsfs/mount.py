@@ -31,6 +31,7 @@ from xsfs.servants import open_servants
 from xsfs.tasks import describe_tasks
 from xsfs.transport import NO_STORE_HINT, SocketTransport, Transport
 from xsfs.view import KnownDirectories, View, home_of
+from xsfs.watch_files import READERS_MAX
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,10 @@ EXIT_FUSE: Final = 6
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 FUSE_DEVICE: Final = "/dev/fuse"
+
+TASKS_MAX: Final = READERS_MAX + 128
+"""How many requests pyfuse3 serves at once.  Each reader of a watch file may keep one waiting; what is
+left is for everything else, a bit more than the 99 that pyfuse3 has for all."""
 
 END_SECONDS: Final = 2.0
 """How long the end of the mount may wait for what open files have not yet written."""
@@ -85,7 +90,7 @@ async def _serve(options: Options, ready: Callable[[], None]) -> None:
                 ready()
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_obey_signals, signals, nursery.cancel_scope)
-                    await pyfuse3.main()
+                    await pyfuse3.main(max_tasks=TASKS_MAX)
                     nursery.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
@@ -149,6 +154,7 @@ async def _operations(options: Options, store: Store) -> Operations:
             "operations": operations.answered,
             "errors": operations.errors,
             "watches": len(store.watches),
+            "readers": tree.readers,
             "transactions": store.transactions,
             "reconnects": store.reconnects + store.watches.reconnects,
             "inodes": len(tree),

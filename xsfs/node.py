@@ -75,6 +75,9 @@ class Handle:
 
     __slots__ = ("node",)
 
+    stream: ClassVar[bool] = False
+    """Whether it has no positions: lseek(2) and pread(2) are ESPIPE."""
+
     def __init__(self, node: Node) -> None:
         self.node = node
 
@@ -241,6 +244,8 @@ class Tree:
         self.ownership = ownership
         self.counters = counters
         self.prefetched = Prefetched()
+        self.readers = 0
+        """How many watch files are open."""
         self._nodes: dict[int, Node] = {}
         self._moved: dict[tuple[type[Node], Node, bytes], Node] = {}
 

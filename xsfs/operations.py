@@ -196,7 +196,9 @@ class Operations(pyfuse3.Operations):
 
     def _file_info(self, handle: Handle) -> FileInfo:
         # direct_io: what is read is what the handle has, whatever size was told before.
-        return FileInfo(fh=self._open(handle), direct_io=True, keep_cache=False)
+        return FileInfo(
+            fh=self._open(handle), direct_io=True, keep_cache=False, nonseekable=handle.stream
+        )
 
     # -------------------------------------------------------------------------------- entries
 

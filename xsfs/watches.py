@@ -147,16 +147,28 @@ class Watches:
 
     async def unsubscribe(self, subscription: Subscription) -> None:
         """The opposite; the last subscriber of a path removes the watch.  Never raises."""
+        watch = self._leave(subscription)
+        if watch is not None:
+            with trio.CancelScope(shield=True):
+                await self._give_up(watch)
+
+    def drop(self, subscription: Subscription) -> None:
+        """The same without waiting for the store."""
+        watch = self._leave(subscription)
+        if watch is not None:
+            self._nursery.start_soon(self._give_up, watch)
+
+    def _leave(self, subscription: Subscription) -> _Watch | None:
+        """Give the subscription no more events.  The watch, if nobody is left who wants it."""
         watch = self._by_path.get(subscription.path)
         if watch is None or subscription not in watch.subscriptions:
-            return
+            return None
         watch.subscriptions.remove(subscription)
         if watch.subscriptions:
-            return
+            return None
         del self._by_path[watch.path]
         del self._by_token[watch.token]
-        with trio.CancelScope(shield=True):
-            await self._give_up(watch)
+        return watch
 
     async def _give_up(self, watch: _Watch) -> None:
         async with self._turn:
