@@ -49,13 +49,16 @@ LAYERS = """
     watch_files         wire errors watches names view node xattrs
     directories         wire errors session names view node xattrs changes values listing \
 watch_files
-    operations          wire errors names node
+    transactions        wire errors connection session client view node
+    transaction_files   wire view node values directories transactions
+    verdicts            wire errors
+    operations          wire errors names node verdicts
 
     background
     tasks
     options             wire client
     mount               errors transport servants client embedded names view node watch_files \
-directories operations background tasks options
+directories transactions transaction_files operations background tasks options
     command             __init__ options mount
     __main__            command
 """
@@ -74,6 +77,8 @@ FILE_SYSTEM = {
         "listing",
         "watch_files",
         "directories",
+        "transactions",
+        "transaction_files",
         "operations",
         "mount",
     ),

@@ -33,10 +33,11 @@ from xsfs.errors import (
 )
 from xsfs.names import TEXT
 from xsfs.node import Ownership, Tree
-from xsfs.operations import Operations, errno_of
+from xsfs.operations import Operations
 from xsfs.servants import open_servants
 from xsfs.transport import SocketTransport
 from xsfs.values import ValueFile
+from xsfs.verdicts import errno_of
 from xsfs.view import KNOWN_MAX, KnownDirectories, View
 from xsfs.wire import WireError, directory, read, watch, write
 

@@ -49,6 +49,8 @@ class Transaction(Session):
     def __init__(self, connection: Connection, tx_id: int) -> None:
         self._connection = connection
         self._tx_id: int | None = tx_id
+        self.requests = 0
+        """How many requests were sent in it."""
 
     @property
     def payload_max(self) -> int:
@@ -61,6 +63,7 @@ class Transaction(Session):
     async def burst(self, requests: Sequence[Request]) -> list[Reply]:
         if self._tx_id is None:
             raise TransactionEnded("the transaction has ended")
+        self.requests += len(requests)
         try:
             return await self._connection.burst(requests, self._tx_id)
         except ConnectionLost as error:
@@ -96,6 +99,10 @@ class Transaction(Session):
 
     async def rollback(self) -> None:
         await self.finish((), commit=False)
+
+    async def disconnected(self) -> None:
+        """Return when its connection has ended: abandoned, or lost."""
+        await self._connection.ended()
 
 
 class Store(Session):

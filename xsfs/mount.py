@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -20,7 +21,6 @@ import trio
 
 from xsfs.background import Background
 from xsfs.client import Store, open_store
-from xsfs.directories import RootDirectory
 from xsfs.embedded import EmbeddedStore
 from xsfs.errors import StoreError, StoreUnavailable
 from xsfs.names import RAW, TEXT
@@ -29,6 +29,8 @@ from xsfs.operations import Operations
 from xsfs.options import AUTOMATIC_SOURCES, Options
 from xsfs.servants import open_servants
 from xsfs.tasks import describe_tasks
+from xsfs.transaction_files import MountRoot
+from xsfs.transactions import Transactions
 from xsfs.transport import NO_STORE_HINT, SocketTransport, Transport
 from xsfs.view import KnownDirectories, View, home_of
 from xsfs.watch_files import READERS_MAX
@@ -83,19 +85,35 @@ def _nothing() -> None:
 
 async def _serve(options: Options, ready: Callable[[], None]) -> None:
     with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals:
-        async with _store(options) as store:
-            operations = await _operations(options, store)
+        async with _store(options) as store, open_servants() as servants:
+            operations = await _operations(options, store, servants)
             _fuse_mount(operations, options)
             try:
                 ready()
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_obey_signals, signals, nursery.cancel_scope)
-                    await pyfuse3.main(max_tasks=TASKS_MAX)
+                    await _answer_the_kernel()
                     nursery.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
                     await operations.end()
                 pyfuse3.close(unmount=True)
+
+
+async def _answer_the_kernel() -> None:
+    """Return when the file system has been unmounted."""
+    try:
+        await pyfuse3.main(max_tasks=TASKS_MAX)
+    except* OSError as failures:
+        # What the kernel says when it was unmounted with requests still in its queue: the RELEASEs
+        # of files just closed, whose handles `Operations.end` sees to.
+        if failures.split(_is_abort)[1] is not None:
+            raise
+        log.info("unmounted with requests still in the kernel's queue")
+
+
+def _is_abort(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ECONNABORTED
 
 
 async def _obey_signals(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
@@ -141,7 +159,7 @@ async def _connect(options: Options) -> AsyncIterator[Callable[[], Transport] | 
         yield lambda: SocketTransport(embedded.connect(options.domid), same_loop=True)
 
 
-async def _operations(options: Options, store: Store) -> Operations:
+async def _operations(options: Options, store: Store, servants: trio.Nursery) -> Operations:
     """The tree over the store, with nothing mounted yet."""
     domid = await store.domid()
     root = options.root if options.root is not None else home_of(domid)
@@ -162,7 +180,8 @@ async def _operations(options: Options, store: Store) -> Operations:
         }
 
     tree = Tree(Ownership(options.uid, options.gid, options.umask), counters)
-    tree.add_root(RootDirectory(tree, view, None, b""))
+    transactions = Transactions(servants, view, options.tx_timeout)
+    tree.add_root(MountRoot(tree, view, transactions))
     operations = Operations(tree, store.distrust)
     return operations
 

@@ -14,7 +14,8 @@ What always holds:
   takes the next number.
 - A node is in the table while its lookup count is above 0 (the root always).
 - A node that was removed or replaced through the mount is `gone`: its old handles say ESTALE, and
-  never bring it back.
+  never bring it back.  So do all nodes of a view that has ended, and a new node at the same position
+  is another one.
 """
 
 from __future__ import annotations
@@ -130,8 +131,13 @@ class Node(ABC):
         assert self.parent is not None
         return join(self.parent.path, self.name)
 
+    @property
+    def stale(self) -> bool:
+        """Whether it has gone for good, itself or with its whole view."""
+        return self.gone or self.view.ended
+
     def require(self) -> None:
-        if self.gone:
+        if self.stale:
             refuse(errno.ESTALE)
 
     # ---------------------------------------------------------------------------- attributes
@@ -263,7 +269,7 @@ class Tree:
     def get(self, inode: int) -> Node:
         """The node with this number; ESTALE if there is none (any more)."""
         node = self._nodes.get(inode)
-        if node is None:
+        if node is None or node.view.ended:
             refuse(errno.ESTALE)
         return node
 
@@ -292,7 +298,7 @@ class Tree:
                 type(found) is kind
                 and found.parent is parent
                 and found.name == name
-                and not found.gone
+                and not found.stale
             ):
                 return found, number
             number += 1

@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import (
@@ -40,7 +40,8 @@ from xsfs.errors import (
 )
 from xsfs.names import NAME_MAX
 from xsfs.node import Handle, Tree, refuse
-from xsfs.wire import Op, WireError
+from xsfs.verdicts import errno_of
+from xsfs.wire import WireError
 
 log = logging.getLogger(__name__)
 trace = logging.getLogger("xsfs.trace")
@@ -50,42 +51,12 @@ R = TypeVar("R")
 
 # --------------------------------------------------------------------------------------- errors
 
-_VERDICTS: Final = {
-    "EQUOTA": errno.EDQUOT,
-}
-"""Names of the store's that this system spells in another way."""
-
-_VERDICTS_BY_OP: Final = {
-    # oxenstored limits a value to 2048 bytes, and says that the argument list is too long.
-    (Op.WRITE, "E2BIG"): errno.EFBIG,
-    # A full quota of watches, by C xenstored.
-    (Op.WATCH, "E2BIG"): errno.ENOSPC,
-}
-
 _FAILURES: Final[Sequence[tuple[type[Exception], int]]] = (
     (TransactionEnded, errno.ESTALE),
     (RequestTimeout, errno.ETIMEDOUT),
     (ConnectionLost, errno.EIO),
     (StoreUnavailable, errno.EIO),
 )
-
-LONGEST_SURE_PATH: Final = 1024
-"""Paths up to here every daemon takes.  Past it EINVAL for a path of good letters means its length."""
-
-
-def errno_of(error: XenstoreError) -> int:
-    """The errno for the store's verdict; EIO, and a line in the log, for one nobody knows."""
-    request = error.request
-    number = _VERDICTS_BY_OP.get((request.op, error.name)) or _VERDICTS.get(error.name)
-    if number is None:
-        number = cast("int | None", getattr(errno, error.name, None))
-    if number is None:
-        log.error("Xenstore gave an unknown error: %s", error)
-        return errno.EIO
-    if number == errno.EINVAL and len(request.path) >= LONGEST_SURE_PATH:
-        return errno.ENAMETOOLONG
-    return number
-
 
 Handler = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
 
@@ -187,6 +158,13 @@ class Operations(pyfuse3.Operations):
                 node = self._handles[value].node if on_handle else self.tree.peek(value)
                 words.append(node.path.decode() if node is not None else str(value))
         return " ".join(words)
+
+    def _handle(self, number: int) -> Handle:
+        """The open file or directory; ESTALE if all that it belongs to has ended."""
+        handle = self._handles[number]
+        if handle.node.view.ended:
+            refuse(errno.ESTALE)
+        return handle
 
     def _open(self, handle: Handle) -> FileHandleT:
         number = self._next_handle
@@ -294,7 +272,7 @@ class Operations(pyfuse3.Operations):
                 refuse(errno.EPERM)
         if fields.update_size:
             if fh is not None:
-                await self._handles[fh].truncate(attr.st_size)
+                await self._handle(fh).truncate(attr.st_size)
             else:
                 await node.truncate(attr.st_size)
         return await node.getattr()
@@ -348,11 +326,11 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return await self._handles[fh].read(off, size)
+        return await self._handle(fh).read(off, size)
 
     @answered
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        return await self._handles[fh].write(off, buf)
+        return await self._handle(fh).write(off, buf)
 
     async def flush(self, fh: FileHandleT) -> None:
         # A shell closes a duplicate before it writes: a flush says nothing.  Never asked again.
@@ -360,7 +338,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        await self._handles[fh].fsync()
+        await self._handle(fh).fsync()
 
     @answered
     async def release(self, fh: FileHandleT) -> None:
@@ -374,7 +352,7 @@ class Operations(pyfuse3.Operations):
         poll_handle: pyfuse3.PollHandle | None,
         ctx: RequestContext,
     ) -> int:
-        return await self._handles[fh].poll(poll_handle)
+        return await self._handle(fh).poll(poll_handle)
 
     @answered
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
@@ -382,7 +360,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        await self._handles[fh].readdir(start_id, token)
+        await self._handle(fh).readdir(start_id, token)
 
     @answered
     async def releasedir(self, fh: FileHandleT) -> None:

@@ -14,6 +14,8 @@ from xsfs.wire import check_path
 EMBEDDED: Final = "embedded"
 AUTOMATIC_SOURCES: Final = frozenset(("xenstore", "none", "auto"))
 
+DEFAULT_TX_TIMEOUT: Final = 60.0
+
 
 class UsageError(Exception):
     """The command line makes no sense."""
@@ -37,6 +39,7 @@ class Options:
     gid: int = field(default_factory=os.getgid)
     umask: int = 0o077
     timeout: float = DEFAULT_TIMEOUT
+    tx_timeout: float = DEFAULT_TX_TIMEOUT
     listen: str | None = None
     domid: int = 0
 
@@ -110,6 +113,11 @@ OPTIONS: Final[dict[str, Option]] = {
         _seconds,
         "SECONDS",
         f"how long one request to Xenstore may take (default: {DEFAULT_TIMEOUT:g})",
+    ),
+    "tx_timeout": Option(
+        _seconds,
+        "SECONDS",
+        f"after how long without use a transaction is rolled back (default: {DEFAULT_TX_TIMEOUT:g})",
     ),
     "listen": Option(str, "SOCKET", "embedded store: serve it to other programs there, too"),
     "domid": Option(_domid, "N", "embedded store: mount it as domain N sees it (default: 0)"),

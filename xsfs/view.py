@@ -90,21 +90,32 @@ class KnownDirectories:
 
     def move(self, source: bytes, target: bytes) -> None:
         """A subtree was renamed."""
-        below = source + b"/"
-        for path in [p for p in self._paths if p == source or p.startswith(below)]:
+        for path in self.below(source):
             self.add(target + path[len(source) :], with_value=self._paths.pop(path))
 
+    def below(self, top: bytes) -> list[bytes]:
+        """The known ones at and below `top`."""
+        below = top + b"/"
+        return [path for path in self._paths if path == top or path.startswith(below)]
+
+    def get(self, path: bytes) -> bool | None:
+        """Whether `.value` was made here; None where no directory is known."""
+        return self._paths.get(path)
+
     def knows(self, path: bytes, value: bytes) -> bool:
-        with_value = self._paths.get(path)
+        with_value = self.get(path)
         return with_value is not None and (with_value or not value)
 
     def has_value(self, path: bytes) -> bool:
         """Whether `.value` was made here."""
-        return self._paths.get(path, False)
+        return bool(self.get(path))
 
 
 class View:
     """See the module's text."""
+
+    ended: bool = False
+    """Whether all that was seen through it is stale for good: its transaction is over."""
 
     def __init__(
         self, store: Store, domid: int, root: bytes, content: Format, known: KnownDirectories
