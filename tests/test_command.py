@@ -149,6 +149,20 @@ def test_killed_and_mounted_again(daemon: RealXenstored, mountpoint: Path) -> No
         assert (mountpoint / "domid").read_text() == "0\n"
 
 
+def test_unmounted_while_files_are_being_closed(daemon: RealXenstored, mountpoint: Path) -> None:
+    """The kernel then says ECONNABORTED, and drops the RELEASEs that are still in its queue."""
+    with mounted([daemon.socket], mountpoint):
+        data = mountpoint / "data"
+        opened = [os.open(data / "f", os.O_WRONLY | os.O_CREAT | os.O_APPEND) for _ in range(500)]
+        opened += [os.open(data / "e", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for _ in range(500)]
+        for file in opened:
+            os.close(file)
+    with XsClient(daemon.socket) as client:
+        for name in ("f", "e"):
+            assert client.read(f"/local/domain/0/data/{name}") == b""
+            client.rm(f"/local/domain/0/data/{name}")
+
+
 @pytest.mark.parametrize("source", [(), ("xenstore",), ("none",), ("auto",)])
 def test_the_store_is_found(
     daemon: RealXenstored,
