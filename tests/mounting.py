@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,5 +178,22 @@ def wait_for_socket(socket: str, mount: Mount) -> None:
         assert time.monotonic() < deadline, "the embedded store does not listen"
 
 
-def end_by_signal(mount: Mount) -> int:
-    return mount.end(signal.SIGTERM)
+def winners(attempt: Callable[[], object], contenders: int = 8) -> int:
+    """How many of some threads succeed that attempt the same at once; the others must find that it
+    exists already."""
+    won = []
+
+    def contend() -> None:
+        try:
+            attempt()
+        except FileExistsError:
+            return
+        won.append(True)
+
+    threads = [threading.Thread(target=contend) for _ in range(contenders)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+        assert not thread.is_alive()
+    return len(won)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import GUEST, LIMIT, Mount, Place
+from tests.mounting import GUEST, LIMIT, Mount, Place, winners
 from tests.test_mount_values import fails, node
 from tests.xenstored.harness import XsClient, XsError, strings
 
@@ -227,21 +227,7 @@ def test_a_long_name_made_by_a_guest_does_not_break_dom0(place: Place, mount: Mo
 
 
 def test_mkdir_is_a_lock(mount: Mount, box: Path) -> None:
-    won = []
-
-    def attempt(number: int) -> None:
-        try:
-            (box / "lock").mkdir()
-        except FileExistsError:
-            return
-        won.append(number)
-
-    threads = [threading.Thread(target=attempt, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT)
-    assert len(won) == 1
+    assert winners((box / "lock").mkdir) == 1
     (box / "lock").rmdir()
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.mounting import LIMIT, Mount, Place
+from tests.mounting import LIMIT, Mount, Place, winners
 from tests.xenstored.harness import XsClient, XsError
 
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -220,21 +220,8 @@ def test_the_largest_value(place: Place, mount: Mount, box: Path, witness: XsCli
 
 
 def test_exclusive_creation_is_a_lock(mount: Mount, box: Path) -> None:
-    won = []
-
-    def attempt(number: int) -> None:
-        try:
-            os.close(os.open(box / "lock", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return
-        won.append(number)
-
-    threads = [threading.Thread(target=attempt, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT)
-    assert len(won) == 1
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    assert winners(lambda: os.close(os.open(box / "lock", flags))) == 1
     assert mount.run(f"set -o noclobber; echo 1 > {box}/lock").returncode != 0
     assert mount.bash(f"set -o noclobber; echo $$ > {box}/other; cat {box}/other").strip().isdigit()
 
