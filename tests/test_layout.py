@@ -50,7 +50,7 @@ LAYERS = """
     directories         wire errors session names view node xattrs changes values listing \
 watch_files
     transactions        wire errors connection session client view node
-    transaction_files   wire view node values directories transactions
+    transaction_files   wire names view node values directories transactions
     verdicts            wire errors
     operations          wire errors names node verdicts
 

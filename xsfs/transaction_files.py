@@ -14,6 +14,7 @@ from pyfuse3 import EntryAttributes
 
 from xsfs import wire
 from xsfs.directories import RootDirectory
+from xsfs.names import NAME_MAX
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Handle, Node, Tree, refuse
 from xsfs.transactions import Transactions, TransactionView
 from xsfs.values import TextFile, TextHandle
@@ -53,12 +54,14 @@ class ControlHandle(TextHandle):
 
     async def write(self, offset: int, data: bytes) -> int:
         root = self.node.parent
+        # This file itself comes first: as it is open, it would keep its directory in the cache.
+        entries = ((root.inode, self.node.name), (root.parent.inode, root.name))
         word = data.strip()
         if word == b"commit":
-            await root.transactions.commit(root.name, root.view, root.parent)
+            await root.transactions.commit(root.name, root.view, *entries)
             root.tree.prefetched.drop()
         elif word == b"rollback":
-            await root.transactions.roll_back(root.name, root.view, root.parent)
+            await root.transactions.roll_back(root.name, root.view, *entries)
         else:
             refuse(errno.EINVAL)
         return len(data)
@@ -130,7 +133,9 @@ class TransactionsDirectory(Node):
     async def make_directory(self, name: bytes) -> EntryAttributes:
         if not wire.is_name(name):
             refuse(errno.EINVAL)
-        await self.transactions.begin(name, self)
+        if len(name) > NAME_MAX:
+            refuse(errno.ENAMETOOLONG)
+        await self.transactions.begin(name, (self.inode, name))
         return await self.lookup(name, 0)
 
     async def rmdir(self, name: bytes) -> None:

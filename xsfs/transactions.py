@@ -33,12 +33,15 @@ import trio
 from xsfs.client import Transaction
 from xsfs.connection import Reply
 from xsfs.errors import ConnectionLost, RequestTimeout, StoreError, TransactionEnded
-from xsfs.node import Node, refuse
+from xsfs.node import refuse
 from xsfs.session import Session
 from xsfs.view import KnownDirectories, View, Work
 from xsfs.wire import Request
 
 log = logging.getLogger(__name__)
+
+Entry = tuple[int, bytes]
+"""A name in a directory, as the kernel knows it."""
 
 OPEN_MAX: Final = 256
 """How many transactions of one mount may be open: each is a socket here and in the daemon, which for
@@ -182,8 +185,8 @@ class Transactions:
         view = self._views.get(name)
         return None if view is None or view.ended else view
 
-    async def begin(self, name: bytes, directory: Node) -> None:
-        """Start one.  `directory` is where it appears, for the kernel to forget it in the end."""
+    async def begin(self, name: bytes, entry: Entry) -> None:
+        """Start one.  `entry` is its directory, which the kernel is to forget in the end."""
         if name in self._views:
             refuse(errno.EEXIST)
         if len(self._views) >= OPEN_MAX:
@@ -195,14 +198,14 @@ class Transactions:
             del self._views[name]
             raise
         view = self._views[name] = TransactionView(self._outer, transaction)
-        self._nursery.start_soon(self._await_end, name, view, directory)
+        self._nursery.start_soon(self._await_end, name, view, entry)
 
-    async def commit(self, name: bytes, view: TransactionView, directory: Node) -> None:
+    async def commit(self, name: bytes, view: TransactionView, *entries: Entry) -> None:
         """Make it all true at once.  XenstoreError `EAGAIN` is a conflict.
 
         It is over whatever comes of it.  FUSEError EIO where nobody knows what did.
         """
-        async with self._ending(name, view, directory):
+        async with self._ending(name, view, entries):
             try:
                 await view.session.transaction.commit()
             except (ConnectionLost, RequestTimeout) as error:
@@ -210,11 +213,9 @@ class Transactions:
                 refuse(errno.EIO)
             view.known.committed()
 
-    async def roll_back(
-        self, name: bytes, view: TransactionView, directory: Node | None = None
-    ) -> None:
-        """Undo it all.  `directory` is None where the kernel removes the directory itself."""
-        async with self._ending(name, view, directory):
+    async def roll_back(self, name: bytes, view: TransactionView, *entries: Entry) -> None:
+        """Undo it all."""
+        async with self._ending(name, view, entries):
             try:
                 await view.session.transaction.rollback()
             except StoreError as error:
@@ -223,9 +224,12 @@ class Transactions:
 
     @asynccontextmanager
     async def _ending(
-        self, name: bytes, view: TransactionView, directory: Node | None
+        self, name: bytes, view: TransactionView, entries: Sequence[Entry]
     ) -> AsyncIterator[None]:
-        """Whoever ends a transaction does so within this, after all that came before."""
+        """Whoever ends a transaction does so within this, after all that came before.
+
+        entries     what the kernel is to forget; nothing where it removes the directory itself
+        """
         async with view.session.lock:
             if view.ended:
                 raise TransactionEnded("the transaction has ended")
@@ -236,12 +240,11 @@ class Transactions:
                 yield
             finally:
                 self._outer.store.abandon(view.session.transaction)
-            if directory is not None:
-                await _forget(directory, name)
+            await _forget(entries)
         finally:
             del self._views[name]
 
-    async def _await_end(self, name: bytes, view: TransactionView, directory: Node) -> None:
+    async def _await_end(self, name: bytes, view: TransactionView, entry: Entry) -> None:
         """Wait until it has ended, or must: it lies idle, or its connection is gone."""
         while (until := view.session.used_at + self._idle_seconds) > trio.current_time():
             with trio.move_on_at(until):
@@ -253,20 +256,22 @@ class Transactions:
         why = f"was not used for {self._idle_seconds:g} s" if open_still else "lost its connection"
         log.warning("transaction %s %s, and is rolled back", _text(name), why)
         with suppress(TransactionEnded):  # somebody else came first
-            await self.roll_back(name, view, directory)
+            await self.roll_back(name, view, entry)
 
 
-async def _forget(directory: Node, name: bytes) -> None:
-    """Have the kernel forget a transaction's entry, and so all inodes below that nobody uses.
+async def _forget(entries: Sequence[Entry]) -> None:
+    """Have the kernel forget entries, and so all inodes below that nobody uses.
 
     Or those of each transaction would stay until the kernel runs short of memory.  The kernel may
     wait for a request about the same directory: hence the thread, and the limit.
     """
-    # OSError: it has forgotten it by itself, or the mount has ended.
-    with trio.move_on_after(FORGET_SECONDS), suppress(OSError):
-        await trio.to_thread.run_sync(
-            pyfuse3.invalidate_entry, directory.inode, name, abandon_on_cancel=True
-        )
+    with trio.move_on_after(FORGET_SECONDS):
+        for entry in entries:
+            # OSError: it has forgotten it by itself, or the mount has ended.
+            with suppress(OSError):
+                await trio.to_thread.run_sync(
+                    pyfuse3.invalidate_entry, *entry, abandon_on_cancel=True
+                )
 
 
 def _text(name: bytes) -> str:
