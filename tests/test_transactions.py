@@ -17,14 +17,18 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.lying_store import LyingStore, hang_up, silence
 from tests.mounting import GUEST, LIMIT, Mount, Place, mounted, open_place
 from tests.test_mount_values import fails, node
 from tests.xenstored.harness import RealXenstored, XsClient, XsError
-from xsfs.transactions import OPEN_MAX
+from xsfs.transactions import OPEN_MAX, KnownInTransaction
+from xsfs.view import KnownDirectories
 from xsfs.wire import Message, Op
 
 SHELLS = ["bash", "dash"]
@@ -895,3 +899,102 @@ def test_a_domain_has_the_transactions_of_its_own_rights(
     elif place.kind != "embedded":
         name.write_text("renamed\n")
         assert name.read_text() == "renamed\n"
+
+
+# ------------------------------------------------------------------------------------- the rest
+
+
+def test_a_watch_file_of_an_ended_one_is_stale(
+    place: Place, mount: Mount, box: Path, tx: Path, witness: XsClient
+) -> None:
+    """It tells of the store outside, and who waits in it hears of the end."""
+    (box / "x").write_text("1\n")
+    tx.mkdir()
+    outcomes: list[bytes | int | None] = []
+    watch = os.open(inside(tx, box) / ".watch", os.O_RDONLY)
+    assert os.read(watch, 100) == b".\n"
+    (inside(tx, box) / "x").write_text("2\n")
+    witness.write(node(place, box) + "/y", b"1")
+    assert os.read(watch, 100) == b"y\n"
+
+    def wait() -> None:
+        try:
+            outcomes.append(os.read(watch, 100))
+        except OSError as error:
+            outcomes.append(error.errno)
+
+    reader = threading.Thread(target=wait)
+    reader.start()
+    tx.rmdir()
+    reader.join(LIMIT)
+    assert outcomes == [errno.ESTALE]
+    os.close(watch)
+
+
+def test_the_embedded_store_in_the_same_process(tmp_path: Path) -> None:
+    with mounted(["embedded"], tmp_path / "m") as mount:
+        (mount.path / "data" / "n").write_text("1\n")
+        first, second = start(mount, "first"), start(mount, "second")
+        for path in (first, second):
+            number = int((path / "data" / "n").read_text())
+            (path / "data" / "n").write_text(f"{number + 1}\n")
+        control(first, "commit")
+        assert commit_fails(second)
+        assert (mount.path / "data" / "n").read_text() == "2\n"
+        assert mount.counter("transactions") == 0
+
+
+def test_with_other_options(tmp_path: Path) -> None:
+    with RealXenstored("C") as daemon:
+        daemon.populate()
+        with mounted(["-o", "root=/,raw", daemon.socket], tmp_path / "root") as mount:
+            path = start(mount, "t1")
+            file = path / "local" / "domain" / "0" / "x"
+            file.write_bytes(b"exact")
+            assert file.read_bytes() == b"exact"
+            control(path, "commit")
+            with daemon.client() as witness:
+                assert witness.read("/local/domain/0/x") == b"exact"
+        with mounted(["-o", "ro", daemon.socket], tmp_path / "ro") as mount:
+            with fails(errno.EROFS):
+                start(mount, "t1")
+            assert os.listdir(mount.path / ".transaction") == []
+
+
+PATHS = st.sampled_from([b"/a", b"/a/b", b"/a/b/c", b"/d", b"/d/b"])
+STEPS = st.lists(
+    st.tuples(st.just("add"), PATHS, st.booleans())
+    | st.tuples(st.sampled_from(["discard", "discard_value"]), PATHS)
+    | st.tuples(st.just("move"), st.sampled_from([(b"/a", b"/x"), (b"/a/b", b"/d/b")])),
+    max_size=12,
+)
+
+
+def take(known: KnownDirectories, step: tuple[Any, ...]) -> None:
+    if step[0] == "add":
+        known.add(step[1], with_value=step[2])
+    elif step[0] == "move":
+        known.move(*step[1])
+    else:
+        getattr(known, step[0])(step[1])
+
+
+@given(before=STEPS, within=STEPS)
+def test_what_a_transaction_knows_of_directories(
+    before: list[tuple[Any, ...]], within: list[tuple[Any, ...]]
+) -> None:
+    """The same as if it were true, and what it knew becomes true by the commit, not before."""
+    outside, model = KnownDirectories(), KnownDirectories()
+    for step in before:
+        take(outside, step)
+        take(model, step)
+    all_paths = [b"/a", b"/a/b", b"/a/b/c", b"/d", b"/d/b", b"/d/b/c", b"/x", b"/x/b", b"/x/b/c"]
+    first = [outside.get(path) for path in all_paths]
+    layer = KnownInTransaction(outside)
+    for step in within:
+        take(layer, step)
+        take(model, step)
+    assert [layer.get(path) for path in all_paths] == [model.get(path) for path in all_paths]
+    assert [outside.get(path) for path in all_paths] == first
+    layer.committed()
+    assert [outside.get(path) for path in all_paths] == [model.get(path) for path in all_paths]

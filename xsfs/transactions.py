@@ -267,8 +267,8 @@ async def _forget(entries: Sequence[Entry]) -> None:
     """
     with trio.move_on_after(FORGET_SECONDS):
         for entry in entries:
-            # OSError: it has forgotten it by itself, or the mount has ended.
-            with suppress(OSError):
+            # It has forgotten it by itself, or the mount has ended; or there are no more threads.
+            with suppress(OSError, RuntimeError):
                 await trio.to_thread.run_sync(
                     pyfuse3.invalidate_entry, *entry, abandon_on_cancel=True
                 )
