@@ -655,6 +655,33 @@ def test_the_end_of_the_mount_leaves_none_behind(tmp_path: Path, name: str, how:
             mount.clear()
 
 
+@pytest.mark.parametrize("how", ["commit", "rollback", "rmdir"])
+@pytest.mark.parametrize("name", ["C-guest", "ocaml-guest"])
+def test_one_that_has_grown_too_big(tmp_path: Path, name: str, how: str) -> None:
+    """What oxenstored takes more than xsfs lets it have, it does not let go of any more."""
+    with (
+        open_place(name, tmp_path) as place,
+        place.witness() as witness,
+        mounted([place.socket], tmp_path / "m") as mount,
+    ):
+        path = start(mount, "t1")
+        too_big = errno.EDQUOT if place.kind == "ocaml" else errno.ENOSPC
+        with fails(too_big):
+            for number in range(2000):
+                (path / "data" / f"d{number // 100}").mkdir(exist_ok=True)
+                (path / "data" / f"d{number // 100}" / f"x{number}").write_text("1\n")
+        if how == "commit" and place.kind == "C":
+            with fails(errno.ENOMEM):
+                end_by(how, path)
+        else:
+            end_by(how, path)
+        assert not path.exists()
+        assert open_at_once(witness) == GUEST_OPEN_MAX
+        assert ("d0" in witness.ls(f"{place.home}/data")) == (
+            how == "commit" and place.kind == "ocaml"
+        )
+
+
 @pytest.mark.parametrize("how", [None, signal.SIGTERM, signal.SIGKILL])
 def test_oxenstored_ends_when_the_mount_has(tmp_path: Path, how: signal.Signals | None) -> None:
     """It serves on after SIGTERM for as long as anybody has a transaction open."""

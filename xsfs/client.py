@@ -51,6 +51,8 @@ class Transaction(Session):
         self._tx_id: int | None = tx_id
         self.requests = 0
         """How many requests were sent in it."""
+        self.requests_max: int | None = None
+        """How many may be; past it XenstoreError `EQUOTA`, and nothing is sent."""
 
     @property
     def payload_max(self) -> int:
@@ -63,6 +65,8 @@ class Transaction(Session):
     async def burst(self, requests: Sequence[Request]) -> list[Reply]:
         if self._tx_id is None:
             raise TransactionEnded("the transaction has ended")
+        if self.requests_max is not None and self.requests + len(requests) > self.requests_max:
+            raise XenstoreError("EQUOTA", requests[0])
         self.requests += len(requests)
         try:
             return await self._connection.burst(requests, self._tx_id)

@@ -193,7 +193,7 @@ class Transactions:
             refuse(errno.ENOSPC)
         self._views[name] = None
         try:
-            transaction = await self._outer.store.begin()
+            transaction = await self._outer.begin()
         except BaseException:
             del self._views[name]
             raise

@@ -27,6 +27,10 @@ KNOWN_MAX: Final = 100_000
 """How many nodes are remembered as directories.  Past it the oldest are forgotten, and fall back on
 the conventions: a host whose guests come and go for years must not grow."""
 
+GUEST_REQUESTS_MAX: Final = 1000
+"""How many requests one transaction of a guest of oxenstored may have.  From 1024 on the daemon does
+not even let it be rolled back, and as all of a guest is one connection to it, it stays for good."""
+
 LOOK_WINDOW: Final = 256
 """How many nodes one burst looks at.  A listing of 100,000 children is asked in such steps."""
 
@@ -127,6 +131,8 @@ class View:
         self.root = root
         self.content = content
         self.known = known
+        self._requests_max: int | None = None
+        self._probed = domid == 0
 
     # ---------------------------------------------------------------------------------- looks
 
@@ -235,12 +241,23 @@ class View:
 
         await self.store.atomically(and_commit)
 
+    async def begin(self) -> Transaction:
+        """Start a transaction with a connection of its own, which cannot grow too big to be ended."""
+        if not self._probed:
+            # DIRECTORY_PART tells the daemons apart; the fresh root of a mount may be missing.
+            (reply,) = await self.session.burst((wire.directory_part(self.home, 0),))
+            if isinstance(reply, XenstoreError) and reply.name in ("ENOSYS", "EINVAL"):
+                self._requests_max = GUEST_REQUESTS_MAX
+            self._probed = True
+        transaction = await self.store.begin()
+        transaction.requests_max = self._requests_max
+        return transaction
+
     async def atomically_apart(self, work: Work) -> None:
-        """The same on a connection of its own, for transactions that may grow too big: closing it
-        ends even one that the daemon refuses to end (oxenstored, past a guest's quota)."""
+        """The same on a connection of its own, for transactions that may be long."""
         deadline = trio.current_time() + self.store.timeout
         while True:
-            transaction = await self.store.begin()
+            transaction = await self.begin()
             try:
                 last = await work(transaction)
                 if last is not None:
