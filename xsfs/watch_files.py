@@ -36,7 +36,6 @@ from xsfs import wire
 from xsfs.errors import RequestTimeout, StoreError
 from xsfs.names import NAME_MAX, file_name, join
 from xsfs.node import Handle, Node, refuse
-from xsfs.view import NOTHING
 from xsfs.watches import EVENTS_MAX, Subscription
 from xsfs.xattrs import XenstoreNode
 
@@ -59,7 +58,8 @@ def line_of(path: bytes, base: bytes) -> bytes:
     A name may begin with what is no name elsewhere: `-` of an option, `@` of a special event.  Guests
     choose names, so these begin with `./`.
     """
-    if path == base:
+    # A path that no store has could be several lines: look at all.
+    if path == base or b"\n" in path:
         return b"."
     below = join(base, b"")
     line = path
@@ -78,6 +78,8 @@ def path_of(line: bytes, base: bytes) -> bytes:
         return line
     if line == b".":
         return base
+    if line.startswith(b"@"):
+        refuse(errno.EINVAL)  # no event that there is; a child of such a name is `./@NAME`
     path = line if line.startswith(b"/") else join(base, line.removeprefix(b"./"))
     if len(path) > wire.PATH_MAX:
         refuse(errno.ENAMETOOLONG)
@@ -100,11 +102,8 @@ class WatchFile(Node):
     async def getattr(self) -> EntryAttributes:
         assert isinstance(self.parent, XenstoreNode)
         self.parent.require()
-        look = await self.view.look(self.path)
-        if look is None:
-            if not self.parent.lasting:
-                refuse(errno.ESTALE)
-            look = NOTHING
+        if not self.parent.lasting and await self.view.look(self.path) is None:
+            refuse(errno.ESTALE)
         return self.entry(0)
 
     async def open(self, flags: int, pid: int) -> WatchHandle:
@@ -165,7 +164,8 @@ class WatchHandle(Handle):
             self._events = dict.fromkeys(self._subscriptions)
         else:
             self._events[path] = None
-        self._arrived.unpark_all()
+        if self._arrived:
+            self._arrived.unpark_all()
         if self._poll_handle is not None:
             poll_handle, self._poll_handle = self._poll_handle, None
             try:
@@ -182,22 +182,17 @@ class WatchHandle(Handle):
             return piece
         lines: list[bytes] = []
         left = size
-        for path in self._events:
+        while self._events:
+            path = next(iter(self._events))
             line = line_of(path, self.base) + b"\n"
-            if len(line) > left:
-                if not lines:
-                    lines.append(line[:left])
-                    self._rest = line[left:]
-                    del self._events[path]
-                    return lines[0]
+            if len(line) > left and lines:
                 break
+            del self._events[path]
+            lines.append(line[:left])
+            self._rest = line[left:]
             left -= len(line)
-            lines.append(line)
-        if len(lines) == len(self._events):
-            self._events.clear()
-        else:
-            for path in list(self._events)[: len(lines)]:
-                del self._events[path]
+            if self._rest:
+                break
         return b"".join(lines)
 
     async def _wait(self) -> None:
@@ -253,13 +248,7 @@ class WatchHandle(Handle):
             refuse(errno.EEXIST)
         if len(self._subscriptions) >= WATCHES_MAX:
             refuse(errno.ENOSPC)
-
-        def on_event() -> None:
-            for event in subscription.take():
-                # Only a store that lies tells of other paths; one with a newline would be two lines.
-                self.put(event if event in SPECIAL or _is_sound(event) else path)
-
-        subscription = Subscription(path, on_event)
+        subscription = _Tap(path, self)
         store = self.node.view.store
         self._subscriptions[path] = subscription
         try:
@@ -281,9 +270,12 @@ class WatchHandle(Handle):
         self._subscriptions.clear()
 
 
-def _is_sound(path: bytes) -> bool:
-    try:
-        wire.check_path(path)
-    except ValueError:
-        return False
-    return True
+class _Tap(Subscription):
+    """A subscription whose events are its handle's at once, together with those of all others."""
+
+    def __init__(self, path: bytes, handle: WatchHandle) -> None:
+        super().__init__(path)
+        self._handle = handle
+
+    def put(self, path: bytes) -> None:
+        self._handle.put(path)

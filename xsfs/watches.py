@@ -9,6 +9,9 @@ What always holds:
 - An event is put into each subscription of its watch and never waits for a subscriber.  Equal events
   still unread are one; past EVENTS_MAX the backlog becomes one event for the watched path itself,
   which by Xenstore's own rule means "look at all of it again".
+- Taking an event from the connection costs the same however many subscribe to its watch: where there
+  are several, `_spread` tells them, one at a time, and what comes meanwhile is merged.  A reader of
+  the connection that fell some 2000 events behind would stop whoever writes, with oxenstored for good.
 - After the connection was lost, `_keep` sets every watch again, and the store's initial event tells
   each subscriber that it may have missed something.
 """
@@ -84,8 +87,17 @@ class _Watch:
     def __init__(self, path: bytes, token: bytes) -> None:
         self.path = path
         self.token = token
-        self.subscriptions: list[Subscription] = []
+        self.subscriptions: dict[Subscription, None] = {}
         self.connection: Connection | None = None
+        self.unspread: dict[bytes, None] = {}
+        """Events that not all subscriptions have been told of."""
+        self.spreading = False
+
+    def put(self, path: bytes) -> None:
+        if len(self.unspread) >= EVENTS_MAX and path not in self.unspread:
+            self.unspread = {self.path: None}
+        else:
+            self.unspread[path] = None
 
 
 class Watches:
@@ -114,8 +126,25 @@ class Watches:
         if watch is None:
             # Of a watch just removed; or of a store that lies, which harms nobody.
             return
-        for subscription in watch.subscriptions:
-            subscription.put(path)
+        if len(watch.subscriptions) == 1 and not watch.spreading:
+            next(iter(watch.subscriptions)).put(path)
+            return
+        watch.put(path)
+        if not watch.spreading:
+            watch.spreading = True
+            self._nursery.start_soon(self._spread, watch)
+
+    async def _spread(self, watch: _Watch) -> None:
+        """Tell all subscriptions of the events, and let other tasks run after each: above all the
+        one that reads the connection."""
+        while watch.unspread:
+            events, watch.unspread = watch.unspread, {}
+            for subscription in list(watch.subscriptions):
+                if subscription in watch.subscriptions:
+                    for path in events:
+                        subscription.put(path)
+                    await trio.lowlevel.checkpoint()
+        watch.spreading = False
 
     async def subscribe(self, subscription: Subscription) -> None:
         """Watch the subscription's path for it.  Raises StoreError; then nothing is watched.
@@ -125,12 +154,12 @@ class Watches:
         async with self._turn:
             watch = self._by_path.get(subscription.path)
             if watch is not None:
-                watch.subscriptions.append(subscription)
+                watch.subscriptions[subscription] = None
                 subscription.put(subscription.path)
                 return
             self._last_token += 1
             watch = _Watch(subscription.path, b"%x" % self._last_token)
-            watch.subscriptions.append(subscription)
+            watch.subscriptions[subscription] = None
             self._by_token[watch.token] = watch
             try:
                 await self._arm(watch)
@@ -163,7 +192,7 @@ class Watches:
         watch = self._by_path.get(subscription.path)
         if watch is None or subscription not in watch.subscriptions:
             return None
-        watch.subscriptions.remove(subscription)
+        del watch.subscriptions[subscription]
         if watch.subscriptions:
             return None
         del self._by_path[watch.path]
