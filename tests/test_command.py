@@ -163,6 +163,50 @@ def test_unmounted_while_files_are_being_closed(daemon: RealXenstored, mountpoin
             client.rm(f"/local/domain/0/data/{name}")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_files_may_be_closed(daemon: RealXenstored, mountpoint: Path, closed: str) -> None:
+    command = f'"{sys.executable}" -m xsfs {daemon.socket} {mountpoint} {closed}'
+    subprocess.run(["bash", "-c", command], check=True, timeout=LIMIT)
+    assert (mountpoint / "name").read_text() == "Domain-0\n"
+    process = process_at(mountpoint)
+    subprocess.run(["umount", mountpoint], check=True, timeout=LIMIT)
+    wait_for_end(process)
+
+
+def test_relative_paths(daemon: RealXenstored, mountpoint: Path, tmp_path: Path) -> None:
+    os.symlink(daemon.socket, tmp_path / "relative.sock")
+    command = [sys.executable, "-m", "xsfs", "relative.sock", mountpoint.name]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=LIMIT)
+    process = process_at(Path(mountpoint.name))
+    # A rename has a connection of its own, made later, from another working directory.
+    (mountpoint / "data" / "a").write_text("1\n")
+    (mountpoint / "data" / "a").rename(mountpoint / "data" / "b")
+    (mountpoint / "data" / "b").unlink()
+    subprocess.run(["umount", mountpoint], check=True, timeout=LIMIT)
+    wait_for_end(process)
+
+
+def test_mounting_twice_at_a_name_of_any_letters(daemon: RealXenstored, tmp_path: Path) -> None:
+    path = tmp_path / "é \\ x"
+    with mounted([daemon.socket], path):
+        refused(xsfs(daemon.socket, path), 5, "busy")
+
+
+def test_listening_where_one_cannot(mountpoint: Path, tmp_path: Path) -> None:
+    refused(xsfs("-o", f"listen={tmp_path}/none/s", "embedded", mountpoint), 3, "cannot listen")
+    (tmp_path / "file").write_text("")
+    refused(xsfs("-o", f"listen={tmp_path}/file", "embedded", mountpoint), 3, "cannot listen")
+
+
+def test_a_domain_that_cannot_tell_its_number(mountpoint: Path) -> None:
+    with RealXenstored("C", guests=(GUEST,)) as other:
+        other.populate()
+        with other.client() as client:
+            client.set_perms(f"/local/domain/{GUEST}/domid", ["n0"])
+        refused(xsfs(other.guest_socket(GUEST), mountpoint), 4, "which domain")
+
+
 @pytest.mark.parametrize("source", [(), ("xenstore",), ("none",), ("auto",)])
 def test_the_store_is_found(
     daemon: RealXenstored,
@@ -216,6 +260,8 @@ def test_option_raw(daemon: RealXenstored, mountpoint: Path) -> None:
 
 
 def test_option_ro(daemon: RealXenstored, mountpoint: Path) -> None:
+    with mounted(["-o", "ro,rw", daemon.socket], mountpoint) as mount:
+        mount.bash("echo 1 > data/x; rm data/x")
     with mounted(["-o", "ro", daemon.socket], mountpoint):
         assert (mountpoint / "name").read_text() == "Domain-0\n"
         for attempt in (
@@ -303,6 +349,8 @@ def test_usage(daemon: RealXenstored, mountpoint: Path) -> None:
         (("-o", "root", mountpoint), "root=PATH"),
         (("-o", "ro=1", mountpoint), "takes no value"),
         (("-o", "timeout=0", mountpoint), "timeout"),
+        (("-o", "uid=1_0", mountpoint), "number"),
+        (("-o", "uid=4294967295", mountpoint), "number"),
         (("-o", "domid=3", daemon.socket, mountpoint), "embedded"),
         (("--nonsense", mountpoint), "--nonsense"),
     ):

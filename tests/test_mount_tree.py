@@ -336,6 +336,61 @@ def test_rename_refused(place: Place, mount: Mount, box: Path) -> None:
     assert sorted(os.listdir(box)) == ["d", "e", "f"]
 
 
+def test_renamed_back_and_forth(mount: Mount, box: Path) -> None:
+    script = f"""
+        cd {box}
+        echo one > a; mv a b; mv b a; echo two > b; cat a b
+        mkdir m1; echo 1 > m1/x; mv m1 m2; mv m2 m3; mkdir m2; echo 2 > m2/y; ls m3; rm -r m2; ls m3
+    """
+    assert mount.bash(script) == "one\ntwo\nx\nx\n"
+
+
+def test_data_can_be_renamed_and_is_there_again(
+    place: Place, mount: Mount, witness: XsClient
+) -> None:
+    if place.guest:
+        return  # its home is not the guest's to change
+    script = (
+        "echo keep > data/k; mkdir data/d; echo 1 > data/d/x; mv data other; ls other; ls -A data"
+    )
+    assert set(mount.bash(script).split()) >= {"k", "d"}
+    assert (
+        mount.bash("cat other/k other/d/x; ls data; cp -r other/. data; rm -r other") == "keep\n1\n"
+    )
+    assert mount.bash("cat data/k; rm -r data/k data/d") == "keep\n"
+
+
+def test_a_directory_by_custom_stays_one(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    if place.guest:
+        return
+    witness.mkdir("/local/domain/97/device")
+    domain = mount.path / ".root" / "local" / "domain" / "97"
+    (domain / "device").rename(domain / "devold")
+    assert (domain / "devold").is_dir()
+    witness.rm("/local/domain/97")
+
+
+def test_what_may_not_be_read_is_not_removed_as_empty(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    if not place.guest:
+        return  # nothing is unreadable to dom0
+    path = f"{node(place, box)}/drop"
+    with place.dom0() as dom0:
+        dom0.write(f"{path}/kid/deep", b"precious")
+        dom0.set_perms(path, ["n0", f"w{place.domid}"])
+        with fails(errno.EACCES):
+            (box / "drop").rmdir()
+        (box / "d").mkdir()
+        with fails(errno.EACCES):
+            (box / "d").rename(box / "drop")
+        assert "Permission denied" in mount.run(f"rm -r {box}/drop").stderr
+        assert dom0.read(f"{path}/kid/deep") == b"precious"
+        dom0.rm(path)
+
+
 # ----------------------------------------------------------------------------- modes, attributes
 
 

@@ -162,6 +162,31 @@ def test_reading_from_the_start_reads_anew(
         assert opened.read() == b"second, and longer\n"
 
 
+def test_a_file_in_creation_is_there_for_the_mount(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    file = box / "f"
+    with open(file, "ab", buffering=0) as opened:
+        assert file.exists()
+        with pytest.raises(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL))
+        os.setxattr(opened.fileno(), "user.xs.perms", f"b{place.domid}".encode())
+        assert witness.get_perms(node(place, file)) == [f"b{place.domid}"]
+    with open(box / "moved", "ab", buffering=0) as opened:
+        (box / "moved").rename(box / "elsewhere")
+        opened.write(b"1\n")
+    assert (box / "elsewhere").read_text() == "1\n"
+    with open(box / "removed", "wb", buffering=0):
+        (box / "removed").unlink()
+    assert sorted(os.listdir(box)) == ["elsewhere", "f"]
+
+
+def test_nothing_is_read_after_a_truncation(mount: Mount, box: Path) -> None:
+    (box / "t").write_text("old\n")
+    with open(box / "t", "w+") as file:
+        assert file.read() == ""
+
+
 def test_a_handle_reads_what_it_wrote(mount: Mount, box: Path) -> None:
     with open(box / "rw", "w+b", buffering=0) as file:
         assert file.read() == b""

@@ -52,6 +52,8 @@ async def remove_directory(view: View, session: Session, path: bytes) -> Request
         refuse(errno.ENOENT)
     if not view.is_directory(path, look):
         refuse(errno.ENOTDIR)
+    if look.hidden:
+        refuse(errno.EACCES)
     if look.has_children or look.value:
         refuse(errno.ENOTEMPTY)
     return wire.rm(path)
@@ -80,8 +82,8 @@ async def rename(
     *,
     replace: bool,
     in_present: bool,
-) -> None:
-    """Move a node and all below it, with values and permissions.
+) -> bool:
+    """Move a node and all below it, with values and permissions; whether it is a directory.
 
     The last change is not left to the commit: a commit is carried out even where it fails.
     """
@@ -94,6 +96,8 @@ async def rename(
         if view.is_directory(target, replaced):
             if not view.is_directory(source, moved):
                 refuse(errno.EISDIR)
+            if replaced.hidden:
+                refuse(errno.EACCES)
             if replaced.has_children or replaced.value:
                 refuse(errno.ENOTEMPTY)
         elif view.is_directory(source, moved):
@@ -120,6 +124,7 @@ async def rename(
         )
     )
     _raise_first(await session.burst((wire.rm(source),)))
+    return view.is_directory(source, moved)
 
 
 async def _subtree(session: Session, top: bytes) -> list[tuple[bytes, bytes, Permissions]]:

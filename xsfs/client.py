@@ -91,7 +91,10 @@ class Transaction(Session):
             (*requests, wire.transaction_end(commit)), tx_id
         )
         if isinstance(end, XenstoreError):
-            raise end
+            # C xenstored says ENOMEM for a transaction in which a request was refused: why, its own
+            # verdict tells.
+            refused = [reply for reply in replies if isinstance(reply, XenstoreError)]
+            raise refused[0] if refused and end.name != "EAGAIN" else end
         return replies
 
     async def commit(self) -> None:
@@ -261,7 +264,8 @@ async def open_store(
     Raises StoreUnavailable, ConnectionLost, RequestTimeout.
     """
     if connect is None:
-        found = path if path is not None else find_store(os.environ)
+        # Absolute: connections are made later, too, and the background process leaves the directory.
+        found = os.path.abspath(path if path is not None else find_store(os.environ))
 
         def connect() -> Transport:
             return open_transport(found)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Final, NoReturn
@@ -74,7 +76,17 @@ def parse_arguments(arguments: Sequence[str]) -> Options:
     return options
 
 
+def _open_standard_files() -> None:
+    """A caller may have closed some: what is opened later must not take their places."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.BytesIO())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    _open_standard_files()
     try:
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     except UsageError as error:

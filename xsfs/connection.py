@@ -251,7 +251,8 @@ class Connection:
     def _digest(self, data: bytes) -> None:
         """Take what was received; nothing means the end."""
         if not data:
-            self.close("Xenstore closed the connection")
+            middle = " in the middle of a message" if self._parser.partial else ""
+            self.close(f"Xenstore closed the connection{middle}")
             return
         self._parser.feed(data)
         try:

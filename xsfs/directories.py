@@ -59,6 +59,10 @@ class Directory(ListedNode):
     async def getattr(self) -> EntryAttributes:
         return self.attributes(await self.look())
 
+    @property
+    def lasting(self) -> bool:
+        return isinstance(self.parent, ListedNode) and self.name in self.parent.lasting_children()
+
     def value_was_written(self) -> None:
         self.view.known.add(self.path, with_value=True)
 
@@ -89,9 +93,11 @@ class Directory(ListedNode):
         child = await self._child_name(name)
         path = join(self.path, child)
         look = await self.view.look(path) if len(path) <= wire.PATH_MAX else None
-        if look is None and self.kind_of_directory(child).lasting:
+        if look is None and child in self.lasting_children():
             look = NOTHING
         if look is None:
+            if (file := self._in_creation(child)) is not None:
+                return self._found(file, file.entry(0))
             # A cached entry may have led here: is the directory itself still there?
             await self.require_present()
             refuse(errno.ENOENT)
@@ -107,12 +113,13 @@ class Directory(ListedNode):
         if name == VALUE_NAME:
             return self.tree.node(DotValue, self, name)
         if self.view.is_directory(path, look):
-            return self.tree.node(self.kind_of_directory(name), self, name)
+            return self.tree.node(Directory, self, name)
         return self.tree.node(ValueFile, self, name)
 
-    def kind_of_directory(self, name: bytes) -> type[Directory]:
-        """What a child is that is a directory."""
-        return Directory
+    def _in_creation(self, name: bytes) -> ValueFile | None:
+        """The file of this name that is open, and made when it is first written or closed."""
+        file = self.tree.find(ValueFile, self, name)
+        return file if file is not None and file.creating else None
 
     def _found(self, node: Node, entry: EntryAttributes) -> EntryAttributes:
         self.tree.remember(node)
@@ -211,6 +218,8 @@ class Directory(ListedNode):
             self.was_written()
             return
         path = await self._path_of_present(name)
+        if (file := self._in_creation(name)) is not None:
+            await file.make()
 
         async def work(session: Session) -> Request:
             return await changes.remove_file(self.view, session, path)
@@ -226,7 +235,7 @@ class Directory(ListedNode):
             return await changes.remove_directory(self.view, session, path)
 
         await self.view.atomically(work)
-        self._removed(self.kind_of_directory(name), path)
+        self._removed(Directory, path)
 
     async def _path_of_present(self, name: bytes) -> bytes:
         if name in self.own or forced_name(name) is not None:
@@ -262,9 +271,15 @@ class Directory(ListedNode):
         if source_path.startswith(target_path + b"/"):
             refuse(errno.ENOTEMPTY)
 
+        if (file := self._in_creation(name)) is not None:
+            await file.make()
+
+        is_directory = False
+
         async def work(session: Session) -> None:
+            nonlocal is_directory
             replace = not flags & pyfuse3.RENAME_NOREPLACE
-            await changes.rename(
+            is_directory = await changes.rename(
                 *(self.view, session, source_path, target_path),
                 replace=replace,
                 in_present=not target.lasting,
@@ -272,11 +287,14 @@ class Directory(ListedNode):
 
         await self.view.atomically_apart(work)
         self._renamed(source_path, target, target_path)
+        if is_directory:
+            # By custom, perhaps, which the new name is not under.
+            self.view.known.add(target_path)
 
     def _renamed(self, source_path: bytes, target: Directory, target_path: bytes) -> None:
         self.was_written()
         old_name, new_name = source_path.rpartition(b"/")[2], target_path.rpartition(b"/")[2]
-        for kind in (target.kind_of_directory(new_name), ValueFile):
+        for kind in (Directory, ValueFile):
             if (replaced := self.tree.find(kind, target, new_name)) is not None:
                 replaced.gone = True
         for kind in (Directory, ValueFile):
@@ -313,14 +331,6 @@ class StoreRoot(Directory):
         return True
 
 
-class LastingDirectory(Directory):
-    """A directory that is there, empty, even while its node is not: what is put in makes it."""
-
-    __slots__ = ()
-
-    lasting = True
-
-
 class RootDirectory(Directory):
     """The root of the mount."""
 
@@ -332,7 +342,10 @@ class RootDirectory(Directory):
         b".domid": DomidFile,
         b".stats": StatsFile,
     }
-    lasting = True
+
+    @property
+    def lasting(self) -> bool:
+        return True
 
     @property
     def path(self) -> bytes:
@@ -340,9 +353,6 @@ class RootDirectory(Directory):
 
     def is_of_kind(self, look: Look) -> bool:
         return True
-
-    def kind_of_directory(self, name: bytes) -> type[Directory]:
-        return LastingDirectory if name in self.lasting_children() else Directory
 
     def lasting_children(self) -> Collection[bytes]:
         """`data`, every domain's own place, which the toolstack makes for guests but not for dom0."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import signal
 import stat
 import sys
@@ -22,7 +23,7 @@ import trio
 from xsfs.background import Background
 from xsfs.client import Store, open_store
 from xsfs.embedded import EmbeddedStore
-from xsfs.errors import StoreError, StoreUnavailable
+from xsfs.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.names import RAW, TEXT
 from xsfs.node import Ownership, Tree
 from xsfs.operations import Operations
@@ -155,13 +156,27 @@ async def _connect(options: Options) -> AsyncIterator[Callable[[], Transport] | 
     async with open_servants() as nursery:
         await nursery.start(embedded.serve)
         if options.listen is not None:
-            nursery.start_soon(embedded.listen, options.listen)
+            try:
+                await nursery.start(embedded.listen, options.listen)
+            except OSError as error:
+                raise MountError(
+                    EXIT_NO_STORE,
+                    f"cannot listen at {options.listen}: {error.strerror}",
+                    "name a path where a socket can be made",
+                ) from None
         yield lambda: SocketTransport(embedded.connect(options.domid), same_loop=True)
 
 
 async def _operations(options: Options, store: Store, servants: trio.Nursery) -> Operations:
     """The tree over the store, with nothing mounted yet."""
-    domid = await store.domid()
+    try:
+        domid = await store.domid()
+    except (XenstoreError, ValueError) as error:
+        raise MountError(
+            EXIT_DENIED,
+            f"cannot tell which domain this is: {error}",
+            "the node domid of its home must be readable, and a number",
+        ) from None
     root = options.root if options.root is not None else home_of(domid)
     content = RAW if options.raw else TEXT
     view = View(store, domid, root, content, KnownDirectories())
@@ -225,7 +240,7 @@ def _mounted(kind: str) -> set[str]:
             if rest.split(" ", 1)[0] == kind:
                 path = fields.split(" ")[4]
                 # Blanks, tabs, newlines and backslashes stand there as octal numbers.
-                found.add(path.encode("utf-8", "surrogateescape").decode("unicode_escape"))
+                found.add(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path))
     return found
 
 

@@ -164,7 +164,7 @@ class Node(ABC):
         return await self.getattr()
 
     async def truncate(self, size: int) -> None:
-        refuse(errno.EISDIR if self.kind == stat.S_IFDIR else errno.EPERM)
+        refuse(errno.EISDIR if self.kind == stat.S_IFDIR else errno.EACCES)
 
     # ------------------------------------------------------------------------------- entries
 
@@ -219,8 +219,8 @@ class Prefetched:
     """The values that LOOKUPs have fetched, kept for the OPEN of the same open(2).
 
     The kernel sends both in the name of the same thread, one right after the other.  A value is given
-    once, to that thread, for that inode, and only for a moment: an open(2) whose OPEN is late, or one
-    without a LOOKUP (of /proc/self/fd), asks the store.
+    once, to that thread, for that inode, and only for a moment: an open(2) whose OPEN is late asks the
+    store.  (One without a LOOKUP, of /proc/self/fd/N, may get what the thread looked up just before.)
     """
 
     def __init__(self) -> None:
@@ -306,6 +306,7 @@ class Tree:
 
     def move(self, node: Node, parent: Node, name: bytes) -> None:
         """The node has been renamed: it keeps its number, which is not its new position's hash."""
+        self._unmove(node)
         node.parent = parent
         node.name = name
         self._moved[type(node), parent, name] = node
@@ -323,5 +324,11 @@ class Tree:
         node.lookups -= lookups
         if node.lookups <= 0 and inode != pyfuse3.ROOT_INODE:
             del self._nodes[inode]
-            if self._moved and node.parent is not None:
-                self._moved.pop((type(node), node.parent, node.name), None)
+            self._unmove(node)
+
+    def _unmove(self, node: Node) -> None:
+        """The node leaves its place."""
+        if self._moved and node.parent is not None:
+            place = type(node), node.parent, node.name
+            if self._moved.get(place) is node:
+                del self._moved[place]

@@ -135,10 +135,10 @@ class Operations(pyfuse3.Operations):
         self, operation: str, answer: Coroutine[Any, Any, R], args: Sequence[object]
     ) -> R:
         """Carry out an operation, and log it in one line."""
-        described = self._describe(operation, args)
         start = time.perf_counter()
-        outcome = "ok"
+        described, outcome = operation, "ok"
         try:
+            described = self._describe(operation, args)
             return await answer
         except Exception as error:
             failure = self.failure(operation, error)
@@ -153,10 +153,12 @@ class Operations(pyfuse3.Operations):
         for position, value in enumerate(args):
             if isinstance(value, bytes):
                 words.append(repr(value[:80])[1:])
-            elif isinstance(value, int):
-                on_handle = position == 0 and operation in _ON_HANDLES
+            elif isinstance(value, int) and position in _INODES.get(operation, (0,)):
+                on_handle = operation in _ON_HANDLES
                 node = self._handles[value].node if on_handle else self.tree.peek(value)
                 words.append(node.path.decode() if node is not None else str(value))
+            elif isinstance(value, int):
+                words.append(str(value))
         return " ".join(words)
 
     def _handle(self, number: int) -> Handle:
@@ -370,6 +372,9 @@ class Operations(pyfuse3.Operations):
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         """Nothing of a directory is ever due."""
 
+
+_INODES: Final = {"rename": (0, 2)}
+"""Which arguments are inodes, where it is not the first alone."""
 
 _ON_HANDLES: Final = frozenset(
     ("read", "write", "fsync", "release", "readdir", "releasedir", "fsyncdir")

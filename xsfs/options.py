@@ -81,24 +81,23 @@ def _seconds(text: str) -> float:
 
 
 def _octal(text: str) -> int:
-    mask = int(text, 8)
-    if not 0 <= mask <= 0o777:
+    if not re.fullmatch("0?[0-7]{1,3}", text):
         raise ValueError("must be octal, 777 at most")
-    return mask
+    return int(text, 8)
+
+
+def _number(text: str, limit: int) -> int:
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= limit:
+        raise ValueError(f"must be a number below {limit}")
+    return int(text)
 
 
 def _id(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 1 << 32:
-        raise ValueError("must be a number of at most 32 bits")
-    return number
+    return _number(text, 0xFFFFFFFF)
 
 
 def _domid(text: str) -> int:
-    domid = int(text)
-    if not 0 <= domid < 0x7FF0:
-        raise ValueError("must be a domain's number, below 32752")
-    return domid
+    return _number(text, 0x7FF0)
 
 
 OPTIONS: Final[dict[str, Option]] = {
@@ -119,14 +118,16 @@ OPTIONS: Final[dict[str, Option]] = {
         "SECONDS",
         f"after how long without use a transaction is rolled back (default: {DEFAULT_TX_TIMEOUT:g})",
     ),
-    "listen": Option(str, "SOCKET", "embedded store: serve it to other programs there, too"),
+    "listen": Option(
+        os.path.abspath, "SOCKET", "embedded store: serve it to other programs there, too"
+    ),
     "domid": Option(_domid, "N", "embedded store: mount it as domain N sees it (default: 0)"),
 }
 
 IGNORED: Final = frozenset(
     (
         # mount(8), fstab and systemd add these; they are for them, or are always so anyway.
-        *("rw", "defaults", "auto", "noauto", "user", "nouser", "users", "nofail", "_netdev"),
+        *("defaults", "auto", "noauto", "user", "nouser", "users", "nofail", "_netdev"),
         *("dev", "nodev", "suid", "nosuid", "exec", "noexec", "sync", "async", "dirsync"),
         *("atime", "noatime", "relatime", "norelatime", "strictatime", "diratime", "nodiratime"),
         *("lazytime", "nolazytime", "group", "owner", "default_permissions"),
@@ -149,6 +150,9 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
     for text in split(texts):
         name, equals, value = text.partition("=")
         option = OPTIONS.get(name)
+        if text == "rw":
+            found["ro"] = False  # the last of the two counts
+            continue
         if option is None:
             if text in IGNORED or text.startswith(IGNORED_PREFIXES):
                 continue

@@ -157,11 +157,13 @@ class Session(ABC):
     async def domid(self) -> int:
         """The number of the domain that asks, as its toolstack wrote it; 0 where nobody did.
 
-        GET_DOMAIN_PATH would not tell: it prints its argument.
+        GET_DOMAIN_PATH would not tell: it prints its argument.  ValueError for what is no number.
         """
         try:
             return await self.read_integer("domid")
-        except (XenstoreError, ValueError):
+        except XenstoreError as error:
+            if error.name != "ENOENT":
+                raise
             return 0
 
     async def get_domain_path(self, domid: int) -> bytes:

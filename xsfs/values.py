@@ -52,6 +52,24 @@ class ValueFile(XenstoreNode):
             refuse(errno.ESTALE)
         return self.attributes(look)
 
+    async def make(self) -> None:
+        """Carry a creation out now, for whoever needs the node itself.
+
+        MKDIR leaves what exists alone.
+        """
+        await self.view.session.mkdir(self.path)
+        self.was_written()
+
+    async def getxattr(self, name: bytes) -> bytes:
+        if self.creating:
+            await self.make()
+        return await super().getxattr(name)
+
+    async def setxattr(self, name: bytes, value: bytes) -> None:
+        if self.creating:
+            await self.make()
+        await super().setxattr(name, value)
+
     async def truncate(self, size: int) -> None:
         await ValueHandle(self, os.O_WRONLY).truncate(size)
 
@@ -70,6 +88,7 @@ class ValueFile(XenstoreNode):
             handle.fetched = self.view.content.render(value)
         if flags & os.O_TRUNC:
             handle.truncated = True
+            handle.fetched = None
         return handle
 
 
@@ -236,13 +255,12 @@ class ValueHandle(Handle):
         if self.truncated:
             await self._change(lambda _: b"", 0)
         elif self.creates:
-            # MKDIR leaves what exists alone.  One request, sent before anything else is done: it
-            # reaches the store before the LOOKUP of whoever closed the file and looks for it.
+            # One request, sent before anything else is done: it reaches the store before the LOOKUP
+            # of whoever closed the file and looks for it.
             try:
-                await self.node.view.session.mkdir(self.node.path)
+                await self.node.make()
             finally:
                 self._settle()
-            self.node.was_written()
 
     async def release(self) -> None:
         if (self.truncated or self.creates) and not self.node.gone:

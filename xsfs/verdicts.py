@@ -7,7 +7,7 @@ import logging
 from typing import Final, cast
 
 from xsfs.errors import XenstoreError
-from xsfs.wire import Op
+from xsfs.wire import ERRORS, Op
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ def errno_of(error: XenstoreError) -> int:
     """The errno for the store's verdict; EIO, and a line in the log, for one nobody knows."""
     request = error.request
     number = _VERDICTS_BY_OP.get((request.op, error.name)) or _VERDICTS.get(error.name)
-    if number is None:
-        number = cast("int | None", getattr(errno, error.name, None))
+    if number is None and error.name in ERRORS:
+        number = cast(int, getattr(errno, error.name))
     if number is None:
         log.error("Xenstore gave an unknown error: %s", error)
         return errno.EIO

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable
-from typing import ClassVar, Final
+from typing import Final
 
 import pyfuse3
 from pyfuse3 import EntryAttributes
@@ -26,8 +26,10 @@ class XenstoreNode(Node):
 
     __slots__ = ()
 
-    lasting: ClassVar[bool] = False
-    """Whether it is there even while its node is not."""
+    @property
+    def lasting(self) -> bool:
+        """Whether it is there even while its node is not."""
+        return False
 
     def attributes(self, look: Look) -> EntryAttributes:
         """What was seen of the node, as the kernel takes it."""
@@ -77,6 +79,8 @@ async def _set_perms(node: XenstoreNode, value: bytes) -> None:
         perms = wire.parse_permissions(value.rstrip(b"\n\0").decode("ascii"))
     except ValueError:
         refuse(errno.EINVAL)
+    if len(wire.set_perms(node.path, perms).payload) > node.view.session.payload_max:
+        refuse(errno.E2BIG)
     await node.view.session.set_perms(node.path, perms)
 
 
