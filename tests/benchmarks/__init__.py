@@ -10,4 +10,5 @@ and a bare pyfuse3 file system, which is what FUSE itself costs from Python.
     mounting    file systems in processes of their own, and their certain end
     bare        the bare pyfuse3 file system
     report      the figures as a table, and as JSON
+    watches     how fast changes are told: a program of its own
 """
