@@ -26,6 +26,7 @@ import logging
 import os
 import random
 import select
+from collections import OrderedDict
 from typing import Final
 
 import pyfuse3
@@ -150,7 +151,8 @@ class WatchHandle(Handle):
         self.nonblocking = nonblocking
         self.writable = writable
         self._subscriptions: dict[bytes, Subscription] = {}
-        self._events: dict[bytes, None] = {}
+        # A dict would be slow to take the oldest from: it goes over all that were taken before.
+        self._events: OrderedDict[bytes, None] = OrderedDict()
         self._rest = b""
         self._turn = trio.Lock()
         self._arrived = trio.lowlevel.ParkingLot()
@@ -161,7 +163,7 @@ class WatchHandle(Handle):
     def put(self, path: bytes) -> None:
         """An event has come.  Called in the connection's task: must not wait."""
         if len(self._events) >= EVENTS_MAX and path not in self._events:
-            self._events = dict.fromkeys(self._subscriptions)
+            self._events = OrderedDict.fromkeys(self._subscriptions)
         else:
             self._events[path] = None
         if self._arrived:
