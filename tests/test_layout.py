@@ -52,7 +52,8 @@ watch_files
     transactions        wire errors connection session client view node
     transaction_files   wire names view node values directories transactions
     verdicts            wire errors
-    operations          wire errors names node verdicts
+    session_loop
+    operations          session_loop wire errors names node verdicts
 
     background
     tasks
@@ -79,6 +80,7 @@ FILE_SYSTEM = {
         "directories",
         "transactions",
         "transaction_files",
+        "session_loop",
         "operations",
         "mount",
     ),

@@ -121,11 +121,10 @@ class Connection:
         if not requests:
             return []
         batch = self._enter(requests)
-        messages = []
-        req_id = batch.first
-        for op, payload in requests:
-            messages.append(encode(op, req_id, tx_id, payload))
-            req_id = (req_id + 1) & 0xFFFFFFFF
+        messages = [
+            encode(request[0], (batch.first + offset) & 0xFFFFFFFF, tx_id, request[1])
+            for offset, request in enumerate(requests)
+        ]
         try:
             if self._transport.watch_blocks and requests[0].op in (Op.WATCH, Op.UNWATCH):
                 await self._send_watch(messages, batch)

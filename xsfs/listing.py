@@ -47,12 +47,14 @@ class DirectoryHandle(Handle):
     What the children are is asked as the listing goes on, LOOK_WINDOW of them in one burst.
     """
 
-    __slots__ = ("entries", "looks", "looks_from", "used")
+    __slots__ = ("entries", "looks", "looks_from", "path", "used")
 
     node: ListedNode
 
     def __init__(self, node: ListedNode) -> None:
         super().__init__(node)
+        self.path = b""
+        """The node's, as long as one request takes: to ask for it is to walk up the tree."""
         self.entries: list[bytes] = []
         self.looks: list[Look | None] = []
         self.looks_from = 0
@@ -62,45 +64,49 @@ class DirectoryHandle(Handle):
         """Ask for the names.  `.value` is among them if there is a value."""
         node = self.node
         node.require()
-        look, names = await node.view.look_into(node.path)
+        self.path = node.path
+        look, names = await node.view.look_into(self.path)
         look = node.still(look)
         if look.hidden:
             refuse(errno.EACCES)
         names += node.lasting_children()
         self.entries = list(dict.fromkeys(filter(self._is_listed, names)))
-        if node.view.has_dot_value(node.path, look):
+        if node.view.has_dot_value(self.path, look):
             self.entries.insert(0, VALUE_NAME)
         self.looks, self.looks_from = [], 0
 
     def _is_listed(self, name: bytes) -> bool:
-        if wire.is_name(name) and len(self._path(name)) <= wire.PATH_MAX:
+        if wire.is_name(name) and len(self.path) + 1 + len(name) <= wire.PATH_MAX:
             # A domain's special nodes, which oxenstored lists in the root, are watched, not read.
-            return not (name.startswith(b"@") and self.node.path == b"/")
-        log.warning("left out of %r: a child named %r", self.node.path, name[:80])
+            return not (name.startswith(b"@") and self.path == b"/")
+        log.warning("left out of %r: a child named %r", self.path, name[:80])
         return False
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
         if start == 0 and self.used:
             await self.fetch()
         self.used = True
+        self.path = self.node.path
+        own = self.node.entry(0)
         for position in range(start, len(self.entries) + 2):
             if position < 2:
-                if not pyfuse3.readdir_reply(
-                    token, (b".", b"..")[position], self.node.entry(0), position + 1
-                ):
+                if not pyfuse3.readdir_reply(token, (b".", b"..")[position], own, position + 1):
                     return
                 continue
-            if not await self._reply(token, position - 2, position + 1):
+            index = position - 2
+            if not self.looks_from <= index < self.looks_from + len(self.looks):
+                await self._look_from(index)
+            if not self._reply(token, index, position + 1):
                 return
 
-    async def _reply(self, token: pyfuse3.ReaddirToken, index: int, next_id: int) -> bool:
+    def _reply(self, token: pyfuse3.ReaddirToken, index: int, next_id: int) -> bool:
         """Put one entry into the reply; False if it is full."""
-        look = await self._look(index)
+        name = self.entries[index]
+        look = self.looks[index - self.looks_from]
         if look is None:
-            if self.entries[index] not in self.node.lasting_children():
+            if name not in self.node.lasting_children():
                 return True  # vanished meanwhile
             look = NOTHING
-        name = self.entries[index]
         node = self.node.child(name, self._path(name), look)
         if not pyfuse3.readdir_reply(token, file_name(node.name), node.attributes(look), next_id):
             return False
@@ -108,11 +114,9 @@ class DirectoryHandle(Handle):
         return True
 
     def _path(self, name: bytes) -> bytes:
-        return self.node.path if name == VALUE_NAME else join(self.node.path, name)
+        return self.path if name == VALUE_NAME else join(self.path, name)
 
-    async def _look(self, index: int) -> Look | None:
-        if not self.looks_from <= index < self.looks_from + len(self.looks):
-            window = self.entries[index : index + LOOK_WINDOW]
-            self.looks = await self.node.view.look_all([self._path(name) for name in window])
-            self.looks_from = index
-        return self.looks[index - self.looks_from]
+    async def _look_from(self, index: int) -> None:
+        window = self.entries[index : index + LOOK_WINDOW]
+        self.looks = await self.node.view.look_all([self._path(name) for name in window])
+        self.looks_from = index

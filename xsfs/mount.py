@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import re
@@ -51,6 +52,10 @@ TASKS_MAX: Final = READERS_MAX + 128
 """How many requests pyfuse3 serves at once.  Each reader of a watch file may keep one waiting; what is
 left is for everything else, a bit more than the 99 that pyfuse3 has for all."""
 
+GC_THRESHOLD: Final = 20_000
+"""How many more objects there must be before cycles are looked for.  A burst makes thousands that die
+with it by themselves."""
+
 END_SECONDS: Final = 2.0
 """How long the end of the mount may wait for what open files have not yet written."""
 
@@ -91,6 +96,9 @@ async def _serve(options: Options, ready: Callable[[], None]) -> None:
             _fuse_mount(operations, options)
             try:
                 ready()
+                # What there is by now stays: the collector need not look at it again.
+                gc.freeze()
+                gc.set_threshold(GC_THRESHOLD)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_obey_signals, signals, nursery.cancel_scope)
                     await _answer_the_kernel()

@@ -40,6 +40,7 @@ from xsfs.errors import (
 )
 from xsfs.names import NAME_MAX
 from xsfs.node import Handle, Tree, refuse
+from xsfs.session_loop import install
 from xsfs.verdicts import errno_of
 from xsfs.wire import WireError
 
@@ -68,14 +69,17 @@ def answered(handler: Handler[P, R]) -> Handler[P, R]:
     @wraps(handler)
     async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.answered += 1
-        if self.traces:
-            return await self.traced(operation, handler(self, *args, **kwargs), args)
+        self.waiter.under_way += 1
         try:
+            if self.traces:
+                return await self.traced(operation, handler(self, *args, **kwargs), args)
             return await handler(self, *args, **kwargs)
         except FUSEError:
             raise
         except Exception as error:
             raise self.failure(operation, error) from None
+        finally:
+            self.waiter.under_way -= 1
 
     return answer
 
@@ -95,6 +99,7 @@ class Operations(pyfuse3.Operations):
         self.tree = tree
         self.errors = 0
         self.answered = 0
+        self.waiter = install()
         self.traces = trace.isEnabledFor(logging.DEBUG)
         self._distrust = distrust
         self._handles: dict[int, Handle] = {}

@@ -181,12 +181,14 @@ class View:
         look = self._understand(replies)
         if look is None:
             self.known.discard(path)
-        elif look.has_children:
+        elif look.has_children and self.known.get(path) is None:
             self.known.add(path)
         return look
 
     def _understand(self, replies: Sequence[Reply]) -> Look | None:
         value, children = replies[0], replies[1]
+        if len(replies) == 2 and type(value) is bytes and type(children) is bytes:
+            return Look(value, bool(children), True, True)
         has_children = bool(children)
         if isinstance(value, XenstoreError) or isinstance(children, XenstoreError):
             if isinstance(children, XenstoreError) and children.name == "E2BIG":

@@ -125,15 +125,21 @@ class Parser:
 
     def __init__(self, payload_max: int = REPLY_MAX) -> None:
         self._payload_max = payload_max
-        self._buffer = bytearray()
+        self._buffer: bytes | bytearray = b""
         self._start = 0
         self._wanted = HEADER.size
 
     def feed(self, data: bytes) -> None:
-        if self._start:
+        if self._start == len(self._buffer):
+            # The usual case, which copies nothing.
+            self._buffer = data
+        elif isinstance(self._buffer, bytearray):
             del self._buffer[: self._start]
-            self._start = 0
-        self._buffer += data
+            self._buffer += data
+        else:
+            self._buffer = bytearray(self._buffer[self._start :])
+            self._buffer += data
+        self._start = 0
 
     def next(self) -> Message | None:
         start = self._start
