@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -563,6 +564,61 @@ def test_a_listing_while_children_come_and_go(
     finally:
         stop.set()
         thread.join(LIMIT)
+
+
+def test_a_listing_is_of_the_moment_whatever_was_listed_before(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    """What a directory held when its parent was listed is only a guess at what it holds now."""
+    top = f"{node(place, box)}/d"
+
+    def replace() -> None:
+        witness.rm(f"{top}/b")
+        witness.write(f"{top}/b/c", b"")
+
+    changes: list[Callable[[], None]] = [
+        lambda: witness.write(f"{top}/new", b"1"),
+        lambda: witness.rm(f"{top}/a"),
+        replace,
+        lambda: witness.write(top, b"a value"),
+        lambda: None,
+    ]
+    for change in changes:
+        witness.rm(top)
+        for name in ("a", "b"):
+            witness.write(f"{top}/{name}", b"1")
+        os.listdir(box)
+        change()
+        expected = set(witness.ls(top)) | ({".value"} if witness.read(top) else set())
+        with os.scandir(box / "d") as entries:
+            found = {entry.name: entry.is_dir() for entry in entries}
+        assert set(found) == expected
+        assert found.get("b", False) is bool(witness.ls(f"{top}/b"))
+
+
+def test_a_listing_can_be_sought_in(mount: Mount, box: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.opendir.restype = ctypes.c_void_p
+    for function in (libc.telldir, libc.readdir, libc.seekdir, libc.closedir):
+        function.argtypes = [ctypes.c_void_p]
+    libc.seekdir.argtypes = [ctypes.c_void_p, ctypes.c_long]
+    libc.telldir.restype = ctypes.c_long
+    libc.readdir.restype = ctypes.c_void_p
+    (box / "d").mkdir()
+    (box / "d" / ".value").write_text("v\n")
+    for number in range(150):
+        os.mknod(box / "d" / f"n{number}")
+    stream = libc.opendir(bytes(box / "d"))
+    begin = libc.telldir(stream)
+    first = 0
+    while libc.readdir(stream):
+        first += 1
+    libc.seekdir(stream, begin)
+    second = 0
+    while libc.readdir(stream):
+        second += 1
+    libc.closedir(stream)
+    assert first == second == 2 + 1 + 150
 
 
 def test_many_open_files(mount: Mount, box: Path) -> None:

@@ -47,7 +47,7 @@ class DirectoryHandle(Handle):
     What the children are is asked as the listing goes on, LOOK_WINDOW of them in one burst.
     """
 
-    __slots__ = ("entries", "looks", "looks_from", "path", "used")
+    __slots__ = ("entries", "looks", "path", "used")
 
     node: ListedNode
 
@@ -56,8 +56,8 @@ class DirectoryHandle(Handle):
         self.path = b""
         """The node's, as long as one request takes: to ask for it is to walk up the tree."""
         self.entries: list[bytes] = []
-        self.looks: list[Look | None] = []
-        self.looks_from = 0
+        self.looks: dict[bytes, Look | None] = {}
+        """What some of them are."""
         self.used = False
 
     async def fetch(self) -> None:
@@ -65,7 +65,7 @@ class DirectoryHandle(Handle):
         node = self.node
         node.require()
         self.path = node.path
-        look, names = await node.view.look_into(self.path)
+        look, names, self.looks = await node.view.look_into(self.path)
         look = node.still(look)
         if look.hidden:
             refuse(errno.EACCES)
@@ -73,7 +73,7 @@ class DirectoryHandle(Handle):
         self.entries = list(dict.fromkeys(filter(self._is_listed, names)))
         if node.view.has_dot_value(self.path, look):
             self.entries.insert(0, VALUE_NAME)
-        self.looks, self.looks_from = [], 0
+            self.looks[VALUE_NAME] = look
 
     def _is_listed(self, name: bytes) -> bool:
         if wire.is_name(name) and len(self.path) + 1 + len(name) <= wire.PATH_MAX:
@@ -93,16 +93,14 @@ class DirectoryHandle(Handle):
                 if not pyfuse3.readdir_reply(token, (b".", b"..")[position], own, position + 1):
                     return
                 continue
-            index = position - 2
-            if not self.looks_from <= index < self.looks_from + len(self.looks):
-                await self._look_from(index)
-            if not self._reply(token, index, position + 1):
+            if self.entries[position - 2] not in self.looks:
+                await self._look_from(position - 2)
+            if not self._reply(token, self.entries[position - 2], position + 1):
                 return
 
-    def _reply(self, token: pyfuse3.ReaddirToken, index: int, next_id: int) -> bool:
+    def _reply(self, token: pyfuse3.ReaddirToken, name: bytes, next_id: int) -> bool:
         """Put one entry into the reply; False if it is full."""
-        name = self.entries[index]
-        look = self.looks[index - self.looks_from]
+        look = self.looks[name]
         if look is None:
             if name not in self.node.lasting_children():
                 return True  # vanished meanwhile
@@ -117,6 +115,9 @@ class DirectoryHandle(Handle):
         return self.path if name == VALUE_NAME else join(self.path, name)
 
     async def _look_from(self, index: int) -> None:
+        """Ask what they are from one on; what is known of those before is given up."""
+        own = self.looks.get(VALUE_NAME)
         window = self.entries[index : index + LOOK_WINDOW]
-        self.looks = await self.node.view.look_all([self._path(name) for name in window])
-        self.looks_from = index
+        children = [name for name in window if name != VALUE_NAME]
+        self.looks = await self.node.view.look_at_children(self.path, children)
+        self.looks[VALUE_NAME] = own

@@ -17,7 +17,7 @@ from xsfs import wire
 from xsfs.client import Store, Transaction
 from xsfs.connection import Reply
 from xsfs.errors import XenstoreError
-from xsfs.names import Format, is_container
+from xsfs.names import Format, is_container, join
 from xsfs.session import Names, Session
 from xsfs.wire import Op, Request
 
@@ -30,6 +30,10 @@ the conventions: a host whose guests come and go for years must not grow."""
 GUEST_REQUESTS_MAX: Final = 1000
 """How many requests one transaction of a guest of oxenstored may have.  From 1024 on the daemon does
 not even let it be rolled back, and as all of a guest is one connection to it, it stays for good."""
+
+GUESSES_MAX: Final = 1024
+GUESS_SIZE_MAX: Final = 512
+"""Bytes of a listing that is kept as a guess: some 50 names."""
 
 LOOK_WINDOW: Final = 256
 """How many nodes one burst looks at.  A listing of 100,000 children is asked in such steps."""
@@ -131,6 +135,7 @@ class View:
         self.root = root
         self.content = content
         self.known = known
+        self._guesses: dict[bytes, bytes] = {}
         self._requests_max: int | None = None
         self._probed = domid == 0
 
@@ -145,16 +150,56 @@ class View:
         """The same for many nodes, still one round trip."""
         return await self.look_through(self.session, paths)
 
-    async def look_into(self, path: bytes) -> tuple[Look | None, Names]:
-        """What the node is now, and the names of its children; one round trip for short listings."""
-        replies = await self.session.burst(self._questions(path))
-        look = self._learn(path, replies)
+    async def look_at_children(
+        self, path: bytes, names: Sequence[bytes]
+    ) -> dict[bytes, Look | None]:
+        """The same for children, by name.  Of those that have children it is kept which, as a guess
+        for `look_into`: who lists a directory often lists those in it next."""
+        paths = [join(path, name) for name in names]
+        replies = await self.session.burst([q for p in paths for q in self._questions(p)])
+        return self._children(paths, names, replies)
+
+    def _children(
+        self, paths: Sequence[bytes], names: Sequence[bytes], replies: Sequence[Reply]
+    ) -> dict[bytes, Look | None]:
+        step = len(replies) // len(paths) if paths else 1
+        looks = {}
+        for index, (path, name) in enumerate(zip(paths, names, strict=True)):
+            looks[name] = look = self._learn(path, replies[index * step : index * step + step])
+            if look is not None and look.has_children:
+                self._guess(path, replies[index * step + 1])
+        return looks
+
+    def _guess(self, path: bytes, listing: Reply) -> None:
+        if isinstance(listing, bytes) and len(listing) <= GUESS_SIZE_MAX:
+            self._guesses.pop(path, None)
+            self._guesses[path] = listing
+            if len(self._guesses) > GUESSES_MAX:
+                del self._guesses[next(iter(self._guesses))]
+
+    async def look_into(self, path: bytes) -> tuple[Look | None, Names, dict[bytes, Look | None]]:
+        """What the node is now, the names of its children, and what is known of these already.
+
+        One round trip for short listings; where a guess at the names was right, for what the
+        children are, too.  All answers are of now: a wrong guess is only a question too many.
+        """
+        guess = self._guesses.pop(path, b"")
+        guessed = [name for name in wire.strings(guess) if wire.is_name(name)]
+        paths = [join(path, name) for name in guessed]
+        questions = self._questions(path)
+        replies = await self.session.burst(
+            [*questions, *(q for p in paths for q in self._questions(p))]
+        )
+        look = self._learn(path, replies[: len(questions)])
         if look is None or not look.has_children:
-            return look, []
-        children = replies[1]
-        if isinstance(children, XenstoreError):
-            return look, await self.session.list(path)
-        return look, wire.decode_names(children)
+            return look, [], {}
+        listing = replies[1]
+        if isinstance(listing, XenstoreError):
+            return look, await self.session.list(path), {}
+        known = (
+            self._children(paths, guessed, replies[len(questions) :]) if guess == listing else {}
+        )
+        return look, wire.decode_names(listing), known
 
     async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
         """The same by another session: one of a transaction's own."""
