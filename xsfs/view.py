@@ -180,8 +180,8 @@ class View:
     async def look_into(self, path: bytes) -> tuple[Look | None, Names, dict[bytes, Look | None]]:
         """What the node is now, the names of its children, and what is known of these already.
 
-        One round trip for short listings; where a guess at the names was right, for what the
-        children are, too.  All answers are of now: a wrong guess is only a question too many.
+        One round trip for short listings, and none for what the children are whose names were guessed.
+        All answers are of now: a wrong guess is only a question too many.
         """
         guess = self._guesses.pop(path, b"")
         guessed = [name for name in wire.strings(guess) if wire.is_name(name)]
@@ -196,9 +196,7 @@ class View:
         listing = replies[1]
         if isinstance(listing, XenstoreError):
             return look, await self.session.list(path), {}
-        known = (
-            self._children(paths, guessed, replies[len(questions) :]) if guess == listing else {}
-        )
+        known = self._children(paths, guessed, replies[len(questions) :])
         return look, wire.decode_names(listing), known
 
     async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
