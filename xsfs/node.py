@@ -43,8 +43,8 @@ FILE_ENTRY_TIMEOUT: Final = 0.0
 """A file that got children meanwhile would be ENOTDIR without xsfs being asked."""
 
 ATTRIBUTES_TIMEOUT: Final = 0.001
-"""Seconds, which the kernel rounds up to its tick.  Spares the fstat(2) that follows an open(2) or a listing at once a request of its own;
-whoever looks a path up gets new attributes anyway."""
+"""Seconds, which the kernel rounds up to its tick.  Spares the fstat(2) that follows an open(2) or a
+listing at once a request of its own; whoever looks a file up gets new attributes anyway."""
 
 PREFETCH_SECONDS: Final = 0.01
 PREFETCH_MAX: Final = 64
