@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lying_store import Lie, LyingStore, hang_up, on, says, sends, silence
+from tests.lying_store import Lie, LyingStore, Talk, hang_up, on, says, sends, silence
 from tests.mounting import LIMIT, Mount, mounted
 from tests.test_mount_values import fails
 from tests.xenstored.harness import RealXenstored, XsClient, strings
@@ -47,10 +47,6 @@ def over_liar(liar: LyingStore, tmp_path: Path) -> Iterator[Mount]:
 
 
 # ------------------------------------------------------------------------------------------ lies
-
-
-def garbage(_: object, request: Message) -> bool:
-    return False
 
 
 LIES: dict[str, Lie] = {
@@ -131,11 +127,11 @@ def test_replies_of_nonsense(liar: LyingStore, over_liar: Mount, op: Op, payload
 def test_hostile_names_are_left_out(liar: LyingStore, over_liar: Mount) -> None:
     long, too_long = b"x" * 1000, b"y" * 3060
 
-    def names(talk: object, request: Message) -> bool:
+    def names(talk: Talk, request: Message) -> bool:
         if request.op != Op.DIRECTORY or request.payload != f"{HOME}/data\0".encode():
             return False
         listing = b"\0.\0..\0a/b\0ok\0ok\0.value\0a b\0\x1b[31m\0" + long + b"\0" + too_long + b"\0"
-        talk.reply(request, listing)  # type: ignore[attr-defined]
+        talk.reply(request, listing)
         return True
 
     data = over_liar.path / "data"
@@ -152,9 +148,9 @@ def test_hostile_names_are_left_out(liar: LyingStore, over_liar: Mount) -> None:
 
 
 def test_events_that_nobody_asked_for_are_harmless(liar: LyingStore, over_liar: Mount) -> None:
-    def events_first(talk: object, request: Message) -> bool:
+    def events_first(talk: Talk, request: Message) -> bool:
         for _ in range(100):
-            talk.event(b"/some/path", b"no such token")  # type: ignore[attr-defined]
+            talk.event(b"/some/path", b"no such token")
         return False
 
     liar.lie = events_first
@@ -163,9 +159,9 @@ def test_events_that_nobody_asked_for_are_harmless(liar: LyingStore, over_liar: 
 
 
 def test_replies_byte_by_byte(liar: LyingStore, over_liar: Mount) -> None:
-    def slowly(talk: object, request: Message) -> bool:
-        for byte in talk.ask(request):  # type: ignore[attr-defined]
-            talk.send(bytes((byte,)))  # type: ignore[attr-defined]
+    def slowly(talk: Talk, request: Message) -> bool:
+        for byte in talk.ask(request):
+            talk.send(bytes((byte,)))
         return True
 
     liar.lie = slowly

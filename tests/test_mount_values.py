@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def node(place: Place, path: Path) -> str:
     return place.home + "/" + "/".join(parts[parts.index("data") :])
 
 
-def fails(number: int) -> pytest.RaisesContext[OSError]:  # type: ignore[name-defined]
+def fails(number: int) -> AbstractContextManager[object]:
     return pytest.raises(OSError, match=os.strerror(number))
 
 
