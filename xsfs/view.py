@@ -3,7 +3,7 @@
 A `View` is what all nodes of one tree share: the session through which they ask, the domain whose
 rights count, the rules by which a Xenstore node is a file or a directory.  It knows Xenstore and no
 FUSE; each `look` is one burst of requests, and nothing of it is kept but which nodes have been
-directories.
+directories, and what a listing may ask next (`_guesses`): never an answer.
 """
 
 from __future__ import annotations
@@ -119,6 +119,12 @@ class KnownDirectories:
         return bool(self.get(path))
 
 
+def _each(replies: Sequence[Reply], count: int) -> list[Sequence[Reply]]:
+    """The replies to the questions about each of `count` nodes."""
+    step = len(replies) // count if count else 1
+    return [replies[start : start + step] for start in range(0, len(replies), step)]
+
+
 class View:
     """See the module's text."""
 
@@ -162,12 +168,11 @@ class View:
     def _children(
         self, paths: Sequence[bytes], names: Sequence[bytes], replies: Sequence[Reply]
     ) -> dict[bytes, Look | None]:
-        step = len(replies) // len(paths) if paths else 1
         looks = {}
-        for index, (path, name) in enumerate(zip(paths, names, strict=True)):
-            looks[name] = look = self._learn(path, replies[index * step : index * step + step])
+        for path, name, answers in zip(paths, names, _each(replies, len(paths)), strict=True):
+            looks[name] = look = self._learn(path, answers)
             if look is not None and look.has_children:
-                self._guess(path, replies[index * step + 1])
+                self._guess(path, answers[1])
         return looks
 
     def _guess(self, path: bytes, listing: Reply) -> None:
@@ -202,11 +207,8 @@ class View:
     async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
         """The same by another session: one of a transaction's own."""
         replies = await session.burst([q for path in paths for q in self._questions(path)])
-        step = len(replies) // len(paths) if paths else 1
-        return [
-            self._learn(path, replies[index * step : index * step + step])
-            for index, path in enumerate(paths)
-        ]
+        answers = _each(replies, len(paths))
+        return [self._learn(path, answer) for path, answer in zip(paths, answers, strict=True)]
 
     def _questions(self, path: bytes) -> Sequence[Request]:
         """What to ask in order to know what a node is."""
