@@ -19,7 +19,8 @@ apt-get install -y -qq --no-install-recommends \
 /usr/bin/python3 -m venv "$prefix"
 "$prefix/bin/pip" install -q --disable-pip-version-check .
 ln -sf "$prefix/bin/xsfs" /usr/local/bin/xsfs
-ln -sf "$prefix/bin/mount.xsfs" /usr/local/sbin/mount.xsfs
+# mount(8) looks for its helpers here alone.
+ln -sf "$prefix/bin/mount.xsfs" /sbin/mount.xsfs
 
 [ "$mountpoint" != - ] || exit 0
 mkdir -p "$mountpoint"

@@ -100,7 +100,7 @@ def test_it_returns_when_the_tree_answers(daemon: RealXenstored, mountpoint: Pat
     assert {os.readlink(f"/proc/{process}/fd/{n}") for n in range(3)} == {"/dev/null"}
     mounts = Path("/proc/self/mountinfo").read_text()
     (line,) = [line for line in mounts.splitlines() if f" {mountpoint} " in line]
-    assert " - fuse.xsfs xenstore " in line
+    assert f" - fuse.xsfs {daemon.socket} " in line
     assert {"nosuid", "nodev", "noexec"} <= set(line.split(" ")[5].split(","))
     subprocess.run(["umount", mountpoint], check=True, timeout=LIMIT)
     wait_for_end(process)

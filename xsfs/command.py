@@ -7,15 +7,17 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import Final, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple, NoReturn
 
 from xsfs import __version__
 from xsfs.mount import MountError, mount
-from xsfs.options import Options, UsageError, help_lines, parse
+from xsfs.options import FLAGS, MOUNT_FLAGS, Options, UsageError, help_lines, parse, source_of
 
 EXIT_BUG: Final = 1
 EXIT_USAGE: Final = 2
+
+USAGE: Final = "xsfs [-f] [-d] [-o OPT[,OPT...]]... [SOURCE] MOUNTPOINT"
 
 DESCRIPTION: Final = "Mount Xenstore, the configuration store of the Xen hypervisor."
 
@@ -33,47 +35,74 @@ exit status: 0 mounted, 1 a bug, 2 usage, 3 no Xenstore that answers,
 """
 
 
+_SWITCH: Final[Mapping[str, Any]] = {"action": "store_true"}
+
+_ACTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "version": {"action": "version", "version": f"xsfs {__version__}"},
+    "help": {"action": "help"},
+    "r": {"action": "append_const", "const": "ro", "dest": "options"},
+    "w": {"action": "append_const", "const": "rw", "dest": "options"},
+}
+"""What the flags do that are no switches."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
-def parse_arguments(arguments: Sequence[str]) -> Options:
-    """Raises UsageError."""
+class Command(NamedTuple):
+    """The command line, understood."""
+
+    options: Options
+    pretend: bool = False
+    """mount -f: all but the mount itself."""
+    verbose: bool = False
+
+
+def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Command:
+    """Raises UsageError.
+
+    helper      called by mount(8), to which -f means something else
+    """
     parser = _Parser(
         prog="xsfs",
+        usage=USAGE,
         description=DESCRIPTION,
         epilog=EPILOG.format(options="\n".join(help_lines())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("places", nargs="+", metavar="[SOURCE] MOUNTPOINT")
-    parser.add_argument("-o", action="append", default=[], metavar="OPT[,OPT...]", dest="options")
-    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
+    parser.add_argument("places", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument(
-        "-d", "--debug", action="store_true", help="log every operation, and stay in the foreground"
+        "-o",
+        action="append",
+        default=[],
+        metavar="OPT[,OPT...]",
+        dest="options",
+        help="see below; may be given several times",
     )
-    parser.add_argument("-V", "--version", action="version", version=f"xsfs {__version__}")
-    # mount(8) passes these on: -s sloppy, -n no mtab, -v verbose, -r and -w.
-    for flag in "snv":
-        parser.add_argument(f"-{flag}", action="store_true", help=argparse.SUPPRESS)
-    for flag, option in ("r", "ro"), ("w", "rw"):
+    for flag in FLAGS:
         parser.add_argument(
-            f"-{flag}", action="append_const", const=option, dest="options", help=argparse.SUPPRESS
+            f"-{flag.letter}", f"--{flag.name}", help=flag.help, **_ACTIONS.get(flag.name, _SWITCH)
         )
+    for flag in MOUNT_FLAGS:
+        action = _ACTIONS.get(flag.letter, _SWITCH)
+        parser.add_argument(f"-{flag.letter}", help=argparse.SUPPRESS, **action)
     found = parser.parse_intermixed_args(arguments)
     if len(found.places) > 2:
         raise UsageError("too many arguments: [SOURCE] MOUNTPOINT")
     *source, mountpoint = found.places
     options = Options(
         mountpoint,
-        source[0] if source else None,
-        foreground=found.foreground or found.debug,
+        source_of(source[0]) if source else None,
+        foreground=(found.foreground and not helper) or found.debug,
         debug=found.debug,
-        **parse(found.options),
+        **parse(found.options, sloppy=found.s),
     )
     if not options.embedded and (options.listen is not None or options.domid):
         raise UsageError("the options 'listen' and 'domid' are for the embedded store")
-    return options
+    return Command(options, pretend=found.foreground and helper, verbose=found.v)
 
 
 def _open_standard_files() -> None:
@@ -87,11 +116,15 @@ def _open_standard_files() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     _open_standard_files()
+    helper = arguments is None and os.path.basename(sys.argv[0]).startswith("mount.")
     try:
-        options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        command = parse_arguments(sys.argv[1:] if arguments is None else arguments, helper=helper)
     except UsageError as error:
         print(f"xsfs: {error} (try 'xsfs --help')", file=sys.stderr)
         return EXIT_USAGE
+    if command.pretend:
+        return 0
+    options = command.options
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.DEBUG if options.debug else logging.INFO,
@@ -106,4 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         logging.exception("a bug in xsfs")
         return EXIT_BUG
+    if command.verbose and not options.foreground:
+        print(f"xsfs: {options.label} mounted on {options.mountpoint}")
     return 0

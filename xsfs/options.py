@@ -1,4 +1,4 @@
-"""The options: one table, from which parsing and help follow."""
+"""The options: tables from which parsing, `--help`, the manual and the completions follow."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from xsfs.client import DEFAULT_TIMEOUT
 from xsfs.wire import check_path
 
 EMBEDDED: Final = "embedded"
+DEFAULT_LABEL: Final = "xenstore"
 AUTOMATIC_SOURCES: Final = frozenset(("xenstore", "none", "auto"))
 
 DEFAULT_TX_TIMEOUT: Final = 60.0
+
+
+def source_of(text: str) -> str:
+    """The source meant.  mount(8) makes an absolute path of any word that is also the name of a file in
+    its working directory: `cd /mnt; mount -t xsfs xenstore /mnt/xenstore`."""
+    word = os.path.basename(text)
+    if word in AUTOMATIC_SOURCES | {EMBEDDED} and os.path.isdir(text):
+        return word
+    return text
 
 
 class UsageError(Exception):
@@ -47,9 +57,18 @@ class Options:
     def embedded(self) -> bool:
         return self.source == EMBEDDED
 
+    @property
+    def label(self) -> str:
+        """The source as mount(8), findmnt(8) and df(1) show it: what was given, so that `mount -a`
+        knows it again."""
+        source = self.source or DEFAULT_LABEL
+        return source if source.isascii() and source.isprintable() else DEFAULT_LABEL
+
     def fuse_options(self) -> set[str]:
         """What the kernel and libfuse are to know of it."""
-        options = {"fsname=xenstore", "subtype=xsfs", "nosuid", "nodev", "noexec"}
+        # libfuse takes a comma for the end of an option.
+        label = self.label.replace("\\", "\\\\").replace(",", "\\,")
+        options = {f"fsname={label}", "subtype=xsfs", "nosuid", "nodev", "noexec"}
         if self.ro:
             options.add("ro")
         if self.allow_other:
@@ -64,6 +83,41 @@ class Option(NamedTuple):
     parse: Callable[[str], Any] | None
     placeholder: str
     help: str
+    details: str = ""
+    """What the manual says after `help`, in whole sentences."""
+
+
+class Flag(NamedTuple):
+    """One flag of the command line."""
+
+    letter: str
+    name: str
+    """After two dashes; empty for what mount(8) alone passes on."""
+    help: str
+    details: str = ""
+
+
+FLAGS: Final = (
+    Flag("f", "foreground", "stay in the foreground"),
+    Flag(
+        "d",
+        "debug",
+        "log every operation, and stay in the foreground",
+        "A line says what was asked for, of which Xenstore path, how it ended, and how many "
+        "microseconds it took.",
+    ),
+    Flag("V", "version", "show the version and exit"),
+    Flag("h", "help", "show this help and exit"),
+)
+
+MOUNT_FLAGS: Final = (
+    Flag("r", "", "the same as -o ro"),
+    Flag("w", "", "the same as -o rw"),
+    Flag("s", "", "ignore options of -o that are unknown"),
+    Flag("n", "", "nothing: there is no /etc/mtab to be left alone"),
+    Flag("v", "", "say what has been mounted where"),
+)
+"""mount(8) passes these on to a helper; `-f` too, and there it means: do not mount."""
 
 
 def _root(text: str) -> bytes:
@@ -101,17 +155,45 @@ def _domid(text: str) -> int:
 
 
 OPTIONS: Final[dict[str, Option]] = {
-    "root": Option(_root, "PATH", "show the store from PATH on, not from this domain's home"),
-    "raw": Option(None, "", "values as they are: no newline is added or taken off"),
-    "ro": Option(None, "", "mount read-only"),
-    "allow_other": Option(None, "", "let other users in, as the modes say"),
+    "root": Option(
+        _root,
+        "PATH",
+        "show the store from PATH on, not from this domain's home",
+        "PATH begins with /; its node need not be there.",
+    ),
+    "raw": Option(
+        None,
+        "",
+        "values as they are: no newline is added or taken off",
+    ),
+    "ro": Option(
+        None,
+        "",
+        "mount read-only",
+        "What would change anything is EROFS. The last of ro and rw counts.",
+    ),
+    "allow_other": Option(
+        None,
+        "",
+        "let other users in, as the modes say",
+        "Without it only the user who mounted gets in, whatever the modes say; root does not get "
+        "in either. Give umask, uid or gid with it: all who may read a file read with the rights "
+        "that xsfs has. For other users than root it needs user_allow_other in /etc/fuse.conf.",
+    ),
     "uid": Option(_id, "N", "the owner of all files (default: who mounts)"),
-    "gid": Option(_id, "N", "their group"),
-    "umask": Option(_octal, "OCTAL", "what is cut from their modes (default: 077)"),
+    "gid": Option(_id, "N", "their group (default: the group of who mounts)"),
+    "umask": Option(
+        _octal,
+        "OCTAL",
+        "what is cut from their modes (default: 077)",
+        "The store holds secrets, such as VNC passwords.",
+    ),
     "timeout": Option(
         _seconds,
         "SECONDS",
         f"how long one request to Xenstore may take (default: {DEFAULT_TIMEOUT:g})",
+        "After that it is ETIMEDOUT. It is also how long a change is tried again that conflicts "
+        "with changes of others: after that it is EAGAIN.",
     ),
     "tx_timeout": Option(
         _seconds,
@@ -119,7 +201,10 @@ OPTIONS: Final[dict[str, Option]] = {
         f"after how long without use a transaction is rolled back (default: {DEFAULT_TX_TIMEOUT:g})",
     ),
     "listen": Option(
-        os.path.abspath, "SOCKET", "embedded store: serve it to other programs there, too"
+        os.path.abspath,
+        "SOCKET",
+        "embedded store: serve it to other programs there, too",
+        "XENSTORED_PATH=SOCKET in the environment leads xenstore-ls and other programs there.",
     ),
     "domid": Option(_domid, "N", "embedded store: mount it as domain N sees it (default: 0)"),
 }
@@ -133,7 +218,9 @@ IGNORED: Final = frozenset(
         *("lazytime", "nolazytime", "group", "owner", "default_permissions"),
     )
 )
-IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "setuid=")
+IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "setuid=", "user=")
+
+REMOUNT: Final = "remount"
 
 
 def split(texts: Iterable[str]) -> Iterable[str]:
@@ -144,8 +231,9 @@ def split(texts: Iterable[str]) -> Iterable[str]:
                 yield part.replace("\\,", ",")
 
 
-def parse(texts: Sequence[str]) -> dict[str, Any]:
-    """The values of the options given; UsageError for one that is unknown or makes no sense."""
+def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
+    """The values of the options given; UsageError for one that makes no sense, or that is unknown
+    unless that is to be overlooked."""
     found: dict[str, Any] = {}
     for text in split(texts):
         name, equals, value = text.partition("=")
@@ -153,8 +241,13 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
         if text == "rw":
             found["ro"] = False  # the last of the two counts
             continue
+        if text == REMOUNT:
+            raise UsageError(
+                "remount is for ro and rw alone, as in 'mount -i -o remount,ro MOUNTPOINT': "
+                "for all else umount, and mount again"
+            )
         if option is None:
-            if text in IGNORED or text.startswith(IGNORED_PREFIXES):
+            if sloppy or text in IGNORED or text.startswith(IGNORED_PREFIXES):
                 continue
             raise UsageError(f"unknown option '{name}'")
         if option.parse is None:
@@ -163,7 +256,7 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
             found[name] = True
             continue
         if not value:
-            raise UsageError(f"the option '{name}' needs a value: {name}={option.placeholder}")
+            raise UsageError(f"the option '{name}' needs a value: {usage(name)}")
         try:
             found[name] = option.parse(value)
         except ValueError as error:
@@ -171,7 +264,12 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def usage(name: str) -> str:
+    """The option as one writes it."""
+    option = OPTIONS[name]
+    return f"{name}={option.placeholder}" if option.parse else name
+
+
 def help_lines() -> Iterable[str]:
     for name, option in OPTIONS.items():
-        usage = f"{name}={option.placeholder}" if option.parse else name
-        yield f"  {usage:<18} {option.help}"
+        yield f"  {usage(name):<18} {option.help}"
