@@ -40,8 +40,15 @@ LAYERS = """
     embedded            wire store_domains store_content store_watch store_requests
 
     names               wire
-    view                wire errors connection session client names
-    node                names view
+    known
+    ownership
+    view                wire errors connection session client names known
+    workshop
+    mirror_files        ownership workshop
+    mirror_copy         wire names view mirror_files
+    mirror              wire errors watches client view mirror_files mirror_copy
+    node                names view ownership
+    mirror_link         node
     xattrs              wire names view node
     changes             wire errors session names view node
     values              wire errors session names view node xattrs changes
@@ -49,17 +56,18 @@ LAYERS = """
     watch_files         wire errors watches names view node xattrs
     directories         wire errors session names view node xattrs changes values listing \
 watch_files
-    transactions        wire errors connection session client view node
-    transaction_files   wire names view node values directories transactions
+    transactions        wire errors connection session client view known node
+    transaction_files   wire names view node values directories transactions mirror_link
     verdicts            wire errors
     session_loop
     operations          session_loop wire errors names node verdicts
 
     background
     tasks
-    options             wire client
-    mount               errors transport servants client embedded names view node watch_files \
-directories transactions transaction_files operations background tasks options
+    options             wire client ownership
+    mount               errors transport servants link client embedded names known view node \
+watch_files transactions transaction_files operations background tasks options mirror mirror_files \
+workshop
     command             __init__ options mount
     __main__            command
 """
@@ -78,6 +86,7 @@ FILE_SYSTEM = {
         "listing",
         "watch_files",
         "directories",
+        "mirror_link",
         "transactions",
         "transaction_files",
         "session_loop",

@@ -31,14 +31,16 @@ from xsfs.errors import (
     TransactionEnded,
     XenstoreError,
 )
+from xsfs.known import KNOWN_MAX, KnownDirectories
 from xsfs.names import TEXT
-from xsfs.node import Ownership, Tree
+from xsfs.node import Tree
 from xsfs.operations import Operations
+from xsfs.ownership import Ownership
 from xsfs.servants import open_servants
 from xsfs.transport import SocketTransport
 from xsfs.values import ValueFile
 from xsfs.verdicts import errno_of
-from xsfs.view import KNOWN_MAX, KnownDirectories, View
+from xsfs.view import View
 from xsfs.wire import WireError, directory, read, watch, write
 
 ROOT = pyfuse3.ROOT_INODE

@@ -27,8 +27,8 @@ from tests.lying_store import LyingStore, hang_up, silence
 from tests.mounting import GUEST, LIMIT, Mount, Place, mounted, open_place
 from tests.test_mount_values import fails, node
 from tests.xenstored.harness import RealXenstored, XsClient, XsError
+from xsfs.known import KnownDirectories
 from xsfs.transactions import OPEN_MAX, KnownInTransaction
-from xsfs.view import KnownDirectories
 from xsfs.wire import Message, Op
 
 SHELLS = ["bash", "dash"]

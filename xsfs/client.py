@@ -29,7 +29,7 @@ from xsfs.connection import Connection, Reply
 from xsfs.errors import ConnectionLost, StoreError, TransactionEnded, XenstoreError
 from xsfs.link import Connect, Link, open_connection
 from xsfs.servants import open_servants
-from xsfs.session import Path, Session, encode_path
+from xsfs.session import NamesOfEach, Path, Session, encode_path
 from xsfs.transport import Transport, find_store, open_transport
 from xsfs.watches import Subscription, Watches
 from xsfs.wire import Request
@@ -164,6 +164,20 @@ class Store(Session):
                     raise
                 if not all(request.repeatable for request in requests):
                     raise
+
+    async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
+        """As in Session.  A node that never stops changing is listed in a transaction, where it
+        stands still."""
+        try:
+            return await super().list_all(paths)
+        except XenstoreError as error:
+            if error.name != "EAGAIN":
+                raise
+
+        async def work(transaction: Transaction) -> NamesOfEach:
+            return await transaction.list_all(paths)
+
+        return await self.atomically(work)
 
     # -------------------------------------------------------------------------- transactions
 

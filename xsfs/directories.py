@@ -355,5 +355,4 @@ class RootDirectory(Directory):
         return True
 
     def lasting_children(self) -> Collection[bytes]:
-        """`data`, every domain's own place, which the toolstack makes for guests but not for dom0."""
-        return (b"data",) if self.view.root == self.view.home else ()
+        return self.view.lasting_children(self.path)

@@ -9,7 +9,6 @@ from collections.abc import Collection
 
 import pyfuse3
 
-from xsfs import wire
 from xsfs.names import VALUE_NAME, file_name, join
 from xsfs.node import Handle, refuse
 from xsfs.view import LOOK_WINDOW, NOTHING, Look
@@ -76,10 +75,10 @@ class DirectoryHandle(Handle):
             self.looks[VALUE_NAME] = look
 
     def _is_listed(self, name: bytes) -> bool:
-        if wire.is_name(name) and len(self.path) + 1 + len(name) <= wire.PATH_MAX:
-            # A domain's special nodes, which oxenstored lists in the root, are watched, not read.
-            return not (name.startswith(b"@") and self.path == b"/")
-        log.warning("left out of %r: a child named %r", self.path, name[:80])
+        if self.node.view.shows_child(self.path, name):
+            return True
+        if not name.startswith(b"@"):
+            log.warning("left out of %r: a child named %r", self.path, name[:80])
         return False
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:

@@ -25,17 +25,22 @@ from xsfs.background import Background
 from xsfs.client import Store, open_store
 from xsfs.embedded import EmbeddedStore
 from xsfs.errors import StoreError, StoreUnavailable, XenstoreError
+from xsfs.known import KnownDirectories
+from xsfs.link import Connect
+from xsfs.mirror import Mirror
+from xsfs.mirror_files import MirrorFiles
 from xsfs.names import RAW, TEXT
-from xsfs.node import Ownership, Tree
+from xsfs.node import Tree
 from xsfs.operations import Operations
 from xsfs.options import AUTOMATIC_SOURCES, Options
 from xsfs.servants import open_servants
 from xsfs.tasks import describe_tasks
 from xsfs.transaction_files import MountRoot
 from xsfs.transactions import Transactions
-from xsfs.transport import NO_STORE_HINT, SocketTransport, Transport
-from xsfs.view import KnownDirectories, View, home_of
+from xsfs.transport import NO_STORE_HINT, SocketTransport
+from xsfs.view import View, home_of
 from xsfs.watch_files import READERS_MAX
+from xsfs.workshop import MirrorPlaceError, default_directory
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +48,15 @@ EXIT_NO_STORE: Final = 3
 EXIT_DENIED: Final = 4
 EXIT_MOUNTPOINT: Final = 5
 EXIT_FUSE: Final = 6
+EXIT_MIRROR: Final = 7
+EXIT_INTERRUPTED: Final = 8
 
-ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDING: Final = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
+    # Nobody sends these; but what ends a process by default must not leave a mirror behind.
+    *(signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGPOLL),
+    *(signal.SIGPWR, signal.SIGXCPU, signal.SIGXFSZ),
+)
 
 FUSE_DEVICE: Final = "/dev/fuse"
 
@@ -78,7 +90,8 @@ def mount(options: Options) -> None:
         background.wait()
         return
     try:
-        trio.run(_serve, options, background.ready if background is not None else _nothing)
+        if not trio.run(_serve, options, background.ready if background is not None else _nothing):
+            raise MountError(EXIT_INTERRUPTED, "ended by a signal before the mount", "try again")
     except MountError as error:
         if background is None:
             raise
@@ -89,24 +102,36 @@ def _nothing() -> None:
     pass
 
 
-async def _serve(options: Options, ready: Callable[[], None]) -> None:
-    with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals:
-        async with _store(options) as store, open_servants() as servants:
-            operations = await _operations(options, store, servants)
-            _fuse_mount(operations, options)
-            try:
-                ready()
-                # What there is by now stays: the collector need not look at it again.
-                gc.freeze()
-                gc.set_threshold(GC_THRESHOLD)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_obey_signals, signals, nursery.cancel_scope)
-                    await _answer_the_kernel()
-                    nursery.cancel_scope.cancel()
-            finally:
-                with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
-                    await operations.end()
-                pyfuse3.close(unmount=True)
+async def _serve(options: Options, ready: Callable[[], None]) -> bool:
+    """Whether it was ever ready."""
+    was_ready = False
+    with (
+        trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals,
+        trio.CancelScope() as scope,
+    ):
+        async with open_servants() as servants, _connect(options) as connect:
+            servants.start_soon(_obey_signals, signals, scope)
+            async with _store(options, connect) as store:
+                view = await _view(options, store)
+                async with _mirror(options, connect, view) as mirror:
+                    operations = _operations(options, view, mirror, servants)
+                    _fuse_mount(operations, options)
+                    try:
+                        ready()
+                        was_ready = True
+                        # What there is by now stays: the collector need not look at it again.
+                        gc.freeze()
+                        gc.set_threshold(GC_THRESHOLD)
+                        await _answer_the_kernel()
+                    finally:
+                        await _unmount(operations)
+    return was_ready
+
+
+async def _unmount(operations: Operations) -> None:
+    with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
+        await operations.end()
+    pyfuse3.close(unmount=True)
 
 
 async def _answer_the_kernel() -> None:
@@ -138,24 +163,23 @@ async def _obey_signals(signals: AsyncIterator[int], scope: trio.CancelScope) ->
 
 
 @asynccontextmanager
-async def _store(options: Options) -> AsyncIterator[Store]:
+async def _store(options: Options, connect: Connect | None) -> AsyncIterator[Store]:
     """The store that is to be mounted.  Raises MountError if it does not answer."""
-    async with _connect(options) as connect:
-        path = options.source
-        if options.embedded or path in AUTOMATIC_SOURCES:
-            path = None
-        try:
-            async with open_store(path, timeout=options.timeout, connect=connect) as store:
-                yield store
-        except StoreUnavailable as error:
-            status = EXIT_DENIED if error.denied else EXIT_NO_STORE
-            raise MountError(status, str(error), error.hint) from error
-        except StoreError as error:
-            raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
+    path = options.source
+    if options.embedded or path in AUTOMATIC_SOURCES:
+        path = None
+    try:
+        async with open_store(path, timeout=options.timeout, connect=connect) as store:
+            yield store
+    except StoreUnavailable as error:
+        status = EXIT_DENIED if error.denied else EXIT_NO_STORE
+        raise MountError(status, str(error), error.hint) from error
+    except StoreError as error:
+        raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
 
 
 @asynccontextmanager
-async def _connect(options: Options) -> AsyncIterator[Callable[[], Transport] | None]:
+async def _connect(options: Options) -> AsyncIterator[Connect | None]:
     """How to connect to the embedded store, which runs meanwhile; None for a real one."""
     if not options.embedded:
         yield None
@@ -175,8 +199,8 @@ async def _connect(options: Options) -> AsyncIterator[Callable[[], Transport] | 
         yield lambda: SocketTransport(embedded.connect(options.domid), same_loop=True)
 
 
-async def _operations(options: Options, store: Store, servants: trio.Nursery) -> Operations:
-    """The tree over the store, with nothing mounted yet."""
+async def _view(options: Options, store: Store) -> View:
+    """The tree as the mount shows it."""
     try:
         domid = await store.domid()
     except (XenstoreError, ValueError) as error:
@@ -186,23 +210,64 @@ async def _operations(options: Options, store: Store, servants: trio.Nursery) ->
             "the node domid of its home must be readable, and a number",
         ) from None
     root = options.root if options.root is not None else home_of(domid)
-    content = RAW if options.raw else TEXT
-    view = View(store, domid, root, content, KnownDirectories())
+    return View(store, domid, root, RAW if options.raw else TEXT, KnownDirectories())
+
+
+@asynccontextmanager
+async def _mirror(
+    options: Options, connect: Connect | None, view: View
+) -> AsyncIterator[Mirror | None]:
+    """The live mirror, if one was asked for, complete.  Raises MountError."""
+    if options.mirror is None:
+        yield None
+        return
+    try:
+        directory = options.mirror or default_directory(options.mountpoint)
+        files = MirrorFiles(directory, options.ownership)
+        if files.is_inside(options.mountpoint):
+            raise MirrorPlaceError("the mirror is inside the mount", "name another: mirror=DIR")
+        files.open()
+    except MirrorPlaceError as error:
+        raise MountError(EXIT_MIRROR, str(error), error.hint) from error
+    try:
+        async with _store(options, connect) as store, open_servants() as servants:
+            own = View(store, view.domid, view.root, view.content, view.known)
+            mirror = Mirror(store, own, files)
+            try:
+                await servants.start(mirror.run)
+            except (StoreError, OSError) as error:
+                raise MountError(
+                    EXIT_MIRROR, f"cannot make the mirror: {error}", "mount without it, or a part"
+                ) from error
+            yield mirror
+    finally:
+        files.close()
+
+
+def _operations(
+    options: Options, view: View, mirror: Mirror | None, servants: trio.Nursery
+) -> Operations:
+    """The tree over the store, with nothing mounted yet."""
+    store = view.store
+    stores = [store] if mirror is None else [store, mirror.store]
 
     def counters() -> dict[str, int]:
         return {
-            "requests": store.requests,
+            "requests": sum(each.requests for each in stores),
             "operations": operations.answered,
             "errors": operations.errors,
-            "watches": len(store.watches),
+            "watches": sum(len(each.watches) for each in stores),
             "readers": tree.readers,
             "transactions": store.transactions,
-            "reconnects": store.reconnects + store.watches.reconnects,
+            "mirror": mirror.nodes if mirror is not None else 0,
+            "mirror_looks": mirror.looks if mirror is not None else 0,
+            "reconnects": sum(each.reconnects + each.watches.reconnects for each in stores),
             "inodes": len(tree),
             "handles": len(operations),
         }
 
-    tree = Tree(Ownership(options.uid, options.gid, options.umask), counters)
+    tree = Tree(options.ownership, counters)
+    tree.mirror = mirror
     transactions = Transactions(servants, view, options.tx_timeout)
     tree.add_root(MountRoot(tree, view, transactions))
     operations = Operations(tree, store.distrust)

@@ -26,13 +26,13 @@ import stat
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Final, NoReturn, TypeVar, cast
+from typing import ClassVar, Final, NoReturn, Protocol, TypeVar, cast
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.names import join
+from xsfs.ownership import Ownership
 from xsfs.view import View
 
 DIRECTORY_ENTRY_TIMEOUT: Final = 3600.0
@@ -56,19 +56,16 @@ def refuse(number: int) -> NoReturn:
     raise FUSEError(number)
 
 
-@dataclass(slots=True, frozen=True)
-class Ownership:
-    """Who owns the files, and what of their modes is cut."""
+class LiveCopy(Protocol):
+    """What is to be known of a mirror in order to lead there."""
 
-    uid: int
-    gid: int
-    umask: int
+    @property
+    def true(self) -> bool:
+        """Whether the copy is there, and follows the store."""
 
-    def mode(self, kind: int, read: bool, write: bool) -> int:
-        bits = (0o444 if read else 0) | (0o222 if write else 0)
-        if kind == stat.S_IFDIR:
-            bits |= 0o111
-        return kind | (bits & ~self.umask)
+    @property
+    def directory(self) -> bytes:
+        """Its absolute path."""
 
 
 class Handle:
@@ -250,6 +247,7 @@ class Tree:
         self.ownership = ownership
         self.counters = counters
         self.prefetched = Prefetched()
+        self.mirror: LiveCopy | None = None
         self.readers = 0
         """How many watch files are open."""
         self._nodes: dict[int, Node] = {}

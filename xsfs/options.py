@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from xsfs.client import DEFAULT_TIMEOUT
+from xsfs.ownership import Ownership
 from xsfs.wire import check_path
 
 EMBEDDED: Final = "embedded"
@@ -50,6 +51,8 @@ class Options:
     umask: int = 0o077
     timeout: float = DEFAULT_TIMEOUT
     tx_timeout: float = DEFAULT_TX_TIMEOUT
+    mirror: str | None = None
+    """The directory of the live mirror; empty: one by the mountpoint's name."""
     listen: str | None = None
     domid: int = 0
 
@@ -63,6 +66,10 @@ class Options:
         knows it again."""
         source = self.source or DEFAULT_LABEL
         return source if source.isascii() and source.isprintable() else DEFAULT_LABEL
+
+    @property
+    def ownership(self) -> Ownership:
+        return Ownership(self.uid, self.gid, self.umask)
 
     def fuse_options(self) -> set[str]:
         """What the kernel and libfuse are to know of it."""
@@ -85,6 +92,8 @@ class Option(NamedTuple):
     help: str
     details: str = ""
     """What the manual says after `help`, in whole sentences."""
+    without_value: str | None = None
+    """What is meant by the name alone; None where a value is needed."""
 
 
 class Flag(NamedTuple):
@@ -200,6 +209,15 @@ OPTIONS: Final[dict[str, Option]] = {
         "SECONDS",
         f"after how long without use a transaction is rolled back (default: {DEFAULT_TX_TIMEOUT:g})",
     ),
+    "mirror": Option(
+        os.path.abspath,
+        "DIR",
+        "keep a live copy as plain files in DIR (default: a directory in /run/xsfs)",
+        "It follows the store within milliseconds; .mirror in the mount leads there, and is not "
+        "there while the copy cannot be true. Reading it asks neither xsfs nor Xenstore. DIR must "
+        "not exist, or be empty, and its parent be on the same file system: a tmpfs, best.",
+        without_value="",
+    ),
     "listen": Option(
         os.path.abspath,
         "SOCKET",
@@ -255,6 +273,9 @@ def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
                 raise UsageError(f"the option '{name}' takes no value")
             found[name] = True
             continue
+        if not equals and option.without_value is not None:
+            found[name] = option.without_value
+            continue
         if not value:
             raise UsageError(f"the option '{name}' needs a value: {usage(name)}")
         try:
@@ -267,7 +288,10 @@ def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
 def usage(name: str) -> str:
     """The option as one writes it."""
     option = OPTIONS[name]
-    return f"{name}={option.placeholder}" if option.parse else name
+    if option.parse is None:
+        return name
+    value = f"={option.placeholder}"
+    return f"{name}[{value}]" if option.without_value is not None else name + value
 
 
 def help_lines() -> Iterable[str]:

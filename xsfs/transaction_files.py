@@ -14,6 +14,7 @@ from pyfuse3 import EntryAttributes
 
 from xsfs import wire
 from xsfs.directories import RootDirectory
+from xsfs.mirror_link import MirrorLink
 from xsfs.names import NAME_MAX
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Handle, Node, Tree, refuse
 from xsfs.transactions import Transactions, TransactionView
@@ -198,6 +199,7 @@ class MountRoot(RootDirectory):
     own: ClassVar[Mapping[bytes, type[Node]]] = {
         **RootDirectory.own,
         b".transaction": TransactionsDirectory,
+        b".mirror": MirrorLink,
     }
 
     def __init__(self, tree: Tree, view: View, transactions: Transactions) -> None:

@@ -33,9 +33,10 @@ import trio
 from xsfs.client import Transaction
 from xsfs.connection import Reply
 from xsfs.errors import ConnectionLost, RequestTimeout, StoreError, TransactionEnded
+from xsfs.known import KnownDirectories
 from xsfs.node import refuse
 from xsfs.session import Session
-from xsfs.view import KnownDirectories, View, Work
+from xsfs.view import View, Work
 from xsfs.wire import Request
 
 log = logging.getLogger(__name__)

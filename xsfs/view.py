@@ -8,7 +8,7 @@ directories, and what a listing may ask next (`_guesses`): never an answer.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final, NamedTuple
 
 import trio
@@ -17,15 +17,12 @@ from xsfs import wire
 from xsfs.client import Store, Transaction
 from xsfs.connection import Reply
 from xsfs.errors import XenstoreError
+from xsfs.known import KnownDirectories
 from xsfs.names import Format, is_container, join
 from xsfs.session import Names, Session
 from xsfs.wire import Op, Request
 
 Work = Callable[[Session], Awaitable[Request | None]]
-
-KNOWN_MAX: Final = 100_000
-"""How many nodes are remembered as directories.  Past it the oldest are forgotten, and fall back on
-the conventions: a host whose guests come and go for years must not grow."""
 
 GUEST_REQUESTS_MAX: Final = 1000
 """How many requests one transaction of a guest of oxenstored may have.  From 1024 on the daemon does
@@ -53,6 +50,16 @@ class Look(NamedTuple):
         return not self.readable
 
 
+class Sight(NamedTuple):
+    """All that one burst told of a node, for a copy of it."""
+
+    look: Look | None
+    names: Names
+    """Of those children that a listing shows."""
+    perms: Reply
+    """As GET_PERMS gave them; nothing where they were not asked for."""
+
+
 _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 """EINVAL: a path longer than the store takes, so that there can be no such node."""
 
@@ -66,57 +73,6 @@ NOTHING: Final = Look(b"", False, True, True)
 def home_of(domid: int) -> bytes:
     """What relative paths of a domain are relative to."""
     return b"/local/domain/%d" % domid
-
-
-class KnownDirectories:
-    """The nodes that have been directories since the mount, by path.
-
-    An empty node without a value could be either; one that was made by mkdir, or had children once,
-    stays a directory.  A directory whose `.value` was made through the mount stays one even with a
-    value and without children, or restoring a backup would turn it into a file before its children
-    are there; and its `.value` is there even while it is empty, or the tool that made it would miss
-    it.
-    """
-
-    def __init__(self) -> None:
-        self._paths: dict[bytes, bool] = {}
-        """Whether `.value` was made, of each path."""
-
-    def add(self, path: bytes, *, with_value: bool = False) -> None:
-        with_value = self._paths.pop(path, False) or with_value
-        self._paths[path] = with_value
-        if len(self._paths) > KNOWN_MAX:
-            del self._paths[next(iter(self._paths))]
-
-    def discard(self, path: bytes) -> None:
-        self._paths.pop(path, None)
-
-    def discard_value(self, path: bytes) -> None:
-        """The `.value` of this directory was removed."""
-        if path in self._paths:
-            self._paths[path] = False
-
-    def move(self, source: bytes, target: bytes) -> None:
-        """A subtree was renamed."""
-        for path in self.below(source):
-            self.add(target + path[len(source) :], with_value=self._paths.pop(path))
-
-    def below(self, top: bytes) -> list[bytes]:
-        """The known ones at and below `top`."""
-        below = top + b"/"
-        return [path for path in self._paths if path == top or path.startswith(below)]
-
-    def get(self, path: bytes) -> bool | None:
-        """Whether `.value` was made here; None where no directory is known."""
-        return self._paths.get(path)
-
-    def knows(self, path: bytes, value: bytes) -> bool:
-        with_value = self.get(path)
-        return with_value is not None and (with_value or not value)
-
-    def has_value(self, path: bytes) -> bool:
-        """Whether `.value` was made here."""
-        return bool(self.get(path))
 
 
 def _each(replies: Sequence[Reply], count: int) -> list[Sequence[Reply]]:
@@ -141,6 +97,8 @@ class View:
         self.root = root
         self.content = content
         self.known = known
+        self.asks_perms = domid != 0
+        """Whether each look asks for the permissions, too: domain 0 may do everything anyway."""
         self._guesses: dict[bytes, bytes] = {}
         self._requests_max: int | None = None
         self._probed = domid == 0
@@ -210,11 +168,51 @@ class View:
         answers = _each(replies, len(paths))
         return [self._learn(path, answer) for path, answer in zip(paths, answers, strict=True)]
 
+    async def survey(self, paths: Sequence[bytes]) -> list[Sight]:
+        """All about many nodes, in one round trip but for listings too long for one reply.
+
+        Raises XenstoreError `E2BIG` for a node whose children there is no way to list.
+        """
+        replies = await self.session.burst([q for path in paths for q in self._questions(path)])
+        return [
+            await self._sight(path, answers)
+            for path, answers in zip(paths, _each(replies, len(paths)), strict=True)
+        ]
+
+    async def _sight(self, path: bytes, answers: Sequence[Reply]) -> Sight:
+        look = self._learn(path, answers)
+        perms = answers[2] if len(answers) > 2 else b""
+        if look is None or not look.has_children:
+            return Sight(look, [], perms)
+        listing = answers[1]
+        try:
+            names = (
+                wire.decode_names(listing)
+                if isinstance(listing, bytes)
+                else await self.session.list(path)
+            )
+        except XenstoreError as error:
+            if error.name in ("ENOENT", "EACCES"):
+                return Sight(None, [], b"")
+            raise
+        return Sight(look, [name for name in names if self.shows_child(path, name)], perms)
+
+    def shows_child(self, path: bytes, name: bytes) -> bool:
+        """Whether a listing shows a child: names of a broken or hostile store are left out."""
+        if not wire.is_name(name) or len(path) + 1 + len(name) > wire.PATH_MAX:
+            return False
+        # A domain's special nodes, which oxenstored lists in the root, are watched, not read.
+        return not (name.startswith(b"@") and path == b"/")
+
+    def lasting_children(self, path: bytes) -> Collection[bytes]:
+        """The names of directories that are there even while their nodes are not: in the root of a
+        mount of the home, `data`, which the toolstack makes for guests but not for dom0."""
+        return (b"data",) if path == self.root == self.home else ()
+
     def _questions(self, path: bytes) -> Sequence[Request]:
         """What to ask in order to know what a node is."""
         terminated = path + b"\0"
-        if self.domid == 0:
-            # Domain 0 may do everything: no permissions to ask.
+        if not self.asks_perms:
             return (Request(Op.READ, terminated), Request(Op.DIRECTORY, terminated))
         return (
             Request(Op.READ, terminated),

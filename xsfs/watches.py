@@ -38,23 +38,39 @@ EVENTS_MAX: Final = 4096
 class Subscription:
     """The events of one path for one reader.  Iterate over it, or use `take` and `wait`.
 
-    `on_event`, if given, is called at each event, in the connection's task: it must not wait.
+    `on_event`, if given, is called at each event, and when the watch was lost or has been set again,
+    in the connection's task: it must not wait.
     """
 
-    def __init__(self, path: bytes, on_event: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: bytes,
+        on_event: Callable[[], None] | None = None,
+        events_max: int = EVENTS_MAX,
+    ) -> None:
         self.path = path
+        self.interruptions = 0
+        """How often the watch was lost with its connection: events may have been missed."""
         self._events: dict[bytes, None] = {}
+        self._events_max = events_max
         self._on_event = on_event
         self._arrived = trio.lowlevel.ParkingLot()
 
     def put(self, path: bytes) -> None:
-        if len(self._events) >= EVENTS_MAX and path not in self._events:
+        if len(self._events) >= self._events_max and path not in self._events:
             self._events = {self.path: None}
         else:
             self._events[path] = None
         self._arrived.unpark_all()
+        self.alert()
+
+    def alert(self) -> None:
         if self._on_event is not None:
             self._on_event()
+
+    def interrupt(self) -> None:
+        self.interruptions += 1
+        self.alert()
 
     def take(self) -> list[bytes]:
         """The paths that changed since last asked, in order; perhaps none."""
@@ -89,6 +105,8 @@ class _Watch:
         self.token = token
         self.subscriptions: dict[Subscription, None] = {}
         self.connection: Connection | None = None
+        self.armed = False
+        """Whether the store has it, as far as is known."""
         self.unspread: dict[bytes, None] = {}
         """Events that not all subscriptions have been told of."""
         self.spreading = False
@@ -174,6 +192,11 @@ class Watches:
             self._by_path[watch.path] = watch
             self._lost.unpark_all()
 
+    def armed(self, subscription: Subscription) -> bool:
+        """Whether its watch is set at the store now."""
+        watch = self._by_path.get(subscription.path)
+        return watch is not None and watch.armed
+
     async def unsubscribe(self, subscription: Subscription) -> None:
         """The opposite; the last subscriber of a path removes the watch.  Never raises."""
         watch = self._leave(subscription)
@@ -221,6 +244,7 @@ class Watches:
         if isinstance(reply, XenstoreError):
             watch.connection = None
             raise reply
+        watch.armed = True
 
     async def run(self) -> None:
         """Set the watches again whenever their connection has been lost."""
@@ -233,7 +257,15 @@ class Watches:
             ):
                 await connection.ended()
             else:
+                self._interrupt()
                 await self._rearm()
+
+    def _interrupt(self) -> None:
+        for watch in self._by_path.values():
+            if watch.armed and (watch.connection is None or not watch.connection.alive):
+                watch.armed = False
+                for subscription in watch.subscriptions:
+                    subscription.interrupt()
 
     async def _rearm(self) -> None:
         for watch in list(self._by_path.values()):
@@ -258,6 +290,10 @@ class Watches:
             watch.connection = None
             for subscription in watch.subscriptions:
                 subscription.put(watch.path)
+        else:
+            # The kernel's device may send the first event before it says that the watch is set.
+            for subscription in watch.subscriptions:
+                subscription.alert()
 
     @asynccontextmanager
     async def watching(self, path: bytes) -> AsyncIterator[Subscription]:

@@ -1,0 +1,263 @@
+"""The live mirror: a copy of a tree as plain files, kept true by one watch.
+
+Why the copy is exact whenever the store is at rest:
+
+An event says that something changed at a path or below it.  It does not say what, and it comes for
+less than everything: parents made implicitly have none, nor have the nodes below a removed one.  So
+an event for P means to look again at P and at all that is shown below it (`_look_again`); and where
+P's parent is not shown, at the highest ancestor that is not.  Take any node N, and the last thing
+that changed it:
+
+- N itself was written, made, removed, or given permissions.  Its event came after the change, and we
+  look after the event: what we see is the present N.
+- N was made implicitly, as an ancestor of D.  D's event follows.  Had the mirror no N then, it looks at
+  the highest missing ancestor, and from there into everything.  Had it one, of an earlier life, then
+  that life ended by a removal at or above N whose event came before D's, and the look that this event
+  caused was either before the removal's successor was made (then N was taken away, see above), or
+  after (then N was looked at as it is).
+- N went away with an ancestor A.  A's event came; A is gone, or made again: then its listing is
+  compared with what is shown, and each child that is in both is looked at again.
+- N's permissions changed, or it vanished, when a domain died: with no event in some daemons, or none
+  but @releaseDomain's.  That one means to look again at everything.
+- Events were lost: the backlog was full (the client then says "everything"), or the connection was
+  lost.  Then there is no mirror until all has been copied anew.
+
+Looks are asked and applied by one task, one burst after the other, so that no reply is applied after
+a later one; an event that comes meanwhile waits, and its look follows.  What a node that was looked at
+becomes does not depend on when the other nodes of the burst were: where its parent is not as it should
+be, the parent is looked at first (xsfs/mirror_copy.py).
+
+Whether a node is a file or a directory depends on its value, its children, and on what the mount knows
+(`KnownDirectories`), which tells us of each change.  A node whose last shown child goes is looked at
+again, since it may be a file now.
+
+What a guest may not be told cannot be followed: the nodes of others that vanish without an event, if
+they lie in its tree.
+
+No wait is unbounded, and nothing is done while the store rests.  Under load the mirror pauses after
+each burst as long as the burst took, so that it never takes more than half a processor, and events
+merge meanwhile; and what events tell of comes before what must only be looked at again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+
+from xsfs import wire
+from xsfs.client import Store
+from xsfs.errors import ConnectionLost, RequestTimeout, StoreError
+from xsfs.mirror_copy import Copy
+from xsfs.mirror_files import MirrorFiles
+from xsfs.view import View
+from xsfs.watches import Subscription
+
+log = logging.getLogger(__name__)
+
+WINDOW: Final = 128
+"""How many nodes one burst looks at."""
+
+SLICE_SECONDS: Final = 0.001
+"""How long files are changed before other tasks have their turn."""
+
+EVENTS_MAX: Final = 16384
+"""How many paths may wait to be looked at.  Past it everything is."""
+
+RETRY_FIRST: Final = 1.0
+RETRY_MAX: Final = 60.0
+"""Seconds until a copy that failed (the disk is full, the store answers nonsense) is tried again."""
+
+RELEASE: Final = b"@releaseDomain"
+
+
+class _Lost(ConnectionLost):
+    """Events may have been missed: the copy can't be true any more."""
+
+
+def _next(queue: dict[bytes, None]) -> list[bytes]:
+    """The latest first: a walk that goes down before it goes on has the shortest queue."""
+    return [queue.popitem()[0] for _ in range(min(WINDOW, len(queue)))]
+
+
+class Mirror:
+    """See the module's text.  `run` must be running.
+
+    store       a store of its own, so that its bursts hold up nobody else's requests
+    view        the tree that is copied, over that store
+    files       where the copy is
+    """
+
+    def __init__(self, store: Store, view: View, files: MirrorFiles) -> None:
+        self.store = store
+        self._watches = store.watches
+        self._view = view
+        self._files = files
+        self._copy = Copy(view, files)
+        self._events: dict[bytes, None] = {}
+        """Nodes that events told of, to be looked at and renewed."""
+        self._changes = Subscription(view.root, self._wake, EVENTS_MAX)
+        self._releases = Subscription(RELEASE, self._wake)
+        self._heard: set[Subscription] = set()
+        """Those of the two whose first event has come since they were set."""
+        self._work = trio.lowlevel.ParkingLot()
+        self._true_of: int | None = None
+        """The count of interruptions that the published copy is of."""
+        self.looks = 0
+        """How often a node was looked at."""
+        view.asks_perms = view.asks_perms or files.has_perms
+
+    @property
+    def true(self) -> bool:
+        """Whether the copy is there, and follows the store."""
+        return self._true_of == self._interruptions
+
+    @property
+    def directory(self) -> bytes:
+        return self._files.directory
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes are in the copy while it is true."""
+        return self._copy.nodes if self.true else 0
+
+    def _wake(self) -> None:
+        self._work.unpark_all()
+
+    # ----------------------------------------------------------------------------------- life
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the mirror for as long as it runs; started when the first copy is complete.
+
+        Raises StoreError, OSError if there can be none from the start, never later.
+        """
+        self._view.known.on_change = self._known_changed
+        try:
+            await self._watches.subscribe(self._changes)
+            await self._watches.subscribe(self._releases)
+            with trio.move_on_after(self.store.timeout):
+                await self._armed()
+            if len(self._heard) < 2:
+                raise RequestTimeout("the store has set a watch, but sends no events")
+            await self._make()
+            task_status.started()
+            await self._live()
+        finally:
+            self._true_of = None
+            self._view.known.on_change = None
+            self._watches.drop(self._changes)
+            self._watches.drop(self._releases)
+
+    @property
+    def _interruptions(self) -> int:
+        return self._changes.interruptions + self._releases.interruptions
+
+    async def _live(self) -> None:
+        delay = 0.0
+        while True:
+            try:
+                if self._true_of is None:
+                    await self._make()
+                    delay = 0.0
+                await self._follow()
+            except _Lost:
+                delay = 0.0
+                log.warning("the mirror is gone until Xenstore is back")
+            except (StoreError, OSError) as error:
+                delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
+                log.error("the mirror is gone, and tried again in %g s: %s", delay, error)
+            except Exception:
+                delay = RETRY_MAX
+                log.exception("the mirror is gone, and tried again in %g s", delay)
+            await self._withdraw()
+            await trio.sleep(delay)
+
+    async def _withdraw(self) -> None:
+        self._true_of = None
+        try:
+            self._files.withdraw()
+            for _ in self._files.clear():
+                await trio.lowlevel.checkpoint()
+        except OSError:
+            log.exception("the mirror's files could not be removed")
+
+    async def _make(self) -> None:
+        """Make a whole copy, and show it when it is complete."""
+        await self._armed()
+        interruptions = self._interruptions
+        self._events.clear()
+        self._files.begin()
+        self._copy.begin()
+        while self._copy.again:
+            await self._burst(_next(self._copy.again), renew=False)
+        if self._interruptions != interruptions:
+            raise _Lost("the connection was lost while the copy was made")
+        self._files.publish()
+        self._true_of = interruptions
+        log.info("the mirror is true: %d nodes in %r", self.nodes, self.directory)
+
+    async def _armed(self) -> None:
+        """Return when both watches are set at the store, and have said so."""
+        while True:
+            for subscription in (self._changes, self._releases):
+                if not self._watches.armed(subscription):
+                    self._heard.discard(subscription)
+                elif subscription.take():
+                    self._heard.add(subscription)
+            if len(self._heard) == 2:
+                return
+            await self._work.park()
+
+    # --------------------------------------------------------------------------------- follow
+
+    async def _follow(self) -> None:
+        again = self._copy.again
+        while True:
+            if not self.true:
+                raise _Lost("the connection was lost")
+            self._take_events()
+            if not (self._events or again):
+                await self._work.park()
+                continue
+            start = time.perf_counter()
+            if self._events:
+                await self._burst(_next(self._events), renew=True)
+            else:
+                await self._burst(_next(again), renew=False)
+            await trio.sleep(time.perf_counter() - start)
+
+    def _take_events(self) -> None:
+        if not self._events:
+            self._events = dict.fromkeys(filter(self._is_inside, self._changes.take()))
+        if self._releases.take():
+            self._copy.again[self._view.root] = None
+
+    def _is_inside(self, path: bytes) -> bool:
+        """Whether an event's path is one of the tree: a broken store may send any."""
+        root = self._view.root
+        if path != root and not path.startswith(root if root == b"/" else root + b"/"):
+            return False
+        try:
+            wire.check_path(path)
+        except ValueError:
+            return False
+        return True
+
+    def _known_changed(self, path: bytes) -> None:
+        """The mount has learned, or forgotten, that a node is a directory."""
+        if self._is_inside(path) and self._copy.contradicts(path):
+            self._copy.again[path] = None
+            self._wake()
+
+    async def _burst(self, paths: Sequence[bytes], *, renew: bool) -> None:
+        sights = await self._view.survey(paths)
+        self.looks += len(paths)
+        since = time.perf_counter()
+        for path, sight in zip(paths, sights, strict=True):
+            for _ in self._copy.apply(path, sight, renew=renew):
+                if time.perf_counter() - since > SLICE_SECONDS:
+                    await trio.lowlevel.checkpoint()
+                    since = time.perf_counter()

@@ -1,0 +1,180 @@
+"""A copy of a tree in files: what a look at one node changes in it.
+
+`Copy` holds no copy of its own: what is shown is what the files are.  `again` are the nodes that must
+be looked at before the copy can be true; whoever looks brings what was seen to `apply`.
+"""
+
+from __future__ import annotations
+
+import stat
+from functools import lru_cache
+
+from xsfs import wire
+from xsfs.mirror_files import MirrorFiles, Steps
+from xsfs.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
+from xsfs.view import NOTHING, Look, Sight, View
+
+
+@lru_cache(maxsize=1024)
+def _permissions(payload: bytes) -> bytes:
+    """What GET_PERMS gave, as `user.xs.perms` shows it."""
+    return wire.format_permissions(wire.decode_perms(payload)).encode()
+
+
+class Copy:
+    """See the module's text."""
+
+    def __init__(self, view: View, files: MirrorFiles) -> None:
+        self._view = view
+        self._files = files
+        self.again: dict[bytes, None] = {}
+        self.nodes = 0
+        """How many files and directories there are, `.value` and the root not counted."""
+
+    def begin(self) -> None:
+        """There are no files: all must be looked at."""
+        self.again.clear()
+        self.again[self._view.root] = None
+        self.nodes = 0
+
+    def place(self, path: bytes) -> bytes:
+        """Where a node's file is."""
+        root = self._view.root
+        inside = path[1:] if root == b"/" else path[len(root) + 1 :]
+        if len(inside) <= NAME_MAX:
+            return inside
+        return b"/".join(map(file_name, inside.split(b"/")))
+
+    def contradicts(self, path: bytes) -> bool:
+        """Whether what is shown of a node may not be what is known of it as a directory."""
+        place = self.place(path)
+        kind = self._files.kind(place)
+        known = self._view.known.get(path)
+        if kind != stat.S_IFDIR:
+            return kind == stat.S_IFREG and known is not None
+        names = self._files.names(place)
+        if known is not None and known is not (VALUE_NAME in names):
+            return True
+        return not self._has_children(names)
+
+    @staticmethod
+    def _has_children(names: list[bytes]) -> bool:
+        return len(names) > (VALUE_NAME in names)
+
+    # ---------------------------------------------------------------------------------- apply
+
+    def apply(self, path: bytes, sight: Sight, *, renew: bool) -> Steps:
+        """Make the files agree with what was just seen of a node.
+
+        A file that is to be renewed is replaced even by an equal one.  The children of a directory
+        are to be looked at `again`, whether they were shown or not.
+        """
+        look = sight.look
+        if look is not None and look.hidden:
+            look = None
+        if look is None and self._lasts(path):
+            look = NOTHING
+        if not self._can_be_shown(path):
+            return
+        place = self.place(path)
+        kind = self._files.kind(place)
+        wanted = 0
+        if look is not None:
+            wanted = self._wanted(path, look)
+        if kind not in (0, wanted):
+            yield from self._remove(place, kind)
+        if look is None:
+            if kind or renew:
+                self._look_at_parent(path)
+        elif wanted == stat.S_IFDIR:
+            yield from self._show_directory(
+                path, place, look, sight, new=kind != wanted, renew=renew
+            )
+        else:
+            self.nodes += kind != wanted
+            self._show_file(place, look, sight, renew=renew or kind != wanted)
+            yield b""
+
+    def _lasts(self, path: bytes) -> bool:
+        """Whether it is shown even if there is no such node."""
+        if path == self._view.root:
+            return True
+        parent, name = parent_path(path), path.rpartition(b"/")[2]
+        return name in self._view.lasting_children(parent)
+
+    def _wanted(self, path: bytes, look: Look) -> int:
+        if path == self._view.root or self._view.is_directory(path, look):
+            return stat.S_IFDIR
+        return stat.S_IFREG
+
+    def _can_be_shown(self, path: bytes) -> bool:
+        """Whether its parent is shown as a directory.
+
+        Where it isn't, the highest ancestor of which that is so is to be looked at instead: the way
+        down from there leads to the node.
+        """
+        top = path
+        while top != self._view.root:
+            parent = parent_path(top)
+            if parent == self._view.root or self._files.is_directory(self.place(parent)):
+                break
+            top = parent
+        if top != path:
+            self.again[top] = None
+        return top == path
+
+    def _look_at_parent(self, path: bytes) -> None:
+        """A node went: without children its parent may be a file now."""
+        parent = parent_path(path)
+        if self._view.root in (path, parent):
+            return
+        if not self._has_children(self._files.names(self.place(parent))):
+            self.again[parent] = None
+
+    def _remove(self, place: bytes, kind: int) -> Steps:
+        if kind != stat.S_IFDIR:
+            self._files.remove_file(place)
+            self.nodes -= 1
+            yield place
+            return
+        for removed in self._files.removing(place):
+            self.nodes -= not removed.endswith(VALUE_NAME)
+            yield removed
+
+    def _show_directory(
+        self, path: bytes, place: bytes, look: Look, sight: Sight, *, new: bool, renew: bool
+    ) -> Steps:
+        if new:
+            self._files.make_directory(place)
+            self.nodes += 1
+        value_place = place + b"/" + VALUE_NAME if place else VALUE_NAME
+        if self._view.has_dot_value(path, look):
+            self._show_file(value_place, look, sight, renew=renew or new)
+        elif not new and self._files.kind(value_place):
+            self._files.remove_file(value_place)
+        self._files.set_perms(place, self._perms(sight))
+        names = dict.fromkeys((*sight.names, *self._view.lasting_children(path)))
+        if not new:
+            kept = {VALUE_NAME, *map(file_name, names)}
+            for name in self._files.names(place):
+                if name not in kept:
+                    child = place + b"/" + name if place else name
+                    yield from self._remove(child, self._files.kind(child))
+        for name in names:
+            self.again[join(path, name)] = None
+        yield place
+
+    def _show_file(self, place: bytes, look: Look, sight: Sight, *, renew: bool) -> None:
+        content = self._view.content.render(look.value)
+        perms = self._perms(sight)
+        if (
+            renew
+            or self._files.content(place) != content
+            or (perms and self._files.perms(place) != perms)
+        ):
+            self._files.put(place, content, perms)
+
+    def _perms(self, sight: Sight) -> bytes:
+        if self._files.has_perms and isinstance(sight.perms, bytes) and sight.perms:
+            return _permissions(sight.perms)
+        return b""

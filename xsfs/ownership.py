@@ -1,0 +1,21 @@
+"""Who owns the files of a mount, and with which modes.  Xenstore has no users."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, frozen=True)
+class Ownership:
+    """Who owns the files, and what of their modes is cut."""
+
+    uid: int
+    gid: int
+    umask: int
+
+    def mode(self, kind: int, read: bool, write: bool) -> int:
+        bits = (0o444 if read else 0) | (0o222 if write else 0)
+        if kind == stat.S_IFDIR:
+            bits |= 0o111
+        return kind | (bits & ~self.umask)
