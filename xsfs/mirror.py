@@ -34,9 +34,9 @@ again, since it may be a file now.
 What a guest may not be told cannot be followed: the nodes of others that vanish without an event, if
 they lie in its tree.
 
-No wait is unbounded, and nothing is done while the store rests.  Under load the mirror pauses after
-each burst as long as the burst took, so that it never takes more than half a processor, and events
-merge meanwhile; and what events tell of comes before what must only be looked at again.
+No wait is unbounded, and nothing is done while the store rests.  Under load the mirror rests as long
+as it works, so that it never takes more than half a processor, and events merge meanwhile; and what
+events tell of comes before what must only be looked at again.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ WINDOW: Final = 128
 
 SLICE_SECONDS: Final = 0.001
 """How long files are changed before other tasks have their turn."""
+
+PAUSE_SECONDS: Final = 0.002
+"""How much work is done before the mirror pauses: sleeping takes a millisecond at least."""
 
 EVENTS_MAX: Final = 16384
 """How many paths may wait to be looked at.  Past it everything is."""
@@ -215,19 +218,24 @@ class Mirror:
 
     async def _follow(self) -> None:
         again = self._copy.again
+        owed = 0.0
         while True:
             if not self.true:
                 raise _Lost("the connection was lost")
             self._take_events()
-            if not (self._events or again):
-                await self._work.park()
-                continue
             start = time.perf_counter()
             if self._events:
                 await self._burst(_next(self._events), renew=True)
-            else:
+            elif again:
                 await self._burst(_next(again), renew=False)
-            await trio.sleep(time.perf_counter() - start)
+            else:
+                await self._work.park()
+                owed = max(0.0, owed - (time.perf_counter() - start))
+                continue
+            owed += time.perf_counter() - start
+            if owed > PAUSE_SECONDS:
+                await trio.sleep(owed)
+                owed = 0.0
 
     def _take_events(self) -> None:
         if not self._events:

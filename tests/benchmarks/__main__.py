@@ -15,17 +15,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
 from tests.xenstored.harness import DAEMONS, MissingProgramError
 
-from . import works
+from . import chart, kinds, mirror_works, works
 from .errors import BenchmarkError
-from .mounting import UNMOUNT, bare
+from .kinds import execute
+from .libxenstore import reader
+from .mounting import UNMOUNT, bare, xsfs
 from .report import Circumstances, Memory, document, lines
-from .stores import DOMAINS_MIN, NAME_VALUE, domains_for, store
-from .timing import Result, measure, warm_up
+from .stores import DOMAINS_MIN, NAME, NAME_VALUE, domains_for, store
+from .timing import Comparison, Result, measure, warm_up
 
 MODULES: Final = ("pyfuse3", "pyxs", "trio")
 
@@ -39,8 +42,10 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--kind", choices=sorted(DAEMONS), default="C", help="the daemon to mount")
     add("--nodes", type=_positive, default=10_000, help="how many nodes it has, at least")
+    add("--read", type=_positive, metavar="N", help="how many of them are read (default: all)")
     add("--rounds", type=_positive, default=7, help="how often everything is run")
     add("--json", metavar="FILE", help="write the figures there, too")
+    add("--svg", metavar="FILE", help="draw the ratios there")
     return parser.parse_args()
 
 
@@ -52,7 +57,7 @@ def _positive(text: str) -> int:
 
 
 def _check() -> None:
-    for program, package in {**works.PROGRAMS, **UNMOUNT}.items():
+    for program, package in {**kinds.PROGRAMS, **UNMOUNT}.items():
         if not shutil.which(program):
             raise MissingProgramError(program, package)
     for module in MODULES:
@@ -70,26 +75,49 @@ def _pyxs(socket: str) -> Iterator[Any]:
         yield client
 
 
-def _run(kind: str, nodes: int, rounds: int) -> tuple[Circumstances, list[Result], Memory]:
+def _run(
+    kind: str, nodes: int, read: int | None, rounds: int
+) -> tuple[Circumstances, list[Result], Memory]:
     domains = max(DOMAINS_MIN, domains_for(nodes))
+    part = 0 if read is None else max(DOMAINS_MIN, domains_for(read))
     load = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         _progress(f"starting {kind} daemons")
-        whole = enter(store(kind, domains))
-        quarter = enter(store(kind, domains // 4))
+        whole = enter(store(kind, domains - part, part))
+        quarter = enter(store(kind, (part or domains) // 4))
         mounted = whole.mount.resident()
-        file = enter(bare(f"{NAME_VALUE}\n"))
-        stage = works.Stage(whole, quarter, file, enter(_pyxs(whole.socket)))
-        comparisons = works.comparisons(stage)
-        _progress("warming up")
-        warm_up(comparisons)
+        directory = enter(tempfile.TemporaryDirectory(prefix="xsfs-tmpfs-", dir="/dev/shm"))
+        with open(os.path.join(directory, "value"), "wb") as file:
+            file.write(works.LINE)
+        stage = works.Stage(
+            whole,
+            quarter,
+            enter(bare(f"{NAME_VALUE}\n")),
+            file.name,
+            enter(_pyxs(whole.socket)),
+            enter(reader(NAME, works.LINE, whole.environment)),
+        )
+        results = _phase(works.comparisons(stage), rounds)
+        finished = whole.mount.resident()
+        _progress("visiting all nodes")
+        execute(["find", whole.mount.path], whole.environment)
         visited = whole.mount.resident()
-        results = measure(comparisons, rounds, _progress)
-        memory = Memory(stage.bare.resident(), mounted, visited, whole.mount.resident())
+        # The mirror follows each change: it is not there while anything else is measured.
+        copy = mirror_works.place()
+        mirror = enter(xsfs(whole.socket, f"mirror={copy}"))
+        results += _phase(mirror_works.comparisons(stage, copy), rounds)
+        memory = Memory(stage.bare.resident(), mounted, visited, finished, mirror.resident())
         _progress("")
     cpus = os.cpu_count() or 1
-    return Circumstances(kind, whole.nodes, quarter.nodes, rounds, cpus, load), results, memory
+    circumstances = Circumstances(kind, whole.nodes, whole.read, quarter.nodes, rounds, cpus, load)
+    return circumstances, results, memory
+
+
+def _phase(comparisons: list[Comparison], rounds: int) -> list[Result]:
+    _progress("warming up")
+    warm_up(comparisons)
+    return measure(comparisons, rounds, _progress)
 
 
 def _progress(text: str) -> None:
@@ -109,13 +137,16 @@ def main() -> int:
         signal.signal(number, _terminated)
     try:
         _check()
-        figures = _run(arguments.kind, arguments.nodes, arguments.rounds)
+        figures = _run(arguments.kind, arguments.nodes, arguments.read, arguments.rounds)
         for line in lines(*figures):
             print(line)
         if arguments.json:
             with open(arguments.json, "w") as file:
                 json.dump(document(*figures), file, indent=2)
                 file.write("\n")
+        if arguments.svg:
+            with open(arguments.svg, "w") as file:
+                file.write(chart.draw(*figures[:2]))
     except (BenchmarkError, MissingProgramError, OSError, subprocess.SubprocessError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1

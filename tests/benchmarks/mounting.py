@@ -44,9 +44,9 @@ class Mount:
         raise BenchmarkError(f"the file system at {self.path} has ended")
 
 
-def xsfs(socket: str) -> contextlib.AbstractContextManager[Mount]:
-    """The whole of a store, from / on."""
-    return mounted("xsfs", ["-f", "-o", "root=/", socket])
+def xsfs(socket: str, *options: str) -> contextlib.AbstractContextManager[Mount]:
+    """The whole of a store, from / on, unless the options say otherwise."""
+    return mounted("xsfs", ["-f", "-o", ",".join(("root=/", *options)), socket])
 
 
 def bare(content: str) -> contextlib.AbstractContextManager[Mount]:

@@ -20,6 +20,8 @@ class Circumstances:
 
     kind: str
     nodes: int
+    read: int
+    """How many of them the programs visit that visit all."""
     quarter_nodes: int
     rounds: int
     cpus: int
@@ -35,14 +37,17 @@ class Memory:
     mounted: int
     """xsfs, before anything was looked at."""
     visited: int
-    """After find and grep have been everywhere once."""
+    """At the end, after find has been everywhere."""
     finished: int
-    """After all rounds: much more than `visited` would mean that it grows without end."""
+    """After all rounds."""
+    mirror: int
+    """xsfs with a mirror of everything, after all rounds."""
 
 
 def lines(circumstances: Circumstances, results: Sequence[Result], memory: Memory) -> Iterable[str]:
     it = circumstances
-    yield f"{it.kind} daemon, {it.nodes} nodes ({it.quarter_nodes} in the smaller store)"
+    part = "" if it.read == it.nodes else f", {it.read} of them read"
+    yield f"{it.kind} daemon, {it.nodes} nodes{part} ({it.quarter_nodes} in the smaller store)"
     yield f"medians of {it.rounds} rounds, {it.cpus} CPUs, load {it.load:.1f} at the start"
     yield ""
     yield from _table([HEADINGS, *map(_row, results)])
@@ -50,9 +55,9 @@ def lines(circumstances: Circumstances, results: Sequence[Result], memory: Memor
     yield "resident memory"
     yield f"  bare pyfuse3, mounted           {_mebibytes(memory.bare)}"
     yield f"  xsfs, just mounted              {_mebibytes(memory.mounted)}"
-    by_node = (memory.visited - memory.mounted) / it.nodes
-    yield f"  xsfs, all nodes visited once    {_mebibytes(memory.visited)}, {by_node:.0f} bytes a node"
     yield f"  xsfs, after all rounds          {_mebibytes(memory.finished)}"
+    yield f"  xsfs, all nodes visited         {_mebibytes(memory.visited)}"
+    yield f"  xsfs, all nodes mirrored        {_mebibytes(memory.mirror)}"
 
 
 def document(
@@ -88,8 +93,8 @@ def _row(result: Result) -> tuple[str, ...]:
         result.comparison.theirs.name,
         _duration(statistics.median(result.ours)),
         _duration(statistics.median(result.theirs)),
-        f"{result.ratio:.2f}",
-        "" if target is None else f"{target:.2f}",
+        f"{result.ratio:.3g}",
+        "" if target is None else f"{target:g}",
         "" if target is None else "ok" if result.ok else "over",
     )
 

@@ -26,12 +26,19 @@ SCRATCH: Final = f"{HOME}/scratch"
 """A node to write to."""
 
 
+PART: Final = "/part"
+"""In a store of which only a part is read: that part, made like a store of its own."""
+
+
 @dataclass(frozen=True)
 class Store:
     """A daemon, its nodes, and xsfs over them."""
 
     socket: str
     nodes: int
+    top: str
+    """What is read of it, and how many nodes that has."""
+    read: int
     mount: Mount
     environment: Mapping[str, str]
     """That of programs which are to find this daemon."""
@@ -41,22 +48,27 @@ class Store:
 
 
 @contextlib.contextmanager
-def store(kind: str, domains: int) -> Iterator[Store]:
+def store(kind: str, domains: int, part: int = 0) -> Iterator[Store]:
+    """`part`: of so many domains there is a copy of all nodes below PART; 0: all is read."""
     with RealXenstored(kind) as daemon:
         daemon.populate(range(1, domains + 1))
         with daemon.client() as client:
             client.write(SCRATCH, b"0")
+            for domid in range(1, part + 1):
+                for path, value, _ in guest_nodes(domid):
+                    client.write(f"{PART}{path}", value)
         # One locale, or grep's speed would be that of the user's.
         environment = os.environ | {"XENSTORED_PATH": daemon.socket, "LC_ALL": "C"}
-        nodes = _count(environment)
+        top = PART if part else "/"
+        nodes, read = _count(environment, "/"), _count(environment, top)
         with xsfs(daemon.socket) as mount:
-            yield Store(daemon.socket, nodes, mount, environment)
+            yield Store(daemon.socket, nodes, top, read, mount, environment)
 
 
-def _count(environment: Mapping[str, str]) -> int:
+def _count(environment: Mapping[str, str], top: str) -> int:
     """Of all that the daemon has: it makes some nodes by itself."""
     listing = subprocess.run(
-        ["xenstore-ls", "-f"], env=environment, stdout=subprocess.PIPE, check=True
+        ["xenstore-ls", "-f", top], env=environment, stdout=subprocess.PIPE, check=True
     )
     return listing.stdout.count(b"\n")
 

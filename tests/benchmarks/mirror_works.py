@@ -1,0 +1,124 @@
+"""What is measured of the live mirror, against what, and how fast it should be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import tempfile
+import time
+from typing import Final
+
+from tests.xenstored.harness import XsClient
+
+from .errors import BenchmarkError
+from .kinds import batch, find, grep, listing, open_read_close
+from .mounting import xsfs
+from .stores import HOME, NAME, SCRATCH, Store
+from .timing import Comparison, Contender
+from .works import LINE, LOOP, Stage, pyxs_read, shell_reads, tool_reads
+
+CHANGES: Final = 200
+"""Changes in one run."""
+
+CHANGED: Final = f"{HOME}/changed"
+
+SECONDS: Final = 10.0
+"""When a change is taken for lost."""
+
+IN_MOVED_TO: Final = 0x80
+"""inotify(7)"""
+
+
+def comparisons(stage: Stage, copy: str) -> list[Comparison]:
+    """`copy`: the directory of a mirror of the whole store."""
+    whole = stage.whole
+    path = f"{copy}{NAME}"
+    value = batch("mirror", lambda: open_read_close(path), LINE)
+    tmpfs = batch("tmpfs", lambda: open_read_close(stage.tmpfs), LINE)
+    ls = listing(whole)
+    top = copy if whole.top == "/" else f"{copy}{whole.top}"
+    read = shell_reads(whole, "read < FILE", f"{copy}{SCRATCH}")
+    return [
+        Comparison("mirror: open, read, close", value, pyxs_read(stage), 0.02, each=True),
+        Comparison("mirror: open, read, close", value, tmpfs, 1.1, each=True),
+        Comparison(f"mirror: {LOOP} times read < FILE", read, tool_reads(whole), 0.05),
+        Comparison("mirror: find", find(whole, "find", top), ls, 0.05),
+        Comparison("mirror: grep -r", grep(whole, "grep -r", top), ls, 0.1),
+        Comparison("mirror: from start to complete", starting(whole), ls, 1.0),
+        Comparison(
+            "mirror: a change until it is read", changing(whole, copy), told(whole), 4.0, each=True
+        ),
+    ]
+
+
+def place() -> str:
+    """A directory to be made, in a tmpfs."""
+    directory = tempfile.mkdtemp(prefix="xsfs-mirror-", dir="/dev/shm")
+    os.rmdir(directory)
+    return directory
+
+
+def starting(store: Store) -> Contender:
+    """From the start of the command until what is read is mirrored."""
+
+    def run() -> float:
+        directory = place()
+        start = time.perf_counter()
+        # The mount comes when the mirror is complete.
+        with xsfs(store.socket, f"root={store.top}", f"mirror={directory}") as mount:
+            taken = time.perf_counter() - start
+            if os.readlink(f"{mount.path}/.mirror") != directory:
+                raise BenchmarkError("there is no mirror")
+        if os.path.lexists(directory):
+            raise BenchmarkError("the mirror was left behind")
+        return taken
+
+    return Contender("xsfs -o mirror", run, store.read)
+
+
+def changing(store: Store, copy: str) -> Contender:
+    """Another client's change, until a reader that waits by inotify has read it."""
+    library = ctypes.CDLL(None, use_errno=True)
+
+    path = f"{copy}{CHANGED}"
+
+    def seen(watch: int, expected: bytes) -> None:
+        while not os.path.exists(path) or open_read_close(path) != expected:
+            if not select.select([watch], [], [], SECONDS)[0]:
+                raise BenchmarkError("a change has not come to the mirror")
+            os.read(watch, 4096)
+
+    def run() -> float:
+        watch = library.inotify_init1(os.O_CLOEXEC)
+        try:
+            if library.inotify_add_watch(watch, os.path.dirname(path).encode(), IN_MOVED_TO) < 0:
+                raise OSError(ctypes.get_errno(), "inotify_add_watch")
+            with XsClient(store.socket) as writer:
+                writer.write(CHANGED, b"before")
+                seen(watch, b"before\n")
+                start = time.perf_counter()
+                for number in range(CHANGES):
+                    writer.write(CHANGED, b"%d" % number)
+                    seen(watch, b"%d\n" % number)
+                return time.perf_counter() - start
+        finally:
+            os.close(watch)
+
+    return Contender("a change in the mirror", run, CHANGES)
+
+
+def told(store: Store) -> Contender:
+    """The same until a client that does nothing else has its watch event."""
+
+    def run() -> float:
+        with XsClient(store.socket) as writer, XsClient(store.socket) as watcher:
+            watcher.watch(CHANGED, "t")
+            watcher.event()
+            start = time.perf_counter()
+            for number in range(CHANGES):
+                writer.write(CHANGED, b"%d" % number)
+                watcher.event()
+            return time.perf_counter() - start
+
+    return Contender("watch event", run, CHANGES)
