@@ -55,7 +55,7 @@ class Copy:
         names = self._files.names(place)
         if known is not None and known is not (VALUE_NAME in names):
             return True
-        return not self._has_children(names)
+        return path != self._view.root and not self._has_children(names)
 
     @staticmethod
     def _has_children(names: list[bytes]) -> bool:
