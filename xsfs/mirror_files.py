@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from xsfs.ownership import Ownership
-from xsfs.workshop import Workshop
+from xsfs.workshop import MirrorPlaceError, Workshop
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,10 @@ class MirrorFiles:
         self.ownership = ownership
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
+        mask = os.umask(0o077)
+        os.umask(mask)
+        # What is made gets the modes less the process's own mask.
+        self._chmod = bool(mask & (self._file_mode | self._directory_mode))
         self._chown = (ownership.uid, ownership.gid) != (os.geteuid(), os.getegid())
         # Only root may write in directories that have no write permission.
         self._unlock = os.geteuid() != 0
@@ -76,10 +80,15 @@ class MirrorFiles:
     def open(self) -> None:
         """Take the directory, and clear what a dead xsfs has left.  Raises MirrorPlaceError."""
         self._workshop.open()
-        self._clear_now()
-        os.chmod(self.directory, self._directory_mode)
-        if self._chown:
-            os.chown(self.directory, self.ownership.uid, self.ownership.gid)
+        try:
+            self._clear_now()
+            os.chmod(self.directory, self._directory_mode)
+            if self._chown:
+                os.chown(self.directory, self.ownership.uid, self.ownership.gid)
+        except OSError as error:
+            raise MirrorPlaceError(
+                f"cannot use {os.fsdecode(self.directory)}: {error.strerror}", "look what is in it"
+            ) from error
         try:
             os.setxattr(self._workshop.fd, PERMS_ATTRIBUTE, b"n0")
             self.has_perms = True
@@ -220,6 +229,8 @@ class MirrorFiles:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if perms and self.has_perms:
                 os.setxattr(fd, PERMS_ATTRIBUTE, perms)
+            if self._chmod:
+                os.fchmod(fd, self._file_mode)
             if self._chown:
                 os.fchown(fd, self.ownership.uid, self.ownership.gid)
         finally:
@@ -229,6 +240,8 @@ class MirrorFiles:
         parent, name = _split(path)
         directory = self._enter(parent)
         os.mkdir(name, self._directory_mode, dir_fd=directory)
+        if self._chmod:
+            os.chmod(name, self._directory_mode, dir_fd=directory)
         if self._chown:
             os.chown(
                 name,

@@ -241,7 +241,10 @@ async def _mirror(
                 ) from error
             yield mirror
     finally:
-        files.close()
+        try:
+            files.close()
+        except OSError as error:
+            log.error("the mirror could not be cleared: %s", error)
 
 
 def _operations(
