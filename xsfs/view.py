@@ -29,6 +29,8 @@ GUEST_REQUESTS_MAX: Final = 1000
 not even let it be rolled back, and as all of a guest is one connection to it, it stays for good."""
 
 GUESSES_MAX: Final = 1024
+LISTED_MAX: Final = 64
+"""How many directories are remembered that were listed lately: a script may list one in a loop."""
 GUESS_SIZE_MAX: Final = 512
 """Bytes of a listing that is kept as a guess: some 50 names."""
 
@@ -81,6 +83,14 @@ def _each(replies: Sequence[Reply], count: int) -> list[Sequence[Reply]]:
     return [replies[start : start + step] for start in range(0, len(replies), step)]
 
 
+def _keep(guesses: dict[bytes, bytes], path: bytes, listing: bytes, most: int) -> None:
+    """Keep a guess, and `most` of them at most: the oldest goes."""
+    guesses.pop(path, None)
+    guesses[path] = listing
+    if len(guesses) > most:
+        del guesses[next(iter(guesses))]
+
+
 class View:
     """See the module's text."""
 
@@ -100,6 +110,7 @@ class View:
         self.asks_perms = domid != 0
         """Whether each look asks for the permissions, too: domain 0 may do everything anyway."""
         self._guesses: dict[bytes, bytes] = {}
+        self._listed: dict[bytes, bytes] = {}
         self._requests_max: int | None = None
         self._probed = domid == 0
 
@@ -135,10 +146,7 @@ class View:
 
     def _guess(self, path: bytes, listing: Reply) -> None:
         if isinstance(listing, bytes) and len(listing) <= GUESS_SIZE_MAX:
-            self._guesses.pop(path, None)
-            self._guesses[path] = listing
-            if len(self._guesses) > GUESSES_MAX:
-                del self._guesses[next(iter(self._guesses))]
+            _keep(self._guesses, path, listing, GUESSES_MAX)
 
     async def look_into(self, path: bytes) -> tuple[Look | None, Names, dict[bytes, Look | None]]:
         """What the node is now, the names of its children, and what is known of these already.
@@ -146,7 +154,7 @@ class View:
         One round trip for short listings, and none for what the children are whose names were guessed.
         All answers are of now: a wrong guess is only a question too many.
         """
-        guess = self._guesses.pop(path, b"")
+        guess = self._guesses.pop(path, b"") or self._listed.get(path, b"")
         guessed = [name for name in wire.strings(guess) if wire.is_name(name)]
         paths = [join(path, name) for name in guessed]
         questions = self._questions(path)
@@ -159,6 +167,8 @@ class View:
         listing = replies[1]
         if isinstance(listing, XenstoreError):
             return look, await self.session.list(path), {}
+        if len(listing) <= GUESS_SIZE_MAX:
+            _keep(self._listed, path, listing, LISTED_MAX)
         known = self._children(paths, guessed, replies[len(questions) :])
         return look, wire.decode_names(listing), known
 
