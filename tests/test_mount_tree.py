@@ -472,9 +472,11 @@ def test_extended_attributes(place: Place, mount: Mount, box: Path, witness: XsC
             os.setxattr(file, "user.xs.perms", b"n0")
 
 
-def test_statfs(mount: Mount) -> None:
+def test_statfs(place: Place, mount: Mount) -> None:
     assert os.statvfs(mount.path).f_namemax == 255
-    assert "xenstore" in mount.bash("df .")
+    assert mount.bash("df --output=source,target . | tail -n 1").split() == [
+        *(place.socket, str(mount.path)),
+    ]
 
 
 # ----------------------------------------------------------------------------------------- quotas
