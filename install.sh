@@ -21,6 +21,11 @@ apt-get install -y -qq --no-install-recommends \
 ln -sf "$prefix/bin/xsfs" /usr/local/bin/xsfs
 # mount(8) looks for its helpers here alone.
 ln -sf "$prefix/bin/mount.xsfs" /sbin/mount.xsfs
+# The manual and the completions.
+(cd "$prefix/share" && find man bash-completion zsh -type f) | while read -r file; do
+    mkdir -p "/usr/local/share/${file%/*}"
+    ln -sf "$prefix/share/$file" "/usr/local/share/$file"
+done
 
 [ "$mountpoint" != - ] || exit 0
 mkdir -p "$mountpoint"

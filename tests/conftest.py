@@ -18,6 +18,11 @@ NEEDED = {
     "gcc": "gcc",
     "rsync": "rsync",
     "xenstore-ls": "xenstore-utils",
+    "nsenter": "util-linux",
+    "mount": "mount",
+    "man": "man-db",
+    "mandoc": "mandoc",
+    "zsh": "zsh",
 }
 
 

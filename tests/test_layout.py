@@ -65,10 +65,11 @@ watch_files
     background
     tasks
     options             wire client ownership
+    statuses
     mount               errors transport servants link client embedded names known view node \
-watch_files transactions transaction_files operations background tasks options mirror mirror_files \
-workshop
-    command             __init__ options mount
+watch_files transactions transaction_files operations background tasks options statuses mirror \
+mirror_files workshop
+    command             __init__ options statuses mount
     __main__            command
 """
 

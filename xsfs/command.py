@@ -13,9 +13,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 from xsfs import __version__
 from xsfs.mount import MountError, mount
 from xsfs.options import FLAGS, MOUNT_FLAGS, Options, UsageError, help_lines, parse, source_of
-
-EXIT_BUG: Final = 1
-EXIT_USAGE: Final = 2
+from xsfs.statuses import EXIT_BUG, EXIT_MOUNTED, EXIT_USAGE, STATUSES
 
 USAGE: Final = "xsfs [-f] [-d] [-o OPT[,OPT...]]... [SOURCE] MOUNTPOINT"
 
@@ -30,8 +28,8 @@ looked for: $XENSTORED_PATH, then the socket in $XENSTORED_RUNDIR (or
 options of -o:
 {options}
 
-exit status: 0 mounted, 1 a bug, 2 usage, 3 no Xenstore that answers,
-4 no right to use it, 5 unusable mountpoint, 6 FUSE failed
+exit status:
+{statuses}
 """
 
 
@@ -69,7 +67,10 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Comman
         prog="xsfs",
         usage=USAGE,
         description=DESCRIPTION,
-        epilog=EPILOG.format(options="\n".join(help_lines())),
+        epilog=EPILOG.format(
+            options="\n".join(help_lines()),
+            statuses="\n".join(f"  {status}  {text}" for status, text in STATUSES.items()),
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"xsfs: {error} (try 'xsfs --help')", file=sys.stderr)
         return EXIT_USAGE
     if command.pretend:
-        return 0
+        return EXIT_MOUNTED
     options = command.options
     logging.basicConfig(
         stream=sys.stderr,
@@ -141,4 +142,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BUG
     if command.verbose and not options.foreground:
         print(f"xsfs: {options.label} mounted on {options.mountpoint}")
-    return 0
+    return EXIT_MOUNTED

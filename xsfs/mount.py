@@ -34,6 +34,14 @@ from xsfs.node import Tree
 from xsfs.operations import Operations
 from xsfs.options import AUTOMATIC_SOURCES, Options
 from xsfs.servants import open_servants
+from xsfs.statuses import (
+    EXIT_DENIED,
+    EXIT_FUSE,
+    EXIT_INTERRUPTED,
+    EXIT_MIRROR,
+    EXIT_MOUNTPOINT,
+    EXIT_NO_STORE,
+)
 from xsfs.tasks import describe_tasks
 from xsfs.transaction_files import MountRoot
 from xsfs.transactions import Transactions
@@ -43,13 +51,6 @@ from xsfs.watch_files import READERS_MAX
 from xsfs.workshop import MirrorPlaceError, default_directory
 
 log = logging.getLogger(__name__)
-
-EXIT_NO_STORE: Final = 3
-EXIT_DENIED: Final = 4
-EXIT_MOUNTPOINT: Final = 5
-EXIT_FUSE: Final = 6
-EXIT_MIRROR: Final = 7
-EXIT_INTERRUPTED: Final = 8
 
 ENDING: Final = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
