@@ -35,7 +35,8 @@ roomy() {
     mount -t tmpfs -o mode=755 none "$1"
     while read -r aim name; do ln -s "$aim" "$1/$name"; done < /mnt/.links
 }
-repository=$1 python=$2 socket=$3
+repository=$1 python=$2
+shift 2
 # A copy of a mount keeps its xsfs running when the mount itself has gone.
 findmnt -n -l -o TARGET -t fuse.xsfs | while read -r mountpoint; do umount -l "$mountpoint"; done
 mount -t tmpfs -o mode=755 none /mnt
@@ -57,14 +58,19 @@ chmod 755 /usr/local/bin/xsfs
 ln -s /usr/local/bin/xsfs /usr/sbin/mount.xsfs
 : > /mnt/.fstab
 mount --bind /mnt/.fstab /etc/fstab
-if [ -n "$socket" ]; then touch /mnt/.socket; mount --bind "$socket" /mnt/.socket; fi
+# Sockets: where they are to be seen, and where they are.
+for pair in "$@"; do
+    touch "/mnt/.${pair%%=*}"
+    mount --bind "${pair#*=}" "/mnt/.${pair%%=*}"
+done
 mount -t tmpfs -o mode=1777 none /tmp
 mount -t tmpfs -o mode=755 none /run
 mkdir -p /run/xenstored /run/lock
-if [ -n "$socket" ]; then
-    touch /run/xenstored/socket
-    mount --move /mnt/.socket /run/xenstored/socket
-fi
+for pair in "$@"; do
+    case $pair in xenstore=*) place=/run/xenstored/socket ;; *) place=/run/${pair%%=*}.socket ;; esac
+    touch "$place"
+    mount --move "/mnt/.${pair%%=*}" "$place"
+done
 cd /
 echo ready
 exec cat
@@ -80,13 +86,13 @@ class Host:
         """Its file system, as seen from here."""
         self.fstab = self.root / "etc" / "fstab"
 
-    def run(
+    def start(
         self, script: str, *arguments: str, user: int = 0, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """A shell there.  What it wrote to stderr is part of stdout, in the order of writing."""
+    ) -> subprocess.Popen[str]:
+        """A shell there.  What it writes to stderr is part of stdout, in the order of writing."""
         change_user = [f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
         clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        return subprocess.run(
+        return subprocess.Popen(
             [
                 *("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--wdns=/mnt"),
                 *("setpriv", *change_user, "--", "bash", "-c", script, "bash", *arguments),
@@ -97,9 +103,19 @@ class Host:
             stderr=subprocess.STDOUT,
             text=True,
             errors="surrogateescape",
-            timeout=LIMIT * 3,
-            check=False,
         )
+
+    def run(
+        self, script: str, *arguments: str, user: int = 0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """The same, to its end."""
+        with self.start(script, *arguments, user=user, **environment) as process:
+            try:
+                printed, _ = process.communicate(timeout=LIMIT * 3)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(process.args, process.returncode, printed)
 
     def sh(self, script: str, *arguments: str, user: int = 0, **environment: str) -> str:
         """What it prints; it must succeed."""
@@ -119,12 +135,15 @@ class Host:
 
 
 @contextmanager
-def open_host(socket: str | None = None) -> Iterator[Host]:
-    """A host whose Xenstore is at that socket; without one it has none."""
+def open_host(socket: str | None = None, **others: str) -> Iterator[Host]:
+    """A host whose Xenstore is at that socket; without one it has none.  Other sockets are to be found
+    as /run/NAME.socket."""
+    sockets = others | ({"xenstore": socket} if socket else {})
     holder = subprocess.Popen(
         [
             *("unshare", "--mount", "--propagation=private", "sh", "-c", _SETUP),
-            *("setup", str(REPOSITORY), sys.prefix, socket or ""),
+            *("setup", str(REPOSITORY), sys.prefix),
+            *(f"{name}={path}" for name, path in sockets.items()),
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
