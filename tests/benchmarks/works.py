@@ -37,7 +37,7 @@ LINE: Final = f"{NAME_VALUE}\n".encode()
 
 
 def comparisons(stage: Stage) -> list[Comparison]:
-    return [*one_value(stage), *scripts(stage.whole), *trees(stage.whole, stage.quarter)]
+    return [*one_value(stage), *scripts(stage), *trees(stage.whole, stage.quarter)]
 
 
 def pyxs_read(stage: Stage) -> Contender:
@@ -52,7 +52,7 @@ def one_value(stage: Stage) -> list[Comparison]:
     can do better, so bare against pyxs is the part of the ratio which is not xsfs's.
     """
     path = stage.whole.file(NAME)
-    bare_path = os.path.join(stage.bare.path, "value")
+    bare_path = bare_file(stage)
     ours = batch("xsfs", lambda: open_read_close(path), LINE)
     pyxs, library = pyxs_read(stage), stage.libxenstore.contender()
     bare = batch("bare pyfuse3", lambda: open_read_close(bare_path), LINE)
@@ -67,6 +67,10 @@ def one_value(stage: Stage) -> list[Comparison]:
     ]
 
 
+def bare_file(stage: Stage) -> str:
+    return os.path.join(stage.bare.path, "value")
+
+
 def tool_reads(store: Store) -> Contender:
     script = f'for i in {{1..{LOOP}}}; do xenstore-read "$1"; done'
     return bash(store, "xenstore-read", script, SCRATCH, LOOP)
@@ -78,18 +82,22 @@ def shell_reads(store: Store, name: str, path: str) -> Contender:
     return bash(store, name, script, path, LOOP)
 
 
-def scripts(store: Store) -> list[Comparison]:
+def scripts(stage: Stage) -> list[Comparison]:
     """A shell script, such as a hotplug script: the shell's own `echo` and `read` on a file against
     a process for each value.  Both sides contain the start of one bash."""
+    store = stage.whole
     times = f"for i in {{1..{LOOP}}}; do"
     path = store.file(SCRATCH)
     echo = bash(store, "echo > FILE", f'{times} echo $i > "$1"; done', path, LOOP)
     write = f'{times} xenstore-write "$1" $i; done'
     tool = bash(store, "xenstore-write", write, SCRATCH, LOOP)
     read = shell_reads(store, "read < FILE", path)
+    bare = shell_reads(store, "read < bare FILE", bare_file(stage))
+    reads = tool_reads(store)
     return [
         Comparison(f"{LOOP} times echo > FILE in bash", echo, tool, 0.35),
-        Comparison(f"{LOOP} times read < FILE in bash", read, tool_reads(store), 0.2),
+        Comparison(f"{LOOP} times read < FILE in bash", read, reads, 0.2),
+        Comparison("the same of bare pyfuse3", bare, reads),
     ]
 
 
