@@ -23,11 +23,12 @@ LAYERS = """
     wire
     errors              wire
     transport           wire errors
+    drain               transport
     servants
     connection          wire errors transport
     link                errors transport connection
     session             wire errors connection
-    watches             wire errors connection link
+    watches             wire errors drain connection link
     client              wire errors transport servants connection link session watches
 
     store_node
@@ -66,7 +67,7 @@ watch_files
     tasks
     options             wire client ownership
     statuses
-    mount               errors transport servants link client embedded names known view node \
+    mount               errors transport drain servants link client embedded names known view node \
 watch_files transactions transaction_files operations background tasks options statuses mirror \
 mirror_files workshop
     command             __init__ options statuses mount

@@ -766,9 +766,7 @@ def wait_stopped(process: subprocess.Popen[bytes]) -> None:
 def flood(witness: XsClient, top: str, names: int, count: int) -> float:
     """Write so many times to so many nodes; how long it took.
 
-    One request after the other, as programs do.  Where hundreds are in flight oxenstored takes them
-    all before it sends any event, and may then wait for good for a watcher that has read everything
-    (has_pending_watchevents is never added to).
+    One request after the other, as programs do.
     """
     start = time.monotonic()
     for i in range(count):

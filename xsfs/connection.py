@@ -232,6 +232,7 @@ class Connection:
         for batch in batches.values():
             batch.wake(outcome.Error(ConnectionLost(reason)))
         trio.lowlevel.notify_closing(self._transport.fileno())
+        trio.lowlevel.notify_closing(self._transport.outlet())
         self._transport.close()
 
     async def _read(self) -> None:
@@ -290,7 +291,7 @@ class Connection:
         while True:
             if not self._unsent:
                 await self._writer_parked.park()
-            await trio.lowlevel.wait_writable(self._transport.fileno())
+            await trio.lowlevel.wait_writable(self._transport.outlet())
             try:
                 self._unsent = self._transport.send_rest(self._unsent)
             except OSError as error:

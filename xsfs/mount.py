@@ -23,6 +23,7 @@ import trio
 
 from xsfs.background import Background
 from xsfs.client import Store, open_store
+from xsfs.drain import SWITCH_SECONDS
 from xsfs.embedded import EmbeddedStore
 from xsfs.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.known import KnownDirectories
@@ -123,6 +124,7 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                         # What there is by now stays: the collector need not look at it again.
                         gc.freeze()
                         gc.set_threshold(GC_THRESHOLD)
+                        sys.setswitchinterval(SWITCH_SECONDS)
                         await _answer_the_kernel()
                     finally:
                         await _unmount(operations)

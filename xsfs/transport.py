@@ -38,7 +38,11 @@ class Transport(Protocol):
     watch_blocks: bool
     """Whether sending a WATCH or UNWATCH blocks the caller for a round trip."""
 
-    def fileno(self) -> int: ...
+    def fileno(self) -> int:
+        """A descriptor that is readable when there is something to receive."""
+
+    def outlet(self) -> int:
+        """A descriptor that is writable when there is room for what `send` returned."""
 
     def send(self, messages: Sequence[bytes]) -> bytes:
         """Send whole messages; returns what could not be sent yet.  OSError ends the connection."""
@@ -63,38 +67,41 @@ class SocketTransport:
 
     def __init__(self, sock: socket.socket, *, same_loop: bool = False) -> None:
         """`same_loop`: the peer is a task of this very event loop, and must not be waited for."""
-        self._same_loop = same_loop
+        self.same_loop = same_loop
         # Blocking, so that receive_soon is a single system call; all others say MSG_DONTWAIT.
         sock.setblocking(True)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, SOON))
-        self._socket = sock
+        self.socket = sock
 
     def fileno(self) -> int:
-        return self._socket.fileno()
+        return self.socket.fileno()
+
+    def outlet(self) -> int:
+        return self.socket.fileno()
 
     def send(self, messages: Sequence[bytes]) -> bytes:
         return self.send_rest(messages[0] if len(messages) == 1 else b"".join(messages))
 
     def send_rest(self, rest: bytes) -> bytes:
         try:
-            sent = self._socket.send(rest, socket.MSG_DONTWAIT)
+            sent = self.socket.send(rest, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return rest
         return rest[sent:]
 
     def receive(self) -> bytes:
-        return self._socket.recv(RECEIVE_SIZE, socket.MSG_DONTWAIT)
+        return self.socket.recv(RECEIVE_SIZE, socket.MSG_DONTWAIT)
 
     def receive_soon(self) -> bytes | None:
-        if self._same_loop:
+        if self.same_loop:
             return None
         try:
-            return self._socket.recv(RECEIVE_SIZE)
+            return self.socket.recv(RECEIVE_SIZE)
         except BlockingIOError:
             return None
 
     def close(self) -> None:
-        self._socket.close()
+        self.socket.close()
 
 
 class DeviceTransport:
@@ -113,6 +120,9 @@ class DeviceTransport:
         self._descriptor = descriptor
 
     def fileno(self) -> int:
+        return self._descriptor
+
+    def outlet(self) -> int:
         return self._descriptor
 
     def send(self, messages: Sequence[bytes]) -> bytes:

@@ -27,6 +27,7 @@ import trio
 
 from xsfs import wire
 from xsfs.connection import Connection
+from xsfs.drain import drained
 from xsfs.errors import ConnectionLost, StoreError, StoreUnavailable, XenstoreError
 from xsfs.link import BACKOFF_MAX, Connect, Link
 
@@ -124,7 +125,7 @@ class Watches:
     def __init__(self, nursery: trio.Nursery, connect: Connect, timeout: float) -> None:
         self._nursery = nursery
         self._timeout = timeout
-        self._link = Link(nursery, connect, timeout, self._dispatch)
+        self._link = Link(nursery, drained(connect), timeout, self._dispatch)
         self._turn = trio.Lock()
         self._by_path: dict[bytes, _Watch] = {}
         self._by_token: dict[bytes, _Watch] = {}
