@@ -26,6 +26,10 @@ class KnownDirectories:
     def __init__(self) -> None:
         self._paths: dict[bytes, bool] = {}
         """Whether `.value` was made, of each path."""
+        self._made: dict[bytes, int] = {}
+        """The moment when it was made a directory, of those that were."""
+        self.moment = 0
+        """Grows with each of them."""
         self.on_change: Callable[[bytes], None] | None = None
 
     def _tell(self, path: bytes) -> None:
@@ -33,6 +37,22 @@ class KnownDirectories:
             self.on_change(path)
 
     def add(self, path: bytes, *, with_value: bool = False) -> None:
+        self.moment += 1
+        self._made[path] = self.moment
+        self._remember(path, with_value)
+
+    def seen(self, path: bytes) -> None:
+        """An answer of the store showed it with children."""
+        if self.get(path) is None:
+            self._remember(path, False)
+
+    def missed(self, path: bytes, asked: int) -> None:
+        """An answer says that there is no such node.  It is of no weight where the node was made a
+        directory after the moment at which the store was `asked`."""
+        if self._made.get(path, 0) <= asked:
+            self.discard(path)
+
+    def _remember(self, path: bytes, with_value: bool) -> None:
         known = self._paths.pop(path, None)
         self._paths[path] = with_value = bool(known) or with_value
         if with_value is not known:
@@ -41,6 +61,7 @@ class KnownDirectories:
             self.discard(next(iter(self._paths)))
 
     def discard(self, path: bytes) -> None:
+        self._made.pop(path, None)
         if self._paths.pop(path, None) is not None:
             self._tell(path)
 

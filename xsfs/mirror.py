@@ -11,10 +11,10 @@ that changed it:
 - N itself was written, made, removed, or given permissions.  Its event came after the change, and we
   look after the event: what we see is the present N.
 - N was made implicitly, as an ancestor of D.  D's event follows.  Had the mirror no N then, it looks at
-  the highest missing ancestor, and from there into everything.  Had it one, of an earlier life, then
-  that life ended by a removal at or above N whose event came before D's, and the look that this event
-  caused was either before the removal's successor was made (then N was taken away, see above), or
-  after (then N was looked at as it is).
+  the highest missing ancestor, and from there into everything; likewise where N is shown even while it
+  is not there (the root).  Had it one, of an earlier life, then that life ended by a removal at or above
+  N whose event came before D's, and the look that this event caused was either before the removal's
+  successor was made (then N was taken away, see above), or after (then N was looked at as it is).
 - N went away with an ancestor A.  A's event came; A is gone, or made again: then its listing is
   compared with what is shown, and each child that is in both is looked at again.
 - N's permissions changed, or it vanished, when a domain died: with no event in some daemons, or none
@@ -35,8 +35,9 @@ What a guest may not be told cannot be followed: the nodes of others that vanish
 they lie in its tree.
 
 No wait is unbounded, and nothing is done while the store rests.  Under load the mirror rests as long
-as it works, so that it never takes more than half a processor, and events merge meanwhile; and what
-events tell of comes before what must only be looked at again.
+as it works, so that it never takes more than half a processor, and events merge meanwhile; and after
+each burst of what events tell of comes one of what must only be looked at again, so that neither waits
+for the other's end.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Final
 
 import trio
@@ -52,7 +54,7 @@ from xsfs import wire
 from xsfs.client import Store
 from xsfs.errors import ConnectionLost, RequestTimeout, StoreError
 from xsfs.mirror_copy import Copy
-from xsfs.mirror_files import MirrorFiles
+from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.view import View
 from xsfs.watches import Subscription
 
@@ -181,9 +183,7 @@ class Mirror:
     async def _withdraw(self) -> None:
         self._true_of = None
         try:
-            self._files.withdraw()
-            for _ in self._files.clear():
-                await trio.lowlevel.checkpoint()
+            await self._carry_out(self._files.clear())
         except OSError:
             log.exception("the mirror's files could not be removed")
 
@@ -198,7 +198,7 @@ class Mirror:
             await self._burst(_next(self._copy.again), renew=False)
         if self._interruptions != interruptions:
             raise _Lost("the connection was lost while the copy was made")
-        self._files.publish()
+        await self._carry_out(self._files.publish())
         self._true_of = interruptions
         log.info("the mirror is true: %d nodes in %r", self.nodes, self.directory)
 
@@ -224,14 +224,16 @@ class Mirror:
                 raise _Lost("the connection was lost")
             self._take_events()
             start = time.perf_counter()
-            if self._events:
-                await self._burst(_next(self._events), renew=True)
-            elif again:
-                await self._burst(_next(again), renew=False)
-            else:
+            if not (self._events or again):
+                self._files.rest()
                 await self._work.park()
                 owed = max(0.0, owed - (time.perf_counter() - start))
                 continue
+            if self._events:
+                await self._burst(_next(self._events), renew=True)
+            if again:
+                # Even while there are always events.
+                await self._burst(_next(again), renew=False)
             owed += time.perf_counter() - start
             if owed > PAUSE_SECONDS:
                 await trio.sleep(owed)
@@ -248,6 +250,8 @@ class Mirror:
         root = self._view.root
         if path != root and not path.startswith(root if root == b"/" else root + b"/"):
             return False
+        if root == b"/" and path.startswith(b"/@"):
+            return False  # as in a listing (View.shows_child)
         try:
             wire.check_path(path)
         except ValueError:
@@ -263,9 +267,17 @@ class Mirror:
     async def _burst(self, paths: Sequence[bytes], *, renew: bool) -> None:
         sights = await self._view.survey(paths)
         self.looks += len(paths)
-        since = time.perf_counter()
-        for path, sight in zip(paths, sights, strict=True):
-            for _ in self._copy.apply(path, sight, renew=renew):
+        await self._carry_out(
+            step
+            for path, sight in zip(paths, sights, strict=True)
+            for step in self._copy.apply(path, sight, renew=renew)
+        )
+
+    async def _carry_out(self, steps: Steps) -> None:
+        """Change files, with a turn for other tasks after each slice."""
+        with closing(steps):
+            since = time.perf_counter()
+            for _ in steps:
                 if time.perf_counter() - since > SLICE_SECONDS:
                     await trio.lowlevel.checkpoint()
                     since = time.perf_counter()

@@ -30,12 +30,15 @@ class Copy:
         self.again: dict[bytes, None] = {}
         self.nodes = 0
         """How many files and directories there are, `.value` and the root not counted."""
+        self._missing: set[bytes] = set()
+        """Those shown that last, but were not there, or not to be read, when they were looked at."""
 
     def begin(self) -> None:
         """There are no files: all must be looked at."""
         self.again.clear()
         self.again[self._view.root] = None
         self.nodes = 0
+        self._missing.clear()
 
     def place(self, path: bytes) -> bytes:
         """Where a node's file is."""
@@ -53,7 +56,7 @@ class Copy:
         if kind != stat.S_IFDIR:
             return kind == stat.S_IFREG and known is not None
         names = self._files.names(place)
-        if known is not None and known is not (VALUE_NAME in names):
+        if bool(known) is not (VALUE_NAME in names):
             return True
         return path != self._view.root and not self._has_children(names)
 
@@ -72,8 +75,12 @@ class Copy:
         look = sight.look
         if look is not None and look.hidden:
             look = None
+        if renew and look is not None and self._look_at_missing(path):
+            return
+        self._missing.discard(path)
         if look is None and self._lasts(path):
             look = NOTHING
+            self._missing.add(path)
         if not self._can_be_shown(path):
             return
         place = self.place(path)
@@ -94,6 +101,13 @@ class Copy:
             self.nodes += kind != wanted
             self._show_file(place, look, sight, renew=renew or kind != wanted)
             yield b""
+
+    def _look_at_missing(self, path: bytes) -> bool:
+        """Whether a directory above, which is shown all the time, was missing.  It has been made
+        implicitly then: the way down from there leads to the node."""
+        above = [missing for missing in self._missing if path.startswith(missing + b"/")]
+        self.again.update(dict.fromkeys(above))
+        return bool(above)
 
     def _lasts(self, path: bytes) -> bool:
         """Whether it is shown even if there is no such node."""

@@ -7,8 +7,7 @@ What always holds:
 
 - Readers see whole values: a file is made in the workshop and then renamed to its place.
 - A new copy is made in the workshop, too (`begin`), and moved to DIR when it is complete (`publish`);
-  an old one is moved out at once (`withdraw`), and removed there.  DIR itself stays, and whoever
-  watches it.
+  an old one is moved out before it is removed (`clear`).  DIR itself stays, and whoever watches it.
 - Nothing outside DIR and the workshop is ever changed, whatever the owner of the files does to them
   (`uid=` makes one who may put a symbolic link where a directory was): each change is made relative
   to an open directory, whose place is looked at after it was opened.
@@ -21,7 +20,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Final
 
 from xsfs.ownership import Ownership
@@ -36,7 +35,9 @@ _OLD: Final = b"old"
 _TREE: Final = b"tree"
 """In the workshop: the file on its way, copies to be removed, the copy being made."""
 
-Steps = Iterator[bytes]
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+Steps = Generator[bytes, None, None]
 """A change in small steps, for callers that have others to serve in between; of each, what changed."""
 
 
@@ -86,6 +87,7 @@ class MirrorFiles:
             if self._chown:
                 os.chown(self.directory, self.ownership.uid, self.ownership.gid)
         except OSError as error:
+            self.close()
             raise MirrorPlaceError(
                 f"cannot use {os.fsdecode(self.directory)}: {error.strerror}", "look what is in it"
             ) from error
@@ -96,9 +98,18 @@ class MirrorFiles:
             log.info("no permissions in the mirror: %s", error.strerror)
 
     def close(self) -> None:
-        """Leave nothing behind."""
-        self._clear_now()
+        """Leave nothing behind.  What cannot be removed is logged, and left to the next start."""
+        try:
+            self._clear_now()
+            self.set_perms(b"", b"")
+            self._let_go()
+        except OSError:
+            log.exception("the mirror could not be removed")
         self._workshop.close()
+
+    def rest(self) -> None:
+        """Nothing is to be changed for now."""
+        self._let_go()
 
     def _clear_now(self) -> None:
         for _ in self.clear():
@@ -107,8 +118,11 @@ class MirrorFiles:
             os.unlink(_NEW, dir_fd=self._workshop.fd)
 
     def clear(self) -> Steps:
-        """Remove all copies, finished or not.  The one that is seen goes first, and at once."""
-        self.withdraw()
+        """Remove all copies, finished or not.  The one that is seen goes first."""
+        self._let_go()
+        old = self._workshop.inside(_OLD)
+        if os.path.isdir(old):
+            yield from self._move_all(self.directory, old)
         self._base = self._workshop.path
         try:
             for name in (_OLD, _TREE):
@@ -130,24 +144,17 @@ class MirrorFiles:
         os.mkdir(self._workshop.inside(_OLD), 0o700)
         self.staged = True
 
-    def publish(self) -> None:
+    def publish(self) -> Steps:
         """Let all that was made be seen."""
         self._let_go()
-        self._move_all(self._base, self.directory)
+        yield from self._move_all(self._base, self.directory)
         perms = self.perms(b"")
         os.rmdir(self._base)
         self._base = self.directory
         self.staged = False
         self.set_perms(b"", perms)
 
-    def withdraw(self) -> None:
-        """Let nothing be seen any more; `clear`, which must follow, removes it."""
-        self._let_go()
-        old = self._workshop.inside(_OLD)
-        if os.path.isdir(old):
-            self._move_all(self.directory, old)
-
-    def _move_all(self, source: bytes, target: bytes) -> None:
+    def _move_all(self, source: bytes, target: bytes) -> Steps:
         if self._unlock:
             os.chmod(target, 0o700)
             os.chmod(source, 0o700)
@@ -160,6 +167,7 @@ class MirrorFiles:
             os.rename(path, moved)
             if locked:
                 os.chmod(moved, self._directory_mode)
+            yield name
         if self._unlock:
             os.chmod(source, self._directory_mode)
             os.chmod(target, self._directory_mode)
@@ -185,7 +193,9 @@ class MirrorFiles:
     def content(self, path: bytes) -> bytes | None:
         """None for what is no file."""
         try:
-            fd = os.open(self._absolute(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # Not to wait for who writes a pipe that the files' owner has put there.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(self._absolute(path), flags)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
@@ -240,21 +250,26 @@ class MirrorFiles:
         parent, name = _split(path)
         directory = self._enter(parent)
         os.mkdir(name, self._directory_mode, dir_fd=directory)
-        if self._chmod:
-            os.chmod(name, self._directory_mode, dir_fd=directory)
-        if self._chown:
-            os.chown(
-                name,
-                self.ownership.uid,
-                self.ownership.gid,
-                dir_fd=directory,
-                follow_symlinks=False,
-            )
+        if not (self._chmod or self._chown):
+            return
+        # By a descriptor: the owner of what is above may have put something else there.
+        fd = os.open(name, _DIRECTORY, dir_fd=directory)
+        try:
+            if self._chmod:
+                os.fchmod(fd, self._directory_mode)
+            if self._chown:
+                os.fchown(fd, self.ownership.uid, self.ownership.gid)
+        finally:
+            os.close(fd)
 
     def set_perms(self, path: bytes, perms: bytes) -> None:
-        """Set a directory's permissions, where they are others."""
-        if self.has_perms and perms and self.perms(path) != perms:
+        """Set a directory's permissions, where they are others; nothing takes them away."""
+        if not self.has_perms or self.perms(path) == perms:
+            return
+        if perms:
             os.setxattr(self._enter(path), PERMS_ATTRIBUTE, perms)
+        else:
+            os.removexattr(self._enter(path), PERMS_ATTRIBUTE)
 
     def remove_file(self, path: bytes) -> None:
         parent, name = _split(path)
@@ -292,7 +307,7 @@ class MirrorFiles:
                 return self._parent[1]
             self._let_go()
         absolute = self._absolute(path)
-        fd = os.open(absolute, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(absolute, _DIRECTORY)
         try:
             if os.readlink(b"/proc/self/fd/%d" % fd) != absolute:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), absolute)

@@ -67,11 +67,11 @@ class KnownInTransaction(KnownDirectories):
         own = super().get(path)
         return own if own is not None else self._base.get(path)
 
-    def add(self, path: bytes, *, with_value: bool = False) -> None:
+    def _remember(self, path: bytes, with_value: bool) -> None:
         known = self.get(path)
         if known is None or known < with_value:
             self._forgotten.discard(path)
-            super().add(path, with_value=with_value)
+            super()._remember(path, with_value)
 
     def discard(self, path: bytes) -> None:
         super().discard(path)

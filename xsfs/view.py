@@ -131,15 +131,16 @@ class View:
         """The same for children, by name.  Of those that have children it is kept which, as a guess
         for `look_into`: who lists a directory often lists those in it next."""
         paths = [join(path, name) for name in names]
+        asked = self.known.moment
         replies = await self.session.burst([q for p in paths for q in self._questions(p)])
-        return self._children(paths, names, replies)
+        return self._children(paths, names, replies, asked)
 
     def _children(
-        self, paths: Sequence[bytes], names: Sequence[bytes], replies: Sequence[Reply]
+        self, paths: Sequence[bytes], names: Sequence[bytes], replies: Sequence[Reply], asked: int
     ) -> dict[bytes, Look | None]:
         looks = {}
         for path, name, answers in zip(paths, names, _each(replies, len(paths)), strict=True):
-            looks[name] = look = self._learn(path, answers)
+            looks[name] = look = self._learn(path, answers, asked)
             if look is not None and look.has_children:
                 self._guess(path, answers[1])
         return looks
@@ -158,10 +159,11 @@ class View:
         guessed = [name for name in wire.strings(guess) if wire.is_name(name)]
         paths = [join(path, name) for name in guessed]
         questions = self._questions(path)
+        asked = self.known.moment
         replies = await self.session.burst(
             [*questions, *(q for p in paths for q in self._questions(p))]
         )
-        look = self._learn(path, replies[: len(questions)])
+        look = self._learn(path, replies[: len(questions)], asked)
         if look is None or not look.has_children:
             return look, [], {}
         listing = replies[1]
@@ -169,28 +171,32 @@ class View:
             return look, await self.session.list(path), {}
         if len(listing) <= GUESS_SIZE_MAX:
             _keep(self._listed, path, listing, LISTED_MAX)
-        known = self._children(paths, guessed, replies[len(questions) :])
+        known = self._children(paths, guessed, replies[len(questions) :], asked)
         return look, wire.decode_names(listing), known
 
     async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
         """The same by another session: one of a transaction's own."""
+        asked = self.known.moment
         replies = await session.burst([q for path in paths for q in self._questions(path)])
         answers = _each(replies, len(paths))
-        return [self._learn(path, answer) for path, answer in zip(paths, answers, strict=True)]
+        return [
+            self._learn(path, answer, asked) for path, answer in zip(paths, answers, strict=True)
+        ]
 
     async def survey(self, paths: Sequence[bytes]) -> list[Sight]:
         """All about many nodes, in one round trip but for listings too long for one reply.
 
         Raises XenstoreError `E2BIG` for a node whose children there is no way to list.
         """
+        asked = self.known.moment
         replies = await self.session.burst([q for path in paths for q in self._questions(path)])
         return [
-            await self._sight(path, answers)
+            await self._sight(path, answers, asked)
             for path, answers in zip(paths, _each(replies, len(paths)), strict=True)
         ]
 
-    async def _sight(self, path: bytes, answers: Sequence[Reply]) -> Sight:
-        look = self._learn(path, answers)
+    async def _sight(self, path: bytes, answers: Sequence[Reply], asked: int) -> Sight:
+        look = self._learn(path, answers, asked)
         perms = answers[2] if len(answers) > 2 else b""
         if look is None or not look.has_children:
             return Sight(look, [], perms)
@@ -230,12 +236,13 @@ class View:
             Request(Op.GET_PERMS, terminated),
         )
 
-    def _learn(self, path: bytes, replies: Sequence[Reply]) -> Look | None:
+    def _learn(self, path: bytes, replies: Sequence[Reply], asked: int) -> Look | None:
+        """What was seen of the node, when the store was `asked`."""
         look = self._understand(replies)
         if look is None:
-            self.known.discard(path)
-        elif look.has_children and self.known.get(path) is None:
-            self.known.add(path)
+            self.known.missed(path, asked)
+        elif look.has_children:
+            self.known.seen(path)
         return look
 
     def _understand(self, replies: Sequence[Reply]) -> Look | None:
