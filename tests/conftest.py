@@ -23,6 +23,9 @@ NEEDED = {
     "man": "man-db",
     "mandoc": "mandoc",
     "zsh": "zsh",
+    "debootstrap": "debootstrap",
+    "lintian": "lintian",
+    "pipx": "pipx",
 }
 
 

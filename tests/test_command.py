@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import stat
@@ -310,10 +311,33 @@ def test_without_allow_other_nobody_else_gets_in(daemon: RealXenstored, mountpoi
 def test_debug_logs_each_operation(daemon: RealXenstored, mountpoint: Path) -> None:
     with mounted(["-d", daemon.socket], mountpoint) as mount:
         mount.bash("cat name; cat nothing || true; echo 1 > data/x")
+        mount.bash("head -c 1 data/.watch; mkdir .transaction/t1; cat .transaction/t1/data/x")
+        mount.bash("rmdir .transaction/t1; rm data/x; echo v > data/.value; rm -r data")
         log = mount.stderr
     assert "lookup /local/domain/0 'name': ok" in log
     assert "lookup /local/domain/0 'nothing': ENOENT" in log
     assert "write /local/domain/0/data/x 0 '1\\n': ok" in log
+    # What is not Xenstore's, and in which transaction.
+    assert "read /local/domain/0/data/.watch 0" in log
+    assert "write /local/domain/0/data/.value 0 'v\\n': ok" in log
+    assert "mkdir /local/domain/0/.transaction 't1'" in log
+    assert "read t1:/local/domain/0/data/x 0" in log
+    for line in log.splitlines():
+        assert re.fullmatch(r"xsfs: [a-z]+( .+)?: (ok|E[A-Z0-9]+), \d+ us", line), line
+
+
+def test_a_signal_shows_the_tasks(daemon: RealXenstored, mountpoint: Path) -> None:
+    with mounted([daemon.socket], mountpoint) as mount:
+        mount.process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + LIMIT
+        while "Watches.run" not in mount.stderr:
+            assert time.monotonic() < deadline, mount.stderr
+            time.sleep(0.01)
+        lines = mount.stderr.splitlines()
+        assert lines[0] == "xsfs: all tasks:"
+        assert all(line.startswith("xsfs: ") for line in lines)
+        assert any(re.search(r"/mount\.py:\d+ _serve$", line) for line in lines)
+        assert mount.bash("cat name") == "Domain-0\n"
 
 
 def test_embedded(tmp_path: Path, mountpoint: Path) -> None:

@@ -25,7 +25,8 @@ LAYERS = """
     transport           wire errors
     drain               transport
     servants
-    connection          wire errors transport
+    threads
+    connection          wire errors transport threads
     link                errors transport connection
     session             wire errors connection
     watches             wire errors drain connection link
@@ -57,7 +58,7 @@ LAYERS = """
     watch_files         wire errors watches names view node xattrs
     directories         wire errors session names view node xattrs changes values listing \
 watch_files
-    transactions        wire errors connection session client view known node
+    transactions        wire errors connection session client view known node threads
     transaction_files   wire names view node values directories transactions mirror_link
     verdicts            wire errors
     session_loop

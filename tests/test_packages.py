@@ -169,6 +169,13 @@ umount /mnt/xenstore
 echo 'embedded /mnt/xenstore fuse.xsfs mirror 0 0' >> /etc/fstab
 mount /mnt/xenstore
 cat /mnt/xenstore/.mirror/name
+cd /mnt/xenstore
+mkdir .transaction/t
+echo 42 > .transaction/t/data/x
+echo commit > .transaction/t/.control
+head -c 2 data/.watch
+grep -r . data
+cd /
 umount /mnt/xenstore
 python3 -c 'import xsfs.client'
 for file in man/man8/xsfs.8.gz man/man8/mount.xsfs.8.gz bash-completion/completions/xsfs \
@@ -192,4 +199,7 @@ def test_the_debian_package_in_a_clean_chroot(debian_package: Path, chroot: Path
     said = run(*namespace, "sh", "-c", IN_CHROOT, "chroot", chroot)
     assert f"\nxsfs {__version__}\n" in said
     assert said.count("\nDomain-0\n") == 2
+    # Debian's trio is an old one.
+    assert "\n.\n" in said
+    assert "\ndata/x:42\n" in said
     assert said.endswith("all is well\n")

@@ -28,6 +28,7 @@ import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from xsfs.errors import ConnectionLost, RequestTimeout, XenstoreError
+from xsfs.threads import run_abandonable
 from xsfs.transport import Transport
 from xsfs.wire import Message, Op, Parser, Request, WireError, decode_error, decode_event, encode
 
@@ -176,9 +177,7 @@ class Connection:
         """
         try:
             with trio.fail_after(self._timeout):
-                await trio.to_thread.run_sync(
-                    self._transport.send, messages, abandon_on_cancel=True
-                )
+                await run_abandonable(self._transport.send, messages)
         except trio.TooSlowError:
             raise RequestTimeout("the kernel did not carry out a WATCH in time") from None
         except OSError as error:

@@ -159,7 +159,8 @@ async def _obey_signals(signals: AsyncIterator[int], scope: trio.CancelScope) ->
             log.info("ending: %s", signal.Signals(number).name)
             scope.cancel()
         else:
-            log.info("all tasks:\n%s", "\n".join(describe_tasks()))
+            for line in ("all tasks:", *describe_tasks()):
+                log.info("%s", line)  # one message each: a journal takes no lines within
 
 
 # ------------------------------------------------------------------------------------ the store

@@ -129,6 +129,15 @@ class Node(ABC):
         return join(self.parent.path, self.name)
 
     @property
+    def label(self) -> bytes:
+        """For the log: the path, and the transaction that it is seen in."""
+        return self.realm + self.path
+
+    @property
+    def realm(self) -> bytes:
+        return self.parent.realm if self.parent is not None else b""
+
+    @property
     def stale(self) -> bool:
         """Whether it has gone for good, itself or with its whole view."""
         return self.gone or self.view.ended

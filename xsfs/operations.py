@@ -161,7 +161,7 @@ class Operations(pyfuse3.Operations):
             elif isinstance(value, int) and position in _INODES.get(operation, (0,)):
                 on_handle = operation in _ON_HANDLES
                 node = self._handles[value].node if on_handle else self.tree.peek(value)
-                words.append(node.path.decode() if node is not None else str(value))
+                words.append(node.label.decode() if node is not None else str(value))
             elif isinstance(value, int):
                 words.append(str(value))
         return " ".join(words)

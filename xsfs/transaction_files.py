@@ -15,7 +15,7 @@ from pyfuse3 import EntryAttributes
 from xsfs import wire
 from xsfs.directories import RootDirectory
 from xsfs.mirror_link import MirrorLink
-from xsfs.names import NAME_MAX
+from xsfs.names import NAME_MAX, join
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Handle, Node, Tree, refuse
 from xsfs.transactions import Transactions, TransactionView
 from xsfs.values import TextFile, TextHandle
@@ -89,6 +89,10 @@ class TransactionRoot(RootDirectory):
         super().__init__(tree, inside, parent, name)
 
     @property
+    def realm(self) -> bytes:
+        return self.name + b":"
+
+    @property
     def transactions(self) -> Transactions:
         return self.parent.transactions
 
@@ -111,6 +115,10 @@ class TransactionsDirectory(Node):
     @property
     def path(self) -> bytes:
         return self.view.root
+
+    @property
+    def label(self) -> bytes:
+        return join(super().label, self.name)
 
     @property
     def transactions(self) -> Transactions:

@@ -36,6 +36,7 @@ from xsfs.errors import ConnectionLost, RequestTimeout, StoreError, TransactionE
 from xsfs.known import KnownDirectories
 from xsfs.node import refuse
 from xsfs.session import Session
+from xsfs.threads import run_abandonable
 from xsfs.view import View, Work
 from xsfs.wire import Request
 
@@ -270,9 +271,7 @@ async def _forget(entries: Sequence[Entry]) -> None:
         for entry in entries:
             # It has forgotten it by itself, or the mount has ended; or there are no more threads.
             with suppress(OSError, RuntimeError):
-                await trio.to_thread.run_sync(
-                    pyfuse3.invalidate_entry, *entry, abandon_on_cancel=True
-                )
+                await run_abandonable(pyfuse3.invalidate_entry, *entry)
 
 
 def _text(name: bytes) -> str:

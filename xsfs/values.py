@@ -18,6 +18,7 @@ from pyfuse3 import EntryAttributes
 
 from xsfs import changes, wire
 from xsfs.errors import StoreError
+from xsfs.names import join
 from xsfs.node import Handle, Node, Tree, refuse
 from xsfs.session import Session
 from xsfs.view import NOTHING, Look, View
@@ -101,6 +102,10 @@ class DotValue(ValueFile):
     def path(self) -> bytes:
         assert self.parent is not None
         return self.parent.path
+
+    @property
+    def label(self) -> bytes:
+        return join(super().label, self.name)
 
     def is_of_kind(self, look: Look) -> bool:
         return True

@@ -100,6 +100,10 @@ class WatchFile(Node):
         assert self.parent is not None
         return self.parent.path
 
+    @property
+    def label(self) -> bytes:
+        return join(super().label, self.name)
+
     async def getattr(self) -> EntryAttributes:
         assert isinstance(self.parent, XenstoreNode)
         self.parent.require()
