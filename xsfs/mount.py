@@ -14,7 +14,7 @@ import signal
 import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -111,8 +111,11 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
         trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals,
         trio.CancelScope() as scope,
     ):
+        # What a signal ends.  Once mounted it is the serving alone: what files still owe the store
+        # needs its connections.
+        ended = [scope]
         async with open_servants() as servants, _connect(options) as connect:
-            servants.start_soon(_obey_signals, signals, scope)
+            servants.start_soon(_obey_signals, signals, ended)
             async with _store(options, connect) as store:
                 view = await _view(options, store)
                 async with _mirror(options, connect, view) as mirror:
@@ -125,7 +128,9 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                         gc.freeze()
                         gc.set_threshold(GC_THRESHOLD)
                         sys.setswitchinterval(SWITCH_SECONDS)
-                        await _answer_the_kernel()
+                        with trio.CancelScope() as serving:
+                            ended.append(serving)
+                            await _answer_the_kernel()
                     finally:
                         await _unmount(operations)
     return was_ready
@@ -153,11 +158,11 @@ def _is_abort(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ECONNABORTED
 
 
-async def _obey_signals(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+async def _obey_signals(signals: AsyncIterator[int], ended: Sequence[trio.CancelScope]) -> None:
     async for number in signals:
         if number in ENDING:
             log.info("ending: %s", signal.Signals(number).name)
-            scope.cancel()
+            ended[-1].cancel()
         else:
             for line in ("all tasks:", *describe_tasks()):
                 log.info("%s", line)  # one message each: a journal takes no lines within
