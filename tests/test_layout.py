@@ -61,8 +61,9 @@ watch_files
     transactions        wire errors connection session client view known node threads
     transaction_files   wire names view node values directories transactions mirror_link
     verdicts            wire errors
+    silence             errors
     session_loop
-    operations          session_loop wire errors names node verdicts
+    operations          silence session_loop wire errors names node verdicts
 
     background
     tasks

@@ -26,7 +26,13 @@ import trio
 
 from xsfs import wire
 from xsfs.connection import Connection, Reply
-from xsfs.errors import ConnectionLost, StoreError, TransactionEnded, XenstoreError
+from xsfs.errors import (
+    ConnectionLost,
+    RequestTimeout,
+    StoreError,
+    TransactionEnded,
+    XenstoreError,
+)
 from xsfs.link import Connect, Link, open_connection
 from xsfs.servants import open_servants
 from xsfs.session import NamesOfEach, Path, Session, encode_path
@@ -153,17 +159,26 @@ class Store(Session):
         """As in Session.  What only reads is asked again when the connection is lost meanwhile."""
         self.requests += len(requests)
         deadline = trio.current_time() + self.timeout
-        while True:
-            connection = self._link.connection
-            if connection is None or not connection.alive:
-                connection = await self._link.connected(deadline)
+        connection = self._link.connection
+        failure: StoreError = RequestTimeout("Xenstore did not answer in time")
+        if connection is not None and connection.alive:
             try:
                 return await connection.burst(requests)
-            except ConnectionLost:
-                if trio.current_time() >= deadline:
-                    raise
+            except ConnectionLost as error:
+                failure = error
                 if not all(request.repeatable for request in requests):
                     raise
+        # From here on it is asked by new connections, all in the time that one may take.
+        while trio.current_time() < deadline:
+            with trio.move_on_at(deadline):
+                connection = await self._link.connected(deadline)
+                try:
+                    return await connection.burst(requests)
+                except ConnectionLost as error:
+                    failure = error
+                    if not all(request.repeatable for request in requests):
+                        raise
+        raise failure
 
     async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
         """As in Session.  A node that never stops changing is listed in a transaction, where it

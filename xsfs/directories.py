@@ -162,17 +162,20 @@ class Directory(ListedNode):
         if name == VALUE_NAME:
             entry = await self._make_dot_value()
             handle = ValueHandle(self.tree.node(DotValue, self, name), flags)
-            handle.truncated = bool(flags & os.O_TRUNC)
+            if flags & os.O_TRUNC:
+                handle.empty()
             return handle, entry
         path = self._new_path(name)
         if flags & os.O_EXCL:
             await self._make(path, directory=False)
         file = self.tree.node(ValueFile, self, name)
         handle = ValueHandle(file, flags)
-        if not flags & os.O_EXCL:
-            handle.truncated = bool(flags & os.O_TRUNC)
-            handle.creates = True
-            file.creating += 1
+        if flags & os.O_EXCL:
+            handle.claim()
+        else:
+            if flags & os.O_TRUNC:
+                handle.empty()
+            handle.create()
         return handle, self._found(file, file.entry(0))
 
     async def _make_dot_value(self) -> EntryAttributes:

@@ -268,6 +268,13 @@ class Tree:
     def peek(self, inode: int) -> Node | None:
         return self._nodes.get(inode)
 
+    def knows(self, inode: int, name: bytes) -> bool:
+        """Whether the kernel knows something of this name in this directory.  Looks at all nodes."""
+        return any(
+            node.name == name and node.parent is not None and node.parent.inode == inode
+            for node in self._nodes.values()
+        )
+
     def add_root(self, root: Node) -> None:
         root.inode = pyfuse3.ROOT_INODE
         root.lookups = 1

@@ -41,6 +41,7 @@ from xsfs.errors import (
 from xsfs.names import NAME_MAX
 from xsfs.node import Handle, Tree, refuse
 from xsfs.session_loop import install
+from xsfs.silence import Silence
 from xsfs.verdicts import errno_of
 from xsfs.wire import WireError
 
@@ -100,6 +101,7 @@ class Operations(pyfuse3.Operations):
         self.errors = 0
         self.answered = 0
         self.waiter = install()
+        self.silence = Silence()
         self.traces = trace.isEnabledFor(logging.DEBUG)
         self._distrust = distrust
         self._handles: dict[int, Handle] = {}
@@ -191,7 +193,15 @@ class Operations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        return await self.tree.get(parent_inode).lookup(name, ctx.pid)
+        question = ctx.pid, parent_inode, name
+        if self.silence and (error := self.silence.take(question)) is not None:
+            raise error
+        try:
+            return await self.tree.get(parent_inode).lookup(name, ctx.pid)
+        except (RequestTimeout, ConnectionLost) as error:
+            if self.tree.knows(parent_inode, name):
+                self.silence.keep(question, error)
+            raise
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, lookups in inode_list:

@@ -10,7 +10,7 @@ What always holds:
 - Each has a connection, a view and a session of its own; all nodes below share the view.  Once the
   view has `ended` every one of them, and every file open on them, is ESTALE, and the next transaction
   of that name has other nodes.
-- The end happens once, whoever wants it: who has set `ended` carries it out, and the connection is
+- The end happens once, whoever wants it: who has said `end` carries it out, and the connection is
   closed whatever comes of it, which ends even what the daemon refuses to end.
 - Within a transaction one burst, or one change made of several, is under way at a time, in the order
   in which the requests came.  So appending, O_EXCL and rename are atomic among its users, too, and a
@@ -235,7 +235,7 @@ class Transactions:
         async with view.session.lock:
             if view.ended:
                 raise TransactionEnded("the transaction has ended")
-            view.ended = True
+            view.end()
         # From here on everybody else is turned away.
         try:
             try:

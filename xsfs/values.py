@@ -31,18 +31,25 @@ log = logging.getLogger(__name__)
 class ValueFile(XenstoreNode):
     """A Xenstore node as a file."""
 
-    __slots__ = ("creating",)
+    __slots__ = ("claims", "creating", "truncating")
 
     def __init__(self, tree: Tree, view: View, parent: Node | None, name: bytes) -> None:
         super().__init__(tree, view, parent, name)
         self.creating = 0
         """How many handles are to create the node, which is not there before they do."""
+        self.truncating = 0
+        """How many have emptied the file, which no write or close has carried out yet."""
+        self.claims = 0
+        """How many handles have made the node as a file: it stays one for them, while it has no
+        children, whatever an empty node of this path is by custom."""
 
     def attributes(self, look: Look) -> EntryAttributes:
         size = len(self.view.content.render(look.value))
         return self.entry(size, look.readable, look.writable)
 
     def is_of_kind(self, look: Look) -> bool:
+        if self.claims and not look.has_children:
+            return True
         return not self.view.is_directory(self.path, look)
 
     async def getattr(self) -> EntryAttributes:
@@ -51,7 +58,15 @@ class ValueFile(XenstoreNode):
             return self.entry(0)
         if look is None or self.gone or not self.is_of_kind(look):
             refuse(errno.ESTALE)
+        if self.truncating:
+            look = look._replace(value=b"")
         return self.attributes(look)
+
+    async def require_file(self, session: Session) -> None:
+        """ESTALE if the node has become a directory."""
+        (look,) = await self.view.look_through(session, (self.path,))
+        if look is not None and not self.is_of_kind(look):
+            refuse(errno.ESTALE)
 
     async def make(self) -> None:
         """Carry a creation out now, for whoever needs the node itself.
@@ -88,8 +103,7 @@ class ValueFile(XenstoreNode):
                 value = look.value
             handle.fetched = self.view.content.render(value)
         if flags & os.O_TRUNC:
-            handle.truncated = True
-            handle.fetched = None
+            handle.empty()
         return handle
 
 
@@ -146,9 +160,10 @@ class ValueHandle(Handle):
     written     the content of this handle's last write, which the store has as parse(written)
     truncated   whether O_TRUNC is to be carried out
     creates     whether the node is to be made
+    claims      whether it was made by this handle, as a file
     """
 
-    __slots__ = ("appends", "creates", "fetched", "truncated", "was_read", "written")
+    __slots__ = ("appends", "claims", "creates", "fetched", "truncated", "was_read", "written")
 
     node: ValueFile
 
@@ -160,6 +175,24 @@ class ValueHandle(Handle):
         self.written: bytes | None = None
         self.truncated = False
         self.creates = False
+        self.claims = False
+
+    def empty(self) -> None:
+        """The file is to be empty: what O_TRUNC asks for."""
+        if not self.truncated:
+            self.truncated = True
+            self.node.truncating += 1
+        self.fetched = None
+
+    def create(self) -> None:
+        """The node is to be made, by the first write or the close."""
+        self.creates = True
+        self.node.creating += 1
+
+    def claim(self) -> None:
+        """The node was made as a file, just now."""
+        self.claims = True
+        self.node.claims += 1
 
     # -------------------------------------------------------------------------------- reading
 
@@ -200,13 +233,25 @@ class ValueHandle(Handle):
         limit = wire.value_max(self.node.path, self.node.view.session.payload_max)
         if size > limit + 1:
             refuse(errno.EFBIG)
-        if not size:
-            self.truncated = True
-        await self._change(lambda present: present[:size].ljust(size, b"\0"), limit)
+        if self.truncated:
+            await self._change(lambda _: bytes(size), limit)
+            return
+        await self._change(
+            lambda present: present[:size].ljust(size, b"\0"), limit, as_file=True, blind=not size
+        )
 
-    async def _change(self, change: Callable[[bytes], bytes], limit: int) -> None:
+    async def _change(
+        self,
+        change: Callable[[bytes], bytes],
+        limit: int,
+        *,
+        as_file: bool = False,
+        blind: bool = False,
+    ) -> None:
         """Write what `change` makes of the present content, which is empty after a truncation.
 
+        as_file     only while the node is no directory: the answer will be a file's attributes
+        blind       the present content makes no difference: it need not be readable
         Whatever comes of it, truncation and creation are no longer due: a refused write leaves the
         old value as it is.
         """
@@ -229,6 +274,10 @@ class ValueHandle(Handle):
                     return content.parse(result)
 
                 async def work(session: Session) -> Request:
+                    if as_file:
+                        await node.require_file(session)
+                    if blind:
+                        return wire.write(node.path, of_value(b""))
                     return await changes.splice(session, node.path, of_value, limit)
 
                 await node.view.atomically(work)
@@ -249,7 +298,9 @@ class ValueHandle(Handle):
         return content.render(value)
 
     def _settle(self) -> None:
-        self.truncated = False
+        if self.truncated:
+            self.truncated = False
+            self.node.truncating -= 1
         self.fetched = None
         if self.creates:
             self.creates = False
@@ -274,6 +325,10 @@ class ValueHandle(Handle):
             except StoreError as error:
                 # close(2) has long returned.
                 log.warning("an emptied file could not be written at its close: %s", error)
+        self._settle()
+        if self.claims:
+            self.claims = False
+            self.node.claims -= 1
 
 
 class TextFile(Node):

@@ -84,8 +84,10 @@ def _each(replies: Sequence[Reply], count: int) -> list[Sequence[Reply]]:
 
 
 def _keep(guesses: dict[bytes, bytes], path: bytes, listing: bytes, most: int) -> None:
-    """Keep a guess, and `most` of them at most: the oldest goes."""
+    """Keep a guess, and `most` of them at most: the oldest goes.  Nonsense is none."""
     guesses.pop(path, None)
+    if not listing.endswith(b"\0"):
+        return
     guesses[path] = listing
     if len(guesses) > most:
         del guesses[next(iter(guesses))]
@@ -113,6 +115,14 @@ class View:
         self._listed: dict[bytes, bytes] = {}
         self._requests_max: int | None = None
         self._probed = domid == 0
+        self.at_end: dict[object, Callable[[], None]] = {}
+        """What is called when it ends: for those who wait for something in it."""
+
+    def end(self) -> None:
+        """All that was seen through it is stale from now on."""
+        self.ended = True
+        while self.at_end:
+            self.at_end.popitem()[1]()
 
     # ---------------------------------------------------------------------------------- looks
 

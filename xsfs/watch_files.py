@@ -125,6 +125,7 @@ class WatchFile(Node):
             except BaseException:
                 self.tree.readers -= 1
                 raise
+        self.view.at_end[handle] = handle.wake
         return handle
 
 
@@ -170,6 +171,10 @@ class WatchHandle(Handle):
             self._events = OrderedDict.fromkeys(self._subscriptions)
         else:
             self._events[path] = None
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to read, or to be told of."""
         if self._arrived:
             self._arrived.unpark_all()
         if self._poll_handle is not None:
@@ -271,6 +276,7 @@ class WatchHandle(Handle):
     async def release(self) -> None:
         self.node.tree.readers -= 1
         self._poll_handle = None
+        self.node.view.at_end.pop(self, None)
         for subscription in self._subscriptions.values():
             self.node.view.store.watches.drop(subscription)
         self._subscriptions.clear()
