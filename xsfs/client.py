@@ -189,10 +189,16 @@ class Store(Session):
             if error.name != "EAGAIN":
                 raise
 
-        async def work(transaction: Transaction) -> NamesOfEach:
-            return await transaction.list_all(paths)
+        async def work(transaction: Transaction) -> NamesOfEach | XenstoreError:
+            try:
+                return await transaction.list_all(paths)
+            except XenstoreError as error:
+                return error  # not a conflict, to be tried again and again
 
-        return await self.atomically(work)
+        names = await self.atomically(work)
+        if isinstance(names, XenstoreError):
+            raise names
+        return names
 
     # -------------------------------------------------------------------------- transactions
 
