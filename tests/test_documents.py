@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
 
 from tests.documents import check_session, matches
-from tests.host import Host, open_host
+from tests.host import REPOSITORY, Host, open_host
 from tests.xenstored.harness import RealXenstored
 
 MOUNTED = "xsfs /mnt/xenstore"
+
+TROUBLESHOOTING = REPOSITORY / "docs" / "troubleshooting.md"
 
 
 @pytest.fixture
@@ -32,6 +35,25 @@ def test_the_tutorial(dom0: Host) -> None:
 
 def test_transactions(dom0: Host) -> None:
     check_session("docs/transactions.md", dom0, MOUNTED)
+
+
+def test_troubleshooting(dom0: Host) -> None:
+    check_session("docs/troubleshooting.md", dom0)
+
+
+def test_messages_in_troubleshooting_are_those_of_the_program() -> None:
+    """Each that stands in a table must stand in the source, too."""
+    source = "".join(path.read_text() for path in (REPOSITORY / "xsfs").glob("*.py"))
+    tables = re.findall(
+        r"^\| message \|.*?\n\n", TROUBLESHOOTING.read_text(), re.DOTALL | re.MULTILINE
+    )
+    messages = [
+        text for table in tables for text in re.findall("^\\| `(.*?)`", table, re.MULTILINE)
+    ]
+    assert len(messages) > 20
+    for message in messages:
+        for part in message.replace("/dev/fuse", "{FUSE_DEVICE}").split("..."):
+            assert part.strip(" :") in source, message
 
 
 def test_what_matches() -> None:

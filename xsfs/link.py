@@ -41,7 +41,9 @@ async def open_connection(connect: Connect, deadline: float, *, patient: bool = 
             failure = error
         busy = isinstance(failure, BlockingIOError)
         if not (patient or busy) or trio.current_time() + delay >= deadline:
-            raise ConnectionLost(f"cannot connect to Xenstore: {failure.strerror}") from failure
+            where = failure.filename or "its socket"
+            reason = f"cannot connect to Xenstore at {where}: {failure.strerror}"
+            raise ConnectionLost(reason) from failure
         await trio.sleep(delay)
         delay = min(2 * delay, BACKOFF_MAX)
 

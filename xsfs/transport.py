@@ -185,6 +185,7 @@ def open_transport(path: str) -> Transport:
         # ENXIO, ENODEV: the device is there but Xen is not.
         if error.errno in (errno.ENXIO, errno.ENODEV):
             raise StoreUnavailable(f"{path}: {error.strerror}", NO_STORE_HINT) from error
+        error.filename = path  # connect(2) does not tell it
         raise
     raise StoreUnavailable(f"{path} is neither a socket nor a device", NO_STORE_HINT)
 
