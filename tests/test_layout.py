@@ -7,6 +7,7 @@ must stand above it in the list.  So there are no cycles, and a new dependency i
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,13 @@ def packages_of(module: str) -> set[str]:
 
 def test_every_module_has_its_layer() -> None:
     assert set(MODULES) == set(ALLOWED)
+
+
+def test_the_architecture_has_every_module() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    table = text[: text.index("## What flows")]
+    named = set(re.findall("`([a-z_]+)`", table))
+    assert {name for name in MODULES if not name.startswith(("store_", "__"))} == named
 
 
 def test_layers_lean_only_on_those_below() -> None:

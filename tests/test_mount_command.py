@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.host import Host, open_host
+from tests.host import REPOSITORY, Host, open_host
 from tests.mounting import LIMIT
 from tests.xenstored.harness import RealXenstored
 
@@ -170,11 +171,24 @@ def test_failures_reach_mount(host: Host) -> None:
         assert words in done.stdout
 
 
-def test_systemd_makes_a_unit_of_the_line(tmp_path: Path) -> None:
+def line_of_the_manual() -> str:
+    """What it says one should write into /etc/fstab."""
+    found = re.search(r"^\.Dl (xenstore .*)$", (REPOSITORY / "docs" / "xsfs.8").read_text(), re.M)
+    assert found is not None
+    return found[1]
+
+
+def test_the_line_of_the_manual(host: Host) -> None:
+    host.fstab.write_text(f"{line_of_the_manual()}\n")
+    host.sh("cd /; mount -a")
+    assert host.sh("cat /mnt/xenstore/name") == "Domain-0\n"
+
+
+def test_systemd_makes_a_unit_of_it(tmp_path: Path) -> None:
     """Its options are what systemd gives to mount(8)."""
     fstab = tmp_path / "fstab"
-    options = "nofail,x-systemd.after=xenstored.service"
-    fstab.write_text(f"xenstore /mnt/xenstore fuse.xsfs {options} 0 0\n")
+    fstab.write_text(f"{line_of_the_manual()}\n")
+    options = line_of_the_manual().split()[3]
     units = tmp_path / "units"
     units.mkdir()
     subprocess.run(
@@ -185,6 +199,6 @@ def test_systemd_makes_a_unit_of_the_line(tmp_path: Path) -> None:
     )
     unit = (units / "mnt-xenstore.mount").read_text().splitlines()
     assert {"What=xenstore", "Where=/mnt/xenstore", "Type=fuse.xsfs"} <= set(unit)
-    assert {"After=xenstored.service", f"Options={options}"} <= set(unit)
+    assert {"After=xen.service", f"Options={options}"} <= set(unit)
     # Xenstore's services start after local-fs.target: the mount must not come before it.
     assert not [line for line in unit if line.startswith("Before=")]
