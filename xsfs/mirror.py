@@ -13,8 +13,9 @@ that changed it:
 - N was made implicitly, as an ancestor of D.  D's event follows.  Had the mirror no N then, it looks at
   the highest missing ancestor, and from there into everything; likewise where N is shown even while it
   is not there (the root).  Had it one, of an earlier life, then that life ended by a removal at or
-  above N whose event came before D's, and the look that this event caused was either before the removal's
-  successor was made (then N was taken away, see above), or after (then N was looked at as it is).
+  above N whose event came before D's, and the look that this event caused was either before the
+  removal's successor was made (then N was taken away, see above), or after (then N was looked at as
+  it is).
 - N went away with an ancestor A.  A's event came; A is gone, or made again: then its listing is
   compared with what is shown, and each child that is in both is looked at again.
 - N's permissions changed, or it vanished, when a domain died: with no event in some daemons, or none
