@@ -60,6 +60,7 @@ class DrainedTransport:
         self._limit(0)
         self.payload_max = inner.payload_max
         self.watch_blocks = inner.watch_blocks
+        self.one_at_a_time = inner.one_at_a_time
         self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._chunks: deque[bytes] = deque()
         self._received = 0

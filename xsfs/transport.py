@@ -37,6 +37,8 @@ class Transport(Protocol):
     payload_max: int
     watch_blocks: bool
     """Whether sending a WATCH or UNWATCH blocks the caller for a round trip."""
+    one_at_a_time: bool
+    """Whether a message may be sent only when the one before has been answered."""
 
     def fileno(self) -> int:
         """A descriptor that is readable when there is something to receive."""
@@ -64,6 +66,7 @@ class SocketTransport:
 
     payload_max = PAYLOAD_MAX
     watch_blocks = False
+    one_at_a_time = False
 
     def __init__(self, sock: socket.socket, *, same_loop: bool = False) -> None:
         """`same_loop`: the peer is a task of this very event loop, and must not be waited for."""
@@ -108,13 +111,16 @@ class DeviceTransport:
     """/dev/xen/xenbus, where the kernel multiplexes the domain's one ring.
 
     It takes one message with each write and drops a second one in the same buffer; it never reports
-    that it is writable, and need not: write only queues.  WATCH and UNWATCH are the exception, they
-    are carried out within write, and one sent while another request of the same descriptor is
-    unanswered can deadlock the kernel's Xenstore driver for good.
+    that it is writable, and need not: write only queues.  But it does not copy what it queues: each
+    descriptor has one buffer, and the next write overwrites a message that the kernel's thread has
+    not put into the ring yet.  So a message may be written only when the one before is answered.
+    WATCH and UNWATCH are carried out within write; one sent while another request of the same
+    descriptor is unanswered can deadlock the kernel's Xenstore driver for good.
     """
 
     payload_max = DEVICE_PAYLOAD_MAX
     watch_blocks = True
+    one_at_a_time = True
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
