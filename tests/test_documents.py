@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from tests.host import REPOSITORY, Host, open_host
 from tests.xenstored.harness import RealXenstored
 
 MOUNTED = "xsfs /mnt/xenstore"
+
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 TROUBLESHOOTING = REPOSITORY / "docs" / "troubleshooting.md"
 
@@ -54,6 +57,21 @@ def test_messages_in_troubleshooting_are_those_of_the_program() -> None:
     for message in messages:
         for part in message.replace("/dev/fuse", "{FUSE_DEVICE}").split("..."):
             assert part.strip(" :") in source, message
+
+
+def anchors(document: Path) -> set[str]:
+    """Of its headings, as they are made of them."""
+    headings = re.findall("^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub("[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]*)\)", path.read_text()):
+        file, _, anchor = target.partition("#")
+        document = path.parent / file if file else path
+        assert document.exists(), target
+        assert not anchor or anchor in anchors(document), target
 
 
 def test_what_matches() -> None:
