@@ -22,6 +22,9 @@ REPOSITORY: Final = Path(__file__).resolve().parent.parent
 
 _SETUP: Final = """\
 set -eu
+unmount_all() {
+    findmnt -n -l -o TARGET -t fuse.xsfs | while read -r mountpoint; do umount -l "$mountpoint"; done
+}
 # A directory with the same programs in it, and room for more: a link to each.  What is a link already
 # keeps its aim, as it may be a relative one.
 roomy() {
@@ -38,7 +41,7 @@ roomy() {
 repository=$1 python=$2
 shift 2
 # A copy of a mount keeps its xsfs running when the mount itself has gone.
-findmnt -n -l -o TARGET -t fuse.xsfs | while read -r mountpoint; do umount -l "$mountpoint"; done
+unmount_all
 mount -t tmpfs -o mode=755 none /mnt
 mkdir /mnt/xenstore /mnt/.repository /mnt/.python
 # Seen here by everybody, wherever they are.
@@ -73,7 +76,9 @@ for pair in "$@"; do
 done
 cd /
 echo ready
-exec cat
+# The end of stdin is the end of it, however the tests end; each xsfs ends with its mount.
+cat
+unmount_all
 """
 
 
@@ -149,7 +154,6 @@ def open_host(socket: str | None = None, **others: str) -> Iterator[Host]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    # It ends with its stdin, however the tests end.
     with holder:
         assert holder.stdin is not None
         assert holder.stdout is not None
