@@ -13,7 +13,7 @@ export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
 apt-get install -y -qq --no-install-recommends \
     python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3 \
-    xen-utils-4.17 xenstore-utils attr rsync dash procps util-linux mount systemd \
+    xen-utils-4.17 xenstore-utils attr inotify-tools rsync dash procps util-linux mount systemd \
     man-db mandoc bash-completion zsh \
     debootstrap lintian pipx >/dev/null
 

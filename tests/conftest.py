@@ -17,6 +17,7 @@ NEEDED = {
     "getfattr": "attr",
     "gcc": "gcc",
     "rsync": "rsync",
+    "inotifywait": "inotify-tools",
     "xenstore-ls": "xenstore-utils",
     "nsenter": "util-linux",
     "mount": "mount",

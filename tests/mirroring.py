@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import trio
 
-from tests.mounting import LIMIT, Mount
+from tests.mounting import LIMIT, Mount, Place, mounted
 from tests.xenstored.harness import XsClient, XsError, strings
 from xsfs.client import open_store
 from xsfs.known import KnownDirectories
@@ -32,6 +32,8 @@ from xsfs.ownership import Ownership
 from xsfs.view import Look, View
 
 PERMS = "user.xs.perms"
+
+HOME = "/local/domain/0"
 
 SHM = "/dev/shm"
 """A tmpfs: where mirrors are, not to be slowed by a disk."""
@@ -121,14 +123,15 @@ def tree_of_store(
         below = []
         answers = _answers(witness, [path for path, _ in level])
         for (path, place), answer in zip(level, answers, strict=True):
+            lasts = path == root or (answer is None and path in lasting)
             if answer is None:
-                if path != root and path not in lasting:
+                if not lasts:
                     continue
                 answer = b"", [], ""
             value, children, perms = answer
-            if path == root or is_directory(path, value, bool(children)):
+            if lasts or is_directory(path, value, bool(children)):
                 tree[place] = Entry(True, b"", perms)
-                if value or made_value(path):
+                if value or (answer[2] and made_value(path)):
                     tree[f"{place}/.value".lstrip("/")] = Entry(False, render(value), perms)
             else:
                 tree[place] = Entry(False, render(value), perms)
@@ -191,7 +194,7 @@ def await_none(check: Callable[[], Sequence[str]], seconds: float = LIMIT) -> fl
         asked_at = time.monotonic()
         try:
             said: Sequence[str] = check()
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             said = [str(error)]
         if not said:
             return asked_at - start
@@ -339,22 +342,43 @@ class Mirrored:
         return has_children or self._shown(path).is_dir()
 
     def _shown(self, path: str) -> Path:
-        return self.mount.path / ".root" / path.lstrip("/")
+        if path == self.root:
+            return self.mount.path
+        return self.mount.path.joinpath(".root", *map(file_name, path.split("/")[1:]))
 
-    def differences(self) -> list[str]:
+    @property
+    def perms(self) -> bool:
+        return has_user_attributes(self.directory.parent)
+
+    def found(self) -> Tree:
+        """What is in the mirror now."""
+        return tree_of_files((self.mount.path / ".mirror").resolve(strict=True), perms=self.perms)
+
+    def differences(self, found: Tree | None = None) -> list[str]:
         """Where the mirror is not what the store, and the mount, say."""
+        if found is None:
+            found = self.found()
         must = tree_of_store(
             self.witness,
             self.root,
             self.is_directory,
             made_value=lambda path: ".value" in os.listdir(self._shown(path)),
-            lasting=[f"{self.root}/data"] if self.root == "/local/domain/0" else [],
+            lasting=[f"{self.root}/data"] if self.root == HOME else [],
         )
-        perms = has_user_attributes(self.directory.parent)
-        if not perms:
+        if not self.perms:
             must = {place: entry._replace(perms="") for place, entry in must.items()}
-        found = tree_of_files(self.mount.path / ".mirror/", perms=perms)
         return differences(must, found)
 
     def settle(self, seconds: float = LIMIT) -> float:
         return await_none(self.differences, seconds)
+
+
+@contextmanager
+def mirrored(place: Place, directory: Path, *options: str, root: str = "") -> Iterator[Mirrored]:
+    """A mount with a mirror."""
+    with scratch() as above, place.witness() as witness:
+        mirror = above / "m"
+        chosen = [*options, *([f"root={root}"] if root else []), f"mirror={mirror}"]
+        with mounted(["-o", ",".join(chosen), place.socket], directory) as mount:
+            yield Mirrored(mount, mirror, root or HOME, witness)
+        assert os.listdir(above) == []

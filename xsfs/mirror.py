@@ -105,6 +105,8 @@ class Mirror:
         self._copy = Copy(view, files)
         self._events: dict[bytes, None] = {}
         """Nodes that events told of, to be looked at and renewed."""
+        self._all_again = False
+        """Whether everything is to be looked at again, when that is done which is under way."""
         self._changes = Subscription(view.root, self._wake, EVENTS_MAX)
         self._releases = Subscription(RELEASE, self._wake)
         self._heard: set[Subscription] = set()
@@ -224,18 +226,21 @@ class Mirror:
             if not self.true:
                 raise _Lost("the connection was lost")
             self._take_events()
-            start = time.perf_counter()
             if not (self._events or again):
                 self._files.rest()
+                start = time.perf_counter()
                 await self._work.park()
                 owed = max(0.0, owed - (time.perf_counter() - start))
                 continue
+            # Not the time that the store takes, or other processes: it is none that we took.
+            start = time.thread_time()
             if self._events:
-                await self._burst(_next(self._events), renew=True)
+                paths = self._copy.within_reach(_next(self._events))
+                await self._burst(paths, renew=True)
             if again:
                 # Even while there are always events.
                 await self._burst(_next(again), renew=False)
-            owed += time.perf_counter() - start
+            owed += time.thread_time() - start
             if owed > PAUSE_SECONDS:
                 await trio.sleep(owed)
                 owed = 0.0
@@ -244,6 +249,10 @@ class Mirror:
         if not self._events:
             self._events = dict.fromkeys(filter(self._is_inside, self._changes.take()))
         if self._releases.take():
+            self._all_again = True
+        if self._all_again and not self._copy.again:
+            # Not earlier: domains may die faster than everything is looked at.
+            self._all_again = False
             self._copy.again[self._view.root] = None
 
     def _is_inside(self, path: bytes) -> bool:

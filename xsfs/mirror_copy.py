@@ -7,6 +7,7 @@ be looked at before the copy can be true; whoever looks brings what was seen to 
 from __future__ import annotations
 
 import stat
+from collections.abc import Sequence
 from functools import lru_cache
 
 from xsfs import wire
@@ -75,8 +76,6 @@ class Copy:
         look = sight.look
         if look is not None and look.hidden:
             look = None
-        if renew and look is not None and self._look_at_missing(path):
-            return
         self._missing.discard(path)
         if look is None and self._lasts(path):
             look = NOTHING
@@ -120,6 +119,13 @@ class Copy:
         if path == self._view.root or self._view.is_directory(path, look):
             return stat.S_IFDIR
         return stat.S_IFREG
+
+    def within_reach(self, paths: Sequence[bytes]) -> list[bytes]:
+        """Those of them that can be shown.  For the others nobody need be asked: what is to be looked
+        at instead may be one node for very many."""
+        return [
+            path for path in paths if not self._look_at_missing(path) and self._can_be_shown(path)
+        ]
 
     def _can_be_shown(self, path: bytes) -> bool:
         """Whether its parent is shown as a directory.
