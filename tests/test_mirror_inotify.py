@@ -109,7 +109,7 @@ def test_one_event_a_change(place: Place, alive: Mirrored) -> None:
     with watching(alive.directory) as watched:
         for number in range(20):
             xenstore_write(place, "/watched/d/f", str(number))
-            await_true(lambda: watched.lines)
+            await_true(lambda count=number + 1: len(watched.lines) == count)
         xenstore_write(place, "/watched/d/f", "19")  # the same is a change, too
         watched.await_lines(*["MOVED_TO d/f"] * 21)
         alive.witness.set_perms("/watched/d/f", ["n0", "r5"])
