@@ -20,7 +20,7 @@ from pyfuse3 import EntryAttributes
 from xsfs import changes, wire
 from xsfs.errors import XenstoreError
 from xsfs.listing import ListedNode
-from xsfs.names import NAME_MAX, VALUE_NAME, file_name, forced_name, is_alias, join
+from xsfs.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Handle, Node, refuse
 from xsfs.session import Session
 from xsfs.values import DomidFile, DotValue, StatsFile, ValueFile, ValueHandle
@@ -139,8 +139,12 @@ class Directory(ListedNode):
         if wire.is_name(name):
             return name
         if is_alias(name):
+            if (kept := self.tree.aliases.get(name)) is not None:
+                (reply,) = await self.view.session.burst((wire.read(join(self.path, kept)),))
+                if not isinstance(reply, XenstoreError) or reply.name != "ENOENT":
+                    return kept
             for child in await self.view.session.list(self.path):
-                if file_name(child) == name:
+                if self.tree.aliases.file_name(child) == name:
                     return child
         refuse(errno.ENOENT)
 

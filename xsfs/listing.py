@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import pyfuse3
 
-from xsfs.names import VALUE_NAME, file_name, join
+from xsfs.names import VALUE_NAME, join
 from xsfs.node import Handle, refuse
 from xsfs.view import LOOK_WINDOW, NOTHING, Look
 from xsfs.xattrs import XenstoreNode
@@ -105,7 +105,8 @@ class DirectoryHandle(Handle):
                 return True  # vanished meanwhile
             look = NOTHING
         node = self.node.child(name, self._path(name), look)
-        if not pyfuse3.readdir_reply(token, file_name(node.name), node.attributes(look), next_id):
+        shown = node.tree.aliases.file_name(node.name)
+        if not pyfuse3.readdir_reply(token, shown, node.attributes(look), next_id):
             return False
         self.node.tree.remember(node)
         return True

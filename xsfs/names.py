@@ -15,6 +15,8 @@ from xsfs.wire import is_name
 
 NAME_MAX: Final = 255
 ALIAS_PREFIX: Final = 200
+ALIASES_MAX: Final = 4096
+"""How many names behind aliases are kept: 8 MiB at most."""
 _ALIAS = re.compile(rb"[A-Za-z0-9_@-]{%d}~[0-9a-f]{16}" % ALIAS_PREFIX)
 
 FORCED_SUFFIX: Final = b".d"
@@ -32,6 +34,33 @@ def file_name(name: bytes) -> bytes:
 
 def is_alias(name: bytes) -> bool:
     return _ALIAS.fullmatch(name) is not None
+
+
+class Aliases:
+    """Which names are behind aliases, as far as was seen lately: to find one otherwise, all children
+    of a directory must be listed.
+
+    An alias follows from the name alone, so what is kept can be no longer there, but not wrong; but a
+    guest can make another name with the same alias, in a directory of its own.  So who asks has to
+    look whether there is such a child, and else to list.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[bytes, bytes] = {}
+
+    def file_name(self, name: bytes) -> bytes:
+        """As the function of this name; an alias is kept."""
+        if len(name) <= NAME_MAX:
+            return name
+        alias = file_name(name)
+        self._names.pop(alias, None)
+        self._names[alias] = name
+        if len(self._names) > ALIASES_MAX:
+            del self._names[next(iter(self._names))]
+        return alias
+
+    def get(self, alias: bytes) -> bytes | None:
+        return self._names.get(alias)
 
 
 def forced_name(name: bytes) -> bytes | None:

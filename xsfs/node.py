@@ -31,7 +31,7 @@ from typing import ClassVar, Final, NoReturn, Protocol, TypeVar, cast
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
 
-from xsfs.names import join
+from xsfs.names import Aliases, join
 from xsfs.ownership import Ownership
 from xsfs.view import View
 
@@ -256,6 +256,7 @@ class Tree:
         self.ownership = ownership
         self.counters = counters
         self.prefetched = Prefetched()
+        self.aliases = Aliases()
         self.mirror: LiveCopy | None = None
         self.readers = 0
         """How many watch files are open."""
