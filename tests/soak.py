@@ -451,7 +451,7 @@ class Soak:
     def report(self) -> str:
         first, last = self.samples[0], self.samples[-1]
         third = self.samples[len(self.samples) // 3]
-        most = max(sample.resident for sample in self.samples)
+        tenths = self.samples[:: max(1, len(self.samples) // 10)]
         lines = [
             f"{self.kind} daemon, {self.seconds / 60:g} minutes: "
             f"{self.restarts} restarts, {self.stops} stops",
@@ -459,7 +459,8 @@ class Soak:
             "  errors met, as they should be: "
             + ", ".join(f"{count} {name}" for name, count in sorted(self.errors.items())),
             f"  memory (MiB): {first.resident:.1f} at first, {third.resident:.1f} after a third, "
-            f"{most:.1f} at most, {last.resident:.1f} in the end",
+            f"{last.resident:.1f} in the end; each tenth of the time: "
+            + " ".join(f"{sample.resident:.1f}" for sample in tenths),
             f"  descriptors: {first.descriptors} at first, "
             f"{max(sample.descriptors for sample in self.samples)} at most, "
             f"{last.descriptors} in the end",

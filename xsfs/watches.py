@@ -28,7 +28,13 @@ import trio
 from xsfs import wire
 from xsfs.connection import Connection
 from xsfs.drain import drained
-from xsfs.errors import ConnectionLost, StoreError, StoreUnavailable, XenstoreError
+from xsfs.errors import (
+    ConnectionLost,
+    RequestTimeout,
+    StoreError,
+    StoreUnavailable,
+    XenstoreError,
+)
 from xsfs.link import BACKOFF_MAX, Connect, Link
 
 log = logging.getLogger(__name__)
@@ -273,7 +279,7 @@ class Watches:
             try:
                 async with self._turn:
                     await self._rearm_one(watch)
-            except (ConnectionLost, StoreUnavailable):
+            except (ConnectionLost, RequestTimeout, StoreUnavailable):
                 await trio.sleep(BACKOFF_MAX)
                 return
 
@@ -285,6 +291,10 @@ class Watches:
         try:
             await self._arm(watch)
         except (ConnectionLost, StoreUnavailable):
+            raise
+        except RequestTimeout:
+            # It may be set later, or never: a new connection is sure to have none.
+            self._link.close("a watch was not set in time")
             raise
         except StoreError as error:
             log.error("the watch of %r could not be set again: %s", watch.path, error)
