@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import pytest
 from tests.lying_store import Lie, LyingStore, Talk, hang_up, on, says, sends, silence
 from tests.mounting import LIMIT, Mount, mounted
 from tests.test_mount_values import fails
+from tests.test_watch_files import program
 from tests.xenstored.harness import RealXenstored, XsClient, strings
 from xsfs.wire import HEADER, Message, Op, encode
 
@@ -49,6 +51,31 @@ def over_liar(liar: LyingStore, tmp_path: Path) -> Iterator[Mount]:
 # ------------------------------------------------------------------------------------------ lies
 
 
+def doubled(talk: Talk, request: Message) -> bool:
+    reply = talk.ask(request)
+    talk.send(reply + reply)
+    return True
+
+
+def wrong_id(talk: Talk, request: Message) -> bool:
+    talk.send(encode(request.op, request.req_id ^ 1, 0, b""))
+    return True
+
+
+def reordered() -> Lie:
+    """Replies change places, two by two.  Each is known by its number, so it is the truth."""
+    held: list[bytes] = []
+
+    def lie(talk: Talk, request: Message) -> bool:
+        held.append(talk.ask(request))
+        if len(held) == 2:
+            talk.send(held[1] + held[0])
+            held.clear()
+        return True
+
+    return lie
+
+
 LIES: dict[str, Lie] = {
     "garbage": sends(os.urandom(64).replace(b"\0", b"x")),
     "too long": sends(HEADER.pack(Op.READ, 1, 0, 1 << 30)),
@@ -60,6 +87,15 @@ LIES: dict[str, Lie] = {
     "silence": silence,
     "error without a name": says(b"", Op.ERROR),
     "unknown error": says(b"EWHATEVER\0", Op.ERROR),
+}
+
+
+NUMBERS: dict[str, Lie] = {
+    "wrong id": wrong_id,
+    "doubled": doubled,
+    "cut in the header": sends(HEADER.pack(Op.READ, 1, 0, 5)[:7], then_hang_up=True),
+    "zeros": sends(bytes(4096)),
+    "ones": sends(b"\xff" * 4096),
 }
 
 
@@ -93,9 +129,119 @@ def test_a_lie_is_a_clear_error_and_then_it_works(
         number = outcome(action)
         assert number in (errno.EIO, errno.ETIMEDOUT), errno.errorcode.get(number, number)
         liar.behave()
-        assert (path / "name").read_text() == "Domain-0\n"
+        works_again(path)
     os.close(opened)
     assert (path / "data" / "x").read_text() == "before\n"
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_lie_about_the_numbers_is_an_error_or_the_truth(
+    liar: LyingStore, over_liar: Mount, name: str
+) -> None:
+    path = over_liar.path
+    for action in (
+        lambda: (path / "name").read_text(),
+        lambda: os.listdir(path),
+        lambda: (path / "data" / "x").write_text("1\n"),
+    ):
+        liar.lie = NUMBERS[name]
+        assert outcome(action) in (0, errno.EIO, errno.ETIMEDOUT)
+        liar.behave()
+        works_again(path)
+
+
+def works_again(path: Path) -> None:
+    """The store does, so the mount must: at once, but for a machine that is busy elsewhere."""
+    deadline = time.monotonic() + LIMIT
+    while outcome(lambda: (path / "name").read_text()):
+        assert time.monotonic() < deadline
+    assert (path / "name").read_text() == "Domain-0\n"
+
+
+def test_replies_in_another_order_are_the_truth(liar: LyingStore, over_liar: Mount) -> None:
+    """A look is two requests, an attribute one."""
+    path = over_liar.path
+    liar.lie = reordered()
+    for _ in range(10):
+        assert (path / "name").read_text() == "Domain-0\n"
+    liar.behave()
+    works_again(path)
+
+
+def test_a_listing_that_never_ends(
+    liar: LyingStore, over_liar: Mount, daemon: RealXenstored
+) -> None:
+    """Part after part, each of a new generation, or all of one."""
+    for generation in (lambda count: count, lambda count: 7):
+        parts = 0
+
+        def endless(talk: Talk, request: Message, generation: Callable[[int], int]) -> bool:
+            nonlocal parts
+            if request.op == Op.DIRECTORY and request.payload == f"{HOME}/data\0".encode():
+                talk.reply(request, b"E2BIG\0", Op.ERROR)
+            elif request.op == Op.DIRECTORY_PART:
+                parts += 1
+                talk.reply(request, b"%d\0" % generation(parts) + b"name%d\0" % parts * 100)
+            else:
+                return False
+            return True
+
+        liar.lie = partial(endless, generation=generation)
+        # Each part is an answer in time: it ends because there are too many, or they never agree.
+        start = time.monotonic()
+        with pytest.raises(OSError) as caught:  # noqa: PT011
+            os.listdir(over_liar.path / "data")
+        assert caught.value.errno in (errno.EAGAIN, errno.EIO, errno.ETIMEDOUT)
+        assert time.monotonic() - start < LIMIT
+        assert parts < 100_000
+        liar.behave()
+        works_again(over_liar.path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["garbage", "too long", "wrong type", "hang up", "silence", "unknown error", "unasked"],
+)
+def test_a_lie_about_a_watch(liar: LyingStore, over_liar: Mount, name: str) -> None:
+    path = over_liar.path / "data" / ".watch"
+    liar.lie = on(Op.WATCH, LIES[name])
+    assert outcome(lambda: os.close(os.open(path, os.O_RDONLY))) in (errno.EIO, errno.ETIMEDOUT)
+    liar.behave()
+    with program("cat", path) as reader:
+        assert reader.lines.next() == "."
+        (over_liar.path / "data" / "told").write_text("1\n")
+        reader.lines.until("told")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b"",
+        b"/",
+        b"relative",
+        b"/local/domain/0/data/a\nb",
+        b"/local/domain/0/data/" + b"x" * 3000,
+        b"/local/domain/0/data/../../..",
+        b"\xff\xfe",
+    ],
+)
+def test_events_of_nonsense(liar: LyingStore, over_liar: Mount, event: bytes) -> None:
+    """An event for our token with a path that no store has: a line, one, and no path out."""
+
+    def with_event(talk: Talk, request: Message) -> bool:
+        path, token = request.payload.split(b"\0")[:2]
+        talk.send(talk.ask(request))
+        talk.event(event, token)
+        talk.event(path + b"/end", token)
+        return True
+
+    liar.lie = on(Op.WATCH, with_event)
+    with program("cat", over_liar.path / "data" / ".watch") as reader:
+        lines = reader.lines.until("end")
+        assert all(lines)
+        assert len(lines) <= 2
+    liar.behave()
+    works_again(over_liar.path)
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,12 @@ def line_of(path: bytes, base: bytes) -> bytes:
     A name may begin with what is no name elsewhere: `-` of an option, `@` of a special event.  Guests
     choose names, so these begin with `./`.
     """
-    # A path that no store has could be several lines: look at all.
-    if path == base or b"\n" in path:
+    if path == base:
+        return b"."
+    try:
+        wire.check_path(path)
+    except ValueError:
+        # What no store has could be several lines, or none, or speak to a terminal: look at all.
         return b"."
     below = join(base, b"")
     line = path
