@@ -1,0 +1,230 @@
+"""Ring: every end that a mount can come to, with files, watches and transactions open.
+
+What the daemon still has of it is seen by a guest's quotas: both daemons count a guest's watches and
+transactions, and give back what is let go of.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.mounting import LIMIT, Mount, Place, mounted, open_place
+from tests.test_transactions import open_at_once, until
+from tests.xenstored.harness import XsClient, XsError
+
+WATCHES = 60
+"""More than half of what either daemon lets a guest have."""
+
+TRANSACTIONS = 6
+
+
+@pytest.fixture(scope="module", params=["C-guest", "ocaml-guest"])
+def place(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
+    with open_place(request.param, tmp_path_factory.mktemp("ends")) as place:
+        yield place
+
+
+def watches_at_once(witness: XsClient) -> int:
+    """How many watches a guest can set now, by the daemon's own count."""
+    tokens = 0
+    try:
+        while True:
+            witness.watch("data", f"t{tokens}")
+            tokens += 1
+    except XsError as error:
+        full = error.name
+    assert full in ("E2BIG", "EQUOTA")
+    for number in range(tokens):
+        witness.unwatch("data", f"t{number}")
+    witness.events.clear()
+    return tokens
+
+
+@dataclass
+class Open:
+    """What is open at a mount, by this process."""
+
+    path: Path
+    files: list[int] = field(default_factory=list)
+
+    def fill(self) -> None:
+        self.files.append(os.open(self.path / "name", os.O_RDONLY))
+        watch = os.open(self.path / ".watch", os.O_RDWR | os.O_NONBLOCK)
+        self.files.append(watch)
+        for number in range(WATCHES):
+            line = f"data/w{number}\n".encode()
+            assert os.write(watch, line) == len(line)
+        for number in range(TRANSACTIONS):
+            inside = self.path / ".transaction" / f"t{number}"
+            inside.mkdir()
+            (inside / "data" / f"never{number}").write_text("1\n")
+            self.files.append(os.open(inside / "data", os.O_RDONLY))
+
+    def close(self) -> None:
+        for file in self.files:
+            with suppress(OSError):
+                os.close(file)
+        self.files.clear()
+
+
+@dataclass
+class Quotas:
+    """What the daemon lets the guest have."""
+
+    witness: XsClient
+    watches: int = 0
+    transactions: int = 0
+
+    def __post_init__(self) -> None:
+        self.watches = watches_at_once(self.witness)
+        self.transactions = open_at_once(self.witness)
+
+    def check_in_use(self) -> None:
+        assert watches_at_once(self.witness) <= self.watches - WATCHES
+        assert open_at_once(self.witness) <= self.transactions - TRANSACTIONS
+
+    def check_free(self) -> None:
+        until(lambda: watches_at_once(self.witness) == self.watches)
+        until(lambda: open_at_once(self.witness) == self.transactions)
+
+
+def unmount(*options: str) -> Callable[[Mount], None]:
+    def end(mount: Mount) -> None:
+        subprocess.run(["umount", *options, mount.path], check=True, timeout=LIMIT)
+
+    return end
+
+
+def by(number: signal.Signals) -> Callable[[Mount], None]:
+    def end(mount: Mount) -> None:
+        mount.process.send_signal(number)
+        mount.process.wait(LIMIT)
+        if number == signal.SIGKILL:
+            assert (
+                os.path.ismount(mount.path) or mount.path.name in Path("/proc/mounts").read_text()
+            )
+            # One command, whatever is still open.
+            unmount("-l")(mount)
+
+    return end
+
+
+ENDS: dict[str, Callable[[Mount], None]] = {
+    "SIGTERM": by(signal.SIGTERM),
+    "SIGINT": by(signal.SIGINT),
+    "SIGHUP": by(signal.SIGHUP),
+    "SIGKILL": by(signal.SIGKILL),
+    "umount": unmount(),
+    "umount -l": unmount("-l"),
+    "fusermount3 -uz": lambda mount: (
+        subprocess.run(["fusermount3", "-uz", mount.path], check=True, timeout=LIMIT) and None
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_nothing_is_left(place: Place, tmp_path: Path, how: str) -> None:
+    with place.witness() as witness:
+        quotas = Quotas(witness)
+        mount = Mount([place.socket], tmp_path / "m")
+        opened = Open(mount.path)
+        try:
+            mount.wait_mounted()
+            opened.fill()
+            quotas.check_in_use()
+            if how == "umount":
+                # Busy, as any file system is that has open files; it goes on.
+                with pytest.raises(subprocess.CalledProcessError):
+                    unmount()(mount)
+                assert (mount.path / "name").read_text()
+                opened.close()
+                for number in range(TRANSACTIONS):
+                    (mount.path / ".transaction" / f"t{number}").rmdir()
+            ENDS[how](mount)
+            assert not os.path.ismount(mount.path)
+            assert os.listdir(mount.path) == []
+            if how in ("umount -l", "fusermount3 -uz"):
+                # Who still has a file of it can go on; with the last one it ends.
+                assert os.pread(opened.files[0], 100, 0)
+                opened.close()
+            status = mount.process.wait(LIMIT)
+            assert status == (-signal.SIGKILL if how == "SIGKILL" else 0)
+            assert "Traceback" not in mount.stderr
+            quotas.check_free()
+            assert not [name for name in witness.ls("data") if name.startswith("never")]
+            # At the same place, also while files of the old one are still open.
+            with mounted([place.socket], mount.path) as again:
+                assert (again.path / "name").read_text()
+        finally:
+            opened.close()
+            mount.clear()
+
+
+@pytest.mark.parametrize("foreground", [True, False])
+def test_the_user_who_mounted_logs_out(place: Place, tmp_path: Path, foreground: bool) -> None:
+    """The terminal hangs up.  A mount in the foreground ends with it; one in the background has let
+    go of the terminal, and one command ends it."""
+    path = tmp_path / "m"
+    path.mkdir()
+    with place.witness() as witness:
+        quotas = Quotas(witness)
+        opened = Open(path)
+        child, terminal = pty.fork()
+        if not child:
+            flags = ["-f"] if foreground else []
+            script = f'"$@"; {"" if foreground else "cat"}'
+            command = [sys.executable, "-m", "xsfs", *flags, place.socket, str(path)]
+            os.execvp("bash", ["bash", "-c", script, "bash", *command])
+        try:
+            until(lambda: os.path.ismount(path))
+            opened.fill()
+            quotas.check_in_use()
+            os.close(terminal)
+            os.waitpid(child, 0)
+            if foreground:
+                until(lambda: not os.path.ismount(path))
+            else:
+                assert (path / "name").read_text()
+                opened.close()
+                subprocess.run(["umount", "-l", path], check=True, timeout=LIMIT)
+            quotas.check_free()
+            with mounted([place.socket], path) as again:
+                assert (again.path / "name").read_text()
+        finally:
+            opened.close()
+            subprocess.run(["umount", "-l", path], stderr=subprocess.DEVNULL, check=False)
+
+
+def test_the_end_does_not_wait_for_a_daemon_that_stands_still(tmp_path: Path) -> None:
+    for name in ("C", "ocaml"):
+        directory = tmp_path / name
+        directory.mkdir()
+        with open_place(name, directory) as place:
+            assert place.daemon is not None
+            mount = Mount([place.socket], directory / "m")
+            opened = Open(mount.path)
+            try:
+                mount.wait_mounted()
+                opened.fill()
+                place.daemon.pause()
+                start = time.monotonic()
+                assert mount.end(signal.SIGTERM) == 0
+                assert time.monotonic() - start < 10
+                assert os.listdir(mount.path) == []
+            finally:
+                place.daemon.resume()
+                opened.close()
+                mount.clear()
