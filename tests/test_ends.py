@@ -108,6 +108,10 @@ def unmount(*options: str) -> Callable[[Mount], None]:
     return end
 
 
+def fusermount(mount: Mount) -> None:
+    subprocess.run(["fusermount3", "-uz", mount.path], check=True, timeout=LIMIT)
+
+
 def by(number: signal.Signals) -> Callable[[Mount], None]:
     def end(mount: Mount) -> None:
         mount.process.send_signal(number)
@@ -129,9 +133,7 @@ ENDS: dict[str, Callable[[Mount], None]] = {
     "SIGKILL": by(signal.SIGKILL),
     "umount": unmount(),
     "umount -l": unmount("-l"),
-    "fusermount3 -uz": lambda mount: (
-        subprocess.run(["fusermount3", "-uz", mount.path], check=True, timeout=LIMIT) and None
-    ),
+    "fusermount3 -uz": fusermount,
 }
 
 

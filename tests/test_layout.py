@@ -63,8 +63,9 @@ watch_files
     transaction_files   wire names view node values directories transactions mirror_link
     verdicts            wire errors
     silence             errors
+    handles             node
     session_loop
-    operations          silence session_loop wire errors names node verdicts
+    operations          handles silence session_loop wire errors names node verdicts
 
     background
     tasks

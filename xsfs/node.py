@@ -260,6 +260,10 @@ class Tree:
         self.mirror: LiveCopy | None = None
         self.readers = 0
         """How many watch files are open."""
+        self.foreign_readers = 0
+        """How many of them by users who are neither root nor the one who mounted."""
+        self.foreign = False
+        """Whether one of these asks: true of the request whose node is just being called."""
         self._nodes: dict[int, Node] = {}
         self._moved: dict[tuple[type[Node], Node, bytes], Node] = {}
 

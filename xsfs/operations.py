@@ -1,6 +1,6 @@
 """The pyfuse3 operations: a thin dispatch to nodes and handles, and the border between two worlds.
 
-What it owns: the table of open handles.  Each operation finds its node or handle and asks it; each
+Each operation finds its node or handle and asks it; each
 goes through `_answer`, which turns every failure into an errno, whatever it was: an exception that
 escaped would end the mount.
 """
@@ -38,6 +38,7 @@ from xsfs.errors import (
     TransactionEnded,
     XenstoreError,
 )
+from xsfs.handles import Handles
 from xsfs.names import NAME_MAX
 from xsfs.node import Handle, Tree, refuse
 from xsfs.session_loop import install
@@ -104,8 +105,7 @@ class Operations(pyfuse3.Operations):
         self.silence = Silence()
         self.traces = trace.isEnabledFor(logging.DEBUG)
         self._distrust = distrust
-        self._handles: dict[int, Handle] = {}
-        self._next_handle = 1
+        self._handles = Handles()
 
     def __len__(self) -> int:
         """How many files and directories are open."""
@@ -113,8 +113,7 @@ class Operations(pyfuse3.Operations):
 
     async def end(self) -> None:
         """The mount ends: carry out what open files still owe the store."""
-        handles, self._handles = self._handles, {}
-        for handle in handles.values():
+        for handle in self._handles.pop_all():
             try:
                 await handle.release()
             except Exception as error:
@@ -162,7 +161,7 @@ class Operations(pyfuse3.Operations):
                 words.append(repr(value[:80])[1:])
             elif isinstance(value, int) and position in _INODES.get(operation, (0,)):
                 on_handle = operation in _ON_HANDLES
-                node = self._handles[value].node if on_handle else self.tree.peek(value)
+                node = self._handles.get(value).node if on_handle else self.tree.peek(value)
                 words.append(node.label.decode() if node is not None else str(value))
             elif isinstance(value, int):
                 words.append(str(value))
@@ -170,22 +169,20 @@ class Operations(pyfuse3.Operations):
 
     def _handle(self, number: int) -> Handle:
         """The open file or directory; ESTALE if all that it belongs to has ended."""
-        handle = self._handles[number]
+        handle = self._handles.get(number)
         if handle.node.view.ended:
             refuse(errno.ESTALE)
         return handle
 
-    def _open(self, handle: Handle) -> FileHandleT:
-        number = self._next_handle
-        self._next_handle += 1
-        self._handles[number] = handle
-        return number
+    def _admit(self, ctx: RequestContext) -> bool:
+        """Whether who opens is neither root nor the one who mounted; ENFILE if it is too much."""
+        self.tree.foreign = self._handles.admit(ctx.uid)
+        return self.tree.foreign
 
-    def _file_info(self, handle: Handle) -> FileInfo:
+    def _file_info(self, handle: Handle, foreign: bool) -> FileInfo:
         # direct_io: what is read is what the handle has, whatever size was told before.
-        return FileInfo(
-            fh=self._open(handle), direct_io=True, keep_cache=False, nonseekable=handle.stream
-        )
+        number = self._handles.add(handle, foreign)
+        return FileInfo(fh=number, direct_io=True, keep_cache=False, nonseekable=handle.stream)
 
     # -------------------------------------------------------------------------------- entries
 
@@ -327,7 +324,8 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        return self._file_info(await self.tree.get(inode).open(flags, ctx.pid))
+        foreign = self._admit(ctx)
+        return self._file_info(await self.tree.get(inode).open(flags, ctx.pid), foreign)
 
     @answered
     async def create(
@@ -338,8 +336,9 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> tuple[FileInfo, EntryAttributes]:
+        foreign = self._admit(ctx)
         handle, entry = await self.tree.get(parent_inode).create(name, flags)
-        return self._file_info(handle), entry
+        return self._file_info(handle, foreign), entry
 
     @answered
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -373,7 +372,8 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        return self._open(await self.tree.get(inode).opendir())
+        foreign = self._admit(ctx)
+        return self._handles.add(await self.tree.get(inode).opendir(), foreign)
 
     @answered
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:

@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 READ_SECONDS: Final = 0.5
 
 READERS_MAX: Final = 1024
-"""How many watch files may be open: each may take one of pyfuse3's tasks, for as long as it likes."""
+"""How many watch files may be open: each may take one of pyfuse3's tasks, for as long as it likes.
+Users who are neither root nor the one who mounted have half of it together."""
 
 WATCHES_MAX: Final = 1024
 """How many paths one file may watch.  Less than EVENTS_MAX, or a backlog could not be cut short."""
@@ -119,15 +120,17 @@ class WatchFile(Node):
         mode = flags & os.O_ACCMODE
         if mode == os.O_WRONLY:
             refuse(errno.EINVAL)
-        if self.tree.readers >= READERS_MAX:
+        tree = self.tree
+        full = tree.readers >= READERS_MAX
+        if full or (tree.foreign and tree.foreign_readers >= READERS_MAX // 2):
             refuse(errno.EMFILE)
         handle = WatchHandle(self, nonblocking=bool(flags & os.O_NONBLOCK), writable=mode != 0)
-        self.tree.readers += 1
+        handle.count(1)
         if mode == os.O_RDONLY:
             try:
                 await handle.add(handle.base)
             except BaseException:
-                self.tree.readers -= 1
+                handle.count(-1)
                 raise
         self.view.at_end[handle] = handle.wake
         return handle
@@ -137,6 +140,7 @@ class WatchHandle(Handle):
     """See the module's text.
 
     base            the path of the directory when the file was opened
+    foreign         whether it is of a user who is neither root nor the one who mounted
     nonblocking     whether a read that would wait is EAGAIN instead
     """
 
@@ -148,6 +152,7 @@ class WatchHandle(Handle):
         "_subscriptions",
         "_turn",
         "base",
+        "foreign",
         "nonblocking",
         "writable",
     )
@@ -159,6 +164,7 @@ class WatchHandle(Handle):
         self.base = node.path
         self.nonblocking = nonblocking
         self.writable = writable
+        self.foreign = node.tree.foreign
         self._subscriptions: dict[bytes, Subscription] = {}
         # A dict would be slow to take the oldest from: it goes over all that were taken before.
         self._events: OrderedDict[bytes, None] = OrderedDict()
@@ -166,6 +172,12 @@ class WatchHandle(Handle):
         self._turn = trio.Lock()
         self._arrived = trio.lowlevel.ParkingLot()
         self._poll_handle: pyfuse3.PollHandle | None = None
+
+    def count(self, difference: int) -> None:
+        """One more is open, or one less."""
+        self.node.tree.readers += difference
+        if self.foreign:
+            self.node.tree.foreign_readers += difference
 
     # --------------------------------------------------------------------------------- events
 
@@ -278,7 +290,7 @@ class WatchHandle(Handle):
             raise
 
     async def release(self) -> None:
-        self.node.tree.readers -= 1
+        self.count(-1)
         self._poll_handle = None
         self.node.view.at_end.pop(self, None)
         for subscription in self._subscriptions.values():
