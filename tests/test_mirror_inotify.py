@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,9 @@ class Watching:
             if wanted:
                 self.lines.append(f"{wanted.pop()} {path.removeprefix(f'{self.directory}/')}")
 
+    def has_said(self, count: int) -> bool:
+        return len(self.lines) == count
+
     def await_lines(self, *lines: str) -> None:
         """Exactly these come, in this order."""
         await_true(lambda: len(self.lines) >= len(lines))
@@ -109,7 +113,7 @@ def test_one_event_a_change(place: Place, alive: Mirrored) -> None:
     with watching(alive.directory) as watched:
         for number in range(20):
             xenstore_write(place, "/watched/d/f", str(number))
-            await_true(lambda count=number + 1: len(watched.lines) == count)
+            await_true(partial(watched.has_said, number + 1))
         xenstore_write(place, "/watched/d/f", "19")  # the same is a change, too
         watched.await_lines(*["MOVED_TO d/f"] * 21)
         alive.witness.set_perms("/watched/d/f", ["n0", "r5"])

@@ -174,6 +174,10 @@ class Mirror:
             except _Lost:
                 delay = 0.0
                 log.warning("the mirror is gone until Xenstore is back")
+            except RequestTimeout as error:
+                # Each try has its time limit anyway.
+                delay = RETRY_FIRST
+                log.error("the mirror is gone: %s", error)
             except (StoreError, OSError) as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
                 log.error("the mirror is gone, and tried again in %g s: %s", delay, error)
@@ -275,7 +279,11 @@ class Mirror:
             self._wake()
 
     async def _burst(self, paths: Sequence[bytes], *, renew: bool) -> None:
-        sights = await self._view.survey(paths)
+        try:
+            sights = await self._view.survey(paths)
+        except wire.WireError as error:
+            self.store.distrust(str(error))
+            raise ConnectionLost(f"the store answers nonsense: {error}") from error
         self.looks += len(paths)
         await self._carry_out(
             step

@@ -62,9 +62,14 @@ class MirrorFiles:
         os.umask(mask)
         # What is made gets the modes less the process's own mask.
         self._chmod = bool(mask & (self._file_mode | self._directory_mode))
+        self._new_file_mode = self._file_mode
         self._chown = (ownership.uid, ownership.gid) != (os.geteuid(), os.getegid())
         # Only root may write in directories that have no write permission.
         self._unlock = os.geteuid() != 0
+        if self._unlock:
+            # Nor give permissions to files that have none.
+            self._chmod = True
+            self._new_file_mode = 0o600
         self._base = self.directory
         self._parent: tuple[bytes, int] | None = None
         self.has_perms = False
@@ -130,6 +135,8 @@ class MirrorFiles:
                     yield from self.removing(name)
         finally:
             self._let_go()
+            # It was entered like a directory of the copy.
+            os.fchmod(self._workshop.fd, 0o700)
             self._base = self.directory
             self.staged = False
 
@@ -222,10 +229,10 @@ class MirrorFiles:
         directory = self._enter(parent)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         if self.staged:
-            fd = os.open(name, flags, self._file_mode, dir_fd=directory)
+            fd = os.open(name, flags, self._new_file_mode, dir_fd=directory)
             self._fill(fd, content, perms)
             return
-        fd = os.open(_NEW, flags, self._file_mode, dir_fd=self._workshop.fd)
+        fd = os.open(_NEW, flags, self._new_file_mode, dir_fd=self._workshop.fd)
         try:
             self._fill(fd, content, perms)
             os.rename(_NEW, name, src_dir_fd=self._workshop.fd, dst_dir_fd=directory)

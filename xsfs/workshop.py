@@ -2,7 +2,7 @@
 
 What `Workshop` owns: beside the directory DIR the directory `.NAME.xsfs`, locked as long as it is open,
 for what is on its way to DIR or was removed from there.  In it the mark says which directory is kept,
-by its inode number, and whether and how it was before.
+by its inode, and whether and how it was before.
 
 What always holds: where the workshop is there and not locked, an xsfs has died, and what is in the
 marked DIR was its copy.  Any other DIR that is not empty is somebody else's, and left alone.
@@ -11,8 +11,10 @@ marked DIR was its copy.  Any other DIR that is not empty is somebody else's, an
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import stat
+import struct
 from contextlib import suppress
 from typing import Final
 
@@ -22,6 +24,10 @@ DIRECTORY_PATH_MAX: Final = 512
 RUN_DIRECTORY: Final = "/run/xsfs"
 
 _MARK: Final = b"mark"
+
+_GET_VERSION: Final = 0x80007601 | struct.calcsize("l") << 16
+
+log = logging.getLogger(__name__)
 
 _OTHER: Final = "name another directory: mirror=DIR"
 _EMPTY: Final = "name an empty directory, or one to be made: mirror=DIR"
@@ -72,7 +78,7 @@ class Workshop:
             try:
                 self._take(shown)
             except BaseException:
-                self._leave()
+                self._give_up()
                 raise
         except OSError as error:
             raise MirrorPlaceError(
@@ -99,41 +105,75 @@ class Workshop:
             raise
 
     def _take(self, shown: str) -> None:
-        kept, before = self._read_mark()
+        kept = self._read_mark()[0]
         try:
             found = os.lstat(self.directory)
         except FileNotFoundError:
             os.mkdir(self.directory, 0o700)
-            found = os.lstat(self.directory)
-            kept, before = found.st_ino, b""
+            try:
+                self._write_mark(b"")
+            except OSError:
+                os.rmdir(self.directory)
+                raise
+            return
         if not stat.S_ISDIR(found.st_mode):
             raise MirrorPlaceError(f"the mirror {shown} is not a directory", _EMPTY)
         if found.st_dev != os.fstat(self.fd).st_dev:
             raise MirrorPlaceError(f"the mirror {shown} is a mountpoint itself", _EMPTY)
-        if found.st_ino != kept:
+        if self._identity() != kept:
             if os.listdir(self.directory):
                 raise MirrorPlaceError(f"the mirror {shown} is not empty", _EMPTY)
             mode = stat.S_IMODE(found.st_mode)
-            before = b"%d %d %d" % (mode, found.st_uid, found.st_gid)
-        fd = os.open(_MARK, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600, dir_fd=self.fd)
-        with open(fd, "wb") as mark:
-            mark.write(b"%d %s" % (found.st_ino, before))
+            self._write_mark(b"%d %d %d" % (mode, found.st_uid, found.st_gid))
 
-    def _read_mark(self) -> tuple[int, bytes]:
-        """The inode number of the directory that is kept, and how it was before; nothing of the
-        latter where it was made."""
+    def _identity(self) -> bytes:
+        """What no other directory in the place of DIR has: its inode's number, and the generation
+        where the file system gives numbers again (ioctl_iflags(2), FS_IOC_GETVERSION)."""
+        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            generation = fcntl.ioctl(fd, _GET_VERSION, bytes(struct.calcsize("l"))).hex()
+        except OSError:
+            generation = "none"
+        finally:
+            number = os.fstat(fd).st_ino
+            os.close(fd)
+        return b"%d.%s" % (number, generation.encode())
+
+    def _write_mark(self, before: bytes) -> None:
+        fd = os.open(_MARK, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600, dir_fd=self.fd)
+        try:
+            with open(fd, "wb") as mark:
+                mark.write(self._identity() + b" " + before)
+        except OSError:
+            os.unlink(_MARK, dir_fd=self.fd)
+            raise
+
+    def _read_mark(self) -> tuple[bytes, bytes]:
+        """Which directory is kept, and how it was before; nothing of the latter where it was made."""
         try:
             with open(self.inside(_MARK), "rb") as mark:
-                number, _, before = mark.read().partition(b" ")
-                return int(number), before
-        except (FileNotFoundError, ValueError):
-            return 0, b""
+                identity, _, before = mark.read().partition(b" ")
+                return identity, before
+        except FileNotFoundError:
+            return b"", b""
 
     def inside(self, name: bytes) -> bytes:
         return self.path + b"/" + name
 
     def close(self) -> None:
-        """Give DIR back, empty, as it was before; or remove it, if it was made."""
+        """Give DIR back, empty, as it was before; or remove it, if it was made.
+
+        Where that fails it is logged, and the workshop left for the next start.
+        """
+        try:
+            self._give_back()
+            self._leave()
+        except OSError as error:
+            log.error("the mirror %s cannot be removed: %s", os.fsdecode(self.directory), error)
+        finally:
+            os.close(self.fd)
+
+    def _give_back(self) -> None:
         before = self._read_mark()[1]
         if before:
             mode, uid, gid = map(int, before.split())
@@ -141,14 +181,18 @@ class Workshop:
             os.chmod(self.directory, mode)
         else:
             os.rmdir(self.directory)
-        self._leave()
+
+    def _give_up(self) -> None:
+        """DIR was not taken.  What a dead xsfs has left is left."""
+        with suppress(OSError):
+            os.rmdir(self.path)
+        os.close(self.fd)
 
     def _leave(self) -> None:
         """Remove the workshop itself, and a directory that was made for all of them."""
         if os.path.lexists(self.inside(_MARK)):
             os.unlink(_MARK, dir_fd=self.fd)
         os.rmdir(self.path)
-        os.close(self.fd)
         above = os.fsdecode(os.path.dirname(self.path))
         if above == RUN_DIRECTORY and not os.listdir(above):
             os.rmdir(above)
