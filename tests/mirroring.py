@@ -179,6 +179,11 @@ def differences(must: Tree, found: Tree) -> list[str]:
     return said
 
 
+def busy() -> float:
+    """How many times longer things take because of what else this machine does; at least 1."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def await_true(check: Callable[[], object], seconds: float = LIMIT) -> None:
     """Ask until what comes is true; what comes must be so in time."""
     deadline = time.monotonic() + seconds

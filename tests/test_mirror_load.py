@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mirroring import HOME, Mirrored, await_true, mirrored
+from tests.mirroring import HOME, Mirrored, await_true, busy, mirrored
 from tests.mounting import LIMIT, Place, open_place
 
 SECONDS = float(os.environ.get("XSFS_TEST_FLOOD", "2"))
@@ -30,7 +30,7 @@ GROWTH_MAX = 24
 """MiB by which xsfs may grow in a flood."""
 
 READ_SECONDS = 0.5
-"""How long a reader of the mount may wait meanwhile."""
+"""How long a reader of the mount may wait meanwhile, where nothing else goes on."""
 
 _FLOOD = f"""
 import sys, time
@@ -111,7 +111,9 @@ def test_a_flood(place: Place, alive: Mirrored) -> None:
     with reading(alive) as took:
         # A writer that oxenstored stops for good would not end.
         done = subprocess.run(
-            [sys.executable, "-c", _FLOOD, place.socket, str(SECONDS)],
+            # Who reads events comes first: oxenstored stops a writer for good whose watchers are 2,000
+            # events behind, and on a busy machine that is nobody's fault.
+            ["nice", "-n", "19", sys.executable, "-c", _FLOOD, place.socket, str(SECONDS)],
             stdout=subprocess.PIPE,
             text=True,
             check=True,
@@ -127,7 +129,7 @@ def test_a_flood(place: Place, alive: Mirrored) -> None:
     )
     assert grown < GROWTH_MAX
     assert len(took) > 10
-    assert max(took) < READ_SECONDS
+    assert max(took) < READ_SECONDS * busy()
     alive.witness.rm(f"{HOME}/flood")
     alive.settle()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mirroring import Mirrored, await_true, mirrored
+from tests.mirroring import Mirrored, await_true, busy, mirrored
 from tests.mounting import LIMIT, Mount, Place, open_place
 from tests.storming import is_whole, storming, whole
 from tests.xenstored.harness import RealXenstored, XsError, domain_uuid
@@ -144,7 +144,7 @@ def of_domain(domid: int) -> list[str]:
 
 def true_at_rest(*mirrors: Mirrored) -> None:
     """They are true QUIET seconds from now."""
-    time.sleep(QUIET * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+    time.sleep(QUIET * busy())
     found = [mirror.found() for mirror in mirrors]
     for mirror, tree in zip(mirrors, found, strict=True):
         assert mirror.differences(tree) == []
