@@ -71,10 +71,11 @@ watch_files
     tasks
     options             wire client ownership
     statuses
+    notify
     mount               errors transport drain servants link client embedded names known view node \
 watch_files transactions transaction_files operations background tasks options statuses mirror \
-mirror_files workshop
-    command             __init__ options statuses mount
+mirror_files workshop notify
+    command             __init__ options statuses notify mount
     __main__            command
 """
 

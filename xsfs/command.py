@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from xsfs import __version__
 from xsfs.mount import MountError, mount
+from xsfs.notify import JournalFormatter, in_journal, notify, status
 from xsfs.options import FLAGS, MOUNT_FLAGS, Options, UsageError, help_lines, parse, source_of
 from xsfs.statuses import EXIT_BUG, EXIT_MOUNTED, EXIT_USAGE, STATUSES
 
@@ -131,11 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.DEBUG if options.debug else logging.INFO,
         format="xsfs: %(message)s",
     )
+    if in_journal(2):
+        logging.getLogger().handlers[0].setFormatter(JournalFormatter())
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
     try:
         mount(options)
     except MountError as error:
-        print(f"xsfs: {error}", file=sys.stderr)
+        logging.error("%s", error)
+        notify(status(str(error)))
         return error.status
     except Exception:
         logging.exception("a bug in xsfs")

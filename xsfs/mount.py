@@ -32,6 +32,7 @@ from xsfs.mirror import Mirror
 from xsfs.mirror_files import MirrorFiles
 from xsfs.names import RAW, TEXT
 from xsfs.node import Tree
+from xsfs.notify import READY, STOPPING, notify, status
 from xsfs.operations import Operations
 from xsfs.options import AUTOMATIC_SOURCES, Options
 from xsfs.servants import open_servants
@@ -46,7 +47,7 @@ from xsfs.statuses import (
 from xsfs.tasks import describe_tasks
 from xsfs.transaction_files import MountRoot
 from xsfs.transactions import Transactions
-from xsfs.transport import NO_STORE_HINT, SocketTransport
+from xsfs.transport import NO_STORE_HINT, SocketTransport, find_store
 from xsfs.view import View, home_of
 from xsfs.watch_files import READERS_MAX
 from xsfs.workshop import MirrorPlaceError, default_directory
@@ -123,6 +124,7 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                     _fuse_mount(operations, options)
                     try:
                         ready()
+                        notify(READY, status(_description(options, view)))
                         was_ready = True
                         # What there is by now stays: the collector need not look at it again.
                         gc.freeze()
@@ -136,7 +138,16 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
     return was_ready
 
 
+def _description(options: Options, view: View) -> str:
+    """What is mounted, for people."""
+    source = options.source
+    if source in (None, *AUTOMATIC_SOURCES):
+        source = find_store(os.environ)
+    return f"{view.root.decode()} of {source} at {options.mountpoint}"
+
+
 async def _unmount(operations: Operations) -> None:
+    notify(STOPPING)
     with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
         await operations.end()
     pyfuse3.close(unmount=True)
