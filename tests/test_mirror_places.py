@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,11 @@ import pytest
 from tests.mirroring import HOME, Mirrored, await_true, mirrored, scratch
 from tests.mounting import LIMIT, Mount, Place, mounted, open_place
 from tests.xenstored.harness import strings
+from xsfs.mirror_files import MirrorFiles
 from xsfs.mount import ENDING
+from xsfs.ownership import Ownership
 from xsfs.statuses import EXIT_MIRROR
+from xsfs.workshop import MirrorPlaceError
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +92,18 @@ def test_directories_that_cannot_be_it(place: Place, shm: Path, tmp_path: Path) 
         "p" * 200 + "/" + "q" * 250 + "/" + "r" * 100: "is too long",
     }
     for name, reason in said.items():
-        assert reason in refused(place, shm / name, mountpoint), name
+        # One of each kind is enough in a process of its own.
+        if name in ("full", "nowhere/m"):
+            said_there = refused(place, shm / name, mountpoint)
+        else:
+            files = MirrorFiles(str(shm / name), Ownership(0, 0, 0o077))
+            with pytest.raises(MirrorPlaceError) as caught:
+                files.open()
+            said_there = str(caught.value)
+        assert reason in said_there, name
     assert sorted(os.listdir(shm)) == ["file", "full", "loop", "to-full"]
     assert (shm / "full" / "mine").read_text() == "mine"
-    for directory in (mountpoint, mountpoint / "below"):
-        assert "is inside the mount" in refused(place, directory, mountpoint)
+    assert "is inside the mount" in refused(place, mountpoint / "below", mountpoint)
 
 
 def test_mountpoints_and_read_only_parents(place: Place, shm: Path, tmp_path: Path) -> None:
@@ -314,6 +325,10 @@ def test_an_unprivileged_user(tmp_path: Path, shm: Path) -> None:
 # -------------------------------------------------------------------------------- hostile owners
 
 
+def is_file(path: Path) -> bool:
+    return path.is_file()
+
+
 def test_the_owner_leads_nobody_outside(place: Place, tmp_path: Path, shm: Path) -> None:
     """The files' owner puts links, pipes and directories where xsfs has to write and remove."""
     outside = shm / "outside"
@@ -340,6 +355,9 @@ def test_the_owner_leads_nobody_outside(place: Place, tmp_path: Path, shm: Path)
             elif trick == "pipe value":
                 (top / "d" / ".value").unlink()
                 os.mkfifo(top / "d" / ".value")
+                # What is in it is looked at again, and compared.
+                alive.witness.write(path, "v")
+                await_true(partial(is_file, top / "d" / ".value"))
             else:
                 (top / "d" / "f").unlink()
                 (top / "d" / "f").mkdir()

@@ -24,7 +24,7 @@ from tests.mounting import LIMIT, Mount, Place, open_place
 from tests.storming import is_whole, storming, whole
 from tests.xenstored.harness import RealXenstored, XsError, domain_uuid
 
-SECONDS = float(os.environ.get("XSFS_TEST_STORM", "3"))
+SECONDS = float(os.environ.get("XSFS_TEST_STORM", "2"))
 
 NAMES = ("a", "b", "data", "device", "n-1")
 
@@ -244,3 +244,36 @@ def test_a_storm_in_which_domains_come_and_go(kind: str, tmp_path: Path) -> None
                         store.rm(path)
         assert domid > 21
         true_at_rest(alive)
+
+
+@pytest.mark.parametrize("kind", ["C", "embedded"])
+def test_a_value_is_never_torn(kind: str, tmp_path: Path) -> None:
+    """Nor empty in between: one node whose values are long, and written as fast as can be."""
+    chance = random.Random(1)
+    values = [whole(chance) * (1 + number % 2) for number in range(50)]
+    seen: list[set[bytes]] = [set(), set()]
+    with ExitStack() as stack:
+        place = stack.enter_context(open_place(kind, tmp_path))
+        alive = stack.enter_context(mirrored(place, tmp_path / "m"))
+        path = alive.directory / "a"
+        alive.witness.write(f"{ROOT}/a", values[0])
+        await_true(path.exists)
+        stop = threading.Event()
+
+        def read(found: set[bytes]) -> None:
+            while not stop.is_set():
+                found.add(path.read_bytes())
+
+        threads = [threading.Thread(target=read, args=(found,)) for found in seen]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + SECONDS / 2
+        while time.monotonic() < end:
+            alive.witness.write(f"{ROOT}/a", chance.choice(values))
+        stop.set()
+        for thread in threads:
+            thread.join(LIMIT)
+            assert not thread.is_alive()
+    for found in seen:
+        assert len(found) > 10
+        assert found <= {value + b"\n" for value in values}
