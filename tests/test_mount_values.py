@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 import subprocess
 import threading
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -309,3 +312,70 @@ def test_fsync_carries_a_truncation_out(
         assert witness.read(node(place, file)) == b"1"
         os.fsync(opened.fileno())
         assert witness.read(node(place, file)) == b""
+
+
+# ------------------------------------------------------------------------- what fstat(2) tells
+
+
+def slow() -> None:
+    """Longer than the kernel keeps attributes."""
+    time.sleep(0.02)
+
+
+def test_an_emptied_file_is_empty_for_fstat(place: Place, box: Path, witness: XsClient) -> None:
+    path = box / "f"
+    path.write_text("long value\n")
+    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC)
+    slow()
+    assert os.fstat(descriptor).st_size == 0
+    # The store hears of it with the first write.
+    assert witness.read(node(place, path)) == b"long value"
+    os.write(descriptor, b"x\n")
+    slow()
+    assert os.fstat(descriptor).st_size == 2
+    os.close(descriptor)
+    assert path.stat().st_size == 2
+
+
+def test_what_became_a_directory_keeps_its_value(
+    place: Place, box: Path, witness: XsClient
+) -> None:
+    path = box / "f"
+    path.write_text("value\n")
+    descriptor = os.open(path, os.O_RDWR)
+    witness.write(f"{node(place, path)}/child", b"1")
+    for size in (0, 2):
+        with fails(errno.ESTALE):
+            os.ftruncate(descriptor, size)
+        assert witness.read(node(place, path)) == b"value"
+    os.close(descriptor)
+    os.truncate(path / ".value", 0)
+    assert witness.read(node(place, path)) == b""
+
+
+def test_truncation_of_a_file(place: Place, box: Path, witness: XsClient) -> None:
+    path = box / "f"
+    path.write_text("value\n")
+    for size, value in ((3, b"val"), (0, b""), (2, b"\0\0")):
+        os.truncate(path, size)
+        assert witness.read(node(place, path)) == value
+
+
+def test_a_file_made_where_a_directory_would_be_by_custom(
+    place: Place, mount: Mount, witness: XsClient
+) -> None:
+    """Its maker has a file, for as long as he has it open."""
+    path = mount.path / "error" / "hotplug"
+    with contextlib.suppress(FileExistsError):
+        path.parent.mkdir()
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+    try:
+        slow()
+        assert stat.S_ISREG(os.fstat(descriptor).st_mode)
+        os.write(descriptor, b"text\n")
+        slow()
+        assert os.fstat(descriptor).st_size == 5
+        assert path.read_text() == "text\n"
+    finally:
+        os.close(descriptor)
+        witness.rm(f"{place.home}/error/hotplug")
