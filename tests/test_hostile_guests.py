@@ -132,7 +132,7 @@ def test_long_names(daemon: RealXenstored, mount: Mount, guest: XsClient, evil: 
     start = time.monotonic()
     done = tool("ls", "-l", evil)
     assert done.returncode == 0
-    assert time.monotonic() - start < 3.0, len(made)
+    assert time.monotonic() - start < 5.0, len(made)
     assert len(tool("find", evil, "-type", "f").stdout.splitlines()) == len(made)
     for alias in expected[:20]:
         assert (evil / alias).read_text() == "v\n"

@@ -250,7 +250,7 @@ class Store(Session):
         Raises XenstoreError `EAGAIN` if it conflicted all the time.
         """
         deadline = trio.current_time() + self.timeout
-        async with self._atomic:
+        async with self._one_of_few(deadline):
             while True:
                 self.requests += 1
                 transaction = await self._start(await self._link.connected(deadline))
@@ -261,6 +261,18 @@ class Store(Session):
                         raise
                 finally:
                     await self._clean_up(transaction)
+
+    @asynccontextmanager
+    async def _one_of_few(self, deadline: float) -> AsyncIterator[None]:
+        """One of ATOMIC_MAX places.  Those who wait for it wait no longer than for an answer."""
+        with trio.move_on_at(deadline) as waiting:
+            await self._atomic.acquire()
+        if waiting.cancelled_caught:
+            raise RequestTimeout("Xenstore did not end other transactions in time")
+        try:
+            yield
+        finally:
+            self._atomic.release()
 
     async def _clean_up(self, transaction: Transaction) -> None:
         if not transaction.open:
