@@ -3,8 +3,7 @@
 #
 #   ./test.sh [ARGUMENT OF PYTEST...]
 #
-# Both real Xenstore daemons are Debian's; they run without Xen.  tests/test_xen.py boots real Xen in qemu,
-# which takes minutes: name the tests that you want for a quick run.  XSFS_VENV says where the virtual
+# Both real Xenstore daemons are Debian's; they run without Xen.  XSFS_VENV says where the virtual
 # environment is (default: .venv).
 set -eu
 cd "$(dirname "$0")"
@@ -16,8 +15,7 @@ apt-get install -y -qq --no-install-recommends \
     python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3 \
     xen-utils-4.17 xenstore-utils attr inotify-tools rsync dash procps util-linux mount systemd \
     man-db mandoc bash-completion zsh \
-    debootstrap lintian pipx \
-    qemu-system-x86 cpio kmod e2fsprogs >/dev/null
+    debootstrap lintian pipx >/dev/null
 
 /usr/bin/python3 -m venv "$venv"
 "$venv/bin/pip" install -q --disable-pip-version-check -e '.[test]'
