@@ -170,9 +170,11 @@ def _pack(configuration: Configuration, arguments: Sequence[str], directory: Pat
 def _machine(directory: Path) -> Sequence[str]:
     """The command line of qemu."""
     images = cache()
+    # Where Xen switches the FPU lazily, registers seem to get lost under qemu as soon as there are two
+    # domains: now and then a program dies of it, or goes on with rubbish.
     xen = (
         "console=com1 com1=115200 loglvl=all guest_loglvl=all dom0_mem=1280M,max:1280M"
-        " dom0_max_vcpus=1 smap=0 xpti=0 spec-ctrl=no"
+        " dom0_max_vcpus=1 smap=0 xpti=0 spec-ctrl=no,eager-fpu xsave=0"
     )
     return [
         *("qemu-system-x86_64", "-accel", "tcg"),

@@ -97,7 +97,7 @@ def test_the_domu_loses_a_conflict(guest: Guest, shared: Path) -> None:
 def test_none_of_their_increments_is_lost(guest: Guest, dom0: Mount, shared: Path) -> None:
     (shared / "n").write_text("0")
     there = INCREMENT.format(times=4, mount="/mnt/xenstore", key="data/n")
-    guest.bash(f"({there}; echo done) > /tmp/increments 2>&1 &")
+    guest.bash(f"({there}echo done) > /tmp/increments 2>&1 &")
     key = (shared / "n").relative_to(dom0.path)
     shell(INCREMENT.format(times=4, mount=dom0.path, key=key), limit=LIMIT * 3)
     until(lambda: guest.bash("cat /tmp/increments"), "the domU is done", LIMIT * 3)

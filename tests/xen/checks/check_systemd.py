@@ -110,6 +110,20 @@ def test_killed_it_comes_again(running: str) -> None:
     assert show(running, "NRestarts") == "1"
 
 
+def test_in_a_domu() -> None:
+    """The same unit, where there is no daemon to wait for."""
+    with Guest("service") as guest:
+        status = guest.bash("systemctl status --no-pager xsfs.service")
+        print(status)
+        assert "Active: active (running)" in status
+        assert f'Status: "{guest.home} of /dev/xen/xenbus at /mnt/xenstore"' in status
+        assert guest.bash("cat /mnt/xenstore/.domid").strip() == str(guest.domid)
+        assert guest.bash("systemctl --failed --no-legend --plain") == ""
+        guest.bash("systemctl kill --signal=KILL xsfs.service")
+        until(lambda: guest.run("cat /mnt/xenstore/.domid")[0] == 0, "it is there again")
+        assert guest.bash("systemctl show --value -p NRestarts xsfs.service").strip() == "1"
+
+
 def test_xenstored_starts_again_under_it(running: str) -> None:
     process = show(running, "MainPID")
     (MOUNT / "data/before").write_text("1")
@@ -184,17 +198,3 @@ def test_fstab_at_first_use() -> None:
     assert not os.path.exists("/srv/automatic/domain/0/none")
     assert (Path("/srv/automatic") / "domain/0/name").read_text() == "Domain-0\n"
     assert "fuse.xsfs" in shell("findmnt -n -o FSTYPE /srv/automatic")
-
-
-def test_in_a_domu() -> None:
-    """The same unit, where there is no daemon to wait for."""
-    with Guest("service") as guest:
-        status = guest.bash("systemctl status --no-pager xsfs.service")
-        print(status)
-        assert "Active: active (running)" in status
-        assert f'Status: "{guest.home} of /dev/xen/xenbus at /mnt/xenstore"' in status
-        assert guest.bash("cat /mnt/xenstore/.domid").strip() == str(guest.domid)
-        assert guest.bash("systemctl --failed --no-legend --plain") == ""
-        guest.bash("systemctl kill --signal=KILL xsfs.service")
-        until(lambda: guest.run("cat /mnt/xenstore/.domid")[0] == 0, "it is there again")
-        assert guest.bash("systemctl show --value -p NRestarts xsfs.service").strip() == "1"
