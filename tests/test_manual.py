@@ -63,7 +63,9 @@ def test_mandoc_finds_nothing_wrong() -> None:
         timeout=LIMIT,
         check=False,
     )
-    assert done.stdout == ""
+    # Which other manuals this system has is not the question.
+    said = [line for line in done.stdout.splitlines() if "referenced manual not found" not in line]
+    assert said == []
 
 
 def page(*arguments: str) -> str:
