@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import PLACES, Mount, Place, mounted, open_place
+from tests.mounting import PLACES, Mount, Place, each_place, mounted
 from tests.xenstored.harness import XsClient
 
 NEEDED = {
@@ -37,13 +37,7 @@ def pytest_sessionstart() -> None:
             pytest.exit(f"{program} is missing: apt-get install {package}", returncode=3)
 
 
-@pytest.fixture(scope="module", params=PLACES)
-def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
-    """Each store in turn."""
-    with open_place(request.param, tmp_path_factory.mktemp("place")) as place:
-        yield place
+place = each_place(*PLACES)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.xenstored.harness import RealXenstored, XsClient
 
@@ -166,6 +169,28 @@ def open_place(name: str, directory: Path) -> Iterator[Place]:
         daemon.populate()
         socket = daemon.guest_socket(GUEST) if domid else daemon.socket
         yield Place(name, socket, domid, daemon)
+
+
+def each_place(*names: str) -> Any:
+    """A fixture: each of these stores in turn, for a whole file of tests."""
+
+    @pytest.fixture(scope="module", params=names)
+    def place(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Place]:
+        with open_place(request.param, tmp_path_factory.mktemp("place")) as place:
+            yield place
+
+    return place
+
+
+def refusal(attempt: Callable[[], object]) -> int:
+    """The errno with which it fails; 0 if it does not."""
+    try:
+        attempt()
+    except OSError as error:
+        return error.errno or -1
+    return 0
 
 
 def wait_for_socket(socket: str, mount: Mount) -> None:

@@ -34,6 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -425,6 +426,9 @@ class Soak:
     def descriptors_of(pid: int | None) -> int:
         return len(os.listdir(f"/proc/{pid}/fd"))
 
+    def is_left(self, counter: str, rest: int) -> bool:
+        return self.mount.counter(counter) <= rest
+
     def check_what_is_left(self) -> None:
         # Idle transactions of killed programs go by themselves.
         for counter in ("transactions", "readers", "watches", "handles"):
@@ -432,7 +436,7 @@ class Soak:
             rest = 1 if counter == "handles" else 0
             self.until(
                 f"{counter} are left",
-                lambda counter=counter, rest=rest: self.mount.counter(counter) <= rest,  # type: ignore[misc]
+                partial(self.is_left, counter, rest),
                 TX_TIMEOUT + LIMIT,
             )
         Path("/proc/sys/vm/drop_caches").write_text("2\n")

@@ -12,14 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.mounting import LIMIT, Mount, Place, mounted, open_place
+from tests.mounting import LIMIT, Mount, Place, each_place, mounted, open_place
 from tests.test_transactions import open_at_once, until
 from tests.xenstored.harness import XsClient, XsError
 
@@ -29,12 +29,7 @@ WATCHES = 60
 TRANSACTIONS = 6
 
 
-@pytest.fixture(scope="module", params=["C-guest", "ocaml-guest"])
-def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
-    with open_place(request.param, tmp_path_factory.mktemp("ends")) as place:
-        yield place
+place = each_place("C-guest", "ocaml-guest")
 
 
 def watches_at_once(witness: XsClient) -> int:

@@ -15,18 +15,12 @@ import pytest
 
 from tests.lying_store import LyingStore, Talk, on, says, silence
 from tests.mirroring import HOME, Mirrored, await_true, live, mirrored, scratch
-from tests.mounting import LIMIT, Place, mounted, open_place
+from tests.mounting import LIMIT, Place, each_place, mounted
 from tests.test_mirror_places import refused
 from tests.xenstored.harness import strings
 from xsfs.wire import Message, Op
 
-
-@pytest.fixture(scope="module", params=["C", "ocaml"])
-def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
-    with open_place(request.param, tmp_path_factory.mktemp("place")) as place:
-        yield place
+place = each_place("C", "ocaml")
 
 
 @pytest.fixture

@@ -19,16 +19,10 @@ from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
 from tests.mirroring import Mirrored, await_true, mirrored
-from tests.mounting import LIMIT, Place, open_place
+from tests.mounting import LIMIT, Place, each_place
 from tests.xenstored.harness import strings
 
-
-@pytest.fixture(scope="module", params=["C", "ocaml", "embedded"])
-def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
-    with open_place(request.param, tmp_path_factory.mktemp("place")) as place:
-        yield place
+place = each_place("C", "ocaml", "embedded")
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,15 @@ from functools import partial
 import pytest
 
 from tests.mirroring import Live, await_true, live
-from tests.mounting import Place, open_place
+from tests.mounting import Place, each_place
 from tests.xenstored.harness import XsClient, strings
+from xsfs import known
 from xsfs.names import RAW
 
 ROOT = "/test"
 
 
-@pytest.fixture(scope="module", params=["C", "ocaml", "embedded"])
-def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
-    with open_place(request.param, tmp_path_factory.mktemp("place")) as place:
-        yield place
+place = each_place("C", "ocaml", "embedded")
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +165,29 @@ def test_an_empty_value_is_forgotten_beside_children(alive: Live, store: XsClien
     assert kind(alive, "n/.value") == "nothing"
 
 
+def test_more_directories_than_can_be_remembered(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is forgotten is not looked at for that: another would be forgotten then, for ever."""
+    monkeypatch.setattr(known, "KNOWN_MAX", 5)
+    with place.witness() as store:
+        for number in range(20):
+            store.write(f"/many/d{number}", "v")
+            store.write(f"/many/d{number}/c", "v")
+        with live(place.socket, store, root="/many") as alive:
+            alive.settle()
+            looks = alive.mirror.looks
+            for number in range(20):
+                store.write(f"/many/d{number}", "w")
+            alive.settle()
+            for number in range(50):
+                store.write("/many/d0/c", f"{number}")
+                alive.settle()
+            # Of all and of their children, and of the one child each time.
+            assert alive.mirror.looks - looks <= 100
+        store.rm("/many")
+
+
 def test_what_was_made_a_directory_while_its_removal_is_looked_at(
     alive: Live, store: XsClient
 ) -> None:
@@ -176,13 +195,13 @@ def test_what_was_made_a_directory_while_its_removal_is_looked_at(
     for number in range(200):
         path = b"/test/d%d" % number
 
-        def known(path: bytes = path) -> None:
+        def learn(path: bytes = path) -> None:
             store.mkdir(path.decode())
             alive.known.add(path)
 
         store.mkdir(path.decode())
         store.rm(path.decode())
-        alive.tell(known)
+        alive.tell(learn)
     alive.settle()
     assert {kind(alive, f"d{number}") for number in range(200)} == {"directory"}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.mirroring import HOME, Mirrored, await_true, busy, mirrored
-from tests.mounting import LIMIT, Place, open_place
+from tests.mounting import LIMIT, Place, each_place
 
 SECONDS = float(os.environ.get("XSFS_TEST_FLOOD", "2"))
 
@@ -52,12 +52,7 @@ with XsClient(sys.argv[1]) as client:
 """
 
 
-@pytest.fixture(scope="module", params=["C", "ocaml", "embedded"])
-def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
-    with open_place(request.param, tmp_path_factory.mktemp("place")) as place:
-        yield place
+place = each_place("C", "ocaml", "embedded")
 
 
 @pytest.fixture(scope="module")

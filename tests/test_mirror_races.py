@@ -17,7 +17,7 @@ import pytest
 
 from tests.lying_store import LyingStore, Talk
 from tests.mirroring import Live, await_true, live
-from tests.mounting import GUEST, LIMIT, Place, open_place
+from tests.mounting import GUEST, LIMIT, Place, each_place, open_place
 from tests.storming import REFUSED
 from tests.xenstored.harness import RealXenstored, XsClient, XsError, strings
 from xsfs.wire import Message, Op
@@ -28,12 +28,7 @@ SEEDS = int(os.environ.get("XSFS_TEST_SEEDS", "2"))
 """How many runs of random changes there are.  More of them find more."""
 
 
-@pytest.fixture(scope="module", params=STORES)
-def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
-    with open_place(request.param, tmp_path_factory.mktemp("place")) as place:
-        yield place
+place = each_place(*STORES)
 
 
 # ------------------------------------------------------------------------------- at random

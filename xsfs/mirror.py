@@ -4,7 +4,7 @@ Why the copy is exact whenever the store is at rest:
 
 An event says that something changed at a path or below it.  It does not say what, and it comes for
 less than everything: parents made implicitly have none, nor have the nodes below a removed one.  So
-an event for P means to look again at P and at all that is shown below it (`_look_again`); and where
+an event for P means to look again at P and at all that is shown below it (`Copy.again`); and where
 P's parent is not shown, at the highest ancestor that is not.  Take any node N, and the last thing
 that changed it:
 

@@ -57,9 +57,15 @@ class Copy:
         if kind != stat.S_IFDIR:
             return kind == stat.S_IFREG and known is not None
         names = self._files.names(place)
-        if bool(known) is not (VALUE_NAME in names):
+        # A `.value` that is not empty is there whatever is known.
+        empty = self._files.content(self._in(place, VALUE_NAME)) == b""
+        if (known and VALUE_NAME not in names) or (empty and not known):
             return True
         return path != self._view.root and not self._has_children(names)
+
+    @staticmethod
+    def _in(place: bytes, name: bytes) -> bytes:
+        return place + b"/" + name if place else name
 
     @staticmethod
     def _has_children(names: list[bytes]) -> bool:
@@ -84,9 +90,7 @@ class Copy:
             return
         place = self.place(path)
         kind = self._files.kind(place)
-        wanted = 0
-        if look is not None:
-            wanted = self._wanted(path, look)
+        wanted = 0 if look is None else self._wanted(path, look)
         if kind not in (0, wanted):
             yield from self._remove(place, kind)
         if look is None:
@@ -167,7 +171,7 @@ class Copy:
         if new:
             self._files.make_directory(place)
             self.nodes += 1
-        value_place = place + b"/" + VALUE_NAME if place else VALUE_NAME
+        value_place = self._in(place, VALUE_NAME)
         if self._view.has_dot_value(path, look):
             self._show_file(value_place, look, sight, renew=renew or new)
         elif not new and self._files.kind(value_place):
@@ -178,7 +182,7 @@ class Copy:
             kept = {VALUE_NAME, *map(file_name, names)}
             for name in self._files.names(place):
                 if name not in kept:
-                    child = place + b"/" + name if place else name
+                    child = self._in(place, name)
                     yield from self._remove(child, self._files.kind(child))
         for name in names:
             self.again[join(path, name)] = None

@@ -261,10 +261,7 @@ async def _mirror(
                 ) from error
             yield mirror
     finally:
-        try:
-            files.close()
-        except OSError as error:
-            log.error("the mirror could not be cleared: %s", error)
+        files.close()
 
 
 def _operations(

@@ -12,7 +12,7 @@ What always holds:
 - Taking an event from the connection costs the same however many subscribe to its watch: where there
   are several, `_spread` tells them, one at a time, and what comes meanwhile is merged.  A reader of
   the connection that fell some 2000 events behind would stop whoever writes, with oxenstored for good.
-- After the connection was lost, `_keep` sets every watch again, and the store's initial event tells
+- After the connection was lost, `run` sets every watch again, and the store's initial event tells
   each subscriber that it may have missed something.
 """
 
