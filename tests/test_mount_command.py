@@ -106,6 +106,17 @@ def test_a_line_in_fstab(host: Host, kind: str, source: str) -> None:
     assert host.mounts() == ["/mnt/xenstore"]
 
 
+@pytest.mark.parametrize("kind", ["fuse.xsfs", "xsfs"])
+def test_mounted_at_the_first_use(host: Host, kind: str) -> None:
+    """The mountpoint is an autofs, where only the process group of whoever mounts is let through."""
+    host.fstab.write_text(f"xenstore /mnt/xenstore {kind} noauto,x-systemd.automount 0 0\n")
+    said = host.sh(
+        "/mnt/.python/bin/python /mnt/.repository/tests/automount.py /mnt/xenstore"
+        " mount /mnt/xenstore"
+    )
+    assert said == "Domain-0\n"
+
+
 def test_mount_with_another_fstab(host: Host) -> None:
     host.sh(
         "echo 'xenstore /mnt/xenstore xsfs umask=022,noauto 0 0' > /tmp/fstab.xsfs;"

@@ -10,6 +10,8 @@ import errno
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lying_store import Lie, LyingStore, Talk, hang_up, on, says, sends, silence
+from tests.lying_store import Lie, LyingStore, Talk, hang_up, honest, on, says, sends, silence
 from tests.mounting import LIMIT, Mount, mounted, refusal
 from tests.test_mount_values import fails
 from tests.test_watch_files import program
@@ -395,6 +397,33 @@ def test_a_signal_ends_the_mount_of_a_stopped_daemon(tmp_path: Path, daemon: Rea
     finally:
         daemon.resume()
         mount.clear()
+
+
+@pytest.mark.parametrize("lie", [honest, says(b"EIO\0", Op.ERROR)], ids=["good", "bad"])
+def test_the_waiting_process_is_killed(liar: LyingStore, tmp_path: Path, lie: Lie) -> None:
+    """Nothing stays mounted that nobody has been told of, however the store answers in the end."""
+    asked = threading.Event()
+    go_on = threading.Event()
+
+    def late(talk: Talk, request: Message) -> bool:
+        asked.set()
+        assert go_on.wait(LIMIT)
+        return lie(talk, request)
+
+    liar.lie = late
+    place = tmp_path / "m"
+    place.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-m", "xsfs", liar.path, str(place)], stderr=subprocess.PIPE, text=True
+    ) as waiting:
+        assert asked.wait(LIMIT)
+        waiting.kill()
+        waiting.wait(LIMIT)
+        go_on.set()
+        assert waiting.stderr is not None
+        said = waiting.stderr.read()  # to its end: that of the process in the background
+    assert "a bug" not in said
+    assert not os.path.ismount(place)
 
 
 # -------------------------------------------------------------------------------- very large stores

@@ -2,6 +2,9 @@
 
 The process forks before anything is opened or any event loop runs.  The child does all the work and
 says by a pipe how it went; the parent waits for that, and ends with it.
+
+Until then both are of one process group.  On an autofs, as systemd lays on a mountpoint, everybody
+waits who comes before the mount is done, but for the process group of the mount(8) that is to do it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import logging
 import logging.handlers
 import os
 import sys
+from contextlib import suppress
 
 READY = b"\0"
 SYSLOG = "/dev/log"
@@ -27,7 +31,6 @@ class Background:
         else:
             os.close(reading)
             self._pipe = writing
-            os.setsid()
 
     def wait(self) -> None:
         """In the foreground: return when the other process is ready; exit with its status if it
@@ -38,8 +41,10 @@ class Background:
             sys.exit(status[0] if status else 1)
 
     def ready(self) -> None:
-        """In the background: let go of the terminal, and of the waiting process."""
+        """In the background: let go of the terminal, and of the waiting process.  BrokenPipeError:
+        nobody waits any more."""
         log_to_syslog()
+        os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
@@ -50,8 +55,9 @@ class Background:
         os.close(self._pipe)
 
     def failed(self, status: int, message: str) -> None:
-        print(f"xsfs: {message}", file=sys.stderr, flush=True)
-        os.write(self._pipe, bytes((status,)))
+        with suppress(BrokenPipeError):
+            print(f"xsfs: {message}", file=sys.stderr, flush=True)
+            os.write(self._pipe, bytes((status,)))
         os._exit(status)
 
 

@@ -93,7 +93,7 @@ def mount(options: Options) -> None:
         background.wait()
         return
     try:
-        if not trio.run(_serve, options, background.ready if background is not None else _nothing):
+        if not trio.run(_serve, options, _ready_of(background)):
             raise MountError(EXIT_INTERRUPTED, "ended by a signal before the mount", "try again")
     except MountError as error:
         if background is None:
@@ -101,8 +101,19 @@ def mount(options: Options) -> None:
         background.failed(error.status, str(error))
 
 
-def _nothing() -> None:
-    pass
+def _ready_of(background: Background | None) -> Callable[[], None]:
+    """What to call when the tree answers."""
+
+    def ready() -> None:
+        try:
+            if background is not None:
+                background.ready()
+        except BrokenPipeError:
+            raise MountError(
+                EXIT_INTERRUPTED, "whoever waited for the mount has gone", "try again"
+            ) from None
+
+    return ready
 
 
 async def _serve(options: Options, ready: Callable[[], None]) -> bool:
