@@ -17,7 +17,7 @@ from tests.mounting import LIMIT, mounted
 from tests.test_mount_values import fails
 from tests.test_watch_files import program
 from tests.xenstored.harness import RealXenstored, strings
-from xsfs.drain import DrainedTransport
+from xsfs.drain import MUCH, DrainedTransport
 from xsfs.transport import SocketTransport
 
 HOME = "/local/domain/0"
@@ -57,6 +57,15 @@ def received_to_the_end(drained: DrainedTransport) -> None:
         pass
 
 
+def rush(drained: DrainedTransport, peer: socket.socket) -> None:
+    """Have the thread take over."""
+    assert not drained.rushing
+    peer.sendall(bytes(MUCH))
+    assert len(received(drained)) == MUCH
+    assert drained.rushing
+    assert threads()
+
+
 def threads() -> int:
     return sum(thread.name == "xsfs-watches" for thread in threading.enumerate())
 
@@ -65,10 +74,21 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def test_little_is_read_by_the_loop() -> None:
+    with pair() as (drained, peer):
+        for number in range(100):
+            peer.sendall(b"%d" % number)
+            assert received(drained) == b"%d" % number
+            assert not drained.rushing
+        assert not threads()
+        drained.close()
+
+
 def test_what_is_sent_comes_in_order_while_nobody_takes_it() -> None:
     sent = b"".join(b"%07d\n" % number for number in range(100_000))
     with pair() as (drained, peer):
         peer.settimeout(LIMIT)
+        rush(drained, peer)
         # Several times what a socket holds: the peer does not wait for the one who takes.
         peer.sendall(sent)
         found = bytearray()
@@ -78,18 +98,41 @@ def test_what_is_sent_comes_in_order_while_nobody_takes_it() -> None:
         drained.close()
 
 
-def test_the_end_of_the_peer_is_the_end() -> None:
+def test_the_loop_reads_again_when_little_comes() -> None:
+    """Nothing is lost, doubled or reordered while the socket changes hands, again and again."""
     with pair() as (drained, peer):
-        peer.sendall(b"last words")
-        peer.close()
-        assert received(drained) == b"last words"
-        assert received(drained) == b""
+        peer.settimeout(LIMIT)
+        for _ in range(3):
+            rush(drained, peer)
+            found, number = b"", 0
+            while drained.rushing or not found.endswith(b"<%d>" % (number - 1)):
+                peer.sendall(b"<%d>" % number)
+                number += 1
+                try:
+                    found += drained.receive()
+                except BlockingIOError:
+                    continue
+            assert found == b"".join(b"<%d>" % each for each in range(number))
+            until(lambda: not threads())
         drained.close()
+
+
+def test_the_end_of_the_peer_is_the_end() -> None:
+    for rushing in (False, True):
+        with pair() as (drained, peer):
+            if rushing:
+                rush(drained, peer)
+            peer.sendall(b"last words")
+            peer.close()
+            assert received(drained) == b"last words"
+            assert received(drained) == b""
+            drained.close()
 
 
 def test_more_than_can_be_held_is_the_end() -> None:
     with pair() as (drained, peer):
         peer.settimeout(LIMIT)
+        rush(drained, peer)
         # The sender is let go of at once, not when somebody takes what has come.
         with fails(errno.EPIPE):
             while True:
@@ -101,12 +144,15 @@ def test_more_than_can_be_held_is_the_end() -> None:
 
 def test_nothing_is_left_of_it() -> None:
     before = threads(), descriptors()
-    for peer_first in (False, True):
-        with pair() as (drained, peer):
-            if peer_first:
-                peer.close()
-                assert received(drained) == b""
-            drained.close()
+    for rushing in (False, True):
+        for peer_first in (False, True):
+            with pair() as (drained, peer):
+                if rushing:
+                    rush(drained, peer)
+                if peer_first:
+                    peer.close()
+                    assert received(drained) == b""
+                drained.close()
     until(lambda: (threads(), descriptors()) == before)
 
 
