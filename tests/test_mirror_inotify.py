@@ -20,6 +20,7 @@ from watchdog.observers import Observer
 
 from tests.mirroring import Mirrored, await_true, mirrored
 from tests.mounting import LIMIT, Place, each_place
+from tests.user_systemd import user_systemd
 from tests.xenstored.harness import strings
 
 place = each_place("C", "ocaml", "embedded")
@@ -189,6 +190,27 @@ def test_watchdog(place: Place, alive: Mirrored) -> None:
     finally:
         observer.stop()
         observer.join(LIMIT)
+
+
+def test_a_path_unit_of_systemd(place: Place, alive: Mirrored, tmp_path: Path) -> None:
+    """systemd starts a service at each change, of a file that may not be there before."""
+    seen = tmp_path / "seen"
+    seen.touch()
+    state = alive.directory / "device/state"
+    units = {
+        "state.path": f"[Path]\nPathChanged={state}\n",
+        "state.service": f"[Service]\nType=oneshot\nExecStart=sh -c 'cat {state} >> {seen}'\n",
+    }
+    with user_systemd(tmp_path, units) as systemd:
+        systemd.systemctl("start", "state.path")
+        await_true(lambda: systemd.systemctl("is-active", "state.path") == "active")
+        told = []
+        for number in range(1, 5):
+            xenstore_write(place, "/watched/device/state", str(number))
+            told.append(str(number))
+            await_true(lambda: seen.read_text().split() == told)
+            # A change while its service still runs is one more start, at systemd's leisure.
+            await_true(lambda: systemd.systemctl("is-active", "state.service") == "inactive")
 
 
 # ------------------------------------------------------------------------------------ times

@@ -88,13 +88,16 @@ def _run(
         quarter = enter(store(kind, (part or domains) // 4))
         mounted = whole.mount.resident()
         directory = enter(tempfile.TemporaryDirectory(prefix="xsfs-tmpfs-", dir="/dev/shm"))
-        with open(os.path.join(directory, "value"), "wb") as file:
+        # At the same depth as in the mirror: each directory on the way takes its time.
+        value = directory + NAME
+        os.makedirs(os.path.dirname(value))
+        with open(value, "wb") as file:
             file.write(works.LINE)
         stage = works.Stage(
             whole,
             quarter,
             enter(bare(f"{NAME_VALUE}\n")),
-            file.name,
+            value,
             enter(_pyxs(whole.socket)),
             enter(reader(NAME, works.LINE, whole.environment)),
         )

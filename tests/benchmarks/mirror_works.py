@@ -42,6 +42,7 @@ def comparisons(stage: Stage, copy: str) -> list[Comparison]:
     return [
         Comparison("mirror: open, read, close", value, pyxs_read(stage), 0.02, each=True),
         Comparison("mirror: open, read, close", value, tmpfs, 1.1, each=True),
+        Comparison("the same of tmpfs", tmpfs, pyxs_read(stage), each=True),
         Comparison(f"mirror: {LOOP} times read < FILE", read, tool_reads(whole), 0.05),
         Comparison("mirror: find", find(whole, "find", top), ls, 0.05),
         Comparison("mirror: grep -r", grep(whole, "grep -r", top), ls, 0.1),
