@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tests.host import REPOSITORY, Host
+from tests.programs import Lines
 
 _BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -89,6 +90,29 @@ def matches(expected: Sequence[str], printed: Sequence[str]) -> bool:
         for line in expected
     )
     return re.fullmatch(pattern, "".join(f"{line}\n" for line in printed)) is not None
+
+
+def check_dialogue(document: str, host: Host, before: str = "") -> None:
+    """The same where programs in the background print, too: each command is typed when all has come
+    that is said to come of the one before."""
+    commands = session(document)
+    assert commands
+    with host.shell(before) as shell:
+        assert shell.stdin is not None
+        assert shell.stdout is not None
+        lines = Lines(shell.stdout.fileno())
+        try:
+            for command in commands:
+                shell.stdin.write(f"{command.typed}\n")
+                shell.stdin.flush()
+                for expected in command.output:
+                    line = re.sub(r"^bash: line \d+: ", "bash: ", lines.next())
+                    assert matches([expected], [line]), f"$ {command.typed}\n{line}"
+            shell.stdin.write("jobs -p | xargs -r kill; echo end\n")
+            shell.stdin.flush()
+            assert lines.next() == "end"
+        finally:
+            shell.kill()
 
 
 def check_session(document: str, host: Host, before: str = "") -> None:

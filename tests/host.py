@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -95,6 +95,20 @@ class Host:
         self, script: str, *arguments: str, user: int = 0, **environment: str
     ) -> subprocess.Popen[str]:
         """A shell there.  What it writes to stderr is part of stdout, in the order of writing."""
+        return self._start(script, arguments, user, environment, subprocess.DEVNULL)
+
+    def shell(self, before: str) -> subprocess.Popen[str]:
+        """A shell that reads its commands from stdin, after those."""
+        return self._start(f"{before}\nexec bash", (), 0, {}, subprocess.PIPE)
+
+    def _start(
+        self,
+        script: str,
+        arguments: Sequence[str],
+        user: int,
+        environment: Mapping[str, str],
+        stdin: int,
+    ) -> subprocess.Popen[str]:
         change_user = [f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
         clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         return subprocess.Popen(
@@ -102,8 +116,8 @@ class Host:
                 *("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--wdns=/mnt"),
                 *("setpriv", *change_user, "--", "bash", "-c", script, "bash", *arguments),
             ],
-            env=clean | {"LC_ALL": "C", "TZ": "UTC"} | environment,
-            stdin=subprocess.DEVNULL,
+            env={**clean, "LC_ALL": "C", "TZ": "UTC", **environment},
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

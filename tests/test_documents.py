@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import check_session, matches
+from tests.documents import check_dialogue, check_session, matches
 from tests.host import REPOSITORY, Host, open_host
 from tests.xenstored.harness import RealXenstored
 
@@ -38,6 +38,14 @@ def test_the_tutorial(dom0: Host) -> None:
 
 def test_transactions(dom0: Host) -> None:
     check_session("docs/transactions.md", dom0, MOUNTED)
+
+
+def test_watches(dom0: Host) -> None:
+    check_dialogue("docs/watches.md", dom0, MOUNTED)
+
+
+def test_the_mirror(dom0: Host) -> None:
+    check_dialogue("docs/mirror.md", dom0)
 
 
 def test_troubleshooting(dom0: Host) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.mounting import LIMIT, mounted
+from tests.programs import program
 from tests.test_mount_values import fails
-from tests.test_watch_files import program
 from tests.xenstored.harness import RealXenstored, strings
 from xsfs.drain import MUCH, DrainedTransport
 from xsfs.transport import SocketTransport

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests.mounting import GUEST, LIMIT, Mount, mounted
-from tests.test_watch_files import flood, program, wait_stopped
+from tests.programs import program
+from tests.test_watch_files import flood, wait_stopped
 from tests.xenstored.harness import RealXenstored, XsClient, XsEOF, XsError, XsTimeout, strings
 from xsfs.names import file_name
 

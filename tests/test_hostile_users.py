@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from tests.mounting import LIMIT, Mount, mounted, refusal
+from tests.programs import program
 from tests.test_command import let_others_reach
 from tests.test_mount_values import fails
-from tests.test_watch_files import program, wait_for
+from tests.test_watch_files import wait_for
 from tests.xenstored.harness import RealXenstored
 from xsfs.watch_files import READERS_MAX
 

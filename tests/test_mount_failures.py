@@ -22,8 +22,8 @@ import pytest
 
 from tests.lying_store import Lie, LyingStore, Talk, hang_up, honest, on, says, sends, silence
 from tests.mounting import LIMIT, Mount, mounted, refusal
+from tests.programs import program
 from tests.test_mount_values import fails
-from tests.test_watch_files import program
 from tests.xenstored.harness import RealXenstored, XsClient, strings
 from xsfs.wire import HEADER, Message, Op, encode
 

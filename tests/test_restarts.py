@@ -17,8 +17,8 @@ import pytest
 
 from tests.lying_store import LyingStore, on, silence
 from tests.mounting import LIMIT, Mount, mounted, refusal
+from tests.programs import Lines, program
 from tests.test_mount_values import fails
-from tests.test_watch_files import Lines, program
 from tests.xenstored.harness import RealXenstored
 from xsfs.wire import Op
 

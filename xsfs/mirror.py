@@ -169,6 +169,7 @@ class Mirror:
             try:
                 if self._true_of is None:
                     await self._make()
+                    log.info("the mirror is back: %d nodes", self.nodes)
                     delay = 0.0
                 await self._follow()
             except _Lost:
@@ -207,7 +208,6 @@ class Mirror:
             raise _Lost("the connection was lost while the copy was made")
         await self._carry_out(self._files.publish())
         self._true_of = interruptions
-        log.info("the mirror is true: %d nodes in %r", self.nodes, self.directory)
 
     async def _armed(self) -> None:
         """Return when both watches are set at the store, and have said so."""
