@@ -195,6 +195,15 @@ def test_fstab_by_hand() -> None:
 
 
 def test_fstab_at_first_use() -> None:
-    assert not os.path.exists("/srv/automatic/domain/0/none")
-    assert (Path("/srv/automatic") / "domain/0/name").read_text() == "Domain-0\n"
-    assert "fuse.xsfs" in shell("findmnt -n -o FSTYPE /srv/automatic")
+    """Mounted for who comes, and gone when it has not been used for a while."""
+
+    def mounted() -> bool:
+        return "/srv/automatic" in shell("findmnt -n -l -o TARGET -t fuse.xsfs").split()
+
+    assert show("srv-automatic.automount", "ActiveState") == "active"
+    for _ in range(2):
+        assert not mounted()
+        assert (Path("/srv/automatic") / "domain/0/name").read_text() == "Domain-0\n"
+        assert mounted()
+        until(lambda: not mounted(), "it is unmounted")
+    assert show("srv-automatic.mount", "Result") == "success"
