@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .kinds import bash, batch, find, grep, listing, open_read_close
+from .kinds import BATCH, bash, batch, find, grep, listing, open_read_close
 from .libxenstore import Reader
 from .mounting import Mount
-from .stores import NAME, NAME_VALUE, SCRATCH, Store
+from .stores import DOMAINS_MIN, NAME, NAME_VALUE, SCRATCH, Store
 from .timing import Comparison, Contender
 
 LOOP: Final = 200
 """Values that a script reads or writes in one run."""
+
+OPEN: Final = 400
+"""Files, and as many watch files, that are open while a value is read."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,31 @@ def one_value(stage: Stage) -> list[Comparison]:
         Comparison(work, ours, library, each=True),
         Comparison(work, ours, tmpfs, each=True),
         Comparison("the same of bare pyfuse3", bare, pyxs, each=True),
+        Comparison(f"the same, {OPEN} open", crowded(stage.whole), ours, 1.2, each=True),
     ]
+
+
+def crowded(store: Store) -> Contender:
+    """Reading one value while many files and watches are open."""
+    path = store.file(NAME)
+    watches = [store.file(f"/local/domain/{domid}/.watch") for domid in range(DOMAINS_MIN)]
+
+    def run() -> float:
+        opened: list[int] = []
+        try:
+            for number in range(OPEN):
+                opened.append(os.open(path, os.O_RDONLY))
+                watch = watches[number % len(watches)]
+                opened.append(os.open(watch, os.O_RDONLY | os.O_NONBLOCK))
+            start = time.perf_counter()
+            for _ in range(BATCH):
+                open_read_close(path)
+            return time.perf_counter() - start
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+
+    return Contender(f"xsfs, {OPEN} files and as many watch files open", run, BATCH)
 
 
 def bare_file(stage: Stage) -> str:
