@@ -23,7 +23,8 @@ LAYERS = """
 
     wire
     errors              wire
-    transport           wire errors
+    device              wire
+    transport           wire errors device
     drain               transport
     servants
     threads

@@ -12,8 +12,6 @@ What always holds:
   answered, timed out, or the connection has ended.  When `run` ends, every sender has been woken.
 - A sender that has gone (cancelled, timed out) leaves its requests in the table, so that the late
   replies are known and dropped.  The table is bounded: past OUTSTANDING_MAX nothing more is asked.
-- Where the transport takes one at a time (the kernel's device), a request is sent when the one before
-  has been answered; those that wait for it are in `_queue`.
 - Any violation of the protocol ends the connection; nothing after it is believed.
 """
 
@@ -22,7 +20,6 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -91,8 +88,6 @@ class Connection:
         self._batches: dict[int, _Batch] = {}
         self._next_id = 1
         self._unsent = b""
-        self._queue: deque[bytes] = deque()
-        self._alone = False
         self._skip_prompt = 0
         self._writer_parked = trio.lowlevel.ParkingLot()
         self._watchdog_parked = trio.lowlevel.ParkingLot()
@@ -168,22 +163,12 @@ class Connection:
         return batch
 
     def _send(self, messages: Sequence[bytes]) -> None:
-        if self._transport.one_at_a_time:
-            self._queue.extend(messages)
-            if not self._alone:
-                self._send_next()
-            return
         if self._unsent:
             self._unsent += b"".join(messages)
             return
         self._unsent = self._transport.send(messages)
         if self._unsent:
             self._writer_parked.unpark_all()
-
-    def _send_next(self) -> None:
-        self._alone = bool(self._queue)
-        if self._queue:
-            self._transport.send([self._queue.popleft()])
 
     async def _send_watch(self, messages: Sequence[bytes], batch: _Batch) -> None:
         """Have the device carry out a WATCH or UNWATCH, in a thread since it blocks.
@@ -300,11 +285,6 @@ class Connection:
         batch.missing -= 1
         if not batch.missing:
             batch.wake(outcome.Value(batch.replies))
-        if self._alone:
-            try:
-                self._send_next()
-            except OSError as error:
-                self.close(f"cannot send: {error.strerror}")
 
     async def _write_rest(self) -> None:
         while True:

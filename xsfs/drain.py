@@ -68,7 +68,6 @@ class DrainedTransport:
         self._socket = inner.socket
         self.payload_max = inner.payload_max
         self.watch_blocks = inner.watch_blocks
-        self.one_at_a_time = inner.one_at_a_time
         self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._chunks: deque[bytes | None] = deque()
         """Received by the thread.  None: it is done with the socket, which may have more."""

@@ -1,7 +1,6 @@
 """Where Xenstore is, and the two ways of talking to it: a Unix socket and the kernel's device.
 
-A transport moves bytes and never waits, but for the device's WATCH (see `DeviceTransport`).  It has
-no idea of messages beyond that the device takes exactly one with each write(2).
+A transport moves bytes and never waits, but for the device's WATCH (see `device.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
+from xsfs.device import DeviceTransport
 from xsfs.errors import StoreUnavailable
-from xsfs.wire import DEVICE_PAYLOAD_MAX, PAYLOAD_MAX
+from xsfs.wire import PAYLOAD_MAX
 
 RUNDIR: Final = "/var/run/xenstored"
 DEVICES: Final = ("/dev/xen/xenbus", "/proc/xen/xenbus")
@@ -37,8 +37,6 @@ class Transport(Protocol):
     payload_max: int
     watch_blocks: bool
     """Whether sending a WATCH or UNWATCH blocks the caller for a round trip."""
-    one_at_a_time: bool
-    """Whether a message may be sent only when the one before has been answered."""
 
     def fileno(self) -> int:
         """A descriptor that is readable when there is something to receive."""
@@ -66,7 +64,6 @@ class SocketTransport:
 
     payload_max = PAYLOAD_MAX
     watch_blocks = False
-    one_at_a_time = False
 
     def __init__(self, sock: socket.socket, *, same_loop: bool = False) -> None:
         """`same_loop`: the peer is a task of this very event loop, and must not be waited for."""
@@ -107,51 +104,6 @@ class SocketTransport:
         self.socket.close()
 
 
-class DeviceTransport:
-    """/dev/xen/xenbus, where the kernel multiplexes the domain's one ring.
-
-    It takes one message with each write and drops a second one in the same buffer; it never reports
-    that it is writable, and need not: write only queues.  But it does not copy what it queues: each
-    descriptor has one buffer, and the next write overwrites a message that the kernel's thread has
-    not put into the ring yet.  So a message may be written only when the one before is answered.
-    WATCH and UNWATCH are carried out within write; one sent while another request of the same
-    descriptor is unanswered can deadlock the kernel's Xenstore driver for good.
-    """
-
-    payload_max = DEVICE_PAYLOAD_MAX
-    watch_blocks = True
-    one_at_a_time = True
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def outlet(self) -> int:
-        return self._descriptor
-
-    def send(self, messages: Sequence[bytes]) -> bytes:
-        for message in messages:
-            os.write(self._descriptor, message)
-        return b""
-
-    def send_rest(self, rest: bytes) -> bytes:
-        raise AssertionError("the device takes a message whole")
-
-    def receive(self) -> bytes:
-        return os.read(self._descriptor, RECEIVE_SIZE)
-
-    def receive_soon(self) -> bytes | None:
-        return None
-
-    def close(self) -> None:
-        # A closed descriptor's number may belong to another file by the next call.
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
 def find_store(environ: Mapping[str, str]) -> str:
     """The path of the socket or device, looked for as libxenstore does: xs_open() of xs.c.
 
@@ -178,11 +130,7 @@ def open_transport(path: str) -> Transport:
         if stat.S_ISSOCK(mode):
             return _connect(path)
         if stat.S_ISCHR(mode):
-            descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-            if not _can_be_polled(descriptor):
-                os.close(descriptor)
-                raise StoreUnavailable(f"{path} is not Xenstore's device", NO_STORE_HINT)
-            return DeviceTransport(descriptor)
+            return _open_device(path)
     except PermissionError as error:
         raise StoreUnavailable(
             f"no right to use {path}", "only root may talk to Xenstore: run as root", denied=True
@@ -194,6 +142,17 @@ def open_transport(path: str) -> Transport:
         error.filename = path  # connect(2) does not tell it
         raise
     raise StoreUnavailable(f"{path} is neither a socket nor a device", NO_STORE_HINT)
+
+
+def _open_device(path: str) -> DeviceTransport:
+    def open_device() -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not _can_be_polled(descriptor):
+            os.close(descriptor)
+            raise StoreUnavailable(f"{path} is not Xenstore's device", NO_STORE_HINT)
+        return descriptor
+
+    return DeviceTransport(open_device)
 
 
 def _can_be_polled(descriptor: int) -> bool:
