@@ -297,6 +297,8 @@ def test_verdicts() -> None:
     assert errno_of(XenstoreError("E2BIG", watch(b"/x", b"t"))) == errno.ENOSPC
     assert errno_of(XenstoreError("EINVAL", read(b"/x"))) == errno.EINVAL
     assert errno_of(XenstoreError("EINVAL", read(b"/" + b"x" * 2048))) == errno.ENAMETOOLONG
+    assert errno_of(XenstoreError("EINVAL", watch(b"/x", b"t"))) == errno.EDQUOT
+    assert errno_of(XenstoreError("EINVAL", watch(b"/" + b"x" * 2048, b"t"))) == errno.ENAMETOOLONG
     assert errno_of(XenstoreError("EWHATEVER", read(b"/x"))) == errno.EIO
 
 

@@ -38,4 +38,7 @@ def errno_of(error: XenstoreError) -> int:
         return errno.EIO
     if number == errno.EINVAL and len(request.path) >= LONGEST_SURE_PATH:
         return errno.ENAMETOOLONG
+    if number == errno.EINVAL and request.op == Op.WATCH:
+        # oxenstored's EQUOTA, by the kernel's device: Linux makes EINVAL of what it does not know.
+        return errno.EDQUOT
     return number

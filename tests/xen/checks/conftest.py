@@ -72,3 +72,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Why a check has failed, at once: the machine may not live to tell it at the end."""
     if report.failed:
         print(f"\n{report.longreprtext}\n{report.capstdout}{report.capstderr}", flush=True)
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """With the seconds that a check took."""
+    if report.when != "call":
+        return None
+    return report.outcome, report.outcome[0], f"{report.outcome.upper()} in {report.duration:.0f} s"
