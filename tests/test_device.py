@@ -9,6 +9,8 @@ import errno
 import os
 import random
 import socket
+import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -210,6 +212,36 @@ async def test_an_event_is_no_answer(device: Device) -> None:
         await wait_all_tasks_blocked()
         assert len(device.look()) == 1
         device.answer(0)
+
+
+def test_a_watch_is_sent_by_the_thread_that_asks(device: Device) -> None:
+    """It blocks there until the kernel has carried it out, and a refused one is that thread's error:
+    what receives meanwhile, in the event loop, has nothing to do with it."""
+    transport = DeviceTransport(device.open)
+    device.sides[0].shutdown(socket.SHUT_RD)  # each write is refused
+    refused = 0
+
+    def watch() -> None:
+        nonlocal refused
+        for number in range(100_000):
+            try:
+                transport.send([encode(Op.WATCH, number, 0, b"/a\0token\0")])
+            except BrokenPipeError:
+                refused += 1
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=watch)
+        thread.start()
+        while thread.is_alive():
+            device.sides[0].send(encode(Op.WATCH_EVENT, 0, 0, b"/a\0token\0"))
+            transport.receive()
+        thread.join(LIMIT)
+    finally:
+        sys.setswitchinterval(interval)
+        transport.close()
+    assert refused == 100_000
 
 
 def test_nothing_is_left_of_it(device: Device) -> None:

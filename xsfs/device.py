@@ -35,7 +35,8 @@ DESCRIPTORS_MAX: Final = 16
 
 RECEIVE_SIZE: Final = 65536
 
-_OF_THE_FIRST: Final = frozenset((Op.TRANSACTION_START, Op.TRANSACTION_END, Op.WATCH, Op.UNWATCH))
+_BLOCKING: Final = frozenset((Op.WATCH, Op.UNWATCH))
+_OF_THE_FIRST: Final = frozenset((Op.TRANSACTION_START, Op.TRANSACTION_END))
 
 
 class _Descriptor:
@@ -96,6 +97,11 @@ class DeviceTransport:
         return self._first.number
 
     def send(self, messages: Sequence[bytes]) -> bytes:
+        if HEADER.unpack_from(messages[0])[0] in _BLOCKING:
+            # In a thread, beside `receive`: the queue is the event loop's, which must not send these.
+            for message in messages:
+                self._first.write(message)
+            return b""
         self._queue.extend(messages)
         self._send_queued()
         return b""
