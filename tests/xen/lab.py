@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import compileall
 import os
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -153,14 +154,14 @@ def _pack(configuration: Configuration, arguments: Sequence[str], directory: Pat
             PROJECT / name, share / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
         )
     compileall.compile_dir(share, quiet=1)
-    chosen = " ".join(arguments)
-    if CHECKS not in chosen:
-        chosen = " ".join((*configuration.checks, *(f"'{argument}'" for argument in arguments)))
+    chosen = list(arguments)
+    if not any(CHECKS in argument for argument in arguments):
+        chosen = [*configuration.checks, *arguments]
     (share / "run.conf").write_text(
         f"DAEMON={configuration.daemon}\n"
         f"GUEST={configuration.guest}\n"
         f"INIT={configuration.init}\n"
-        f'CHECKS="{chosen}"\n'
+        f"CHECKS={shlex.quote(shlex.join(chosen))}\n"
     )
     with tarfile.open(directory / "share.tar", "w") as tar:
         tar.add(share, ".")
