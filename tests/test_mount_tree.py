@@ -512,6 +512,29 @@ def fill(client: XsClient, top: str, names: list[str]) -> None:
     assert not any(isinstance(reply, XsError) for reply in replies)
 
 
+def test_sizes_are_those_of_the_moment_whatever_a_listing_knew(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    """A listing does not ask for the values, and a size of 0 from it would be believed by tar."""
+    names = [f"n{number}" for number in range(20)]
+    fill(witness, node(place, box), names)
+    descriptor = os.open(box / "n0", os.O_RDWR | os.O_APPEND)
+    try:
+        with os.scandir(box) as entries:
+            assert {entry.name: entry.stat().st_size for entry in entries} == dict.fromkeys(
+                names, 2
+            )
+        os.listdir(box)
+        assert os.fstat(descriptor).st_size == 2
+        os.listdir(box)
+        assert os.lseek(descriptor, 0, os.SEEK_END) == 2
+        os.listdir(box)
+        os.write(descriptor, b"w")
+    finally:
+        os.close(descriptor)
+    assert witness.read(f"{node(place, box)}/n0") == b"v\nw"
+
+
 def test_a_directory_of_5000_children(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:

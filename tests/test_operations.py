@@ -32,7 +32,7 @@ from xsfs.errors import (
     XenstoreError,
 )
 from xsfs.known import KNOWN_MAX, KnownDirectories
-from xsfs.names import TEXT
+from xsfs.names import TEXT, join
 from xsfs.node import Tree
 from xsfs.operations import Operations
 from xsfs.ownership import Ownership
@@ -40,7 +40,7 @@ from xsfs.servants import open_servants
 from xsfs.transport import SocketTransport
 from xsfs.values import ValueFile
 from xsfs.verdicts import errno_of
-from xsfs.view import View
+from xsfs.view import Look, View
 from xsfs.wire import WireError, directory, read, watch, write
 
 ROOT = pyfuse3.ROOT_INODE
@@ -184,6 +184,26 @@ async def test_echo_is_one_request(w: World) -> None:
 @in_world
 async def test_a_listing_asks_one_burst_for_the_names(w: World) -> None:
     assert await w.costs(lambda: w.operations.opendir(ROOT, ctx())) == 2
+
+
+@in_world
+async def test_a_listing_asks_for_values_only_where_the_kind_depends_on_them(w: World) -> None:
+    await w.store.write("data/file", b"value")
+    await w.store.mkdir("device")
+    looks: dict[bytes, Look | None] = {}
+
+    async def look(path: bytes, *names: bytes) -> None:
+        looks.update(await w.view.look_at_children(path, names))
+
+    home = w.view.home
+    assert await w.costs(lambda: look(home + b"/data", b"file")) == 1
+    # What is a directory by custom while it is empty, and what was one.
+    assert await w.costs(lambda: look(home, b"device", b"data")) == 4
+    shown = {
+        name: look is not None and w.view.is_directory(join(home, name), look)
+        for name, look in looks.items()
+    }
+    assert shown == {b"file": False, b"device": True, b"data": True}
 
 
 # --------------------------------------------------------------------------------- inodes, counts

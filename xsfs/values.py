@@ -45,7 +45,10 @@ class ValueFile(XenstoreNode):
 
     def attributes(self, look: Look) -> EntryAttributes:
         size = len(self.view.content.render(look.value))
-        return self.entry(size, look.readable, look.writable)
+        entry = self.entry(size, look.readable, look.writable)
+        if not look.whole:
+            entry.attr_timeout = 0
+        return entry
 
     def is_of_kind(self, look: Look) -> bool:
         if self.claims and not look.has_children:

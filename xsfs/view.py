@@ -42,14 +42,21 @@ class Look(NamedTuple):
     """What one burst told of a node."""
 
     value: bytes
+    """Empty also where it was not asked for, as the kind does not depend on it."""
     has_children: bool
     readable: bool
     writable: bool
+    whole: bool = True
+    """Whether the value was asked for."""
 
     @property
     def hidden(self) -> bool:
         """Whether this domain may not even know what the node is."""
         return not self.readable
+
+
+Answers = Sequence[Reply | None]
+"""To READ, DIRECTORY and, where they are asked for, GET_PERMS of a node.  None: not asked."""
 
 
 class Sight(NamedTuple):
@@ -138,24 +145,38 @@ class View:
     async def look_at_children(
         self, path: bytes, names: Sequence[bytes]
     ) -> dict[bytes, Look | None]:
-        """The same for children, by name.  Of those that have children it is kept which, as a guess
-        for `look_into`: who lists a directory often lists those in it next."""
+        """Of which kind children are, by name, with the value only of those where that depends on it.
+
+        Of those that have children it is kept which, as a guess for `look_into`: who lists a directory
+        often lists those in it next.
+        """
         paths = [join(path, name) for name in names]
         asked = self.known.moment
-        replies = await self.session.burst([q for p in paths for q in self._questions(p)])
-        return self._children(paths, names, replies, asked)
+        questions = [self._questions_of_kind(path) for path in paths]
+        replies = await self.session.burst([q for each in questions for q in each])
+        return self._children(paths, names, questions, replies, asked)
 
     def _children(
-        self, paths: Sequence[bytes], names: Sequence[bytes], replies: Sequence[Reply], asked: int
+        self,
+        paths: Sequence[bytes],
+        names: Sequence[bytes],
+        questions: Sequence[Sequence[Request]],
+        replies: Sequence[Reply],
+        asked: int,
     ) -> dict[bytes, Look | None]:
         looks = {}
-        for path, name, answers in zip(paths, names, _each(replies, len(paths)), strict=True):
+        start = 0
+        for path, name, of_it in zip(paths, names, questions, strict=True):
+            answers: Answers = replies[start : start + len(of_it)]
+            start += len(of_it)
+            if of_it[0].op != Op.READ:
+                answers = (None, *answers)
             looks[name] = look = self._learn(path, answers, asked)
             if look is not None and look.has_children:
                 self._guess(path, answers[1])
         return looks
 
-    def _guess(self, path: bytes, listing: Reply) -> None:
+    def _guess(self, path: bytes, listing: Reply | None) -> None:
         if isinstance(listing, bytes) and len(listing) <= GUESS_SIZE_MAX:
             _keep(self._guesses, path, listing, GUESSES_MAX)
 
@@ -170,9 +191,8 @@ class View:
         paths = [join(path, name) for name in guessed]
         questions = self._questions(path)
         asked = self.known.moment
-        replies = await self.session.burst(
-            [*questions, *(q for p in paths for q in self._questions(p))]
-        )
+        of_children = [self._questions_of_kind(path) for path in paths]
+        replies = await self.session.burst([*questions, *(q for each in of_children for q in each)])
         look = self._learn(path, replies[: len(questions)], asked)
         if look is None or not look.has_children:
             return look, [], {}
@@ -181,7 +201,7 @@ class View:
             return look, await self.session.list(path), {}
         if len(listing) <= GUESS_SIZE_MAX:
             _keep(self._listed, path, listing, LISTED_MAX)
-        known = self._children(paths, guessed, replies[len(questions) :], asked)
+        known = self._children(paths, guessed, of_children, replies[len(questions) :], asked)
         return look, wire.decode_names(listing), known
 
     async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
@@ -246,19 +266,29 @@ class View:
             Request(Op.GET_PERMS, terminated),
         )
 
-    def _learn(self, path: bytes, replies: Sequence[Reply], asked: int) -> Look | None:
+    def _questions_of_kind(self, path: bytes) -> Sequence[Request]:
+        """What to ask in order to know whether it is a directory: the value only of an empty node
+        that could be one."""
+        if self.known.get(path) is not None or is_container(path):
+            return self._questions(path)
+        return self._questions(path)[1:]
+
+    def _learn(self, path: bytes, answers: Answers, asked: int) -> Look | None:
         """What was seen of the node, when the store was `asked`."""
-        look = self._understand(replies)
+        look = self._understand(answers)
         if look is None:
             self.known.missed(path, asked)
         elif look.has_children:
             self.known.seen(path)
         return look
 
-    def _understand(self, replies: Sequence[Reply]) -> Look | None:
-        value, children = replies[0], replies[1]
-        if len(replies) == 2 and type(value) is bytes and type(children) is bytes:
-            return Look(value, bool(children), True, True)
+    def _understand(self, answers: Answers) -> Look | None:
+        value, children = answers[0], answers[1]
+        if len(answers) == 2 and type(children) is bytes:
+            if value is None:
+                return Look(b"", bool(children), True, True, whole=False)
+            if type(value) is bytes:
+                return Look(value, bool(children), True, True)
         has_children = bool(children)
         if isinstance(value, XenstoreError) or isinstance(children, XenstoreError):
             if isinstance(children, XenstoreError) and children.name == "E2BIG":
@@ -274,21 +304,23 @@ class View:
             if isinstance(value, XenstoreError):
                 raise value
         writable = True
-        if len(replies) > 2:
-            perms = replies[2]
-            if isinstance(perms, XenstoreError):
-                return None if perms.name == "ENOENT" else HIDDEN
+        if len(answers) > 2:
+            perms = answers[2]
+            if not isinstance(perms, bytes):
+                return None if perms is not None and perms.name == "ENOENT" else HIDDEN
             writable = wire.access_of(wire.decode_perms(perms), self.domid)[1]
-        return Look(value, has_children, True, writable)
+        return Look(value or b"", has_children, True, writable, whole=value is not None)
 
     def is_directory(self, path: bytes, look: Look) -> bool:
         """Whether a node is a directory: it has children, or is empty and one by custom.
 
         A node that may not be read counts as one, since the way to readable nodes leads through it.
         """
-        if look.has_children or look.hidden or self.known.knows(path, look.value):
+        if look.has_children or look.hidden:
             return True
-        return not look.value and is_container(path)
+        if not look.whole:
+            return False
+        return self.known.knows(path, look.value) or (not look.value and is_container(path))
 
     def has_dot_value(self, path: bytes, look: Look) -> bool:
         """Whether there is a `.value` in a directory: one for each value, or just made."""
