@@ -97,6 +97,7 @@ def _run(
             whole,
             quarter,
             enter(bare(f"{NAME_VALUE}\n")),
+            enter(bare(f"{NAME_VALUE}\n", whole.socket, NAME)),
             value,
             enter(_pyxs(whole.socket)),
             enter(reader(NAME, works.LINE, whole.environment)),

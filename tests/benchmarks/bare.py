@@ -1,13 +1,18 @@
-"""The least that a file can be in pyfuse3: `python3 -m tests.benchmarks.bare CONTENT MOUNTPOINT`.
+"""The least that a file can be in pyfuse3:
+`python3 -m tests.benchmarks.bare CONTENT [SOCKET NODE] MOUNTPOINT`.
 
 One file with that content, whatever its name.  As in xsfs the kernel keeps no entry of it, so that
 each open begins with a lookup, and reads with direct_io; and there is nothing else.  What opening
 it, reading it and closing it takes is the floor under every file system on pyfuse3.
+
+With a Xenstore's socket each lookup asks, and waits for the answer, what xsfs must know: the node's
+value and children.  That is the floor under every Xenstore file system on pyfuse3.
 """
 
 from __future__ import annotations
 
 import errno
+import socket
 import stat
 import sys
 from typing import Final
@@ -26,14 +31,41 @@ from pyfuse3 import (
     RequestContext,
 )
 
+from xsfs.wire import Op, Parser, encode
+
 FILE: Final = InodeT(ROOT_INODE + 1)
 HANDLE: Final = FileHandleT(1)
 
 
+class Question:
+    """What is the same each time, sent and received as bytes."""
+
+    def __init__(self, path: str, node: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        payload = node.encode() + b"\0"
+        self._bytes = b"".join(encode(op, 1, 0, payload) for op in (Op.READ, Op.DIRECTORY))
+        self._socket.sendall(self._bytes)
+        parser, replies, self._expected = Parser(), 0, 0
+        while replies < 2:
+            data = self._socket.recv(4096)
+            self._expected += len(data)
+            parser.feed(data)
+            while parser.next() is not None:
+                replies += 1
+
+    def ask(self) -> None:
+        self._socket.send(self._bytes)
+        missing = self._expected
+        while missing > 0:
+            missing -= len(self._socket.recv(4096))
+
+
 class Bare(pyfuse3.Operations):
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, question: Question | None) -> None:
         super().__init__()
         self.content = content
+        self.question = question
 
     def attributes(self, inode: InodeT) -> EntryAttributes:
         entry = EntryAttributes()
@@ -49,6 +81,8 @@ class Bare(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
+        if self.question is not None:
+            self.question.ask()
         return self.attributes(FILE)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
@@ -68,9 +102,12 @@ class Bare(pyfuse3.Operations):
         pass
 
 
-def main(content: str, mountpoint: str) -> None:
+def main(content: str, *store: str) -> None:
+    *where, mountpoint = store
     pyfuse3.init(
-        Bare(content.encode()), mountpoint, {"fsname=bare", "ro", "nosuid", "nodev", "noexec"}
+        Bare(content.encode(), Question(*where) if where else None),
+        mountpoint,
+        {"fsname=bare", "ro", "nosuid", "nodev", "noexec"},
     )
     try:
         trio.run(pyfuse3.main)

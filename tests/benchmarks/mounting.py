@@ -49,9 +49,10 @@ def xsfs(socket: str, *options: str) -> contextlib.AbstractContextManager[Mount]
     return mounted("xsfs", ["-f", "-o", ",".join(("root=/", *options)), socket])
 
 
-def bare(content: str) -> contextlib.AbstractContextManager[Mount]:
-    """A file system with a single file, found under any name."""
-    return mounted(f"{__package__}.bare", [content])
+def bare(content: str, *store: str) -> contextlib.AbstractContextManager[Mount]:
+    """A file system with a single file, found under any name.  `store`: the socket that each lookup
+    asks, and for which node; none if it is not to ask."""
+    return mounted(f"{__package__}.bare", [content, *store])
 
 
 @contextlib.contextmanager
