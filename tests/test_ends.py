@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.lying_store import LyingStore, on, silence
 from tests.mounting import LIMIT, Mount, Place, each_place, mounted, open_place
 from tests.test_transactions import open_at_once, until
 from tests.xenstored.harness import XsClient, XsError
+from xsfs.wire import Op
 
 WATCHES = 60
 """More than half of what either daemon lets a guest have."""
@@ -225,3 +227,58 @@ def test_the_end_does_not_wait_for_a_daemon_that_stands_still(tmp_path: Path) ->
                 place.daemon.resume()
                 opened.close()
                 mount.clear()
+
+
+@pytest.mark.parametrize("how", ["commit", "rollback", "rmdir", "idle"])
+@pytest.mark.parametrize("name", ["C", "ocaml"])
+def test_killed_while_one_transaction_begins_and_another_ends(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    """mkdir(2) holds the directory until it is answered.  Whatever xsfs tells the kernel of the end of
+    another transaction must not wait for that: a thread of xsfs that waits in the kernel keeps the
+    killed process from letting go, and so the one who made the directory waits for ever."""
+    with (
+        open_place(name, tmp_path) as place,
+        LyingStore(tmp_path / "liar.sock", place.socket) as liar,
+    ):
+        idle = 0.5 if how == "idle" else 60
+        mount = Mount(["-o", f"timeout={LIMIT},tx_timeout={idle}", liar.path], tmp_path / "m")
+        transactions = mount.path / ".transaction"
+        connection: Path | None = None
+        programs: list[subprocess.Popen[bytes]] = []
+
+        def start(program: str, name: str) -> None:
+            command: list[str | Path] = [program, transactions / name]
+            programs.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+
+        try:
+            mount.wait_mounted()
+            connection = Path(f"/sys/fs/fuse/connections/{os.minor(mount.path.stat().st_dev)}")
+            (transactions / "ends").mkdir()
+            control = os.open(transactions / "ends" / ".control", os.O_WRONLY)
+            inside = os.open(transactions / "ends" / "data", os.O_RDONLY)
+            liar.lie = on(Op.TRANSACTION_START, silence)
+            connections = liar.connections
+            start("mkdir", "begins")
+            until(lambda: liar.connections > connections)
+            if how == "idle":
+                until(lambda: "is rolled back" in mount.stderr)
+            elif how == "rmdir":
+                start("rmdir", "ends")
+            else:
+                os.write(control, how.encode())
+            mount.process.kill()
+            assert [program.wait(LIMIT) for program in programs] == [1] * len(programs)
+            assert mount.process.wait(LIMIT) == -signal.SIGKILL
+            os.close(control)
+            os.close(inside)
+            subprocess.run(["umount", "-l", mount.path], check=True, timeout=LIMIT)
+            assert not connection.exists()
+            with mounted([place.socket], mount.path) as again:
+                assert os.listdir(again.path / ".transaction") == []
+        finally:
+            if connection is not None:
+                # Or what the test has found would stay until the machine is started anew.
+                with suppress(OSError):
+                    (connection / "abort").write_text("1")
+            mount.clear()

@@ -60,7 +60,7 @@ LAYERS = """
     watch_files         wire errors watches names view node xattrs
     directories         wire errors session names view node xattrs changes values listing \
 watch_files
-    transactions        wire errors connection session client view known node threads
+    transactions        wire errors connection session client view known node
     transaction_files   wire names view node values directories transactions mirror_link
     verdicts            wire errors
     silence             errors
@@ -159,6 +159,13 @@ def test_only_the_file_system_knows_of_fuse() -> None:
     users = {module for module in MODULES if "pyfuse3" in packages_of(module)}
     assert users - FILE_SYSTEM == set()
     assert users, "nobody uses pyfuse3: the test looks in the wrong place"
+
+
+def test_nothing_is_told_to_the_kernel_that_takes_a_lock() -> None:
+    """To have it forget a name it takes the directory's lock, which whoever makes something there has
+    until xsfs answers: a process killed in between never ends, and neither do they."""
+    for module in MODULES:
+        assert not re.search("invalidate_|notify_store", source(module)), module
 
 
 def test_only_the_command_knows_of_argparse() -> None:

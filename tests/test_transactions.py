@@ -551,8 +551,8 @@ def test_a_name_used_again_and_again_shares_nothing(
     assert witness.ls(node(place, box)) == []
 
 
-def test_the_kernel_forgets_those_that_have_ended(mount: Mount, box: Path) -> None:
-    """Or each would leave its inodes behind until memory runs short."""
+def test_those_that_have_ended_leave_nothing_in_memory(mount: Mount, box: Path) -> None:
+    """Whenever the kernel, for which it is a cache, forgets them."""
     before = mount.counter("inodes")
     for number in range(40):
         path = start(mount, f"forgotten{number}")

@@ -67,6 +67,11 @@ TASKS_MAX: Final = READERS_MAX + 128
 """How many requests pyfuse3 serves at once.  Each reader of a watch file may keep one waiting; what is
 left is for everything else, a bit more than the 99 that pyfuse3 has for all."""
 
+TASKS_IDLE: Final = 64
+"""How many of pyfuse3's tasks stay when there is nothing to do.  Each begins by allocating a MiB, of
+which it uses a page, and frees it in the end: where they came and went with each two requests that met,
+as is pyfuse3's custom, small objects took the places of the large ones and the heap grew and grew."""
+
 GC_THRESHOLD: Final = 20_000
 """How many more objects there must be before cycles are looked for.  A burst makes thousands that die
 with it by themselves."""
@@ -167,7 +172,7 @@ async def _unmount(operations: Operations) -> None:
 async def _answer_the_kernel() -> None:
     """Return when the file system has been unmounted."""
     try:
-        await pyfuse3.main(max_tasks=TASKS_MAX)
+        await pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
     except* OSError as failures:
         # What the kernel says when it was unmounted with requests still in its queue: the RELEASEs
         # of files just closed, whose handles `Operations.end` sees to.

@@ -12,7 +12,9 @@ What always holds:
   and comes back; a renamed node keeps its number.  Python's hash of bytes is keyed anew in each
   process, so no guest can choose names that collide; should two collide all the same, the later
   takes the next number.
-- A node is in the table while its lookup count is above 0 (the root always).
+- A node is in the table while its lookup count is above 0 (the root always), and its view has not
+  ended.  The kernel may know the nodes of an ended view until its memory runs short; their numbers
+  are never given again, and mean ESTALE.
 - A node that was removed or replaced through the mount is `gone`: its old handles say ESTALE, and
   never bring it back.  So do all nodes of a view that has ended, and a new node at the same position
   is another one.
@@ -26,6 +28,7 @@ import stat
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Final, NoReturn, Protocol, TypeVar, cast
 
 import pyfuse3
@@ -146,6 +149,10 @@ class Node(ABC):
         if self.stale:
             refuse(errno.ESTALE)
 
+    def place_of(self, name: bytes) -> tuple[object, ...]:
+        """What tells a child of this name from all others in the mount."""
+        return self.inode, name
+
     # ---------------------------------------------------------------------------- attributes
 
     def entry(self, size: int, read: bool = True, write: bool = True) -> EntryAttributes:
@@ -265,6 +272,10 @@ class Tree:
         self.foreign = False
         """Whether one of these asks: true of the request whose node is just being called."""
         self._nodes: dict[int, Node] = {}
+        self._view: View | None = None
+        """The root's."""
+        self._inside: dict[View, set[int]] = {}
+        """Which nodes are those of other views."""
         self._moved: dict[tuple[type[Node], Node, bytes], Node] = {}
 
     def __len__(self) -> int:
@@ -283,6 +294,7 @@ class Tree:
     def add_root(self, root: Node) -> None:
         root.inode = pyfuse3.ROOT_INODE
         root.lookups = 1
+        self._view = root.view
         self._nodes[root.inode] = root
 
     def get(self, inode: int) -> Node:
@@ -311,7 +323,7 @@ class Tree:
                 return cast(N, moved), moved.inode
             del self._moved[kind, parent, name]
         # 2 and up: 1 is the root's.
-        number = (hash((kind, parent.inode, name)) & 0x3FFF_FFFF_FFFF_FFFF) + 2
+        number = (hash((kind, *parent.place_of(name))) & 0x3FFF_FFFF_FFFF_FFFF) + 2
         while (found := self._nodes.get(number)) is not None:
             if (
                 type(found) is kind
@@ -333,8 +345,25 @@ class Tree:
     def remember(self, node: Node) -> None:
         """The kernel was told of the node.  No await may lie between `node` and this, or two tasks
         could have made it."""
+        if node.view is not self._view and not self._joins(node):
+            return  # its view has ended meanwhile
         node.lookups += 1
         self._nodes[node.inode] = node
+
+    def _joins(self, node: Node) -> bool:
+        """Whether the node can be kept with those of its view, all of which go when it ends."""
+        view = node.view
+        if view.ended:
+            return False
+        if view not in self._inside:
+            self._inside[view] = set()
+            view.at_end[self] = partial(self._drop, view)
+        self._inside[view].add(node.inode)
+        return True
+
+    def _drop(self, view: View) -> None:
+        for inode in self._inside.pop(view):
+            self._unmove(self._nodes.pop(inode))
 
     def forget(self, inode: int, lookups: int) -> None:
         node = self._nodes.get(inode)
@@ -344,6 +373,8 @@ class Tree:
         if node.lookups <= 0 and inode != pyfuse3.ROOT_INODE:
             del self._nodes[inode]
             self._unmove(node)
+            if node.view is not self._view:
+                self._inside[node.view].discard(inode)
 
     def _unmove(self, node: Node) -> None:
         """The node leaves its place."""

@@ -55,14 +55,12 @@ class ControlHandle(TextHandle):
 
     async def write(self, offset: int, data: bytes) -> int:
         root = self.node.parent
-        # This file itself comes first: as it is open, it would keep its directory in the cache.
-        entries = ((root.inode, self.node.name), (root.parent.inode, root.name))
         word = data.strip()
         if word == b"commit":
-            await root.transactions.commit(root.name, root.view, *entries)
+            await root.transactions.commit(root.name, root.view)
             root.tree.prefetched.drop()
         elif word == b"rollback":
-            await root.transactions.roll_back(root.name, root.view, *entries)
+            await root.transactions.roll_back(root.name, root.view)
         else:
             refuse(errno.EINVAL)
         return len(data)
@@ -134,6 +132,11 @@ class TransactionsDirectory(Node):
         self.tree.remember(root)
         return root.entry(0)
 
+    def place_of(self, name: bytes) -> tuple[object, ...]:
+        # Of each transaction another: the kernel may know those of one that has ended.
+        view = self.transactions.get(name)
+        return self.inode, name, view.number if view is not None else 0
+
     def root_of(self, name: bytes) -> TransactionRoot | None:
         if self.transactions.get(name) is None:
             return None
@@ -144,7 +147,7 @@ class TransactionsDirectory(Node):
             refuse(errno.EINVAL)
         if len(name) > NAME_MAX:
             refuse(errno.ENAMETOOLONG)
-        await self.transactions.begin(name, (self.inode, name))
+        await self.transactions.begin(name)
         return await self.lookup(name, 0)
 
     async def rmdir(self, name: bytes) -> None:

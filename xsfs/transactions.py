@@ -9,7 +9,10 @@ What always holds:
   begin another under it meanwhile.  `None` stands for one that is being begun.
 - Each has a connection, a view and a session of its own; all nodes below share the view.  Once the
   view has `ended` every one of them, and every file open on them, is ESTALE, and the next transaction
-  of that name has other nodes.
+  of that name has other nodes, with other inode numbers.
+- The kernel is told nothing of an end.  It asks whenever somebody names the directory, and is told
+  then.  FUSE's only way to say so earlier waits for whoever is making, removing or looking up something
+  beside it: were xsfs killed then, each would wait for the other for ever.
 - The end happens once, whoever wants it: who has said `end` carries it out, and the connection is
   closed whatever comes of it, which ends even what the daemon refuses to end.
 - Within a transaction one burst, or one change made of several, is under way at a time, in the order
@@ -27,7 +30,6 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Final
 
-import pyfuse3
 import trio
 
 from xsfs.client import Transaction
@@ -36,21 +38,14 @@ from xsfs.errors import ConnectionLost, RequestTimeout, StoreError, TransactionE
 from xsfs.known import KnownDirectories
 from xsfs.node import refuse
 from xsfs.session import Session
-from xsfs.threads import run_abandonable
 from xsfs.view import View, Work
 from xsfs.wire import Request
 
 log = logging.getLogger(__name__)
 
-Entry = tuple[int, bytes]
-"""A name in a directory, as the kernel knows it."""
-
 OPEN_MAX: Final = 256
 """How many transactions of one mount may be open: each is a socket here and in the daemon, which for
 all its clients may have no more than 1024."""
-
-FORGET_SECONDS: Final = 1.0
-"""How long the end of a transaction may wait for the kernel to forget its directory."""
 
 
 class KnownInTransaction(KnownDirectories):
@@ -138,9 +133,11 @@ class TransactionView(View):
     known: KnownInTransaction
     session: SharedTransaction
 
-    def __init__(self, outer: View, transaction: Transaction) -> None:
+    def __init__(self, outer: View, transaction: Transaction, number: int) -> None:
+        """`number`: which of all that the mount has begun."""
         known = KnownInTransaction(outer.known)
         super().__init__(outer.store, outer.domid, outer.root, outer.content, known)
+        self.number = number
         self.session = SharedTransaction(transaction)
         self.started = datetime.now(UTC)
 
@@ -178,6 +175,7 @@ class Transactions:
         self._outer = outer
         self._idle_seconds = idle_seconds
         self._views: dict[bytes, TransactionView | None] = {}
+        self._begun = 0
 
     def names(self) -> list[bytes]:
         return [name for name in self._views if self.get(name) is not None]
@@ -187,8 +185,8 @@ class Transactions:
         view = self._views.get(name)
         return None if view is None or view.ended else view
 
-    async def begin(self, name: bytes, entry: Entry) -> None:
-        """Start one.  `entry` is its directory, which the kernel is to forget in the end."""
+    async def begin(self, name: bytes) -> None:
+        """Start one."""
         if name in self._views:
             refuse(errno.EEXIST)
         if len(self._views) >= OPEN_MAX:
@@ -199,15 +197,16 @@ class Transactions:
         except BaseException:
             del self._views[name]
             raise
-        view = self._views[name] = TransactionView(self._outer, transaction)
-        self._nursery.start_soon(self._await_end, name, view, entry)
+        self._begun += 1
+        view = self._views[name] = TransactionView(self._outer, transaction, self._begun)
+        self._nursery.start_soon(self._await_end, name, view)
 
-    async def commit(self, name: bytes, view: TransactionView, *entries: Entry) -> None:
+    async def commit(self, name: bytes, view: TransactionView) -> None:
         """Make it all true at once.  XenstoreError `EAGAIN` is a conflict.
 
         It is over whatever comes of it.  FUSEError EIO where nobody knows what did.
         """
-        async with self._ending(name, view, entries):
+        async with self._ending(name, view):
             try:
                 await view.session.transaction.commit()
             except (ConnectionLost, RequestTimeout) as error:
@@ -215,9 +214,9 @@ class Transactions:
                 refuse(errno.EIO)
             view.known.committed()
 
-    async def roll_back(self, name: bytes, view: TransactionView, *entries: Entry) -> None:
+    async def roll_back(self, name: bytes, view: TransactionView) -> None:
         """Undo it all."""
-        async with self._ending(name, view, entries):
+        async with self._ending(name, view):
             try:
                 await view.session.transaction.rollback()
             except StoreError as error:
@@ -225,28 +224,20 @@ class Transactions:
                 log.info("transaction %s is rolled back by hanging up: %s", _text(name), error)
 
     @asynccontextmanager
-    async def _ending(
-        self, name: bytes, view: TransactionView, entries: Sequence[Entry]
-    ) -> AsyncIterator[None]:
-        """Whoever ends a transaction does so within this, after all that came before.
-
-        entries     what the kernel is to forget; nothing where it removes the directory itself
-        """
+    async def _ending(self, name: bytes, view: TransactionView) -> AsyncIterator[None]:
+        """Whoever ends a transaction does so within this, after all that came before."""
         async with view.session.lock:
             if view.ended:
                 raise TransactionEnded("the transaction has ended")
             view.end()
         # From here on everybody else is turned away.
         try:
-            try:
-                yield
-            finally:
-                self._outer.store.abandon(view.session.transaction)
-            await _forget(entries)
+            yield
         finally:
+            self._outer.store.abandon(view.session.transaction)
             del self._views[name]
 
-    async def _await_end(self, name: bytes, view: TransactionView, entry: Entry) -> None:
+    async def _await_end(self, name: bytes, view: TransactionView) -> None:
         """Wait until it has ended, or must: it lies idle, or its connection is gone."""
         while (until := view.session.used_at + self._idle_seconds) > trio.current_time():
             with trio.move_on_at(until):
@@ -258,20 +249,7 @@ class Transactions:
         why = f"was not used for {self._idle_seconds:g} s" if open_still else "lost its connection"
         log.warning("transaction %s %s, and is rolled back", _text(name), why)
         with suppress(TransactionEnded):  # somebody else came first
-            await self.roll_back(name, view, entry)
-
-
-async def _forget(entries: Sequence[Entry]) -> None:
-    """Have the kernel forget entries, and so all inodes below that nobody uses.
-
-    Or those of each transaction would stay until the kernel runs short of memory.  The kernel may
-    wait for a request about the same directory: hence the thread, and the limit.
-    """
-    with trio.move_on_after(FORGET_SECONDS):
-        for entry in entries:
-            # It has forgotten it by itself, or the mount has ended; or there are no more threads.
-            with suppress(OSError, RuntimeError):
-                await run_abandonable(pyfuse3.invalidate_entry, *entry)
+            await self.roll_back(name, view)
 
 
 def _text(name: bytes) -> str:
