@@ -45,7 +45,7 @@ TIMEOUT: Final = 2.0
 TX_TIMEOUT: Final = 4.0
 EPOCH_SECONDS: Final = 12.0
 SAMPLE_SECONDS: Final = 1.0
-GROWTH_MAX: Final = 8.0
+GROWTH_MAX: Final = 3.0
 """MiB that the mount may grow by after the first third."""
 
 HOME: Final = "/local/domain/0"

@@ -229,6 +229,30 @@ def test_the_end_does_not_wait_for_a_daemon_that_stands_still(tmp_path: Path) ->
                 mount.clear()
 
 
+def test_a_copy_in_another_mount_namespace_goes_on(place: Place, tmp_path: Path) -> None:
+    mount = Mount([place.socket], tmp_path / "m")
+    try:
+        mount.wait_mounted()
+        script = 'echo; read x; cat "$0"/name'
+        with subprocess.Popen(
+            ["unshare", "--mount", "--propagation=private", "sh", "-c", script, mount.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as elsewhere:
+            assert elsewhere.stdout is not None
+            assert elsewhere.stdout.readline() == b"\n"
+            unmount()(mount)
+            assert os.listdir(mount.path) == []
+            with mounted([place.socket], mount.path) as again:
+                assert (again.path / "name").read_text()
+                name, _ = elsewhere.communicate(b"\n", LIMIT)
+                assert name
+        assert mount.process.wait(LIMIT) == 0
+        assert "Traceback" not in mount.stderr
+    finally:
+        mount.clear()
+
+
 @pytest.mark.parametrize("how", ["commit", "rollback", "rmdir", "idle"])
 @pytest.mark.parametrize("name", ["C", "ocaml"])
 def test_killed_while_one_transaction_begins_and_another_ends(

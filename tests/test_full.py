@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -206,6 +207,32 @@ def test_memory_is_bounded(tmp_path: Path, kind: str) -> None:
             work()
         assert resident(mount) - before < 3
         assert resident(mount) < 60
+
+
+def heap(mount: Mount) -> float:
+    """MiB of malloc's that are in memory."""
+    maps = Path(f"/proc/{mount.process.pid}/smaps").read_text()
+    return int(maps.split("[heap]")[1].split("Rss:")[1].split()[0]) / 1024
+
+
+def test_the_heap_has_no_holes(tmp_path: Path) -> None:
+    """Objects that are made large and cut to what came leave some, however few they are at a time."""
+    with RealXenstored("ocaml") as daemon, mounted([daemon.socket], tmp_path / "m") as mount:
+        daemon.populate()
+
+        def append(number: int) -> None:
+            for count in range(1500):
+                with open(mount.path / "data" / f"{number}-{count // 500}", "ab", 0) as file:
+                    file.write(b"x\n")
+
+        before = heap(mount)
+        threads = [threading.Thread(target=append, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(3 * LIMIT)
+            assert not thread.is_alive()
+        assert heap(mount) - before < 1
 
 
 def test_a_value_that_is_too_long_for_any_message(tmp_path: Path) -> None:

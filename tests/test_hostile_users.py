@@ -22,6 +22,7 @@ from tests.test_command import let_others_reach
 from tests.test_mount_values import fails
 from tests.test_watch_files import wait_for
 from tests.xenstored.harness import RealXenstored
+from xsfs.transactions import EACH_FOREIGN_MAX, FOREIGN_MAX, OPEN_MAX
 from xsfs.watch_files import READERS_MAX
 
 HOME = "/local/domain/0"
@@ -156,6 +157,45 @@ def test_as_many_watch_files_as_he_gets(mount: Mount) -> None:
     # What he had is free again.
     with opened_by_nobody(mount.path / ".watch", 10) as (count, why):
         assert (count, why) == (10, "all")
+
+
+BEGINS = """
+import os, sys
+count = 0
+try:
+    while True:
+        os.mkdir(f"{sys.argv[1]}-{count}")
+        count += 1
+except OSError as error:
+    print(count, error.strerror)
+"""
+
+
+def test_as_many_transactions_as_he_gets(mount: Mount) -> None:
+    """Each of the others has a share of half of them."""
+
+    def begun_by(uid: int) -> str:
+        command = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+        done = subprocess.run(
+            [*command, "/usr/bin/python3", "-c", BEGINS, f"t{uid}"],
+            cwd=mount.path / ".transaction",
+            env={"LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    full = "No space left on device"
+    each, together = EACH_FOREIGN_MAX, FOREIGN_MAX
+    for uid in range(65530, 65530 - together // each, -1):
+        assert begun_by(uid) == f"{each} {full}"
+    assert begun_by(65534) == f"0 {full}"
+    assert begun_by(0) == f"{OPEN_MAX - together} {full}"
+    for name in os.listdir(mount.path / ".transaction"):
+        (mount.path / ".transaction" / name).rmdir()
+    assert begun_by(65534) == f"{each} {full}"
 
 
 def test_blocked_readers_of_another_user_block_nobody(mount: Mount) -> None:

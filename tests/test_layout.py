@@ -31,8 +31,9 @@ LAYERS = """
     connection          wire errors transport threads
     link                errors transport connection
     session             wire errors connection
-    watches             wire errors drain connection link
-    client              wire errors transport servants connection link session watches
+    outage              errors
+    watches             wire errors drain connection link outage
+    client              wire errors transport servants connection link session outage watches
 
     store_node
     store_domains       store_node
@@ -63,10 +64,9 @@ watch_files
     transactions        wire errors connection session client view known node
     transaction_files   wire names view node values directories transactions mirror_link
     verdicts            wire errors
-    silence             errors
     handles             node
     session_loop
-    operations          handles silence session_loop wire errors names node verdicts
+    operations          handles session_loop wire errors names node verdicts
 
     background
     tasks

@@ -107,6 +107,21 @@ def test_a_watch_that_is_not_answered_is_set_again(
         alive.settle()
 
 
+def test_a_watch_that_is_refused_is_tried_again(
+    place: Place, liar: LyingStore, tmp_path: Path
+) -> None:
+    with mirrored(behind(place, liar), tmp_path / "m") as alive:
+        liar.lie = on(Op.WATCH, says(b"E2BIG\0", Op.ERROR))
+        liar.hang_up()
+        await_true(lambda: is_gone(alive))
+        await_true(lambda: "is refused" in alive.mount.stderr)
+        liar.behave()
+        alive.witness.close()
+        alive.witness = place.witness()
+        await_true((alive.mount.path / ".mirror").exists)
+        alive.settle()
+
+
 def test_hung_up_on_in_the_middle(place: Place, liar: LyingStore, tmp_path: Path) -> None:
     with mirrored(behind(place, liar), tmp_path / "m") as alive:
         alive.witness.close()

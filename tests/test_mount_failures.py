@@ -356,6 +356,7 @@ def test_the_daemon_is_gone_and_comes_back(tmp_path: Path, daemon: RealXenstored
             assert outcome(action) in (errno.EIO, errno.ETIMEDOUT)
         daemon.start()
         daemon.populate()
+        works_again(path)
         assert (path / "name").read_text() == "Domain-0\n"
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.lying_store import LyingStore, on, silence
+from tests.lying_store import LyingStore, Talk, on, says, silence
 from tests.mounting import LIMIT, Mount, mounted, refusal
 from tests.programs import Lines, program
 from tests.test_mount_values import fails
 from tests.xenstored.harness import RealXenstored
-from xsfs.wire import Op
+from xsfs.wire import Message, Op
 
 TIMEOUT = 1.0
 HOME = "/local/domain/0"
@@ -170,6 +170,88 @@ def test_a_short_stop_is_no_error(daemon: RealXenstored, mount: Mount) -> None:
             work.wait_for("ok", 100)
     work.check()
     assert not work.outcomes["clear"], work.outcomes
+
+
+CROWD = 20
+"""As many as would wait for each other in the kernel."""
+
+
+def crowd(attempt: Callable[[int], object]) -> tuple[set[int], float]:
+    """So many processes' attempts at once: their errors, and how long the last one took."""
+    errors: set[int] = set()
+    threads = [
+        threading.Thread(target=lambda number=number: errors.add(refusal(partial(attempt, number))))
+        for number in range(CROWD)
+    ]
+    start = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(3 * LIMIT)
+        assert not thread.is_alive()
+    return errors, time.monotonic() - start
+
+
+@pytest.mark.parametrize("how", ["stopped", "gone"])
+def test_a_crowd_waits_for_one_time_limit_and_not_each_in_turn(
+    daemon: RealXenstored, mount: Mount, how: str
+) -> None:
+    """The kernel lets one process at a time look up the same name, or make something in a directory."""
+    data = mount.path / "data"
+    assert (data / "d0" / "n").read_text()
+    Path("/proc/sys/vm/drop_caches").write_text("2\n")
+    attempts: list[Callable[[int], object]] = [
+        lambda number: os.stat(data / f"d{number}" / "n"),
+        lambda number: os.mkdir(data / "d0" / f"made{number}"),
+        lambda number: os.listdir(data),
+    ]
+    daemon.pause() if how == "stopped" else daemon.kill()
+    try:
+        for number, attempt in enumerate(attempts):
+            errors, seconds = crowd(attempt)
+            assert errors <= {errno.ETIMEDOUT, errno.EIO}, errors
+            # The first who ask find out; later ones know it.
+            assert seconds < (3 if number == 0 else 1.5) * TIMEOUT, (number, seconds)
+    finally:
+        daemon.resume() if how == "stopped" else daemon.start()
+    if how == "gone":
+        furnish(daemon)
+    start = time.monotonic()
+    while refusal(lambda: os.stat(data / "d0" / "n")):
+        assert time.monotonic() - start < 2 * TIMEOUT, mount.stderr
+    assert mount.stderr.count("has not answered") == 1
+    assert mount.stderr.count("answers again") == 1
+
+
+def test_a_silent_daemon_is_not_asked_while_nobody_asks(
+    daemon: RealXenstored, tmp_path: Path
+) -> None:
+    asked = []
+
+    def count(talk: Talk, request: Message) -> bool:
+        asked.append(request.op)
+        return True
+
+    with (
+        LyingStore(tmp_path / "liar.sock", daemon.socket) as liar,
+        mounted(["-o", f"timeout={TIMEOUT}", liar.path], tmp_path / "m") as mount,
+    ):
+        liar.lie = count
+        with fails(errno.ETIMEDOUT):
+            (mount.path / "name").read_text()
+        time.sleep(2 * TIMEOUT)
+        before = len(asked)
+        assert 3 < before < 30
+        time.sleep(TIMEOUT)
+        assert len(asked) == before
+        # Whoever asks then has all the time again.
+        threading.Timer(TIMEOUT / 2, liar.behave).start()
+        start = time.monotonic()
+        refusal(lambda: os.stat(mount.path / "name"))
+        assert time.monotonic() - start > TIMEOUT / 2
+        liar.behave()
+        while refusal(lambda: os.stat(mount.path / "name")):
+            assert time.monotonic() - start < 3 * TIMEOUT
 
 
 def test_a_known_file_costs_the_time_limit_once(daemon: RealXenstored, mount: Mount) -> None:
@@ -338,6 +420,46 @@ def test_readers_of_a_daemon_that_stands_still_when_it_comes_back(
         readers[0].lines.until("end")
         readers[1].lines.until("end")
         readers[2].lines.until("data/end")
+
+
+def test_a_watch_that_is_refused_when_it_is_set_again(
+    daemon: RealXenstored, tmp_path: Path
+) -> None:
+    """Others may have used up the quota: it is tried again, and those who wait are told of it."""
+    with (
+        LyingStore(tmp_path / "liar.sock", daemon.socket) as liar,
+        mounted([liar.path], tmp_path / "m") as mount,
+        program("cat", mount.path / "data" / ".watch") as reader,
+        program("cat", mount.path / "data" / "d0" / ".watch") as other,
+    ):
+        for each in (reader, other):
+            assert each.lines.next() == "."
+        refused = []
+
+        def refuse(talk: Talk, request: Message) -> bool:
+            refused.append(time.monotonic())
+            return says(b"E2BIG\0", Op.ERROR)(talk, request)
+
+        liar.lie = on(Op.WATCH, refuse)
+        liar.hang_up()
+        # That something may have been missed is told at once.
+        for each in (reader, other):
+            assert each.lines.next() == "."
+        deadline = time.monotonic() + LIMIT
+        while len(refused) < 6:
+            assert time.monotonic() < deadline, "it is not tried again"
+            time.sleep(0.05)
+        # With back-off: both at once, a second later, two seconds later.
+        assert refused[4] - refused[0] > 2.0
+        liar.behave()
+        for each in (reader, other):
+            assert each.lines.next() == "."
+        with daemon.client() as client:
+            client.write(f"{HOME}/data/d0/end", b"")
+        reader.lines.until("d0/end")
+        other.lines.until("end")
+        assert mount.stderr.count("is refused") == 2
+        assert mount.stderr.count("is set again") == 2
 
 
 def test_watches_that_are_not_answered_when_they_are_set_again(

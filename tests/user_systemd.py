@@ -19,6 +19,8 @@ from tests.mounting import LIMIT
 _RUNTIME: Final = "/run/user-of-the-test"
 
 _SETUP: Final = f"""\
+# A copy of a mount keeps its xsfs running when the mount itself has gone.
+umount -l -a -t fuse.xsfs
 mount -t tmpfs -o mode=755 none /run
 mkdir -p /run/systemd/system
 mkdir -m 700 {_RUNTIME}

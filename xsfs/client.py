@@ -34,6 +34,7 @@ from xsfs.errors import (
     XenstoreError,
 )
 from xsfs.link import Connect, Link, open_connection
+from xsfs.outage import Outage
 from xsfs.servants import open_servants
 from xsfs.session import NamesOfEach, Path, Session, encode_path
 from xsfs.transport import Transport, find_store, open_transport
@@ -52,8 +53,10 @@ Result = TypeVar("Result")
 class Transaction(Session):
     """One Xenstore transaction.  `commit` or `rollback` end it; so does the end of its connection."""
 
-    def __init__(self, connection: Connection, tx_id: int) -> None:
+    def __init__(self, connection: Connection, tx_id: int, outage: Outage, timeout: float) -> None:
         self._connection = connection
+        self._outage = outage
+        self._timeout = timeout
         self._tx_id: int | None = tx_id
         self.requests = 0
         """How many requests were sent in it."""
@@ -69,13 +72,16 @@ class Transaction(Session):
         return self._tx_id is not None and self._connection.alive
 
     async def burst(self, requests: Sequence[Request]) -> list[Reply]:
+        if self.open:
+            await self._outage.check()
         if self._tx_id is None:
             raise TransactionEnded("the transaction has ended")
         if self.requests_max is not None and self.requests + len(requests) > self.requests_max:
             raise XenstoreError("EQUOTA", requests[0])
         self.requests += len(requests)
         try:
-            return await self._connection.burst(requests, self._tx_id)
+            with self._outage.noticed(trio.current_time() + self._timeout):
+                return await self._connection.burst(requests, self._tx_id)
         except ConnectionLost as error:
             self._tx_id = None
             raise TransactionEnded(f"the transaction was lost: {error}") from error
@@ -127,7 +133,8 @@ class Store(Session):
         self._link = Link(nursery, connect, timeout)
         self._atomic = trio.CapacityLimiter(ATOMIC_MAX)
         self.timeout = timeout
-        self.watches = Watches(nursery, connect, timeout)
+        self.outage = Outage(nursery, timeout, self._probe)
+        self.watches = Watches(nursery, connect, timeout, self.outage)
         self.requests = 0
         """How many requests were sent, those of transactions and watches apart."""
         self.transactions = 0
@@ -158,7 +165,23 @@ class Store(Session):
     async def burst(self, requests: Sequence[Request]) -> list[Reply]:
         """As in Session.  What only reads is asked again when the connection is lost meanwhile."""
         self.requests += len(requests)
+        outage = self.outage
+        if outage.error is not None:
+            await outage.check()
+        answers = outage.answers
         deadline = trio.current_time() + self.timeout
+        try:
+            replies = await self._ask(requests, deadline)
+        except (RequestTimeout, ConnectionLost) as error:
+            outage.failed(error, answers, deadline)
+            raise
+        outage.answered()
+        return replies
+
+    async def _probe(self) -> None:
+        await self._ask((wire.directory(b"/"),), trio.current_time() + self.timeout)
+
+    async def _ask(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
         connection = self._link.connection
         failure: StoreError = RequestTimeout("Xenstore did not answer in time")
         if connection is not None and connection.alive:
@@ -219,15 +242,16 @@ class Store(Session):
 
     async def begin(self) -> Transaction:
         """Start a transaction with a connection of its own; `abandon` must follow sometime."""
-        deadline = trio.current_time() + self.timeout
-        connection = Connection(await open_connection(self._connect, deadline), self.timeout)
-        self._nursery.start_soon(connection.run)
-        self.transactions += 1
-        try:
-            return await self._start(connection)
-        except BaseException:
-            self._close(connection)
-            raise
+        await self.outage.check()
+        with self.outage.noticed(trio.current_time() + self.timeout) as deadline:
+            connection = Connection(await open_connection(self._connect, deadline), self.timeout)
+            self._nursery.start_soon(connection.run)
+            self.transactions += 1
+            try:
+                return await self._start(connection)
+            except BaseException:
+                self._close(connection)
+                raise
 
     def abandon(self, transaction: Transaction) -> None:
         """Close the transaction's connection, which rolls back what is still open."""
@@ -239,9 +263,11 @@ class Store(Session):
 
     async def _start(self, connection: Connection) -> Transaction:
         (reply,) = await connection.burst((wire.transaction_start(),))
+        self.outage.answered()
         if isinstance(reply, XenstoreError):
             raise reply
-        return Transaction(connection, wire.decode_transaction_id(reply))
+        number = wire.decode_transaction_id(reply)
+        return Transaction(connection, number, self.outage, self.timeout)
 
     async def atomically(self, work: Callable[[Transaction], Awaitable[Result]]) -> Result:
         """Run `work` in a short transaction, again while it conflicts, for `timeout` seconds.
@@ -249,18 +275,25 @@ class Store(Session):
         `work` ends the transaction itself (`finish`, `commit`); it is rolled back where it raises.
         Raises XenstoreError `EAGAIN` if it conflicted all the time.
         """
+        await self.outage.check()
         deadline = trio.current_time() + self.timeout
-        async with self._one_of_few(deadline):
-            while True:
-                self.requests += 1
-                transaction = await self._start(await self._link.connected(deadline))
-                try:
-                    return await work(transaction)
-                except XenstoreError as error:
-                    if error.name != "EAGAIN" or trio.current_time() >= deadline:
-                        raise
-                finally:
-                    await self._clean_up(transaction)
+        with self.outage.noticed(deadline):
+            async with self._one_of_few(deadline):
+                return await self._again_while_it_conflicts(work, deadline)
+
+    async def _again_while_it_conflicts(
+        self, work: Callable[[Transaction], Awaitable[Result]], deadline: float
+    ) -> Result:
+        while True:
+            self.requests += 1
+            transaction = await self._start(await self._link.connected(deadline))
+            try:
+                return await work(transaction)
+            except XenstoreError as error:
+                if error.name != "EAGAIN" or trio.current_time() >= deadline:
+                    raise
+            finally:
+                await self._clean_up(transaction)
 
     @asynccontextmanager
     async def _one_of_few(self, deadline: float) -> AsyncIterator[None]:

@@ -33,7 +33,8 @@ from xsfs.wire import DEVICE_PAYLOAD_MAX, HEADER, Op
 
 DESCRIPTORS_MAX: Final = 16
 
-RECEIVE_SIZE: Final = 65536
+RECEIVE_SIZE: Final = 8192
+"""Room for an answer, and for some events."""
 
 _BLOCKING: Final = frozenset((Op.WATCH, Op.UNWATCH))
 _OF_THE_FIRST: Final = frozenset((Op.TRANSACTION_START, Op.TRANSACTION_END))
@@ -82,6 +83,8 @@ class DeviceTransport:
         self._descriptors: dict[int, _Descriptor] = {}
         self._queue: deque[bytes] = deque()
         self._poll = select.epoll()
+        # What is received by objects of this size, cut to what came, leaves holes in the heap.
+        self._room = memoryview(bytearray(RECEIVE_SIZE))
         self._first = self._open()
 
     def _open(self) -> _Descriptor:
@@ -131,7 +134,7 @@ class DeviceTransport:
         messages = []
         for number, _ in self._poll.poll(0):
             try:
-                data = os.read(number, RECEIVE_SIZE)
+                data = bytes(self._room[: os.readv(number, (self._room,))])
             except BlockingIOError:
                 continue
             if not data:

@@ -21,7 +21,7 @@ from xsfs import changes, wire
 from xsfs.errors import XenstoreError
 from xsfs.listing import ListedNode
 from xsfs.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
-from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Handle, Node, refuse
+from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.session import Session
 from xsfs.values import DomidFile, DotValue, StatsFile, ValueFile, ValueHandle
 from xsfs.view import NOTHING, Look
@@ -198,7 +198,7 @@ class Directory(ListedNode):
         file = self.tree.node(ValueFile, self, name)
         return self._found(file, file.entry(0))
 
-    async def make_directory(self, name: bytes) -> EntryAttributes:
+    async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
         path = self._new_path(name)
         await self._make(path, directory=True)
         self.view.known.add(path)

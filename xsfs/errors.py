@@ -8,6 +8,9 @@ from xsfs.wire import Request
 class StoreError(Exception):
     """Any failure of a request to Xenstore."""
 
+    asked = True
+    """False: it was not even tried, during an outage that others have met."""
+
 
 class XenstoreError(StoreError):
     """The store's own verdict on one request: an ERROR reply.

@@ -31,13 +31,15 @@ class Handles:
     def __len__(self) -> int:
         return len(self._handles)
 
-    def admit(self, uid: int) -> bool:
-        """Whether who opens is one of the others.  ENFILE if there is no room for one more."""
-        foreign = uid not in self._own
+    def is_foreign(self, uid: int) -> bool:
+        """Whether that is one of the others."""
+        return uid not in self._own
+
+    def admit(self, foreign: bool) -> None:
+        """ENFILE if there is no room for one more."""
         full = len(self._handles) >= HANDLES_MAX
         if full or (foreign and len(self._foreign) >= HANDLES_MAX // 2):
             refuse(errno.ENFILE)
-        return foreign
 
     def add(self, handle: Handle, foreign: bool) -> int:
         number = self._next

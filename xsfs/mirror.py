@@ -176,9 +176,10 @@ class Mirror:
                 delay = 0.0
                 log.warning("the mirror is gone until Xenstore is back")
             except RequestTimeout as error:
-                # Each try has its time limit anyway.
+                # Each try has its time limit anyway, or is none during an outage.
                 delay = RETRY_FIRST
-                log.error("the mirror is gone: %s", error)
+                if error.asked:
+                    log.error("the mirror is gone: %s", error)
             except (StoreError, OSError) as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
                 log.error("the mirror is gone, and tried again in %g s: %s", delay, error)

@@ -29,7 +29,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, Final, NoReturn, Protocol, TypeVar, cast
+from typing import ClassVar, Final, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
@@ -57,6 +57,15 @@ N = TypeVar("N", bound="Node")
 
 def refuse(number: int) -> NoReturn:
     raise FUSEError(number)
+
+
+class Caller(NamedTuple):
+    """Whose system call it is."""
+
+    pid: int
+    uid: int
+    foreign: bool
+    """Whether that is neither root nor the one who mounted."""
 
 
 class LiveCopy(Protocol):
@@ -190,7 +199,7 @@ class Node(ABC):
     async def make_file(self, name: bytes) -> EntryAttributes:
         refuse(errno.ENOTDIR)
 
-    async def make_directory(self, name: bytes) -> EntryAttributes:
+    async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
         refuse(errno.ENOTDIR)
 
     async def unlink(self, name: bytes) -> None:
@@ -207,7 +216,7 @@ class Node(ABC):
 
     # ------------------------------------------------------------------------------- handles
 
-    async def open(self, flags: int, pid: int) -> Handle:
+    async def open(self, flags: int, caller: Caller) -> Handle:
         refuse(errno.EISDIR)
 
     async def opendir(self) -> Handle:
@@ -269,8 +278,6 @@ class Tree:
         """How many watch files are open."""
         self.foreign_readers = 0
         """How many of them by users who are neither root nor the one who mounted."""
-        self.foreign = False
-        """Whether one of these asks: true of the request whose node is just being called."""
         self._nodes: dict[int, Node] = {}
         self._view: View | None = None
         """The root's."""
@@ -283,13 +290,6 @@ class Tree:
 
     def peek(self, inode: int) -> Node | None:
         return self._nodes.get(inode)
-
-    def knows(self, inode: int, name: bytes) -> bool:
-        """Whether the kernel knows something of this name in this directory.  Looks at all nodes."""
-        return any(
-            node.name == name and node.parent is not None and node.parent.inode == inode
-            for node in self._nodes.values()
-        )
 
     def add_root(self, root: Node) -> None:
         root.inode = pyfuse3.ROOT_INODE

@@ -34,15 +34,15 @@ from pyfuse3 import (
 from xsfs.errors import (
     ConnectionLost,
     RequestTimeout,
+    StoreError,
     StoreUnavailable,
     TransactionEnded,
     XenstoreError,
 )
 from xsfs.handles import Handles
 from xsfs.names import NAME_MAX
-from xsfs.node import Handle, Tree, refuse
+from xsfs.node import Caller, Handle, Tree, refuse
 from xsfs.session_loop import install
-from xsfs.silence import Silence
 from xsfs.verdicts import errno_of
 from xsfs.wire import WireError
 
@@ -54,7 +54,7 @@ R = TypeVar("R")
 
 # --------------------------------------------------------------------------------------- errors
 
-_FAILURES: Final[Sequence[tuple[type[Exception], int]]] = (
+_FAILURES: Final[Sequence[tuple[type[StoreError], int]]] = (
     (TransactionEnded, errno.ESTALE),
     (RequestTimeout, errno.ETIMEDOUT),
     (ConnectionLost, errno.EIO),
@@ -102,7 +102,6 @@ class Operations(pyfuse3.Operations):
         self.errors = 0
         self.answered = 0
         self.waiter = install()
-        self.silence = Silence()
         self.traces = trace.isEnabledFor(logging.DEBUG)
         self._distrust = distrust
         self._handles = Handles()
@@ -128,7 +127,9 @@ class Operations(pyfuse3.Operations):
             return FUSEError(errno_of(error))
         for kind, number in _FAILURES:
             if isinstance(error, kind):
-                log.warning("%s: %s", operation, error)
+                # Of an outage it is enough to hear once.
+                asked = not isinstance(error, StoreError) or error.asked
+                log.log(logging.WARNING if asked else logging.DEBUG, "%s: %s", operation, error)
                 return FUSEError(number)
         if isinstance(error, WireError):
             log.error("%s: Xenstore broke the protocol: %s", operation, error)
@@ -174,10 +175,14 @@ class Operations(pyfuse3.Operations):
             refuse(errno.ESTALE)
         return handle
 
-    def _admit(self, ctx: RequestContext) -> bool:
-        """Whether who opens is neither root nor the one who mounted; ENFILE if it is too much."""
-        self.tree.foreign = self._handles.admit(ctx.uid)
-        return self.tree.foreign
+    def _caller(self, ctx: RequestContext) -> Caller:
+        return Caller(ctx.pid, ctx.uid, self._handles.is_foreign(ctx.uid))
+
+    def _admit(self, ctx: RequestContext) -> Caller:
+        """Who opens; ENFILE if it is too much."""
+        caller = self._caller(ctx)
+        self._handles.admit(caller.foreign)
+        return caller
 
     def _file_info(self, handle: Handle, foreign: bool) -> FileInfo:
         # direct_io: what is read is what the handle has, whatever size was told before.
@@ -190,15 +195,7 @@ class Operations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        question = ctx.pid, parent_inode, name
-        if self.silence and (error := self.silence.take(question)) is not None:
-            raise error
-        try:
-            return await self.tree.get(parent_inode).lookup(name, ctx.pid)
-        except (RequestTimeout, ConnectionLost) as error:
-            if self.tree.knows(parent_inode, name):
-                self.silence.keep(question, error)
-            raise
+        return await self.tree.get(parent_inode).lookup(name, ctx.pid)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, lookups in inode_list:
@@ -216,7 +213,7 @@ class Operations(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> EntryAttributes:
-        return await self.tree.get(parent_inode).make_directory(name)
+        return await self.tree.get(parent_inode).make_directory(name, self._caller(ctx))
 
     @answered
     async def symlink(
@@ -324,8 +321,9 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        foreign = self._admit(ctx)
-        return self._file_info(await self.tree.get(inode).open(flags, ctx.pid), foreign)
+        caller = self._admit(ctx)
+        handle = await self.tree.get(inode).open(flags, caller)
+        return self._file_info(handle, caller.foreign)
 
     @answered
     async def create(
@@ -336,7 +334,7 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> tuple[FileInfo, EntryAttributes]:
-        foreign = self._admit(ctx)
+        foreign = self._admit(ctx).foreign
         handle, entry = await self.tree.get(parent_inode).create(name, flags)
         return self._file_info(handle, foreign), entry
 
@@ -372,7 +370,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        foreign = self._admit(ctx)
+        foreign = self._admit(ctx).foreign
         return self._handles.add(await self.tree.get(inode).opendir(), foreign)
 
     @answered

@@ -16,7 +16,7 @@ from xsfs import wire
 from xsfs.directories import RootDirectory
 from xsfs.mirror_link import MirrorLink
 from xsfs.names import NAME_MAX, join
-from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Handle, Node, Tree, refuse
+from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, Tree, refuse
 from xsfs.transactions import Transactions, TransactionView
 from xsfs.values import TextFile, TextHandle
 from xsfs.view import View
@@ -40,7 +40,7 @@ class ControlFile(TextFile):
     async def truncate(self, size: int) -> None:
         """What a shell does before it writes."""
 
-    async def open(self, flags: int, pid: int) -> ControlHandle:
+    async def open(self, flags: int, caller: Caller) -> ControlHandle:
         self.require()
         return ControlHandle(self)
 
@@ -142,12 +142,12 @@ class TransactionsDirectory(Node):
             return None
         return self.tree.node(TransactionRoot, self, name)
 
-    async def make_directory(self, name: bytes) -> EntryAttributes:
+    async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
         if not wire.is_name(name):
             refuse(errno.EINVAL)
         if len(name) > NAME_MAX:
             refuse(errno.ENAMETOOLONG)
-        await self.transactions.begin(name)
+        await self.transactions.begin(name, caller)
         return await self.lookup(name, 0)
 
     async def rmdir(self, name: bytes) -> None:

@@ -36,7 +36,7 @@ from xsfs.client import Transaction
 from xsfs.connection import Reply
 from xsfs.errors import ConnectionLost, RequestTimeout, StoreError, TransactionEnded
 from xsfs.known import KnownDirectories
-from xsfs.node import refuse
+from xsfs.node import Caller, refuse
 from xsfs.session import Session
 from xsfs.view import View, Work
 from xsfs.wire import Request
@@ -46,6 +46,11 @@ log = logging.getLogger(__name__)
 OPEN_MAX: Final = 256
 """How many transactions of one mount may be open: each is a socket here and in the daemon, which for
 all its clients may have no more than 1024."""
+
+
+FOREIGN_MAX: Final = OPEN_MAX // 2
+EACH_FOREIGN_MAX: Final = OPEN_MAX // 8
+"""How many of them users who are neither root nor the one who mounted may have together, and each."""
 
 
 class KnownInTransaction(KnownDirectories):
@@ -175,6 +180,7 @@ class Transactions:
         self._outer = outer
         self._idle_seconds = idle_seconds
         self._views: dict[bytes, TransactionView | None] = {}
+        self._callers: dict[bytes, Caller] = {}
         self._begun = 0
 
     def names(self) -> list[bytes]:
@@ -185,21 +191,34 @@ class Transactions:
         view = self._views.get(name)
         return None if view is None or view.ended else view
 
-    async def begin(self, name: bytes) -> None:
+    async def begin(self, name: bytes, caller: Caller) -> None:
         """Start one."""
         if name in self._views:
             refuse(errno.EEXIST)
-        if len(self._views) >= OPEN_MAX:
+        if self._full_for(caller):
             refuse(errno.ENOSPC)
         self._views[name] = None
+        self._callers[name] = caller
         try:
             transaction = await self._outer.begin()
         except BaseException:
-            del self._views[name]
+            self._remove(name)
             raise
         self._begun += 1
         view = self._views[name] = TransactionView(self._outer, transaction, self._begun)
         self._nursery.start_soon(self._await_end, name, view)
+
+    def _full_for(self, caller: Caller) -> bool:
+        if len(self._views) >= OPEN_MAX:
+            return True
+        if not caller.foreign:
+            return False
+        uids = [each.uid for each in self._callers.values() if each.foreign]
+        return len(uids) >= FOREIGN_MAX or uids.count(caller.uid) >= EACH_FOREIGN_MAX
+
+    def _remove(self, name: bytes) -> None:
+        del self._views[name]
+        del self._callers[name]
 
     async def commit(self, name: bytes, view: TransactionView) -> None:
         """Make it all true at once.  XenstoreError `EAGAIN` is a conflict.
@@ -235,7 +254,7 @@ class Transactions:
             yield
         finally:
             self._outer.store.abandon(view.session.transaction)
-            del self._views[name]
+            self._remove(name)
 
     async def _await_end(self, name: bytes, view: TransactionView) -> None:
         """Wait until it has ended, or must: it lies idle, or its connection is gone."""

@@ -19,7 +19,7 @@ from pyfuse3 import EntryAttributes
 from xsfs import changes, wire
 from xsfs.errors import StoreError
 from xsfs.names import join
-from xsfs.node import Handle, Node, Tree, refuse
+from xsfs.node import Caller, Handle, Node, Tree, refuse
 from xsfs.session import Session
 from xsfs.view import NOTHING, Look, View
 from xsfs.wire import Request
@@ -92,11 +92,11 @@ class ValueFile(XenstoreNode):
     async def truncate(self, size: int) -> None:
         await ValueHandle(self, os.O_WRONLY).truncate(size)
 
-    async def open(self, flags: int, pid: int) -> ValueHandle:
+    async def open(self, flags: int, caller: Caller) -> ValueHandle:
         self.require()
         handle = ValueHandle(self, flags)
         if flags & os.O_ACCMODE != os.O_WRONLY:
-            value = self.tree.prefetched.take(pid, self)
+            value = self.tree.prefetched.take(caller.pid, self)
             if value is None:
                 look = await self.view.look(self.path)
                 if look is None or not self.is_of_kind(look):
@@ -346,7 +346,7 @@ class TextFile(Node):
     async def getattr(self) -> EntryAttributes:
         return self.entry(len(self.content()), write=False)
 
-    async def open(self, flags: int, pid: int) -> TextHandle:
+    async def open(self, flags: int, caller: Caller) -> TextHandle:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             refuse(errno.EACCES)
         return TextHandle(self)

@@ -36,7 +36,7 @@ from pyfuse3 import EntryAttributes
 from xsfs import wire
 from xsfs.errors import RequestTimeout, StoreError
 from xsfs.names import NAME_MAX, file_name, join
-from xsfs.node import Handle, Node, refuse
+from xsfs.node import Caller, Handle, Node, refuse
 from xsfs.watches import EVENTS_MAX, Subscription
 from xsfs.xattrs import XenstoreNode
 
@@ -116,15 +116,20 @@ class WatchFile(Node):
             refuse(errno.ESTALE)
         return self.entry(0)
 
-    async def open(self, flags: int, pid: int) -> WatchHandle:
+    async def open(self, flags: int, caller: Caller) -> WatchHandle:
         mode = flags & os.O_ACCMODE
         if mode == os.O_WRONLY:
             refuse(errno.EINVAL)
         tree = self.tree
         full = tree.readers >= READERS_MAX
-        if full or (tree.foreign and tree.foreign_readers >= READERS_MAX // 2):
+        if full or (caller.foreign and tree.foreign_readers >= READERS_MAX // 2):
             refuse(errno.EMFILE)
-        handle = WatchHandle(self, nonblocking=bool(flags & os.O_NONBLOCK), writable=mode != 0)
+        handle = WatchHandle(
+            self,
+            nonblocking=bool(flags & os.O_NONBLOCK),
+            writable=mode != os.O_RDONLY,
+            foreign=caller.foreign,
+        )
         handle.count(1)
         if mode == os.O_RDONLY:
             try:
@@ -159,12 +164,14 @@ class WatchHandle(Handle):
 
     stream = True
 
-    def __init__(self, node: WatchFile, *, nonblocking: bool, writable: bool) -> None:
+    def __init__(
+        self, node: WatchFile, *, nonblocking: bool, writable: bool, foreign: bool
+    ) -> None:
         super().__init__(node)
         self.base = node.path
         self.nonblocking = nonblocking
         self.writable = writable
-        self.foreign = node.tree.foreign
+        self.foreign = foreign
         self._subscriptions: dict[bytes, Subscription] = {}
         # A dict would be slow to take the oldest from: it goes over all that were taken before.
         self._events: OrderedDict[bytes, None] = OrderedDict()

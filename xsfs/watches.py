@@ -13,7 +13,8 @@ What always holds:
   are several, `_spread` tells them, one at a time, and what comes meanwhile is merged.  A reader of
   the connection that fell some 2000 events behind would stop whoever writes, with oxenstored for good.
 - After the connection was lost, `run` sets every watch again, and the store's initial event tells
-  each subscriber that it may have missed something.
+  each subscriber that it may have missed something.  One that the store then refuses (the quota may be
+  used up by others meanwhile) is tried again, with back-off, for as long as somebody wants it.
 """
 
 from __future__ import annotations
@@ -36,10 +37,15 @@ from xsfs.errors import (
     XenstoreError,
 )
 from xsfs.link import BACKOFF_MAX, Connect, Link
+from xsfs.outage import Outage
 
 log = logging.getLogger(__name__)
 
 EVENTS_MAX: Final = 4096
+
+REFUSED_FIRST: Final = 1.0
+REFUSED_MAX: Final = 30.0
+"""Seconds until a watch that was refused when it was set again is tried once more."""
 
 
 class Subscription:
@@ -114,6 +120,8 @@ class _Watch:
         self.connection: Connection | None = None
         self.armed = False
         """Whether the store has it, as far as is known."""
+        self.refused = False
+        """Whether the store did not take it again after the connection was lost."""
         self.unspread: dict[bytes, None] = {}
         """Events that not all subscriptions have been told of."""
         self.spreading = False
@@ -128,8 +136,11 @@ class _Watch:
 class Watches:
     """See the module's text.  `run` must be running."""
 
-    def __init__(self, nursery: trio.Nursery, connect: Connect, timeout: float) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, connect: Connect, timeout: float, outage: Outage
+    ) -> None:
         self._nursery = nursery
+        self._outage = outage
         self._timeout = timeout
         self._link = Link(nursery, drained(connect), timeout, self._dispatch)
         self._turn = trio.Lock()
@@ -187,6 +198,7 @@ class Watches:
             watch.subscriptions[subscription] = None
             self._by_token[watch.token] = watch
             try:
+                await self._outage.check()
                 await self._arm(watch)
             except XenstoreError:
                 del self._by_token[watch.token]
@@ -255,6 +267,7 @@ class Watches:
 
     async def run(self) -> None:
         """Set the watches again whenever their connection has been lost."""
+        patience = REFUSED_FIRST
         while True:
             connection = self._link.connection
             if not self._by_path or connection is None:
@@ -262,7 +275,15 @@ class Watches:
             elif connection.alive and all(
                 watch.connection in (None, connection) for watch in self._by_path.values()
             ):
-                await connection.ended()
+                if not any(watch.refused for watch in self._by_path.values()):
+                    patience = REFUSED_FIRST
+                    await connection.ended()
+                    continue
+                with trio.move_on_after(patience):
+                    await connection.ended()
+                if connection.alive:
+                    patience = min(2 * patience, REFUSED_MAX)
+                    await self._rearm()
             else:
                 self._interrupt()
                 await self._rearm()
@@ -297,11 +318,17 @@ class Watches:
             self._link.close("a watch was not set in time")
             raise
         except StoreError as error:
-            log.error("the watch of %r could not be set again: %s", watch.path, error)
             watch.connection = None
+            if watch.refused:
+                return  # that was said already
+            watch.refused = True
+            log.error("the watch of %r is refused, and tried again: %s", watch.path, error)
             for subscription in watch.subscriptions:
                 subscription.put(watch.path)
         else:
+            if watch.refused:
+                watch.refused = False
+                log.warning("the watch of %r is set again", watch.path)
             # The kernel's device may send the first event before it says that the watch is set.
             for subscription in watch.subscriptions:
                 subscription.alert()
