@@ -400,6 +400,23 @@ def test_a_signal_ends_the_mount_of_a_stopped_daemon(tmp_path: Path, daemon: Rea
         mount.clear()
 
 
+def test_a_store_that_never_answers(liar: LyingStore, tmp_path: Path) -> None:
+    """One line, and no more."""
+    liar.lie = silence
+    place = tmp_path / "m"
+    place.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "xsfs", "-o", f"timeout={TIMEOUT}", liar.path, str(place)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert done.stderr.startswith("xsfs: Xenstore did not answer in time (")
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.parametrize("lie", [honest, says(b"EIO\0", Op.ERROR)], ids=["good", "bad"])
 def test_the_waiting_process_is_killed(liar: LyingStore, tmp_path: Path, lie: Lie) -> None:
     """Nothing stays mounted that nobody has been told of, however the store answers in the end."""

@@ -105,7 +105,8 @@ class Outage:
         # Who tries to connect gives up where the next attempt would come too late.
         if deadline - trio.current_time() > self._timeout / 2:
             return
-        log.warning("Xenstore has not answered for %g s: %s", self._timeout, error)
+        if answers:  # else whoever began with it says so
+            log.warning("Xenstore has not answered for %g s: %s", self._timeout, error)
         self.error = error
         self._asked_at = trio.current_time()
         self._grace = GRACE_SECONDS

@@ -19,8 +19,9 @@ from xsfs.wire import Op
 HEADER = struct.Struct("=IIII")
 
 CALL = re.compile(
-    r"(?P<thread>\d+) +(?:(?P<name>write|read|close)\((?P<descriptor>\d+)"
-    r'(?:, "(?P<text>[^"]*)")?(?P<rest>.*)|<\.\.\. (?P<resumed>\w+) resumed>(?P<more>.*))'
+    r"(?P<thread>\d+) +(?:(?P<name>write|readv?|close)\((?P<descriptor>\d+)"
+    r'(?:, (?:\[\{iov_base=)?"(?P<text>[^"]*)")?(?P<rest>.*)'
+    r"|<\.\.\. (?P<resumed>\w+) resumed>(?P<more>.*))"
 )
 
 
@@ -58,7 +59,7 @@ class TracedMount(Mount):
         path.mkdir()
         strace = (
             *("strace", "-f", "--seccomp-bpf", "-o", str(trace), "-xx", "-s", "9999"),
-            *("-e", "trace=read,write,close", "-P", DEVICE),
+            *("-e", "trace=read,readv,write,close", "-P", DEVICE),
         )
         with open(self.stderr_path, "wb") as stderr:
             self.process = subprocess.Popen(
@@ -75,8 +76,8 @@ class TracedMount(Mount):
             if call is None:
                 continue
             if call["resumed"]:
-                if call["resumed"] == "read" and call["thread"] in reading:
-                    data = re.match(r'"([^"]*)"', call["more"])
+                if call["resumed"] in ("read", "readv") and call["thread"] in reading:
+                    data = re.search(r'"([^"]*)"', call["more"])
                     reading.pop(call["thread"]).receive(unquote(data[1]) if data else b"")
                 continue
             number = int(call["descriptor"])
