@@ -68,9 +68,9 @@ TASKS_MAX: Final = READERS_MAX + 128
 left is for everything else, a bit more than the 99 that pyfuse3 has for all."""
 
 TASKS_IDLE: Final = 64
-"""How many of pyfuse3's tasks stay when there is nothing to do.  Each begins by allocating a MiB, of
-which it uses a page, and frees it in the end: where they came and went with each two requests that met,
-as is pyfuse3's custom, small objects took the places of the large ones and the heap grew and grew."""
+"""How many of pyfuse3's tasks stay when there is nothing to do.  Each allocates a MiB when it begins, of
+which it uses a page, and frees it in the end.  By default they come and go with each two requests that
+meet."""
 
 GC_THRESHOLD: Final = 20_000
 """How many more objects there must be before cycles are looked for.  A burst makes thousands that die
