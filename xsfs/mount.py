@@ -68,9 +68,8 @@ TASKS_MAX: Final = READERS_MAX + 128
 left is for everything else, a bit more than the 99 that pyfuse3 has for all."""
 
 TASKS_IDLE: Final = 64
-"""How many of pyfuse3's tasks stay when there is nothing to do.  Each allocates a MiB when it begins, of
-which it uses a page, and frees it in the end.  By default they come and go with each two requests that
-meet."""
+"""How many of pyfuse3's tasks stay when there is nothing to do.  Each allocates a MiB in the beginning
+and frees it in the end.  By default they come and go with each two requests that meet."""
 
 GC_THRESHOLD: Final = 20_000
 """How many more objects there must be before cycles are looked for.  A burst makes thousands that die
