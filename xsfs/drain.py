@@ -141,11 +141,12 @@ class DrainedTransport:
     def _drain(self) -> None:
         """The thread."""
         _hurry()
+        buffer = memoryview(bytearray(RUSH_SIZE))
         wait = RUSH_FIRST
         late = time.monotonic()
         more = True
         while more:
-            chunk = self._receive(wait)
+            chunk = self._receive(buffer, wait)
             if chunk is not None and len(chunk) >= MUCH:
                 late = time.monotonic()
                 wait = min(2 * wait or RUSH_FIRST, RUSH_MAX)
@@ -158,12 +159,13 @@ class DrainedTransport:
         self._put(None)
         self._done()
 
-    def _receive(self, microseconds: int) -> bytes | None:
+    def _receive(self, buffer: memoryview, microseconds: int) -> bytes | None:
         """What comes within that time; or 0: what comes first.  None: nothing; b"": the end."""
         limit = struct.pack("ll", 0, microseconds or int(CALM_SECONDS * 1e6))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         try:
-            return self._socket.recv(RUSH_SIZE, socket.MSG_WAITALL if microseconds else 0)
+            flags = socket.MSG_WAITALL if microseconds else 0
+            return bytes(buffer[: self._socket.recv_into(buffer, 0, flags)])
         except BlockingIOError:
             return None
         except OSError as error:
