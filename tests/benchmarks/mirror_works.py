@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import subprocess
+import sys
 import tempfile
 import time
 from typing import Final
@@ -39,6 +41,7 @@ def comparisons(stage: Stage, copy: str) -> list[Comparison]:
     ls = listing(whole)
     top = copy if whole.top == "/" else f"{copy}{whole.top}"
     read = shell_reads(whole, "read < FILE", f"{copy}{SCRATCH}")
+    change, event, least = changing(whole, copy), told(whole), followed(whole)
     return [
         Comparison("mirror: open, read, close", value, pyxs_read(stage), 0.02, each=True),
         Comparison("mirror: open, read, close", value, tmpfs, 1.1, each=True),
@@ -47,9 +50,9 @@ def comparisons(stage: Stage, copy: str) -> list[Comparison]:
         Comparison("mirror: find", find(whole, "find", top), ls, 0.05),
         Comparison("mirror: grep -r", grep(whole, "grep -r", top), ls, 0.1),
         Comparison("mirror: from start to complete", starting(whole), ls, 1.0),
-        Comparison(
-            "mirror: a change until it is read", changing(whole, copy), told(whole), 4.0, each=True
-        ),
+        Comparison("mirror: a change until it is read", change, event, 4.0, each=True),
+        Comparison("mirror: a change until it is read", change, least, each=True),
+        Comparison("the same of the least that follows", least, event, each=True),
     ]
 
 
@@ -80,9 +83,29 @@ def starting(store: Store) -> Contender:
 
 def changing(store: Store, copy: str) -> Contender:
     """Another client's change, until a reader that waits by inotify has read it."""
-    library = ctypes.CDLL(None, use_errno=True)
-
     path = f"{copy}{CHANGED}"
+    return Contender("a change in the mirror", lambda: _until_read(store, path), CHANGES)
+
+
+def followed(store: Store) -> Contender:
+    """The same where the least that can be done is."""
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory(prefix="xsfs-follower-", dir="/dev/shm") as directory:
+            with XsClient(store.socket) as client:
+                client.write(CHANGED, b"before")
+            command = [sys.executable, "-m", f"{__package__}.follower"]
+            with subprocess.Popen([*command, store.socket, CHANGED, directory]) as follower:
+                try:
+                    return _until_read(store, f"{directory}/{os.path.basename(CHANGED)}")
+                finally:
+                    follower.kill()
+
+    return Contender("the least that follows", run, CHANGES)
+
+
+def _until_read(store: Store, path: str) -> float:
+    library = ctypes.CDLL(None, use_errno=True)
 
     def seen(watch: int, expected: bytes) -> None:
         while not os.path.exists(path) or open_read_close(path) != expected:
@@ -90,23 +113,20 @@ def changing(store: Store, copy: str) -> Contender:
                 raise BenchmarkError("a change has not come to the mirror")
             os.read(watch, 4096)
 
-    def run() -> float:
-        watch = library.inotify_init1(os.O_CLOEXEC)
-        try:
-            if library.inotify_add_watch(watch, os.path.dirname(path).encode(), IN_MOVED_TO) < 0:
-                raise OSError(ctypes.get_errno(), "inotify_add_watch")
-            with XsClient(store.socket) as writer:
-                writer.write(CHANGED, b"before")
-                seen(watch, b"before\n")
-                start = time.perf_counter()
-                for number in range(CHANGES):
-                    writer.write(CHANGED, b"%d" % number)
-                    seen(watch, b"%d\n" % number)
-                return time.perf_counter() - start
-        finally:
-            os.close(watch)
-
-    return Contender("a change in the mirror", run, CHANGES)
+    watch = library.inotify_init1(os.O_CLOEXEC)
+    try:
+        if library.inotify_add_watch(watch, os.path.dirname(path).encode(), IN_MOVED_TO) < 0:
+            raise OSError(ctypes.get_errno(), "inotify_add_watch")
+        with XsClient(store.socket) as writer:
+            writer.write(CHANGED, b"before")
+            seen(watch, b"before\n")
+            start = time.perf_counter()
+            for number in range(CHANGES):
+                writer.write(CHANGED, b"%d" % number)
+                seen(watch, b"%d\n" % number)
+            return time.perf_counter() - start
+    finally:
+        os.close(watch)
 
 
 def told(store: Store) -> Contender:
