@@ -12,7 +12,6 @@ value and children.  That is the floor under every Xenstore file system on pyfus
 from __future__ import annotations
 
 import errno
-import socket
 import stat
 import sys
 from typing import Final
@@ -31,34 +30,12 @@ from pyfuse3 import (
     RequestContext,
 )
 
-from xsfs.wire import Op, Parser, encode
+from xsfs import wire
+
+from .question import Asker, Question
 
 FILE: Final = InodeT(ROOT_INODE + 1)
 HANDLE: Final = FileHandleT(1)
-
-
-class Question:
-    """What is the same each time, sent and received as bytes."""
-
-    def __init__(self, path: str, node: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(path)
-        payload = node.encode() + b"\0"
-        self._bytes = b"".join(encode(op, 1, 0, payload) for op in (Op.READ, Op.DIRECTORY))
-        self._socket.sendall(self._bytes)
-        parser, replies, self._expected = Parser(), 0, 0
-        while replies < 2:
-            data = self._socket.recv(4096)
-            self._expected += len(data)
-            parser.feed(data)
-            while parser.next() is not None:
-                replies += 1
-
-    def ask(self) -> None:
-        self._socket.send(self._bytes)
-        missing = self._expected
-        while missing > 0:
-            missing -= len(self._socket.recv(4096))
 
 
 class Bare(pyfuse3.Operations):
@@ -104,8 +81,12 @@ class Bare(pyfuse3.Operations):
 
 def main(content: str, *store: str) -> None:
     *where, mountpoint = store
+    question = None
+    if where:
+        path, node = where[0], where[1].encode()
+        question = Asker(path).question((wire.read(node), wire.directory(node)))
     pyfuse3.init(
-        Bare(content.encode(), Question(*where) if where else None),
+        Bare(content.encode(), question),
         mountpoint,
         {"fsname=bare", "ro", "nosuid", "nodev", "noexec"},
     )

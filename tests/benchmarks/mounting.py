@@ -55,6 +55,11 @@ def bare(content: str, *store: str) -> contextlib.AbstractContextManager[Mount]:
     return mounted(f"{__package__}.bare", [content, *store])
 
 
+def bare_tree(socket: str, top: str) -> contextlib.AbstractContextManager[Mount]:
+    """All names below a node of the store, each asked for and none believed."""
+    return mounted(f"{__package__}.bare_tree", [socket, top])
+
+
 @contextlib.contextmanager
 def mounted(module: str, arguments: Sequence[str]) -> Iterator[Mount]:
     """Run a Python module which mounts a file system at the path that is its last argument."""

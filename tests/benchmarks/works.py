@@ -31,6 +31,8 @@ class Stage:
     """Its file has the same content as that of NAME in xsfs."""
     asking: Mount
     """The same, but each lookup asks the store."""
+    tree: Mount
+    """The names of all nodes that are read: each listing asks the store, as xsfs has to."""
     tmpfs: str
     """A file with the same content in a tmpfs."""
     pyxs: Any
@@ -43,7 +45,7 @@ LINE: Final = f"{NAME_VALUE}\n".encode()
 
 
 def comparisons(stage: Stage) -> list[Comparison]:
-    return [*one_value(stage), *scripts(stage), *trees(stage.whole, stage.quarter)]
+    return [*one_value(stage), *scripts(stage), *trees(stage)]
 
 
 def pyxs_read(stage: Stage) -> Contender:
@@ -136,19 +138,23 @@ def scripts(stage: Stage) -> list[Comparison]:
     ]
 
 
-def trees(whole: Store, quarter: Store) -> list[Comparison]:
+def trees(stage: Stage) -> list[Comparison]:
     """Somebody who looks through the whole store: for a name, or for a value.
 
     `xenstore-ls -f` prints names and values both, so it stands against either.  A node must not
     cost more because there are more of them, hence the same by the node in the smaller store.
     """
+    whole = stage.whole
     finds, greps = [], []
-    for store in (whole, quarter):
+    for store in (whole, stage.quarter):
         finds.append(find(store, f"find in {store.read}", store.file(store.top)))
         greps.append(grep(store, f"grep -r in {store.read}", store.file(store.top)))
     ls = listing(whole)
+    bare = find(whole, "find in a bare tree", stage.tree.path)
     return [
         Comparison(f"find in {whole.read} nodes", finds[0], ls, 0.4),
+        Comparison(f"find in {whole.read} nodes", finds[0], bare),
+        Comparison("the same of a bare tree", bare, ls),
         Comparison(f"grep -r in {whole.read} nodes", greps[0], ls, 2.0),
         Comparison("find, by the node", finds[0], finds[1], 1.2, each=True),
         Comparison("grep -r, by the node", greps[0], greps[1], 1.2, each=True),

@@ -1,0 +1,126 @@
+"""The least that a tree can be in pyfuse3:
+`python3 -m tests.benchmarks.bare_tree SOCKET TOP MOUNTPOINT`.
+
+The names of all nodes below TOP, read when it starts.  As in xsfs the kernel looks each file up each
+time, and may believe attributes for a tick; each lookup, stat and listing asks Xenstore what xsfs must
+know of the node, and of the children that are listed, in one burst.  The answers are not even looked
+at; and the session loop is xsfs's.  That is the floor under every Xenstore file system on pyfuse3.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+import sys
+from collections.abc import Sequence
+
+import pyfuse3
+import trio
+from pyfuse3 import (
+    ROOT_INODE,
+    EntryAttributes,
+    FileHandleT,
+    FileNameT,
+    FUSEError,
+    InodeT,
+    ReaddirToken,
+    RequestContext,
+)
+
+from tests.xenstored.harness import XsClient
+from xsfs import wire
+from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
+from xsfs.session_loop import install
+
+from .question import Asker
+
+
+class Node:
+    def __init__(self, path: bytes, inode: int) -> None:
+        self.path = path
+        self.inode = InodeT(inode)
+        self.children: list[tuple[bytes, Node]] = []
+
+
+class BareTree(pyfuse3.Operations):
+    def __init__(self, socket: str, top: str) -> None:
+        super().__init__()
+        self.nodes: dict[int, Node] = {}
+        with XsClient(socket) as client:
+            self._read(client, top.encode())
+        asker = Asker(socket)
+        self.looks = {
+            node.inode: asker.question((wire.read(node.path), wire.directory(node.path)))
+            for node in self.nodes.values()
+        }
+        self.listings = {
+            node.inode: asker.question(
+                (
+                    wire.read(node.path),
+                    wire.directory(node.path),
+                    *(wire.directory(child.path) for _, child in node.children),
+                )
+            )
+            for node in self.nodes.values()
+            if node.children
+        }
+
+    def _read(self, client: XsClient, path: bytes) -> Node:
+        node = Node(path, ROOT_INODE + len(self.nodes))
+        self.nodes[node.inode] = node
+        for name in client.ls(path.decode()):
+            child = path.rstrip(b"/") + b"/" + name.encode()
+            node.children.append((name.encode(), self._read(client, child)))
+        return node
+
+    def attributes(self, node: Node) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = node.inode
+        entry.st_mode = stat.S_IFDIR | 0o700 if node.children else stat.S_IFREG | 0o600
+        entry.entry_timeout = DIRECTORY_ENTRY_TIMEOUT if node.children else 0
+        entry.attr_timeout = ATTRIBUTES_TIMEOUT
+        return entry
+
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        for known, child in self.nodes[parent_inode].children:
+            if known == name:
+                self.looks[child.inode].ask()
+                return self.attributes(child)
+        raise FUSEError(errno.ENOENT)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        pass
+
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        self.looks[inode].ask()
+        return self.attributes(self.nodes[inode])
+
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        self.listings[inode].ask()
+        return FileHandleT(inode)
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        children = self.nodes[fh].children
+        for number in range(start_id, len(children)):
+            name, child = children[number]
+            if not pyfuse3.readdir_reply(token, name, self.attributes(child), number + 1):
+                return
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        pass
+
+
+def main(socket: str, top: str, mountpoint: str) -> None:
+    operations = BareTree(socket, top)
+    install()
+    pyfuse3.init(operations, mountpoint, {"fsname=bare", "ro", "nosuid", "nodev", "noexec"})
+    try:
+        trio.run(pyfuse3.main)
+    finally:
+        pyfuse3.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

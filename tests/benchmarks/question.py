@@ -1,0 +1,46 @@
+"""Questions to a Xenstore that are the same each time: encoded once, their answers only counted."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from xsfs.wire import Parser, Request, encode
+
+
+class Asker:
+    """A connection, and no more than that: who asks waits right there."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+
+    def question(self, requests: Sequence[Request]) -> Question:
+        """Asks it once, so as to know how long the answer is."""
+        encoded = b"".join(encode(op, 1, 0, payload) for op, payload in requests)
+        self._socket.sendall(encoded)
+        parser, replies, expected = Parser(), 0, 0
+        while replies < len(requests):
+            data = self._socket.recv(65536)
+            expected += len(data)
+            parser.feed(data)
+            while parser.next() is not None:
+                replies += 1
+        return Question(self._socket, encoded, expected)
+
+
+class Question:
+    """Of a store that does not change."""
+
+    __slots__ = ("_encoded", "_expected", "_socket")
+
+    def __init__(self, connected: socket.socket, encoded: bytes, expected: int) -> None:
+        self._socket = connected
+        self._encoded = encoded
+        self._expected = expected
+
+    def ask(self) -> None:
+        self._socket.sendall(self._encoded)
+        missing = self._expected
+        while missing > 0:
+            missing -= len(self._socket.recv(65536))
