@@ -6,7 +6,7 @@ the workers of its session loop use before each request:
 
 - The lock under which one worker at a time waits for the kernel.  trio's lets another task run at each
   acquisition; this one does not where it is free, so a worker whose request needed no waiting goes on
-  with the next.  The others are woken all the same, and come to run as soon as it waits.
+  with the next.  Another is woken all the same, and comes to run as soon as it waits.
 - The wait for the kernel's descriptor.  Before it sleeps it looks for LINGER_SECONDS whether the next
   request has come: a process that has just got its answer asks the next thing within that time, and
   to be put to sleep and woken costs both sides more.  Not while a request is under way, whose reply
@@ -30,15 +30,20 @@ BATCH: Final = 16
 
 
 class Turn:
-    """A lock of the kind described above."""
+    """A lock of the kind described above.
+
+    Of those who wait one at most is on its way: the others need not be woken to find the lock taken.
+    """
 
     def __init__(self) -> None:
         self._taken = False
         self._waiting = trio.lowlevel.ParkingLot()
+        self._woken = False
 
     async def __aenter__(self) -> None:
         while self._taken:
             await self._waiting.park()
+            self._woken = False
         self._taken = True
 
     async def __aexit__(
@@ -48,7 +53,8 @@ class Turn:
         traceback: TracebackType | None,
     ) -> None:
         self._taken = False
-        if self._waiting:
+        if self._waiting and not self._woken:
+            self._woken = True
             self._waiting.unpark()
 
 
