@@ -56,7 +56,7 @@ class DirectoryHandle(Handle):
         """The node's, as long as one request takes: to ask for it is to walk up the tree."""
         self.entries: list[bytes] = []
         self.looks: dict[bytes, Look | None] = {}
-        """What some of them are."""
+        """What some of them are; none of those that are not to be listed."""
         self.used = False
 
     async def fetch(self) -> None:
@@ -75,7 +75,7 @@ class DirectoryHandle(Handle):
             self.looks[VALUE_NAME] = look
 
     def _is_listed(self, name: bytes) -> bool:
-        if self.node.view.shows_child(self.path, name):
+        if name in self.looks or self.node.view.shows_child(self.path, name):
             return True
         if not name.startswith(b"@"):
             log.warning("left out of %r: a child named %r", self.path, name[:80])

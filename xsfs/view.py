@@ -75,6 +75,9 @@ _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 HIDDEN: Final = Look(b"", False, False, True)
 """A node that may not be read.  Whether it may be written only a write can tell."""
 
+LEAF: Final = Look(b"", False, True, True, whole=False)
+"""A node without children, whose value was not asked for."""
+
 NOTHING: Final = Look(b"", False, True, True)
 """The root of a mount whose node is not there: a fresh store has no /local/domain/0."""
 
@@ -164,9 +167,13 @@ class View:
         replies: Sequence[Reply],
         asked: int,
     ) -> dict[bytes, Look | None]:
-        looks = {}
+        looks: dict[bytes, Look | None] = {}
         start = 0
         for path, name, of_it in zip(paths, names, questions, strict=True):
+            if len(of_it) == 1 and replies[start] == b"":
+                looks[name] = LEAF  # what most nodes are, without more ado
+                start += 1
+                continue
             answers: Answers = replies[start : start + len(of_it)]
             start += len(of_it)
             if of_it[0].op != Op.READ:
@@ -187,7 +194,7 @@ class View:
         All answers are of now: a wrong guess is only a question too many.
         """
         guess = self._guesses.pop(path, b"") or self._listed.get(path, b"")
-        guessed = [name for name in wire.strings(guess) if wire.is_name(name)]
+        guessed = [name for name in wire.strings(guess) if self.shows_child(path, name)]
         paths = [join(path, name) for name in guessed]
         questions = self._questions(path)
         asked = self.known.moment
@@ -271,6 +278,8 @@ class View:
         that could be one."""
         if self.known.get(path) is not None or is_container(path):
             return self._questions(path)
+        if not self.asks_perms:
+            return (Request(Op.DIRECTORY, path + b"\0"),)
         return self._questions(path)[1:]
 
     def _learn(self, path: bytes, answers: Answers, asked: int) -> Look | None:
