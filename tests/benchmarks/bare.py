@@ -79,21 +79,23 @@ class Bare(pyfuse3.Operations):
         pass
 
 
+def serve(operations: pyfuse3.Operations, mountpoint: str) -> None:
+    """Mount it, and answer until it is unmounted."""
+    options = {"fsname=bare", "ro", "nosuid", "nodev", "noexec"}
+    pyfuse3.init(operations, mountpoint, options)
+    try:
+        trio.run(pyfuse3.main)
+    finally:
+        pyfuse3.close()
+
+
 def main(content: str, *store: str) -> None:
     *where, mountpoint = store
     question = None
     if where:
         path, node = where[0], where[1].encode()
         question = Asker(path).question((wire.read(node), wire.directory(node)))
-    pyfuse3.init(
-        Bare(content.encode(), question),
-        mountpoint,
-        {"fsname=bare", "ro", "nosuid", "nodev", "noexec"},
-    )
-    try:
-        trio.run(pyfuse3.main)
-    finally:
-        pyfuse3.close()
+    serve(Bare(content.encode(), question), mountpoint)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 
 import pyfuse3
-import trio
 from pyfuse3 import (
     ROOT_INODE,
     EntryAttributes,
@@ -32,6 +31,7 @@ from xsfs import wire
 from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
 from xsfs.session_loop import install
 
+from .bare import serve
 from .question import Asker
 
 
@@ -115,11 +115,7 @@ class BareTree(pyfuse3.Operations):
 def main(socket: str, top: str, mountpoint: str) -> None:
     operations = BareTree(socket, top)
     install()
-    pyfuse3.init(operations, mountpoint, {"fsname=bare", "ro", "nosuid", "nodev", "noexec"})
-    try:
-        trio.run(pyfuse3.main)
-    finally:
-        pyfuse3.close()
+    serve(operations, mountpoint)
 
 
 if __name__ == "__main__":
