@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -253,3 +254,17 @@ def test_nothing_is_left_of_it(device: Device) -> None:
     transport.close()
     device.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_descriptor_that_cannot_be_waited_for_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    opened = []
+
+    def open_file() -> int:
+        opened.append(os.open(tmp_path / "file", os.O_RDWR))
+        return opened[-1]
+
+    with pytest.raises(PermissionError):
+        DeviceTransport(open_file)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])

@@ -89,7 +89,11 @@ class DeviceTransport:
 
     def _open(self) -> _Descriptor:
         descriptor = _Descriptor(self._open_device())
-        self._poll.register(descriptor.number, select.EPOLLIN)
+        try:
+            self._poll.register(descriptor.number, select.EPOLLIN)
+        except OSError:
+            os.close(descriptor.number)
+            raise
         self._descriptors[descriptor.number] = descriptor
         return descriptor
 
