@@ -7,17 +7,15 @@ the workers of its session loop use before each request:
 - The lock under which one worker at a time waits for the kernel.  trio's lets another task run at each
   acquisition; this one does not where it is free, so a worker whose request needed no waiting goes on
   with the next.  Another is woken all the same, and comes to run as soon as it waits.
-- The wait for the kernel's descriptor.  Before it sleeps it looks for LINGER_SECONDS whether the next
-  request has come: a process that has just got its answer asks the next thing within that time, and
-  to be put to sleep and woken costs both sides more.  Not while a request is under way, whose reply
-  from Xenstore would have to wait; and an idle mount sleeps.
+- The wait for the kernel's descriptor.  Before it sleeps it lingers for LINGER_SECONDS: a process that
+  has just got its answer asks the next thing within that time.  An idle mount sleeps.
 
-What always holds: after BATCH requests at most all other tasks have had their turn.
+What always holds: between two requests all other tasks get their turn, where they have not had one for
+TURN_SECONDS.
 """
 
 from __future__ import annotations
 
-import select
 import time
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, cast
@@ -25,8 +23,10 @@ from typing import Any, Final, cast
 import pyfuse3
 import trio
 
+from xsfs.linger import Linger
+
 LINGER_SECONDS: Final = 50e-6
-BATCH: Final = 16
+TURN_SECONDS: Final = 0.002
 
 
 class Turn:
@@ -64,35 +64,21 @@ class Waiter:
     def __init__(self) -> None:
         self.under_way = 0
         """How many requests are being answered."""
-        self._descriptor = -1
-        self._poll = select.poll()
-        self._served = 0
+        self._linger: Linger | None = None
+        self._turn_ends = 0.0
 
     async def wait_readable(self, descriptor: int) -> None:
-        if descriptor != self._descriptor:
-            self._descriptor = descriptor
-            self._poll = select.poll()
-            self._poll.register(descriptor, select.POLLIN)
-        if self._served >= BATCH:
-            self._served = 0
+        linger = self._linger
+        if linger is None or linger.descriptor != descriptor:
+            self._linger = linger = Linger(descriptor)
+        if time.perf_counter() >= self._turn_ends:
             await trio.lowlevel.checkpoint()
-        if self._has_come():
-            self._served += 1
+            self._turn_ends = time.perf_counter() + TURN_SECONDS
+        # Not while a request is under way, whose reply from Xenstore would have to wait.
+        if linger.has_come() if self.under_way else linger.comes(LINGER_SECONDS):
             return
-        self._served = 0
         await trio.lowlevel.wait_readable(descriptor)
-
-    def _has_come(self) -> bool:
-        poll = self._poll.poll
-        if poll(0):
-            return True
-        if self.under_way:
-            return False
-        end = time.perf_counter() + LINGER_SECONDS
-        while time.perf_counter() < end:
-            if poll(0):
-                return True
-        return False
+        self._turn_ends = time.perf_counter() + TURN_SECONDS
 
 
 def install() -> Waiter:

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from xsfs.device import DeviceTransport
 from xsfs.errors import StoreUnavailable
+from xsfs.linger import Linger
 from xsfs.wire import PAYLOAD_MAX
 
 RUNDIR: Final = "/var/run/xenstored"
@@ -25,6 +26,9 @@ RECEIVE_SIZE: Final = 65536
 
 SOON: Final = 1000
 """Microseconds.  The kernel rounds it up to its tick, 4 ms at most."""
+
+LINGER_SECONDS: Final = 100e-6
+"""How long it is waited for awake before that."""
 
 NO_STORE_HINT: Final = (
     "start xenstored (dom0) or load xen's drivers (domU), name its socket or device, "
@@ -87,6 +91,7 @@ class SocketTransport:
         sock.setblocking(True)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, SOON))
         self.socket = sock
+        self._linger = Linger(sock.fileno())
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -111,6 +116,7 @@ class SocketTransport:
     def receive_soon(self) -> bytes | None:
         if self.same_loop:
             return None
+        self._linger.comes(LINGER_SECONDS)
         view = _buffer.view
         try:
             return bytes(view[: self.socket.recv_into(view)])

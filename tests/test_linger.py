@@ -1,0 +1,67 @@
+"""Waiting awake: what comes in time is seen, what does not is not waited for."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from xsfs.linger import Linger
+
+Pipe = tuple[int, int]
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    reader, writer = os.pipe()
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def test_what_is_there_is_seen_at_once(pipe: Pipe) -> None:
+    reader, writer = pipe
+    os.write(writer, b"x")
+    linger = Linger(reader)
+    assert linger.descriptor == reader
+    assert linger.has_come()
+    assert linger.comes(0)
+
+
+def test_what_is_not_there_is_waited_for_no_longer_than_asked(pipe: Pipe) -> None:
+    linger = Linger(pipe[0])
+    assert not linger.has_come()
+    start = time.perf_counter()
+    assert not linger.comes(0.05)
+    assert time.perf_counter() - start >= 0.05
+    assert not linger.comes(0)
+
+
+def test_what_comes_meanwhile_is_seen_then(pipe: Pipe) -> None:
+    reader, writer = pipe
+    linger = Linger(reader)
+    waits = threading.Event()
+
+    def write() -> None:
+        waits.wait(10)
+        os.write(writer, b"x")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    waits.set()
+    start = time.perf_counter()
+    assert linger.comes(10)
+    assert time.perf_counter() - start < 10
+    thread.join()
+
+
+def test_the_end_has_come_too() -> None:
+    reader, writer = os.pipe()
+    try:
+        os.close(writer)
+        assert Linger(reader).comes(0)
+    finally:
+        os.close(reader)
