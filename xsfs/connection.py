@@ -255,7 +255,7 @@ class Connection:
             return
         self._parser.feed(data)
         try:
-            while (message := self._parser.next()) is not None:
+            for message in self._parser.messages():
                 self._take(message)
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)

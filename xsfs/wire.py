@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 HEADER: Final = struct.Struct("=IIII")
@@ -118,8 +118,8 @@ _REPEATABLE: Final = frozenset(
 class Parser:
     """Turns the bytes of one direction of a connection into messages.
 
-    `feed` takes bytes as they come, one at a time if need be; `next` gives the next whole message,
-    or None.  What came whole before the garbage is still given; the garbage then raises WireError,
+    `feed` takes bytes as they come, one at a time if need be; `messages` gives all whole messages,
+    `next` one or None.  Of garbage what came whole before is still given; then it raises WireError,
     now and on each later call.
     """
 
@@ -142,22 +142,23 @@ class Parser:
         self._start = 0
 
     def next(self) -> Message | None:
-        start = self._start
-        buffer = self._buffer
+        return next(self.messages(), None)
+
+    def messages(self) -> Iterator[Message]:
+        """Not to be gone on with after a `feed`."""
+        buffer, start = self._buffer, self._start
         # _wanted spares a long message that comes in small pieces a look at its header each time.
-        if len(buffer) - start < self._wanted:
-            return None
-        op, req_id, tx_id, length = HEADER.unpack_from(buffer, start)
-        if length > self._payload_max:
-            raise WireError(f"a message of {length} bytes, over the limit of {self._payload_max}")
-        body = start + HEADER.size
-        end = body + length
-        if len(buffer) < end:
-            self._wanted = end - start
-            return None
-        self._start = end
-        self._wanted = HEADER.size
-        return Message(op, req_id, tx_id, bytes(buffer[body:end]))
+        while len(buffer) - start >= self._wanted:
+            op, req_id, tx_id, length = HEADER.unpack_from(buffer, start)
+            if length > self._payload_max:
+                raise WireError(f"a message of {length} bytes, over {self._payload_max}")
+            end = (body := start + HEADER.size) + length
+            if len(buffer) < end:
+                self._wanted = end - start
+                return
+            self._start = start = end
+            self._wanted = HEADER.size
+            yield Message(op, req_id, tx_id, bytes(buffer[body:end]))
 
     @property
     def partial(self) -> bool:
