@@ -1,10 +1,11 @@
 """The least that a tree can be in pyfuse3:
 `python3 -m tests.benchmarks.bare_tree SOCKET TOP MOUNTPOINT`.
 
-The names of all nodes below TOP, read when it starts.  As in xsfs the kernel looks each file up each
-time, and may believe attributes for a tick; each lookup, stat and listing asks Xenstore what xsfs must
-know of the node, and of the children that are listed, in one burst.  The answers are not even looked
-at; and the session loop is xsfs's.  That is the floor under every Xenstore file system on pyfuse3.
+The names and values of all nodes below TOP, read when it starts.  As in xsfs the kernel looks each file
+up each time, and may believe attributes for a tick; each lookup, stat and listing asks Xenstore what
+xsfs must know of the node, and of the children that are listed, in one burst.  The answers are not even
+looked at; and the session loop is xsfs's.  That is the floor under every Xenstore file system on
+pyfuse3.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pyfuse3 import (
     ROOT_INODE,
     EntryAttributes,
     FileHandleT,
+    FileInfo,
     FileNameT,
+    FlagT,
     FUSEError,
     InodeT,
     ReaddirToken,
@@ -39,7 +42,8 @@ class Node:
     def __init__(self, path: bytes, inode: int) -> None:
         self.path = path
         self.inode = InodeT(inode)
-        self.children: list[tuple[bytes, Node]] = []
+        self.value = b""
+        self.children: dict[bytes, Node] = {}
 
 
 class BareTree(pyfuse3.Operations):
@@ -58,7 +62,7 @@ class BareTree(pyfuse3.Operations):
                 (
                     wire.read(node.path),
                     wire.directory(node.path),
-                    *(wire.directory(child.path) for _, child in node.children),
+                    *(wire.directory(child.path) for child in node.children.values()),
                 )
             )
             for node in self.nodes.values()
@@ -68,9 +72,10 @@ class BareTree(pyfuse3.Operations):
     def _read(self, client: XsClient, path: bytes) -> Node:
         node = Node(path, ROOT_INODE + len(self.nodes))
         self.nodes[node.inode] = node
+        node.value = client.read(path.decode())
         for name in client.ls(path.decode()):
             child = path.rstrip(b"/") + b"/" + name.encode()
-            node.children.append((name.encode(), self._read(client, child)))
+            node.children[name.encode()] = self._read(client, child)
         return node
 
     def attributes(self, node: Node) -> EntryAttributes:
@@ -84,11 +89,11 @@ class BareTree(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        for known, child in self.nodes[parent_inode].children:
-            if known == name:
-                self.looks[child.inode].ask()
-                return self.attributes(child)
-        raise FUSEError(errno.ENOENT)
+        child = self.nodes[parent_inode].children.get(name)
+        if child is None:
+            raise FUSEError(errno.ENOENT)
+        self.looks[child.inode].ask()
+        return self.attributes(child)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         pass
@@ -102,11 +107,23 @@ class BareTree(pyfuse3.Operations):
         return FileHandleT(inode)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        children = self.nodes[fh].children
-        for number in range(start_id, len(children)):
-            name, child = children[number]
+        children = list(self.nodes[fh].children.items())
+        for number, (name, child) in enumerate(children[start_id:], start_id):
             if not pyfuse3.readdir_reply(token, name, self.attributes(child), number + 1):
                 return
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        return FileInfo(fh=FileHandleT(inode), direct_io=True)
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        value = self.nodes[fh].value
+        return (value + b"\n" if value else b"")[off : off + size]
+
+    async def release(self, fh: FileHandleT) -> None:
+        pass
+
+    async def flush(self, fh: FileHandleT) -> None:
+        raise FUSEError(errno.ENOSYS)
 
     async def releasedir(self, fh: FileHandleT) -> None:
         pass

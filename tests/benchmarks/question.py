@@ -5,15 +5,18 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
+from xsfs.linger import Linger
+from xsfs.transport import LINGER_SECONDS
 from xsfs.wire import Parser, Request, encode
 
 
 class Asker:
-    """A connection, and no more than that: who asks waits right there."""
+    """A connection, and no more than that: who asks waits right there, at first awake as xsfs does."""
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
+        self._linger = Linger(self._socket.fileno())
 
     def question(self, requests: Sequence[Request]) -> Question:
         """Asks it once, so as to know how long the answer is."""
@@ -26,16 +29,19 @@ class Asker:
             parser.feed(data)
             while parser.next() is not None:
                 replies += 1
-        return Question(self._socket, encoded, expected)
+        return Question(self._socket, self._linger, encoded, expected)
 
 
 class Question:
     """Of a store that does not change."""
 
-    __slots__ = ("_encoded", "_expected", "_socket")
+    __slots__ = ("_encoded", "_expected", "_linger", "_socket")
 
-    def __init__(self, connected: socket.socket, encoded: bytes, expected: int) -> None:
+    def __init__(
+        self, connected: socket.socket, linger: Linger, encoded: bytes, expected: int
+    ) -> None:
         self._socket = connected
+        self._linger = linger
         self._encoded = encoded
         self._expected = expected
 
@@ -43,4 +49,5 @@ class Question:
         self._socket.sendall(self._encoded)
         missing = self._expected
         while missing > 0:
+            self._linger.comes(LINGER_SECONDS)
             missing -= len(self._socket.recv(65536))

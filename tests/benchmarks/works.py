@@ -130,11 +130,13 @@ def scripts(stage: Stage) -> list[Comparison]:
     tool = bash(store, "xenstore-write", write, SCRATCH, LOOP)
     read = shell_reads(store, "read < FILE", path)
     bare = shell_reads(store, "read < bare FILE", bare_file(stage.bare))
+    asking = shell_reads(store, "read < asking FILE", bare_file(stage.asking))
     reads = tool_reads(store)
     return [
         Comparison(f"{LOOP} times echo > FILE in bash", echo, tool, 0.35),
         Comparison(f"{LOOP} times read < FILE in bash", read, reads, 0.2),
         Comparison("the same of bare pyfuse3", bare, reads),
+        Comparison("the same of bare, asks once", asking, reads),
     ]
 
 
@@ -151,11 +153,14 @@ def trees(stage: Stage) -> list[Comparison]:
         greps.append(grep(store, f"grep -r in {store.read}", store.file(store.top)))
     ls = listing(whole)
     bare = find(whole, "find in a bare tree", stage.tree.path)
+    bare_grep = grep(whole, "grep -r in a bare tree", stage.tree.path)
     return [
         Comparison(f"find in {whole.read} nodes", finds[0], ls, 0.4),
         Comparison(f"find in {whole.read} nodes", finds[0], bare),
         Comparison("the same of a bare tree", bare, ls),
         Comparison(f"grep -r in {whole.read} nodes", greps[0], ls, 2.0),
+        Comparison(f"grep -r in {whole.read} nodes", greps[0], bare_grep),
+        Comparison("the same of a bare tree", bare_grep, ls),
         Comparison("find, by the node", finds[0], finds[1], 1.2, each=True),
         Comparison("grep -r, by the node", greps[0], greps[1], 1.2, each=True),
     ]
