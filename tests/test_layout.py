@@ -24,7 +24,8 @@ LAYERS = """
     wire
     errors              wire
     device              wire
-    transport           wire errors device
+    linger
+    transport           wire errors linger device
     drain               transport
     servants
     threads
@@ -46,8 +47,9 @@ LAYERS = """
 
     names               wire
     known
+    guesses
     ownership
-    view                wire errors connection session client names known
+    view                wire errors connection session client names known guesses
     workshop
     mirror_files        ownership workshop
     mirror_copy         wire names view mirror_files
@@ -65,7 +67,7 @@ watch_files
     transaction_files   wire names view node values directories transactions mirror_link
     verdicts            wire errors
     handles             node
-    session_loop
+    session_loop        linger
     operations          handles session_loop wire errors names node verdicts
 
     background

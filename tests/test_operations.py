@@ -197,8 +197,12 @@ async def test_a_listing_asks_for_values_only_where_the_kind_depends_on_them(w: 
 
     home = w.view.home
     assert await w.costs(lambda: look(home + b"/data", b"file")) == 1
-    # What is a directory by custom while it is empty, and what was one.
+    # What has children is a directory, whatever its value.
+    assert await w.costs(lambda: look(home, b"data")) == 1
+    # What is empty may be one by custom, or because it was one.
     assert await w.costs(lambda: look(home, b"device", b"data")) == 4
+    await w.store.delete("data/file")
+    assert await w.costs(lambda: look(home, b"data")) == 3
     shown = {
         name: look is not None and w.view.is_directory(join(home, name), look)
         for name, look in looks.items()

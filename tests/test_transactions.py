@@ -272,6 +272,25 @@ def test_what_is_listed(mount: Mount, box: Path, tx: Path) -> None:
     assert mount.counter("transactions") == 1
 
 
+def test_an_empty_directory_that_was_made_before_is_one_inside(
+    mount: Mount, box: Path, tx: Path
+) -> None:
+    (box / "empty").mkdir()
+    tx.mkdir()
+    inside = tx / box.relative_to(mount.path)
+    with os.scandir(inside) as entries:
+        assert {entry.name: entry.is_dir() for entry in entries}["empty"]
+    empty = os.open(inside / "empty", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        time.sleep(0.02)  # until the kernel asks again
+        assert stat.S_ISDIR(os.fstat(empty).st_mode)
+        assert os.listdir(empty) == []
+    finally:
+        os.close(empty)
+    (inside / "empty" / "file").touch()
+    assert os.listdir(inside / "empty") == ["file"]
+
+
 def test_names(mount: Mount, tx: Path) -> None:
     tx.mkdir()
     transactions = mount.path / ".transaction"

@@ -24,7 +24,7 @@ from xsfs.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.session import Session
 from xsfs.values import DomidFile, DotValue, StatsFile, ValueFile, ValueHandle
-from xsfs.view import NOTHING, Look
+from xsfs.view import LEAF, NOTHING, Look
 from xsfs.watch_files import WatchFile
 from xsfs.wire import Request
 
@@ -41,12 +41,13 @@ class Directory(ListedNode):
     own: ClassVar[Mapping[bytes, type[Node]]] = {VALUE_NAME: DotValue, b".watch": WatchFile}
 
     def is_of_kind(self, look: Look) -> bool:
-        return self.view.is_directory(self.path, look)
+        # To ask for the path is to walk up the tree: not for the usual case.
+        return look.has_children or self.view.is_directory(self.path, look)
 
     async def look(self) -> Look:
         """What the node is now; ESTALE if it is no directory any more."""
         self.require()
-        return self.still(await self.view.look(self.path))
+        return self.still(await self.view.look_at_kind(self.path))
 
     def still(self, look: Look | None) -> Look:
         """What was seen of the node, if it is still a directory; else ESTALE."""
@@ -112,7 +113,7 @@ class Directory(ListedNode):
     def child(self, name: bytes, path: bytes, look: Look) -> Directory | ValueFile:
         if name == VALUE_NAME:
             return self.tree.node(DotValue, self, name)
-        if self.view.is_directory(path, look):
+        if look is not LEAF and self.view.is_directory(path, look):
             return self.tree.node(Directory, self, name)
         return self.tree.node(ValueFile, self, name)
 

@@ -68,34 +68,39 @@ class DirectoryHandle(Handle):
         look = node.still(look)
         if look.hidden:
             refuse(errno.EACCES)
-        names += node.lasting_children()
-        self.entries = list(dict.fromkeys(filter(self._is_listed, names)))
+        shown = node.view.shown(self.path, names)
+        if len(shown) < len(names):
+            self._log_left_out(names)
+        self.entries = list(dict.fromkeys((*shown, *node.lasting_children())))
         if node.view.has_dot_value(self.path, look):
             self.entries.insert(0, VALUE_NAME)
             self.looks[VALUE_NAME] = look
 
-    def _is_listed(self, name: bytes) -> bool:
-        if name in self.looks or self.node.view.shows_child(self.path, name):
-            return True
-        if not name.startswith(b"@"):
-            log.warning("left out of %r: a child named %r", self.path, name[:80])
-        return False
+    def _log_left_out(self, names: list[bytes]) -> None:
+        for name in names:
+            if not self.node.view.shows_child(self.path, name) and not name.startswith(b"@"):
+                log.warning("left out of %r: a child named %r", self.path, name[:80])
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
         if start == 0 and self.used:
             await self.fetch()
         self.used = True
-        self.path = self.node.path
-        own = self.node.entry(0)
-        for position in range(start, len(self.entries) + 2):
-            if position < 2:
-                if not pyfuse3.readdir_reply(token, (b".", b"..")[position], own, position + 1):
+        if start < 2:
+            own = self.node.entry(0)
+            for name in (b".", b"..")[start:]:
+                start += 1
+                if not pyfuse3.readdir_reply(token, name, own, start):
                     return
-                continue
-            if self.entries[position - 2] not in self.looks:
-                await self._look_from(position - 2)
-            if not self._reply(token, self.entries[position - 2], position + 1):
+        index = start - 2
+        if index >= len(self.entries):
+            return
+        self.path = self.node.path
+        while index < len(self.entries):
+            if self.entries[index] not in self.looks:
+                await self._look_from(index)
+            if not self._reply(token, self.entries[index], index + 3):
                 return
+            index += 1
 
     def _reply(self, token: pyfuse3.ReaddirToken, name: bytes, next_id: int) -> bool:
         """Put one entry into the reply; False if it is full."""
@@ -105,10 +110,12 @@ class DirectoryHandle(Handle):
                 return True  # vanished meanwhile
             look = NOTHING
         node = self.node.child(name, self._path(name), look)
-        shown = node.tree.aliases.file_name(node.name)
-        if not pyfuse3.readdir_reply(token, shown, node.attributes(look), next_id):
+        tree = node.tree
+        if not pyfuse3.readdir_reply(
+            token, tree.aliases.file_name(name), node.attributes(look), next_id
+        ):
             return False
-        self.node.tree.remember(node)
+        tree.remember(node)
         return True
 
     def _path(self, name: bytes) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 from xsfs.wire import is_name
@@ -72,9 +72,23 @@ def forced_name(name: bytes) -> bytes | None:
     return None
 
 
+_NAMES = re.compile(rb"[A-Za-z0-9_@-]+(?:\0[A-Za-z0-9_@-]+)*")
+
+
+def are_names(names: Iterable[bytes]) -> bool:
+    """Whether these, none of which holds a NUL, all pass `is_name`; False for none at all."""
+    return _NAMES.fullmatch(b"\0".join(names)) is not None
+
+
 def join(path: bytes, name: bytes) -> bytes:
     """The path of a child."""
     return path + name if path == b"/" else b"%s/%s" % (path, name)
+
+
+def join_all(path: bytes, names: Iterable[bytes]) -> list[bytes]:
+    """The paths of children."""
+    above = path if path == b"/" else path + b"/"
+    return [above + name for name in names]
 
 
 def parent_path(path: bytes) -> bytes:
@@ -83,21 +97,28 @@ def parent_path(path: bytes) -> bytes:
 
 # ----------------------------------------------------------------------------------- containers
 
-_DOMAIN = rb"/local/domain/[0-9]+"
-_CONTAINERS: Final = (
-    rb"/",
-    # The toolstack's own (libxl_create.c, xenstore-paths.pandoc): made empty, and filled later.
-    rb"/(local|local/domain|local/pool|local/pool/[0-9]+|vm|vm/[^/]+|vm/[^/]+/(image|rtc|device))",
-    rb"/(libxl|libxl/[0-9]+|libxl/[0-9]+/(device|remus)|tool|tool/xenstored)",
-    _DOMAIN,
-    _DOMAIN + rb"/(attr|backend|bios-strings|console|control|cpu|data|device|device-model|drivers)",
-    _DOMAIN + rb"/(error|feature|hvmloader|image|libxl|memory|platform|serial|store)",
-    _DOMAIN + rb"/(attr|error|feature)/(vif|vbd|hotplug|PVAddons|device|backend)",
-    _DOMAIN + rb"/(backend|error/backend)/[a-z0-9_]+(/[0-9]+){0,2}",
-    _DOMAIN + rb"/(device|error/device)/(console|pvcalls|vbd|vfb|vif|vkbd|vscsi|vusb)(/[0-9]+)?",
-    _DOMAIN + rb"/(device-model/[0-9]+(/backends)?|device/suspend|cpu/[0-9]+)",
+_CONTAINER = re.compile(
+    rb"""
+    / (?:
+      # The toolstack's own (libxl_create.c, xenstore-paths.pandoc): made empty, and filled later.
+      | local (?: /pool (?: /[0-9]+ )? | /domain )?
+      | vm (?: /[^/]+ (?: /(?: image | rtc | device ) )? )?
+      | libxl (?: /[0-9]+ (?: /(?: device | remus ) )? )?
+      | tool (?: /xenstored )?
+      | local/domain/[0-9]+ (?:
+        | /(?: attr | backend | bios-strings | console | control | cpu | data | device )
+        | /(?: device-model | drivers | error | feature | hvmloader | image | libxl | memory )
+        | /(?: platform | serial | store )
+        | /(?: attr | error | feature ) /(?: vif | vbd | hotplug | PVAddons | device | backend )
+        | /(?: error/ )? backend /[a-z0-9_]+ (?: /[0-9]+ ){0,2}
+        | /(?: error/ )? device
+          /(?: console | pvcalls | vbd | vfb | vif | vkbd | vscsi | vusb ) (?: /[0-9]+ )?
+        | /(?: device-model /[0-9]+ (?: /backends )? | device/suspend | cpu/[0-9]+ )
+      )
+    )
+    """,
+    re.VERBOSE,
 )
-_CONTAINER = re.compile(b"|".join(b"(?:%s)" % pattern for pattern in _CONTAINERS))
 
 
 def is_container(path: bytes) -> bool:

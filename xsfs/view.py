@@ -2,8 +2,9 @@
 
 A `View` is what all nodes of one tree share: the session through which they ask, the domain whose
 rights count, the rules by which a Xenstore node is a file or a directory.  It knows Xenstore and no
-FUSE; each `look` is one burst of requests, and nothing of it is kept but which nodes have been
-directories, and what a listing may ask next (`_guesses`): never an answer.
+FUSE; each `look` is one burst of requests, and a second one for what the first leaves in doubt.
+Nothing of it is kept but which nodes have been directories, and what a listing may ask ahead: never an
+answer.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from xsfs import wire
 from xsfs.client import Store, Transaction
 from xsfs.connection import Reply
 from xsfs.errors import XenstoreError
+from xsfs.guesses import Guesses
 from xsfs.known import KnownDirectories
-from xsfs.names import Format, is_container, join
+from xsfs.names import Format, are_names, is_container, join_all
 from xsfs.session import Names, Session
 from xsfs.wire import Op, Request
 
@@ -27,12 +29,6 @@ Work = Callable[[Session], Awaitable[Request | None]]
 GUEST_REQUESTS_MAX: Final = 1000
 """How many requests one transaction of a guest of oxenstored may have.  From 1024 on the daemon does
 not even let it be rolled back, and as all of a guest is one connection to it, it stays for good."""
-
-GUESSES_MAX: Final = 1024
-LISTED_MAX: Final = 64
-"""How many directories are remembered that were listed lately: a script may list one in a loop."""
-GUESS_SIZE_MAX: Final = 512
-"""Bytes of a listing that is kept as a guess: some 50 names."""
 
 LOOK_WINDOW: Final = 256
 """How many nodes one burst looks at.  A listing of 100,000 children is asked in such steps."""
@@ -78,6 +74,9 @@ HIDDEN: Final = Look(b"", False, False, True)
 LEAF: Final = Look(b"", False, True, True, whole=False)
 """A node without children, whose value was not asked for."""
 
+PARENT: Final = Look(b"", True, True, True, whole=False)
+"""One with children."""
+
 NOTHING: Final = Look(b"", False, True, True)
 """The root of a mount whose node is not there: a fresh store has no /local/domain/0."""
 
@@ -91,16 +90,6 @@ def _each(replies: Sequence[Reply], count: int) -> list[Sequence[Reply]]:
     """The replies to the questions about each of `count` nodes."""
     step = len(replies) // count if count else 1
     return [replies[start : start + step] for start in range(0, len(replies), step)]
-
-
-def _keep(guesses: dict[bytes, bytes], path: bytes, listing: bytes, most: int) -> None:
-    """Keep a guess, and `most` of them at most: the oldest goes.  Nonsense is none."""
-    guesses.pop(path, None)
-    if not listing.endswith(b"\0"):
-        return
-    guesses[path] = listing
-    if len(guesses) > most:
-        del guesses[next(iter(guesses))]
 
 
 class View:
@@ -121,8 +110,7 @@ class View:
         self.known = known
         self.asks_perms = domid != 0
         """Whether each look asks for the permissions, too: domain 0 may do everything anyway."""
-        self._guesses: dict[bytes, bytes] = {}
-        self._listed: dict[bytes, bytes] = {}
+        self._guesses = Guesses()
         self._requests_max: int | None = None
         self._probed = domid == 0
         self.at_end: dict[object, Callable[[], None]] = {}
@@ -150,42 +138,43 @@ class View:
     ) -> dict[bytes, Look | None]:
         """Of which kind children are, by name, with the value only of those where that depends on it.
 
-        Of those that have children it is kept which, as a guess for `look_into`: who lists a directory
-        often lists those in it next.
+        Of those that have children it is kept which, as guesses for `look_into`.
         """
-        paths = [join(path, name) for name in names]
+        paths = join_all(path, names)
         asked = self.known.moment
-        questions = [self._questions_of_kind(path) for path in paths]
-        replies = await self.session.burst([q for each in questions for q in each])
-        return self._children(paths, names, questions, replies, asked)
+        replies = await self.session.burst(self._questions_of_kind(paths))
+        return await self._kinds(names, paths, replies, asked)
 
-    def _children(
-        self,
-        paths: Sequence[bytes],
-        names: Sequence[bytes],
-        questions: Sequence[Sequence[Request]],
-        replies: Sequence[Reply],
-        asked: int,
+    async def look_at_kind(self, path: bytes) -> Look | None:
+        """The same of one node."""
+        asked = self.known.moment
+        replies = await self.session.burst(self._questions_of_kind((path,)))
+        return (await self._kinds((path,), (path,), replies, asked))[path]
+
+    async def _kinds(
+        self, names: Sequence[bytes], paths: Sequence[bytes], replies: Sequence[Reply], asked: int
     ) -> dict[bytes, Look | None]:
+        """What the replies to `_questions_of_kind` tell, by name."""
         looks: dict[bytes, Look | None] = {}
-        start = 0
-        for path, name, of_it in zip(paths, names, questions, strict=True):
-            if len(of_it) == 1 and replies[start] == b"":
-                looks[name] = LEAF  # what most nodes are, without more ado
-                start += 1
+        doubtful: dict[bytes, bytes] = {}
+        perms = iter(replies[len(paths) :])
+        for name, path, children in zip(names, paths, replies, strict=False):
+            if not children and not self.asks_perms:
+                look: Look | None = LEAF  # what most nodes are, without more ado
+            else:
+                of_perms = (next(perms),) if self.asks_perms else ()
+                look = self._learn(path, (None, children, *of_perms), asked)
+            looks[name] = look
+            if look is None or look.hidden:
                 continue
-            answers: Answers = replies[start : start + len(of_it)]
-            start += len(of_it)
-            if of_it[0].op != Op.READ:
-                answers = (None, *answers)
-            looks[name] = look = self._learn(path, answers, asked)
-            if look is not None and look.has_children:
-                self._guess(path, answers[1])
+            if look.has_children:
+                if isinstance(children, bytes):
+                    self._guesses.saw(path, children)
+            elif self.known.get(path) is not None or is_container(path):
+                doubtful[name] = path
+        if doubtful:
+            looks.update(zip(doubtful, await self.look_all(list(doubtful.values())), strict=True))
         return looks
-
-    def _guess(self, path: bytes, listing: Reply | None) -> None:
-        if isinstance(listing, bytes) and len(listing) <= GUESS_SIZE_MAX:
-            _keep(self._guesses, path, listing, GUESSES_MAX)
 
     async def look_into(self, path: bytes) -> tuple[Look | None, Names, dict[bytes, Look | None]]:
         """What the node is now, the names of its children, and what is known of these already.
@@ -193,22 +182,20 @@ class View:
         One round trip for short listings, and none for what the children are whose names were guessed.
         All answers are of now: a wrong guess is only a question too many.
         """
-        guess = self._guesses.pop(path, b"") or self._listed.get(path, b"")
-        guessed = [name for name in wire.strings(guess) if self.shows_child(path, name)]
-        paths = [join(path, name) for name in guessed]
+        guess = self._guesses.take(path)
+        guessed = self.shown(path, wire.strings(guess))
+        paths = join_all(path, guessed)
         questions = self._questions(path)
         asked = self.known.moment
-        of_children = [self._questions_of_kind(path) for path in paths]
-        replies = await self.session.burst([*questions, *(q for each in of_children for q in each)])
+        replies = await self.session.burst([*questions, *self._questions_of_kind(paths)])
         look = self._learn(path, replies[: len(questions)], asked)
         if look is None or not look.has_children:
             return look, [], {}
         listing = replies[1]
         if isinstance(listing, XenstoreError):
             return look, await self.session.list(path), {}
-        if len(listing) <= GUESS_SIZE_MAX:
-            _keep(self._listed, path, listing, LISTED_MAX)
-        known = self._children(paths, guessed, of_children, replies[len(questions) :], asked)
+        self._guesses.was_listed(path, listing)
+        known = await self._kinds(guessed, paths, replies[len(questions) :], asked)
         return look, wire.decode_names(listing), known
 
     async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
@@ -248,7 +235,17 @@ class View:
             if error.name in ("ENOENT", "EACCES"):
                 return Sight(None, [], b"")
             raise
-        return Sight(look, [name for name in names if self.shows_child(path, name)], perms)
+        return Sight(look, self.shown(path, names), perms)
+
+    def shown(self, path: bytes, names: list[bytes]) -> list[bytes]:
+        """Those of a node's children that a listing shows."""
+        if (
+            path != b"/"
+            and are_names(names)
+            and len(path) + 1 + max(map(len, names)) <= wire.PATH_MAX
+        ):
+            return names
+        return [name for name in names if self.shows_child(path, name)]
 
     def shows_child(self, path: bytes, name: bytes) -> bool:
         """Whether a listing shows a child: names of a broken or hostile store are left out."""
@@ -273,14 +270,14 @@ class View:
             Request(Op.GET_PERMS, terminated),
         )
 
-    def _questions_of_kind(self, path: bytes) -> Sequence[Request]:
-        """What to ask in order to know whether it is a directory: the value only of an empty node
-        that could be one."""
-        if self.known.get(path) is not None or is_container(path):
-            return self._questions(path)
-        if not self.asks_perms:
-            return (Request(Op.DIRECTORY, path + b"\0"),)
-        return self._questions(path)[1:]
+    def _questions_of_kind(self, paths: Sequence[bytes]) -> list[Request]:
+        """What to ask in order to know which nodes are directories, but for empty ones that could be:
+        of these `_kinds` asks for more."""
+        terminated = [path + b"\0" for path in paths]
+        questions = [Request(Op.DIRECTORY, path) for path in terminated]
+        if self.asks_perms:
+            questions += [Request(Op.GET_PERMS, path) for path in terminated]
+        return questions
 
     def _learn(self, path: bytes, answers: Answers, asked: int) -> Look | None:
         """What was seen of the node, when the store was `asked`."""
@@ -295,7 +292,7 @@ class View:
         value, children = answers[0], answers[1]
         if len(answers) == 2 and type(children) is bytes:
             if value is None:
-                return Look(b"", bool(children), True, True, whole=False)
+                return PARENT if children else LEAF
             if type(value) is bytes:
                 return Look(value, bool(children), True, True)
         has_children = bool(children)
