@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,3 +65,16 @@ def box(
     path.mkdir()
     yield path
     witness.rm(f"{place.home}/data/{name}")
+
+
+@pytest.fixture
+def tx(mount: Mount, box: Path) -> Iterator[Path]:
+    """The directory of a transaction to be started, which is rolled back at the end if it is open.
+
+    Not started here: oxenstored's transactions do not see what is prepared after their start.
+    """
+    path = mount.path / ".transaction" / "t1"
+    yield path
+    if path.exists():
+        path.rmdir()
+    assert os.listdir(mount.path / ".transaction") == []

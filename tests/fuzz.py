@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from xsfs import wire
+from xsfs.permissions import decode_perms
 from xsfs.wire import HEADER, Message, Op, Parser, WireError
 
 BATCH: Final = 5000
@@ -39,7 +40,7 @@ DECODERS: Final[Sequence[Callable[[bytes], object]]] = (
     wire.decode_error,
     wire.decode_names,
     wire.decode_part,
-    wire.decode_perms,
+    decode_perms,
     wire.decode_transaction_id,
     wire.decode_string,
     wire.decode_event,

@@ -37,8 +37,9 @@ from xsfs.errors import (
     TransactionEnded,
     XenstoreError,
 )
+from xsfs.permissions import Permission
 from xsfs.watches import EVENTS_MAX, Subscription
-from xsfs.wire import PAYLOAD_MAX, Permission
+from xsfs.wire import PAYLOAD_MAX
 
 GUEST = 7
 HOME = f"/local/domain/{GUEST}"

@@ -21,7 +21,7 @@ import pytest
 
 from tests.lying_store import LyingStore, on, silence
 from tests.mounting import LIMIT, Mount, Place, each_place, mounted, open_place
-from tests.test_transactions import open_at_once, until
+from tests.transactions import open_at_once, until
 from tests.xenstored.harness import XsClient, XsError
 from xsfs.wire import Op
 

@@ -18,7 +18,7 @@ import pytest
 
 from tests.mounting import LIMIT, Mount, Place, each_place, mounted, refusal
 from tests.test_mount_values import fails
-from tests.test_transactions import until
+from tests.transactions import until
 from tests.xenstored.harness import RealXenstored
 
 FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -22,6 +22,7 @@ LAYERS = """
     __init__
 
     wire
+    permissions         wire
     errors              wire
     device              wire
     linger
@@ -31,7 +32,7 @@ LAYERS = """
     threads
     connection          wire errors transport threads
     link                errors transport connection
-    session             wire errors connection
+    session             permissions wire errors connection
     outage              errors
     watches             wire errors drain connection link outage
     client              wire errors transport servants connection link session outage watches
@@ -49,15 +50,15 @@ LAYERS = """
     known
     guesses
     ownership
-    view                wire errors connection session client names known guesses
+    view                permissions wire errors connection session client names known guesses
     workshop
     mirror_files        ownership workshop
-    mirror_copy         wire names view mirror_files
+    mirror_copy         permissions wire names view mirror_files
     mirror              wire errors watches client view mirror_files mirror_copy
     node                names view ownership
     mirror_link         node
-    xattrs              wire names view node
-    changes             wire errors session names view node
+    xattrs              permissions wire names view node
+    changes             permissions wire errors session names view node
     values              wire errors session names view node xattrs changes
     listing             wire names view node xattrs
     watch_files         wire errors watches names view node xattrs

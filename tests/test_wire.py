@@ -17,7 +17,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from xsfs import wire
-from xsfs.wire import Message, Op, Parser, Permission, Request, WireError
+from xsfs.permissions import (
+    Permission,
+    access_of,
+    decode_perms,
+    format_permissions,
+    parse_permission,
+    parse_permissions,
+    set_perms,
+)
+from xsfs.wire import Message, Op, Parser, Request, WireError
 
 # ------------------------------------------------------------------------------ numbers and names
 
@@ -85,9 +94,9 @@ REQUESTS: list[tuple[Request, int, bytes]] = [
     (wire.directory_part(b"/vm", 0), 22, b"/vm\x000\0"),
     (wire.directory_part(b"/vm", 4093), 22, b"/vm\x004093\0"),
     (wire.get_perms(b"data"), 3, b"data\0"),
-    (wire.set_perms(b"/a", ()), 14, b"/a\0"),
+    (set_perms(b"/a", ()), 14, b"/a\0"),
     (
-        wire.set_perms(b"/a", (Permission(0, False, False), Permission(7, True, True))),
+        set_perms(b"/a", (Permission(0, False, False), Permission(7, True, True))),
         14,
         b"/a\0n0\0b7\0",
     ),
@@ -225,7 +234,7 @@ ACCESS = {"n": (False, False), "r": (True, False), "w": (False, True), "b": (Tru
 @pytest.mark.parametrize("letter", "nrwb")
 @pytest.mark.parametrize("domid", [0, 7, 32751, 4294967295])
 def test_a_permission_as_text_and_back(letter: str, domid: int) -> None:
-    perm = wire.parse_permission(f"{letter}{domid}")
+    perm = parse_permission(f"{letter}{domid}")
     assert perm == Permission(domid, *ACCESS[letter])
     assert str(perm) == f"{letter}{domid}"
 
@@ -236,20 +245,20 @@ def test_a_permission_as_text_and_back(letter: str, domid: int) -> None:
 )
 def test_what_is_no_permission(text: str) -> None:
     with pytest.raises(ValueError, match="permission"):
-        wire.parse_permission(text)
+        parse_permission(text)
 
 
 @pytest.mark.parametrize("text", ["n0,r7", "n0 r7", " n0, r7 ", "n0\tr7\n", "n0,,r7,"])
 def test_permissions_with_commas_or_blanks(text: str) -> None:
-    perms = wire.parse_permissions(text)
+    perms = parse_permissions(text)
     assert perms == (Permission(0, False, False), Permission(7, True, False))
-    assert wire.format_permissions(perms) == "n0,r7"
+    assert format_permissions(perms) == "n0,r7"
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", "n0,x", "n0;r7"])
 def test_what_are_no_permissions(text: str) -> None:
     with pytest.raises(ValueError, match="permission"):
-        wire.parse_permissions(text)
+        parse_permissions(text)
 
 
 permissions = st.builds(Permission, st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
@@ -258,9 +267,9 @@ permissions = st.builds(Permission, st.integers(0, 2**32 - 1), st.booleans(), st
 @settings(deadline=None)
 @given(st.lists(permissions, min_size=1, max_size=8))
 def test_permissions_survive_text_and_wire(perms: list[Permission]) -> None:
-    assert list(wire.parse_permissions(wire.format_permissions(perms))) == perms
-    payload = wire.set_perms(b"/a", perms).payload
-    assert list(wire.decode_perms(payload.removeprefix(b"/a\0"))) == perms
+    assert list(parse_permissions(format_permissions(perms))) == perms
+    payload = set_perms(b"/a", perms).payload
+    assert list(decode_perms(payload.removeprefix(b"/a\0"))) == perms
 
 
 @pytest.mark.parametrize(
@@ -282,7 +291,7 @@ def test_permissions_survive_text_and_wire(perms: list[Permission]) -> None:
     ],
 )
 def test_who_may_do_what(text: str, domid: int, access: str) -> None:
-    assert wire.access_of(wire.parse_permissions(text), domid) == ACCESS[access]
+    assert access_of(parse_permissions(text), domid) == ACCESS[access]
 
 
 # ----------------------------------------------------------------------------------------- replies
@@ -307,9 +316,9 @@ Decoder = Callable[[bytes], object]
         (wire.decode_part, b"17\0a\0b\0", (b"17", b"a\0b\0", False)),
         (wire.decode_part, b"17\0a\0b\0\0", (b"17", b"a\0b\0", True)),
         (wire.decode_part, b"17\0\0", (b"17", b"", True)),
-        (wire.decode_perms, b"n0\0", (Permission(0, False, False),)),
+        (decode_perms, b"n0\0", (Permission(0, False, False),)),
         (
-            wire.decode_perms,
+            decode_perms,
             b"w3\0r7\0",
             (Permission(3, False, True), Permission(7, True, False)),
         ),
@@ -350,14 +359,14 @@ LONG_NUMBER = b"1" * 5000
         (wire.decode_part, b"\0a\0"),
         (wire.decode_part, b"x\0a\0"),
         (wire.decode_part, b"-1\0a\0"),
-        (wire.decode_perms, b""),
-        (wire.decode_perms, b"n0"),
-        (wire.decode_perms, b"\0"),
-        (wire.decode_perms, b"n0\0\0"),
-        (wire.decode_perms, b"x0\0"),
-        (wire.decode_perms, b"r-1\0"),
-        (wire.decode_perms, b"n0\0r\xb2\0"),
-        (wire.decode_perms, b"r" + LONG_NUMBER + b"\0"),
+        (decode_perms, b""),
+        (decode_perms, b"n0"),
+        (decode_perms, b"\0"),
+        (decode_perms, b"n0\0\0"),
+        (decode_perms, b"x0\0"),
+        (decode_perms, b"r-1\0"),
+        (decode_perms, b"n0\0r\xb2\0"),
+        (decode_perms, b"r" + LONG_NUMBER + b"\0"),
         (wire.decode_transaction_id, b""),
         (wire.decode_transaction_id, b"\0"),
         (wire.decode_transaction_id, b"0\0"),
@@ -380,7 +389,7 @@ def test_malformed_replies(decode: Decoder, payload: bytes) -> None:
 
 
 DECODERS: list[Decoder] = [
-    *(wire.strings, wire.decode_error, wire.decode_names, wire.decode_part, wire.decode_perms),
+    *(wire.strings, wire.decode_error, wire.decode_names, wire.decode_part, decode_perms),
     *(wire.decode_transaction_id, wire.decode_string, wire.decode_event),
 ]
 

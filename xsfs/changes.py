@@ -16,9 +16,10 @@ from xsfs import wire
 from xsfs.errors import XenstoreError
 from xsfs.names import join, parent_path
 from xsfs.node import refuse
+from xsfs.permissions import Permissions, decode_perms, set_perms
 from xsfs.session import Replies, Session
 from xsfs.view import View
-from xsfs.wire import Permissions, Request
+from xsfs.wire import Request
 
 RENAME_NODES_MAX: Final = 100_000
 """How many nodes one rename may move: its transaction holds the daemon's memory and time."""
@@ -117,9 +118,9 @@ async def rename(
     _raise_first(
         await session.burst(
             [
-                wire.set_perms(path, perms)
+                set_perms(path, perms)
                 for (path, _, perms), reply in zip(moves, inherited, strict=True)
-                if isinstance(reply, bytes) and wire.decode_perms(reply) != perms
+                if isinstance(reply, bytes) and decode_perms(reply) != perms
             ]
         )
     )
@@ -140,7 +141,7 @@ async def _subtree(session: Session, top: bytes) -> list[tuple[bytes, bytes, Per
             value, perms = replies[2 * index], replies[2 * index + 1]
             assert isinstance(value, bytes)
             assert isinstance(perms, bytes)
-            found.append((path, value, wire.decode_perms(perms)))
+            found.append((path, value, decode_perms(perms)))
         if len(found) > RENAME_NODES_MAX:
             refuse(errno.EFBIG)
         level = [

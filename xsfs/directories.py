@@ -24,7 +24,7 @@ from xsfs.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.session import Session
 from xsfs.values import DomidFile, DotValue, StatsFile, ValueFile, ValueHandle
-from xsfs.view import LEAF, NOTHING, Look
+from xsfs.view import NOTHING, Look
 from xsfs.watch_files import WatchFile
 from xsfs.wire import Request
 
@@ -113,7 +113,7 @@ class Directory(ListedNode):
     def child(self, name: bytes, path: bytes, look: Look) -> Directory | ValueFile:
         if name == VALUE_NAME:
             return self.tree.node(DotValue, self, name)
-        if look is not LEAF and self.view.is_directory(path, look):
+        if self.view.is_directory(path, look):
             return self.tree.node(Directory, self, name)
         return self.tree.node(ValueFile, self, name)
 

@@ -43,7 +43,7 @@ class KnownDirectories:
 
     def seen(self, path: bytes) -> None:
         """An answer of the store showed it with children."""
-        if path not in self._paths:
+        if self.get(path) is None:
             self._remember(path, False)
 
     def missed(self, path: bytes, asked: int) -> None:

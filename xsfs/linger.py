@@ -21,12 +21,8 @@ class Linger:
         poll.register(descriptor, select.POLLIN)
         self._poll = poll.poll
 
-    def has_come(self) -> bool:
-        """Whether there is something to be read, or the end, by now."""
-        return bool(self._poll(0))
-
     def comes(self, seconds: float) -> bool:
-        """Whether it comes within this time."""
+        """Whether there is something to be read, or the end, by now or within this time."""
         poll = self._poll
         if poll(0):
             return True

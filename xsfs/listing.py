@@ -56,7 +56,7 @@ class DirectoryHandle(Handle):
         """The node's, as long as one request takes: to ask for it is to walk up the tree."""
         self.entries: list[bytes] = []
         self.looks: dict[bytes, Look | None] = {}
-        """What some of them are; none of those that are not to be listed."""
+        """What some of them are."""
         self.used = False
 
     async def fetch(self) -> None:
@@ -85,22 +85,18 @@ class DirectoryHandle(Handle):
         if start == 0 and self.used:
             await self.fetch()
         self.used = True
-        if start < 2:
-            own = self.node.entry(0)
-            for name in (b".", b"..")[start:]:
-                start += 1
-                if not pyfuse3.readdir_reply(token, name, own, start):
+        if start < len(self.entries) + 2:
+            self.path = self.node.path
+        for position in range(start, len(self.entries) + 2):
+            if position < 2:
+                name, own = (b".", b"..")[position], self.node.entry(0)
+                if not pyfuse3.readdir_reply(token, name, own, position + 1):
                     return
-        index = start - 2
-        if index >= len(self.entries):
-            return
-        self.path = self.node.path
-        while index < len(self.entries):
-            if self.entries[index] not in self.looks:
-                await self._look_from(index)
-            if not self._reply(token, self.entries[index], index + 3):
+                continue
+            if self.entries[position - 2] not in self.looks:
+                await self._look_from(position - 2)
+            if not self._reply(token, self.entries[position - 2], position + 1):
                 return
-            index += 1
 
     def _reply(self, token: pyfuse3.ReaddirToken, name: bytes, next_id: int) -> bool:
         """Put one entry into the reply; False if it is full."""

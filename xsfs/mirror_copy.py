@@ -10,16 +10,16 @@ import stat
 from collections.abc import Sequence
 from functools import lru_cache
 
-from xsfs import wire
 from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
+from xsfs.permissions import decode_perms, format_permissions
 from xsfs.view import NOTHING, Look, Sight, View
 
 
 @lru_cache(maxsize=1024)
 def _permissions(payload: bytes) -> bytes:
     """What GET_PERMS gave, as `user.xs.perms` shows it."""
-    return wire.format_permissions(wire.decode_perms(payload)).encode()
+    return format_permissions(decode_perms(payload)).encode()
 
 
 class Copy:

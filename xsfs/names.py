@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
-from xsfs.wire import is_name
+from xsfs.wire import NAME, is_name
 
 NAME_MAX: Final = 255
 ALIAS_PREFIX: Final = 200
@@ -72,7 +72,7 @@ def forced_name(name: bytes) -> bytes | None:
     return None
 
 
-_NAMES = re.compile(rb"[A-Za-z0-9_@-]+(?:\0[A-Za-z0-9_@-]+)*")
+_NAMES = re.compile(rb"%s(?:\0%s)*" % (NAME, NAME))
 
 
 def are_names(names: Iterable[bytes]) -> bool:
@@ -83,12 +83,6 @@ def are_names(names: Iterable[bytes]) -> bool:
 def join(path: bytes, name: bytes) -> bytes:
     """The path of a child."""
     return path + name if path == b"/" else b"%s/%s" % (path, name)
-
-
-def join_all(path: bytes, names: Iterable[bytes]) -> list[bytes]:
-    """The paths of children."""
-    above = path if path == b"/" else path + b"/"
-    return [above + name for name in names]
 
 
 def parent_path(path: bytes) -> bytes:

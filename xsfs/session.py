@@ -14,7 +14,8 @@ from typing import Final
 from xsfs import wire
 from xsfs.connection import Reply
 from xsfs.errors import XenstoreError
-from xsfs.wire import Permission, Permissions, Request
+from xsfs.permissions import Permission, Permissions, decode_perms, parse_permissions, set_perms
+from xsfs.wire import Request
 
 Path = bytes | str
 Names = list[bytes]
@@ -142,12 +143,12 @@ class Session(ABC):
         raise XenstoreError("EAGAIN", wire.directory(path))
 
     async def get_perms(self, path: Path) -> Permissions:
-        return wire.decode_perms(await self.call(wire.get_perms(encode_path(path))))
+        return decode_perms(await self.call(wire.get_perms(encode_path(path))))
 
     async def set_perms(self, path: Path, perms: str | Iterable[Permission]) -> None:
         """Set the node's permissions, given as Permission objects or as `n0,r7`."""
-        entries = wire.parse_permissions(perms) if isinstance(perms, str) else perms
-        request = wire.set_perms(encode_path(path), entries)
+        entries = parse_permissions(perms) if isinstance(perms, str) else perms
+        request = set_perms(encode_path(path), entries)
         if len(request.payload) > self.payload_max:
             raise ValueError("the permissions do not fit one message")
         await self.call(request)

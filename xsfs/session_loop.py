@@ -75,7 +75,7 @@ class Waiter:
             await trio.lowlevel.checkpoint()
             self._turn_ends = time.perf_counter() + TURN_SECONDS
         # Not while a request is under way, whose reply from Xenstore would have to wait.
-        if linger.has_come() if self.under_way else linger.comes(LINGER_SECONDS):
+        if linger.comes(0 if self.under_way else LINGER_SECONDS):
             return
         await trio.lowlevel.wait_readable(descriptor)
         self._turn_ends = time.perf_counter() + TURN_SECONDS

@@ -20,7 +20,8 @@ from xsfs.connection import Reply
 from xsfs.errors import XenstoreError
 from xsfs.guesses import Guesses
 from xsfs.known import KnownDirectories
-from xsfs.names import Format, are_names, is_container, join_all
+from xsfs.names import Format, are_names, is_container, join
+from xsfs.permissions import access_of, decode_perms
 from xsfs.session import Names, Session
 from xsfs.wire import Op, Request
 
@@ -140,7 +141,7 @@ class View:
 
         Of those that have children it is kept which, as guesses for `look_into`.
         """
-        paths = join_all(path, names)
+        paths = [join(path, name) for name in names]
         asked = self.known.moment
         replies = await self.session.burst(self._questions_of_kind(paths))
         return await self._kinds(names, paths, replies, asked)
@@ -184,7 +185,7 @@ class View:
         """
         guess = self._guesses.take(path)
         guessed = self.shown(path, wire.strings(guess))
-        paths = join_all(path, guessed)
+        paths = [join(path, name) for name in guessed]
         questions = self._questions(path)
         asked = self.known.moment
         replies = await self.session.burst([*questions, *self._questions_of_kind(paths)])
@@ -314,7 +315,7 @@ class View:
             perms = answers[2]
             if not isinstance(perms, bytes):
                 return None if perms is not None and perms.name == "ENOENT" else HIDDEN
-            writable = wire.access_of(wire.decode_perms(perms), self.domid)[1]
+            writable = access_of(decode_perms(perms), self.domid)[1]
         return Look(value or b"", has_children, True, writable, whole=value is not None)
 
     def is_directory(self, path: bytes, look: Look) -> bool:

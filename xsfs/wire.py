@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 HEADER: Final = struct.Struct("=IIII")
@@ -119,8 +119,8 @@ class Parser:
     """Turns the bytes of one direction of a connection into messages.
 
     `feed` takes bytes as they come, one at a time if need be; `messages` gives all whole messages,
-    `next` one or None.  Of garbage what came whole before is still given; then it raises WireError,
-    now and on each later call.
+    `next` the next one, or None.  What came whole before the garbage is still given; the garbage then
+    raises WireError, now and on each later call.
     """
 
     def __init__(self, payload_max: int = REPLY_MAX) -> None:
@@ -151,8 +151,11 @@ class Parser:
         while len(buffer) - start >= self._wanted:
             op, req_id, tx_id, length = HEADER.unpack_from(buffer, start)
             if length > self._payload_max:
-                raise WireError(f"a message of {length} bytes, over {self._payload_max}")
-            end = (body := start + HEADER.size) + length
+                raise WireError(
+                    f"a message of {length} bytes, over the limit of {self._payload_max}"
+                )
+            body = start + HEADER.size
+            end = body + length
             if len(buffer) < end:
                 self._wanted = end - start
                 return
@@ -173,8 +176,11 @@ def encode(op: int, req_id: int, tx_id: int, payload: bytes) -> bytes:
 
 # ---------------------------------------------------------------------------------------- paths
 
-_NAME = re.compile(rb"[A-Za-z0-9_@-]+")
-_PATH = re.compile(rb"/|(?:/?[A-Za-z0-9_@-]+)(?:/[A-Za-z0-9_@-]+)*")
+NAME: Final = rb"[A-Za-z0-9_@-]+"
+"""The pattern of one component of a path."""
+
+_NAME = re.compile(NAME)
+_PATH = re.compile(rb"/|/?%s(?:/%s)*" % (NAME, NAME))
 
 
 def is_name(name: bytes) -> bool:
@@ -199,67 +205,6 @@ def value_max(path: bytes, payload_max: int = PAYLOAD_MAX) -> int:
     return payload_max - len(path) - 1
 
 
-# ---------------------------------------------------------------------------------- permissions
-
-
-class Permission(NamedTuple):
-    """One entry of a node's permissions: what `domid` may do.  The first entry of a node names its
-    owner, who may do everything, and says what all domains without an entry may do."""
-
-    domid: int
-    read: bool
-    write: bool
-
-    def __str__(self) -> str:
-        return f"{_LETTERS[self.read, self.write]}{self.domid}"
-
-
-_LETTERS: Final = {
-    (False, False): "n",
-    (True, False): "r",
-    (False, True): "w",
-    (True, True): "b",
-}
-_ACCESS: Final = {letter: access for access, letter in _LETTERS.items()}
-_PERMISSION = re.compile(r"([nrwb])([0-9]{1,10})")
-
-Permissions = tuple[Permission, ...]
-
-
-def parse_permission(text: str) -> Permission:
-    """`r7` as a Permission; ValueError for anything else."""
-    match = _PERMISSION.fullmatch(text)
-    if not match:
-        raise ValueError(f"not a permission (n, r, w or b, and a domid): {text[:40]!r}")
-    return Permission(int(match[2]), *_ACCESS[match[1]])
-
-
-def parse_permissions(text: str) -> Permissions:
-    """`n0,r7` or `n0 r7`, as xenstore-ls -p and xenstore-chmod write them."""
-    entries = text.replace(",", " ").split()
-    if not entries:
-        raise ValueError("permissions need at least one entry, the owner's")
-    return tuple(map(parse_permission, entries))
-
-
-def format_permissions(perms: Iterable[Permission]) -> str:
-    """The permissions as `n0,r7`."""
-    return ",".join(map(str, perms))
-
-
-def access_of(perms: Permissions, domid: int) -> tuple[bool, bool]:
-    """Whether `domid` may (read, write) a node: perm_for_conn() of xenstored_core.c.
-
-    Domain 0 and the owner may do everything; of two entries for a domain the first counts.
-    """
-    if domid == 0 or perms[0].domid == domid:
-        return True, True
-    for entry in perms[1:]:
-        if entry.domid == domid:
-            return entry.read, entry.write
-    return perms[0].read, perms[0].write
-
-
 # ------------------------------------------------------------------------------------- requests
 
 
@@ -278,10 +223,6 @@ def directory_part(path: bytes, offset: int) -> Request:
 
 def get_perms(path: bytes) -> Request:
     return Request(Op.GET_PERMS, path + b"\0")
-
-
-def set_perms(path: bytes, perms: Iterable[Permission]) -> Request:
-    return Request(Op.SET_PERMS, path + b"\0" + b"".join(b"%s\0" % str(p).encode() for p in perms))
 
 
 def write(path: bytes, value: bytes) -> Request:
@@ -365,16 +306,6 @@ def decode_part(payload: bytes) -> tuple[bytes, bytes, bool]:
         raise WireError(f"not a DIRECTORY_PART reply: {payload[:80]!r}")
     last = part == b"\0" or part.endswith(b"\0\0")
     return generation, part[:-1] if last else part, last
-
-
-def decode_perms(payload: bytes) -> Permissions:
-    try:
-        perms = tuple(parse_permission(entry.decode("ascii")) for entry in strings(payload))
-    except ValueError as error:
-        raise WireError(f"a GET_PERMS reply with {error}") from error
-    if not perms:
-        raise WireError("a GET_PERMS reply without an owner")
-    return perms
 
 
 def decode_transaction_id(payload: bytes) -> int:

@@ -15,6 +15,7 @@ from pyfuse3 import EntryAttributes
 
 from xsfs import wire
 from xsfs.node import Node, refuse
+from xsfs.permissions import format_permissions, parse_permissions, set_perms
 from xsfs.view import Look
 
 ATTRIBUTE_MAX: Final = 4096
@@ -70,16 +71,16 @@ class XenstoreNode(Node):
 
 
 async def _get_perms(node: XenstoreNode) -> bytes:
-    return wire.format_permissions(await node.view.session.get_perms(node.path)).encode()
+    return format_permissions(await node.view.session.get_perms(node.path)).encode()
 
 
 async def _set_perms(node: XenstoreNode, value: bytes) -> None:
     try:
         # setfattr and scripts may leave a newline or a NUL at the end.
-        perms = wire.parse_permissions(value.rstrip(b"\n\0").decode("ascii"))
+        perms = parse_permissions(value.rstrip(b"\n\0").decode("ascii"))
     except ValueError:
         refuse(errno.EINVAL)
-    if len(wire.set_perms(node.path, perms).payload) > node.view.session.payload_max:
+    if len(set_perms(node.path, perms).payload) > node.view.session.payload_max:
         refuse(errno.E2BIG)
     await node.view.session.set_perms(node.path, perms)
 

@@ -29,25 +29,25 @@ class Asker:
             parser.feed(data)
             while parser.next() is not None:
                 replies += 1
-        return Question(self._socket, self._linger, encoded, expected)
+        return Question(self, encoded, expected)
+
+    def ask(self, encoded: bytes, expected: int) -> None:
+        """Ask, and wait for as many bytes."""
+        self._socket.sendall(encoded)
+        while expected > 0:
+            self._linger.comes(LINGER_SECONDS)
+            expected -= len(self._socket.recv(65536))
 
 
 class Question:
     """Of a store that does not change."""
 
-    __slots__ = ("_encoded", "_expected", "_linger", "_socket")
+    __slots__ = ("_asker", "_encoded", "_expected")
 
-    def __init__(
-        self, connected: socket.socket, linger: Linger, encoded: bytes, expected: int
-    ) -> None:
-        self._socket = connected
-        self._linger = linger
+    def __init__(self, asker: Asker, encoded: bytes, expected: int) -> None:
+        self._asker = asker
         self._encoded = encoded
         self._expected = expected
 
     def ask(self) -> None:
-        self._socket.sendall(self._encoded)
-        missing = self._expected
-        while missing > 0:
-            self._linger.comes(LINGER_SECONDS)
-            missing -= len(self._socket.recv(65536))
+        self._asker.ask(self._encoded, self._expected)
