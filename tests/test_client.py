@@ -727,6 +727,22 @@ async def test_a_watch_the_store_refuses(place: Place) -> None:
             assert await anext(events) == base.encode()
 
 
+@only_guests
+@trio_test
+async def test_what_was_left_counts_no_more(place: Place) -> None:
+    """Nobody has waited for it: the store hears that the old ones end before it hears of a new one."""
+    async with opened(place) as (store, base):
+        left = [Subscription(f"{base}/{number}".encode()) for number in range(WATCHES)]
+        for subscription in left:
+            await store.watches.subscribe(subscription)
+        for subscription in left:
+            store.watches.drop(subscription)
+        assert len(store.watches) == WATCHES
+        async with store.watch(base) as events:
+            assert await anext(events) == base.encode()
+            assert len(store.watches) == 1
+
+
 @only_dom0s
 @trio_test
 async def test_a_backlog_too_long_becomes_one_event(place: Place) -> None:

@@ -12,6 +12,8 @@ What always holds:
 - Taking an event from the connection costs the same however many subscribe to its watch: where there
   are several, `_spread` tells them, one at a time, and what comes meanwhile is merged.  A reader of
   the connection that fell some 2000 events behind would stop whoever writes, with oxenstored for good.
+- A watch that nobody wants any more is removed before another one is set: what was closed counts no
+  more against the quota of whoever opens next.
 - After the connection was lost, `run` sets every watch again, and the store's initial event tells
   each subscriber that it may have missed something.  One that the store then refuses (the quota may be
   used up by others meanwhile) is tried again, with back-off, for as long as somebody wants it.
@@ -20,6 +22,7 @@ What always holds:
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
@@ -146,12 +149,14 @@ class Watches:
         self._turn = trio.Lock()
         self._by_path: dict[bytes, _Watch] = {}
         self._by_token: dict[bytes, _Watch] = {}
+        self._unwanted: deque[_Watch] = deque()
+        """Watches to be removed, in the order in which they were left."""
         self._last_token = 0
         self._lost = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
         """How many watches there are at the store."""
-        return len(self._by_path)
+        return len(self._by_path) + len(self._unwanted)
 
     @property
     def reconnects(self) -> int:
@@ -206,7 +211,8 @@ class Watches:
             except BaseException:
                 # Cancelled, or without a reply: the store may have it, or set it later.
                 del self._by_token[watch.token]
-                self._nursery.start_soon(self._give_up, watch)
+                self._unwanted.append(watch)
+                self._nursery.start_soon(self._clear)
                 raise
             self._by_path[watch.path] = watch
             self._lost.unpark_all()
@@ -218,32 +224,36 @@ class Watches:
 
     async def unsubscribe(self, subscription: Subscription) -> None:
         """The opposite; the last subscriber of a path removes the watch.  Never raises."""
-        watch = self._leave(subscription)
-        if watch is not None:
+        if self._leave(subscription):
             with trio.CancelScope(shield=True):
-                await self._give_up(watch)
+                await self._clear()
 
     def drop(self, subscription: Subscription) -> None:
         """The same without waiting for the store."""
-        watch = self._leave(subscription)
-        if watch is not None:
-            self._nursery.start_soon(self._give_up, watch)
+        if self._leave(subscription):
+            self._nursery.start_soon(self._clear)
 
-    def _leave(self, subscription: Subscription) -> _Watch | None:
-        """Give the subscription no more events.  The watch, if nobody is left who wants it."""
+    def _leave(self, subscription: Subscription) -> bool:
+        """Give the subscription no more events.  Whether that left a watch which nobody wants."""
         watch = self._by_path.get(subscription.path)
         if watch is None or subscription not in watch.subscriptions:
-            return None
+            return False
         del watch.subscriptions[subscription]
         if watch.subscriptions:
-            return None
+            return False
         del self._by_path[watch.path]
         del self._by_token[watch.token]
-        return watch
+        self._unwanted.append(watch)
+        return True
 
-    async def _give_up(self, watch: _Watch) -> None:
+    async def _clear(self) -> None:
         async with self._turn:
-            await self._disarm(watch)
+            await self._remove_unwanted()
+
+    async def _remove_unwanted(self) -> None:
+        while self._unwanted:
+            await self._disarm(self._unwanted[0])
+            self._unwanted.popleft()
 
     async def _disarm(self, watch: _Watch) -> None:
         connection = watch.connection
@@ -256,6 +266,7 @@ class Watches:
             connection.close(f"a watch could not be removed: {error}")
 
     async def _arm(self, watch: _Watch) -> None:
+        await self._remove_unwanted()
         deadline = trio.current_time() + self._timeout
         connection = await self._link.connected(deadline)
         watch.connection = connection
