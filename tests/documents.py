@@ -10,7 +10,9 @@ name.
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -92,6 +94,17 @@ def matches(expected: Sequence[str], printed: Sequence[str]) -> bool:
     return re.fullmatch(pattern, "".join(f"{line}\n" for line in printed)) is not None
 
 
+CLOCK_REALTIME_COARSE = 5
+"""clock_gettime(2): what file times are taken from.  It goes on with the kernel's tick."""
+
+
+def wait_for_tick() -> None:
+    """Nobody types two commands within one: what the second changes is newer than the first."""
+    now = time.clock_gettime(CLOCK_REALTIME_COARSE)
+    while time.clock_gettime(CLOCK_REALTIME_COARSE) == now:
+        os.sched_yield()
+
+
 def check_dialogue(document: str, host: Host, before: str = "") -> None:
     """The same where programs in the background print, too: each command is typed when all has come
     that is said to come of the one before."""
@@ -103,6 +116,7 @@ def check_dialogue(document: str, host: Host, before: str = "") -> None:
         lines = Lines(shell.stdout.fileno())
         try:
             for command in commands:
+                wait_for_tick()
                 shell.stdin.write(f"{command.typed}\n")
                 shell.stdin.flush()
                 for expected in command.output:
