@@ -25,11 +25,12 @@ from tests.mounting import LIMIT, Mount, Place, mounted
 from tests.xenstored.harness import XsClient, XsError, strings
 from xsfs.client import open_store
 from xsfs.known import KnownDirectories
+from xsfs.looks import Look
 from xsfs.mirror import Mirror
 from xsfs.mirror_files import MirrorFiles
 from xsfs.names import TEXT, Format
 from xsfs.ownership import Ownership
-from xsfs.view import Look, View
+from xsfs.view import View
 
 PERMS = "user.xs.perms"
 

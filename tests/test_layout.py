@@ -50,19 +50,20 @@ LAYERS = """
     known
     guesses
     ownership
-    view                permissions wire errors connection session client names known guesses
+    looks               permissions wire errors connection
+    view                wire errors connection session client names known guesses looks
     workshop
     mirror_files        ownership workshop
-    mirror_copy         permissions wire names view mirror_files
+    mirror_copy         permissions wire names looks view mirror_files
     mirror              wire errors watches client view mirror_files mirror_copy
     node                names view ownership
     mirror_link         node
-    xattrs              permissions wire names view node
+    xattrs              permissions wire names looks view node
     changes             permissions wire errors session names view node
-    values              wire errors session names view node xattrs changes
-    listing             wire names view node xattrs
+    values              wire errors session names looks view node xattrs changes
+    listing             wire names looks view node xattrs
     watch_files         wire errors watches names view node xattrs
-    directories         wire errors session names view node xattrs changes values listing \
+    directories         wire errors session names looks view node xattrs changes values listing \
 watch_files
     transactions        wire errors connection session client view known node
     transaction_files   wire names view node values directories transactions mirror_link

@@ -32,6 +32,8 @@ from xsfs.errors import (
     XenstoreError,
 )
 from xsfs.known import KNOWN_MAX, KnownDirectories
+from xsfs.listing import DirectoryHandle
+from xsfs.looks import Look
 from xsfs.names import TEXT, join
 from xsfs.node import Tree
 from xsfs.operations import Operations
@@ -40,7 +42,7 @@ from xsfs.servants import open_servants
 from xsfs.transport import SocketTransport
 from xsfs.values import ValueFile
 from xsfs.verdicts import errno_of
-from xsfs.view import Look, View
+from xsfs.view import Children, View
 from xsfs.wire import WireError, directory, read, watch, write
 
 ROOT = pyfuse3.ROOT_INODE
@@ -208,6 +210,95 @@ async def test_a_listing_asks_for_values_only_where_the_kind_depends_on_them(w: 
         for name, look in looks.items()
     }
     assert shown == {b"file": False, b"device": True, b"data": True}
+
+
+async def listed(w: World, fh: pyfuse3.FileHandleT, start: int = 0) -> dict[bytes, bool]:
+    """The names that reading the directory gives from there on, and whether each is a directory."""
+    entries: dict[bytes, bool] = {}
+
+    def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        entries[name] = stat.S_ISDIR(entry.st_mode)
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyfuse3, "readdir_reply", reply)
+        await w.operations.readdir(fh, start, cast(Any, None))
+    return entries
+
+
+@in_world
+async def test_it_makes_no_difference_when_the_answers_are_looked_at(w: World) -> None:
+    """While the next request is awaited, or when it comes; where a guess was right, wrong, or none."""
+    await w.store.write("data/file", b"value")
+    await w.store.write("data/directory/x", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    await w.operations.mkdir(data, b"empty", cast(Any, 0), ctx())
+    expected = {b".": True, b"..": True, b"file": False, b"directory": True, b"empty": True}
+
+    async def opened(*, early: bool) -> pyfuse3.FileHandleT:
+        fh = await w.operations.opendir(data, ctx())
+        if early:
+            w.operations._handles.get(fh).prepare()
+        return fh
+
+    for early in (True, False):
+        for _ in range(2):
+            assert await listed(w, await opened(early=early)) == expected
+        await w.store.write("data/new", b"value")
+        with_new = await opened(early=early)
+        await w.store.delete("data/new")
+        # Its name came too late for a guess: it is asked for when it is read, and has gone.
+        assert await listed(w, with_new) == expected
+        assert await listed(w, await opened(early=early)) == expected
+
+
+@in_world
+async def test_a_directory_that_is_renamed_before_it_is_read(w: World) -> None:
+    await w.store.write("data/d/file", b"value")
+    await w.store.write("data/d/full/x", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    before = (await w.lookup(b"data", b"d")).st_ino
+    await w.operations.mkdir(before, b"empty", cast(Any, 0), ctx())
+    expected = {b".": True, b"..": True, b"file": False, b"full": True, b"empty": True}
+    assert await listed(w, await w.operations.opendir(before, ctx())) == expected
+
+    fh = await w.operations.opendir(before, ctx())
+    w.operations.waiter.do_chore()
+    await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
+    assert await listed(w, fh) == expected
+    assert await listed(w, fh) == expected, "after a rewind"
+
+
+@in_world
+async def test_a_rewind_that_is_refused_changes_nothing(w: World) -> None:
+    await w.store.write("data/d/file", b"value")
+    directory = (await w.lookup(b"data", b"d")).st_ino
+    expected = {b".": True, b"..": True, b"file": False}
+    fh = await w.operations.opendir(directory, ctx())
+    assert await listed(w, fh) == expected
+    await w.store.delete("data/d")
+    await refused(errno.ESTALE, listed(w, fh))
+    assert list(await listed(w, fh, 1)) == [b"..", b"file"]
+    await w.store.write("data/d/file", b"value")
+    assert await listed(w, fh) == expected
+
+
+@in_world
+async def test_a_listing_that_makes_no_sense_is_met_by_who_reads_it(w: World) -> None:
+    data = (await w.lookup(b"data")).st_ino
+
+    def nonsense() -> Children:
+        raise WireError("a listing that makes no sense")
+
+    fh = await w.operations.opendir(data, ctx())
+    handle = w.operations._handles.get(fh)
+    assert isinstance(handle, DirectoryHandle)
+    handle.digest = nonsense
+    w.operations.waiter.do_chore()
+    await refused(errno.EIO, listed(w, fh))
+    # It was met; from the start on it is asked again.
+    assert await listed(w, fh, 1) == {b"..": True}
+    assert await listed(w, fh) == {b".": True, b"..": True}
 
 
 # --------------------------------------------------------------------------------- inodes, counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import trio
@@ -47,6 +48,70 @@ async def test_others_get_their_turn_while_requests_come_without_end(pipe: Pipe)
         nursery.cancel_scope.cancel()
 
 
+@trio_test
+async def test_a_chore_is_done_before_its_worker_waits_for_its_turn() -> None:
+    waiter = Waiter()
+    turn = Turn(waiter)
+    done: list[str] = []
+    async with trio.open_nursery() as nursery:
+        async with turn:
+            waiter.put_off(lambda: done.append("chore"))
+            assert done == []
+            nursery.start_soon(turn.__aenter__)
+            await wait_all_tasks_blocked()
+            assert done == ["chore"]
+        await wait_all_tasks_blocked()
+    assert done == ["chore"]
+
+
+@trio_test
+async def test_a_chore_is_done_before_a_sleeper_reads_the_next_request(pipe: Pipe) -> None:
+    reader, writer = pipe
+    waiter = Waiter()
+    done: list[str] = []
+
+    async def read() -> None:
+        await waiter.wait_readable(reader)
+        done.append("request")
+
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await wait_all_tasks_blocked()
+            waiter.put_off(lambda: done.append("chore"))
+            os.write(writer, b"x")
+    assert done == ["chore", "request"]
+
+
+@trio_test
+async def test_chores_are_done_once_and_in_order() -> None:
+    waiter = Waiter()
+    done: list[int] = []
+    for number in range(3):
+        waiter.put_off(partial(done.append, number))
+    assert done == [0, 1]
+    waiter.do_chore()
+    waiter.do_chore()
+    assert done == [0, 1, 2]
+
+
+@trio_test
+async def test_a_chore_that_fails_harms_nobody() -> None:
+    waiter = Waiter()
+    turn = Turn(waiter)
+    tried = 0
+
+    def fails() -> None:
+        nonlocal tried
+        tried += 1
+        raise ValueError
+
+    waiter.put_off(fails)
+    waiter.put_off(fails)
+    async with turn:
+        assert tried == 2
+
+
 @pytest.mark.parametrize("under_way", [0, 1])
 @trio_test
 async def test_whoever_waits_sleeps_in_the_end_and_is_woken(pipe: Pipe, under_way: int) -> None:
@@ -70,7 +135,7 @@ async def test_whoever_waits_sleeps_in_the_end_and_is_woken(pipe: Pipe, under_wa
 
 @trio_test
 async def test_a_turn_is_taken_by_one_at_a_time() -> None:
-    turn = Turn()
+    turn = Turn(Waiter())
     inside = 0
     served = []
 

@@ -10,6 +10,10 @@ from __future__ import annotations
 import os
 import select
 import time
+from typing import Final
+
+LINGER_SECONDS: Final = 100e-6
+"""For a reply, and for the next request of whoever was answered."""
 
 
 class Linger:

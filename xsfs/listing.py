@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import errno
-import logging
 from abc import abstractmethod
 from collections.abc import Collection
+from typing import Final
 
 import pyfuse3
 
+from xsfs.looks import NOTHING, Look
 from xsfs.names import VALUE_NAME, join
 from xsfs.node import Handle, refuse
-from xsfs.view import LOOK_WINDOW, NOTHING, Look
+from xsfs.view import LOOK_WINDOW, Digest
 from xsfs.xattrs import XenstoreNode
 
-log = logging.getLogger(__name__)
+OWN_ENTRIES: Final = (b".", b"..")
 
 
 class ListedNode(XenstoreNode):
@@ -43,60 +44,82 @@ class ListedNode(XenstoreNode):
 class DirectoryHandle(Handle):
     """An open directory: its children's names as they were when it was opened, or last rewound.
 
-    What the children are is asked as the listing goes on, LOOK_WINDOW of them in one burst.
+    What the children are is asked as the listing goes on, LOOK_WINDOW of them in one burst.  Of those
+    whose names could be guessed it was asked with the names.
     """
 
-    __slots__ = ("entries", "looks", "path", "used")
+    __slots__ = ("digest", "doubtful", "entries", "look", "looks", "path", "used")
 
     node: ListedNode
 
     def __init__(self, node: ListedNode) -> None:
         super().__init__(node)
         self.path = b""
-        """The node's, as long as one request takes: to ask for it is to walk up the tree."""
+        """The node's, at the last request: to ask for it is to walk up the tree."""
         self.entries: list[bytes] = []
         self.looks: dict[bytes, Look | None] = {}
         """What some of them are."""
+        self.doubtful: list[bytes] = []
+        """Those that must be asked for once more."""
+        self.look = NOTHING
+        """The directory's own."""
+        self.digest: Digest | None = None
+        """The store's answers, until entries are made of them."""
         self.used = False
 
     async def fetch(self) -> None:
-        """Ask for the names.  `.value` is among them if there is a value."""
+        """Ask for the names."""
         node = self.node
         node.require()
         self.path = node.path
-        look, names, self.looks = await node.view.look_into(self.path)
-        look = node.still(look)
+        seen, digest = await node.view.look_into(self.path)
+        look = node.still(seen)
         if look.hidden:
             refuse(errno.EACCES)
-        shown = node.view.shown(self.path, names)
-        if len(shown) < len(names):
-            self._log_left_out(names)
-        self.entries = list(dict.fromkeys((*shown, *node.lasting_children())))
-        if node.view.has_dot_value(self.path, look):
-            self.entries.insert(0, VALUE_NAME)
-            self.looks[VALUE_NAME] = look
+        self.look, self.digest = look, digest
 
-    def _log_left_out(self, names: list[bytes]) -> None:
-        for name in names:
-            if not self.node.view.shows_child(self.path, name) and not name.startswith(b"@"):
-                log.warning("left out of %r: a child named %r", self.path, name[:80])
+    def prepare(self) -> None:
+        """Make entries of the answers.  `.value` is among them if there is a value."""
+        if self.digest is None:
+            return
+        names, self.looks, self.doubtful = self.digest()
+        self.entries = list(dict.fromkeys((*names, *self.node.lasting_children())))
+        if self.node.view.has_dot_value(self.path, self.look):
+            self.entries.insert(0, VALUE_NAME)
+            self.looks[VALUE_NAME] = self.look
+        self.digest = None
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
         if start == 0 and self.used:
             await self.fetch()
         self.used = True
-        if start < len(self.entries) + 2:
-            self.path = self.node.path
-        for position in range(start, len(self.entries) + 2):
-            if position < 2:
-                name, own = (b".", b"..")[position], self.node.entry(0)
-                if not pyfuse3.readdir_reply(token, name, own, position + 1):
-                    return
-                continue
-            if self.entries[position - 2] not in self.looks:
-                await self._look_from(position - 2)
-            if not self._reply(token, self.entries[position - 2], position + 1):
+        try:
+            self.prepare()
+        finally:
+            self.digest = None
+        if start < len(OWN_ENTRIES) and not self._reply_own(token, start):
+            return
+        first = max(0, start - len(OWN_ENTRIES))
+        if first >= len(self.entries):
+            return
+        self.path = self.node.path
+        if self.doubtful:
+            self.looks |= await self.node.view.look_closer(self.path, self.doubtful)
+            self.doubtful = []
+        for index in range(first, len(self.entries)):
+            name = self.entries[index]
+            if name not in self.looks:
+                await self._look_from(index)
+            if not self._reply(token, name, len(OWN_ENTRIES) + index + 1):
                 return
+
+    def _reply_own(self, token: pyfuse3.ReaddirToken, start: int) -> bool:
+        """Put the directory's own entries from `start` on into the reply; False if it is full."""
+        own = self.node.entry(0)
+        return all(
+            pyfuse3.readdir_reply(token, name, own, next_id)
+            for next_id, name in enumerate(OWN_ENTRIES[start:], start + 1)
+        )
 
     def _reply(self, token: pyfuse3.ReaddirToken, name: bytes, next_id: int) -> bool:
         """Put one entry into the reply; False if it is full."""

@@ -10,10 +10,11 @@ import stat
 from collections.abc import Sequence
 from functools import lru_cache
 
+from xsfs.looks import NOTHING, Look
 from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
 from xsfs.permissions import decode_perms, format_permissions
-from xsfs.view import NOTHING, Look, Sight, View
+from xsfs.view import Sight, View
 
 
 @lru_cache(maxsize=1024)

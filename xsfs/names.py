@@ -119,7 +119,7 @@ def is_container(path: bytes) -> bool:
     """Whether a node without value and children is a directory by Xen's conventions.
 
     Drawn from docs/misc/xenstore-paths.pandoc and libxl.  Only the outermost levels matter: what a
-    container has in it makes it a directory anyway.
+    container has in it makes it a directory anyway.  What a container is in is one, too.
     """
     return _CONTAINER.fullmatch(path) is not None
 

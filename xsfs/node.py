@@ -106,6 +106,12 @@ class Handle:
     async def release(self) -> None:
         """The last descriptor was closed."""
 
+    def prepare(self) -> None:
+        """Do what is left of the opening once it was answered.
+
+        Where it raises, whoever reads must meet the same.
+        """
+
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
         refuse(errno.ENOTDIR)
 

@@ -371,7 +371,9 @@ class Operations(pyfuse3.Operations):
     @answered
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         foreign = self._admit(ctx).foreign
-        return self._handles.add(await self.tree.get(inode).opendir(), foreign)
+        handle = await self.tree.get(inode).opendir()
+        self.waiter.put_off(handle.prepare)
+        return self._handles.add(handle, foreign)
 
     @answered
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:

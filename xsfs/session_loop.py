@@ -10,22 +10,30 @@ the workers of its session loop use before each request:
 - The wait for the kernel's descriptor.  Before it sleeps it lingers for LINGER_SECONDS: a process that
   has just got its answer asks the next thing within that time.  An idle mount sleeps.
 
-What always holds: between two requests all other tasks get their turn, where they have not had one for
-TURN_SECONDS.
+What need not be done before an answer is put off until after it, as a chore: whoever got the answer has
+to come back first, so it costs nobody's time.
+
+What always holds:
+
+- Between two requests all other tasks get their turn, where they have not had one for TURN_SECONDS.
+- A chore is done before the next request is read; and before any other task goes on, unless the worker
+  that put it off has ended.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, cast
 
 import pyfuse3
 import trio
 
-from xsfs.linger import Linger
+from xsfs.linger import LINGER_SECONDS, Linger
 
-LINGER_SECONDS: Final = 50e-6
 TURN_SECONDS: Final = 0.002
 
 
@@ -35,12 +43,15 @@ class Turn:
     Of those who wait one at most is on its way: the others need not be woken to find the lock taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waiter: Waiter) -> None:
+        self._waiter = waiter
         self._taken = False
         self._waiting = trio.lowlevel.ParkingLot()
         self._woken = False
 
     async def __aenter__(self) -> None:
+        # A worker comes here right after its answer.
+        self._waiter.do_chore()
         while self._taken:
             await self._waiting.park()
             self._woken = False
@@ -64,8 +75,21 @@ class Waiter:
     def __init__(self) -> None:
         self.under_way = 0
         """How many requests are being answered."""
+        self._chore: Callable[[], None] | None = None
         self._linger: Linger | None = None
         self._turn_ends = 0.0
+
+    def put_off(self, chore: Callable[[], None]) -> None:
+        """Have something done after the present answer.  What it raises is lost."""
+        self.do_chore()
+        self._chore = chore
+
+    def do_chore(self) -> None:
+        """Do what was put off."""
+        chore, self._chore = self._chore, None
+        if chore is not None:
+            with suppress(Exception):
+                chore()
 
     async def wait_readable(self, descriptor: int) -> None:
         linger = self._linger
@@ -78,6 +102,7 @@ class Waiter:
         if linger.comes(0 if self.under_way else LINGER_SECONDS):
             return
         await trio.lowlevel.wait_readable(descriptor)
+        self.do_chore()
         self._turn_ends = time.perf_counter() + TURN_SECONDS
 
 
@@ -91,7 +116,7 @@ def install() -> Waiter:
         current_trio_token=trio.lowlevel.current_trio_token,
     )
     cast(Any, pyfuse3).trio = SimpleNamespace(
-        Lock=Turn,
+        Lock=partial(Turn, waiter),
         open_nursery=trio.open_nursery,
         ClosedResourceError=trio.ClosedResourceError,
         from_thread=trio.from_thread,

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 from xsfs.device import DeviceTransport
 from xsfs.errors import StoreUnavailable
-from xsfs.linger import Linger
+from xsfs.linger import LINGER_SECONDS, Linger
 from xsfs.wire import PAYLOAD_MAX
 
 RUNDIR: Final = "/var/run/xenstored"
@@ -26,9 +26,6 @@ RECEIVE_SIZE: Final = 65536
 
 SOON: Final = 1000
 """Microseconds.  The kernel rounds it up to its tick, 4 ms at most."""
-
-LINGER_SECONDS: Final = 100e-6
-"""How long it is waited for awake before that."""
 
 NO_STORE_HINT: Final = (
     "start xenstored (dom0) or load xen's drivers (domU), name its socket or device, "

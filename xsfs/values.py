@@ -18,10 +18,11 @@ from pyfuse3 import EntryAttributes
 
 from xsfs import changes, wire
 from xsfs.errors import StoreError
+from xsfs.looks import NOTHING, Look
 from xsfs.names import join
 from xsfs.node import Caller, Handle, Node, Tree, refuse
 from xsfs.session import Session
-from xsfs.view import NOTHING, Look, View
+from xsfs.view import View
 from xsfs.wire import Request
 from xsfs.xattrs import XenstoreNode
 

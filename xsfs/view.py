@@ -9,6 +9,7 @@ answer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final, NamedTuple
 
@@ -20,10 +21,12 @@ from xsfs.connection import Reply
 from xsfs.errors import XenstoreError
 from xsfs.guesses import Guesses
 from xsfs.known import KnownDirectories
+from xsfs.looks import LEAF, Answers, Look, questions, questions_of_kind, understand
 from xsfs.names import Format, are_names, is_container, join
-from xsfs.permissions import access_of, decode_perms
 from xsfs.session import Names, Session
-from xsfs.wire import Op, Request
+from xsfs.wire import Request
+
+log = logging.getLogger(__name__)
 
 Work = Callable[[Session], Awaitable[Request | None]]
 
@@ -35,25 +38,20 @@ LOOK_WINDOW: Final = 256
 """How many nodes one burst looks at.  A listing of 100,000 children is asked in such steps."""
 
 
-class Look(NamedTuple):
-    """What one burst told of a node."""
+class Children(NamedTuple):
+    """What the answers to a listing's questions tell of a node's children."""
 
-    value: bytes
-    """Empty also where it was not asked for, as the kind does not depend on it."""
-    has_children: bool
-    readable: bool
-    writable: bool
-    whole: bool = True
-    """Whether the value was asked for."""
-
-    @property
-    def hidden(self) -> bool:
-        """Whether this domain may not even know what the node is."""
-        return not self.readable
+    names: Names
+    """Of those that a listing shows."""
+    looks: dict[bytes, Look | None]
+    """What these are, as far as is known."""
+    doubtful: list[bytes]
+    """The names of those whose kind the answers leave in doubt."""
 
 
-Answers = Sequence[Reply | None]
-"""To READ, DIRECTORY and, where they are asked for, GET_PERMS of a node.  None: not asked."""
+Digest = Callable[[], Children]
+"""Draws that from the answers, and asks nothing.  To be called before anything else is done with the
+view, since it learns from the answers; again where it raised."""
 
 
 class Sight(NamedTuple):
@@ -64,22 +62,6 @@ class Sight(NamedTuple):
     """Of those children that a listing shows."""
     perms: Reply
     """As GET_PERMS gave them; nothing where they were not asked for."""
-
-
-_ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
-"""EINVAL: a path longer than the store takes, so that there can be no such node."""
-
-HIDDEN: Final = Look(b"", False, False, True)
-"""A node that may not be read.  Whether it may be written only a write can tell."""
-
-LEAF: Final = Look(b"", False, True, True, whole=False)
-"""A node without children, whose value was not asked for."""
-
-PARENT: Final = Look(b"", True, True, True, whole=False)
-"""One with children."""
-
-NOTHING: Final = Look(b"", False, True, True)
-"""The root of a mount whose node is not there: a fresh store has no /local/domain/0."""
 
 
 def home_of(domid: int) -> bytes:
@@ -143,21 +125,39 @@ class View:
         """
         paths = [join(path, name) for name in names]
         asked = self.known.moment
-        replies = await self.session.burst(self._questions_of_kind(paths))
-        return await self._kinds(names, paths, replies, asked)
+        replies = await self.session.burst(questions_of_kind(paths, perms=self.asks_perms))
+        looks, doubtful = self._kinds(names, paths, replies, asked, custom=is_container(path))
+        return looks | await self.look_closer(path, doubtful)
 
     async def look_at_kind(self, path: bytes) -> Look | None:
         """The same of one node."""
         asked = self.known.moment
-        replies = await self.session.burst(self._questions_of_kind((path,)))
-        return (await self._kinds((path,), (path,), replies, asked))[path]
+        replies = await self.session.burst(questions_of_kind((path,), perms=self.asks_perms))
+        looks, doubtful = self._kinds((path,), (path,), replies, asked, custom=True)
+        return await self.look(path) if doubtful else looks[path]
 
-    async def _kinds(
-        self, names: Sequence[bytes], paths: Sequence[bytes], replies: Sequence[Reply], asked: int
-    ) -> dict[bytes, Look | None]:
-        """What the replies to `_questions_of_kind` tell, by name."""
+    async def look_closer(self, path: bytes, doubtful: Sequence[bytes]) -> dict[bytes, Look | None]:
+        """What children are whose kind the answers left in doubt."""
+        if not doubtful:
+            return {}
+        looks = await self.look_all([join(path, name) for name in doubtful])
+        return dict(zip(doubtful, looks, strict=True))
+
+    def _kinds(
+        self,
+        names: Sequence[bytes],
+        paths: Sequence[bytes],
+        replies: Sequence[Reply],
+        asked: int,
+        *,
+        custom: bool,
+    ) -> tuple[dict[bytes, Look | None], list[bytes]]:
+        """What the replies to `questions_of_kind` tell, by name; and the names of those still in doubt.
+
+        custom      whether any of them may be a directory by custom
+        """
         looks: dict[bytes, Look | None] = {}
-        doubtful: dict[bytes, bytes] = {}
+        doubtful = []
         perms = iter(replies[len(paths) :])
         for name, path, children in zip(names, paths, replies, strict=False):
             if not children and not self.asks_perms:
@@ -166,19 +166,19 @@ class View:
                 of_perms = (next(perms),) if self.asks_perms else ()
                 look = self._learn(path, (None, children, *of_perms), asked)
             looks[name] = look
-            if look is None or look.hidden:
+            if look is None:
                 continue
             if look.has_children:
                 if isinstance(children, bytes):
                     self._guesses.saw(path, children)
-            elif self.known.get(path) is not None or is_container(path):
-                doubtful[name] = path
-        if doubtful:
-            looks.update(zip(doubtful, await self.look_all(list(doubtful.values())), strict=True))
-        return looks
+            elif look.readable and (
+                self.known.get(path) is not None or (custom and is_container(path))
+            ):
+                doubtful.append(name)
+        return looks, doubtful
 
-    async def look_into(self, path: bytes) -> tuple[Look | None, Names, dict[bytes, Look | None]]:
-        """What the node is now, the names of its children, and what is known of these already.
+    async def look_into(self, path: bytes) -> tuple[Look | None, Digest]:
+        """What the node is now, and what tells of its children.
 
         One round trip for short listings, and none for what the children are whose names were guessed.
         All answers are of now: a wrong guess is only a question too many.
@@ -186,18 +186,27 @@ class View:
         guess = self._guesses.take(path)
         guessed = self.shown(path, wire.strings(guess))
         paths = [join(path, name) for name in guessed]
-        questions = self._questions(path)
+        own = self._questions(path)
+        of_children = questions_of_kind(paths, perms=self.asks_perms)
         asked = self.known.moment
-        replies = await self.session.burst([*questions, *self._questions_of_kind(paths)])
-        look = self._learn(path, replies[: len(questions)], asked)
+        replies = await self.session.burst([*own, *of_children])
+        look = self._learn(path, replies[: len(own)], asked)
         if look is None or not look.has_children:
-            return look, [], {}
+            return look, lambda: Children([], {}, [])
         listing = replies[1]
         if isinstance(listing, XenstoreError):
-            return look, await self.session.list(path), {}
-        self._guesses.was_listed(path, listing)
-        known = await self._kinds(guessed, paths, replies[len(questions) :], asked)
-        return look, wire.decode_names(listing), known
+            long = await self.session.list(path)
+            return look, lambda: Children(self._listed(path, long), {}, [])
+
+        def digest() -> Children:
+            names = wire.decode_names(listing)
+            right = listing == guess and len(guessed) == len(names)
+            shown = guessed if right else self._listed(path, names)
+            self._guesses.was_listed(path, listing)
+            answers, custom = replies[len(own) :], is_container(path)
+            return Children(shown, *self._kinds(guessed, paths, answers, asked, custom=custom))
+
+        return look, digest
 
     async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
         """The same by another session: one of a transaction's own."""
@@ -238,6 +247,15 @@ class View:
             raise
         return Sight(look, self.shown(path, names), perms)
 
+    def _listed(self, path: bytes, names: list[bytes]) -> list[bytes]:
+        """Those to be shown of the names in a listing; of the others the log tells."""
+        shown = self.shown(path, names)
+        if len(shown) < len(names):
+            for name in names:
+                if not self.shows_child(path, name) and not name.startswith(b"@"):
+                    log.warning("left out of %r: a child named %r", path, name[:80])
+        return shown
+
     def shown(self, path: bytes, names: list[bytes]) -> list[bytes]:
         """Those of a node's children that a listing shows."""
         if (
@@ -261,62 +279,16 @@ class View:
         return (b"data",) if path == self.root == self.home else ()
 
     def _questions(self, path: bytes) -> Sequence[Request]:
-        """What to ask in order to know what a node is."""
-        terminated = path + b"\0"
-        if not self.asks_perms:
-            return (Request(Op.READ, terminated), Request(Op.DIRECTORY, terminated))
-        return (
-            Request(Op.READ, terminated),
-            Request(Op.DIRECTORY, terminated),
-            Request(Op.GET_PERMS, terminated),
-        )
-
-    def _questions_of_kind(self, paths: Sequence[bytes]) -> list[Request]:
-        """What to ask in order to know which nodes are directories, but for empty ones that could be:
-        of these `_kinds` asks for more."""
-        terminated = [path + b"\0" for path in paths]
-        questions = [Request(Op.DIRECTORY, path) for path in terminated]
-        if self.asks_perms:
-            questions += [Request(Op.GET_PERMS, path) for path in terminated]
-        return questions
+        return questions(path, perms=self.asks_perms)
 
     def _learn(self, path: bytes, answers: Answers, asked: int) -> Look | None:
         """What was seen of the node, when the store was `asked`."""
-        look = self._understand(answers)
+        look = understand(answers, self.domid)
         if look is None:
             self.known.missed(path, asked)
         elif look.has_children:
             self.known.seen(path)
         return look
-
-    def _understand(self, answers: Answers) -> Look | None:
-        value, children = answers[0], answers[1]
-        if len(answers) == 2 and type(children) is bytes:
-            if value is None:
-                return PARENT if children else LEAF
-            if type(value) is bytes:
-                return Look(value, bool(children), True, True)
-        has_children = bool(children)
-        if isinstance(value, XenstoreError) or isinstance(children, XenstoreError):
-            if isinstance(children, XenstoreError) and children.name == "E2BIG":
-                has_children = True
-            else:
-                for reply in (value, children):
-                    if isinstance(reply, XenstoreError):
-                        if reply.name in _ABSENT:
-                            return None
-                        if reply.name == "EACCES":
-                            return HIDDEN
-                        raise reply
-            if isinstance(value, XenstoreError):
-                raise value
-        writable = True
-        if len(answers) > 2:
-            perms = answers[2]
-            if not isinstance(perms, bytes):
-                return None if perms is not None and perms.name == "ENOENT" else HIDDEN
-            writable = access_of(decode_perms(perms), self.domid)[1]
-        return Look(value or b"", has_children, True, writable, whole=value is not None)
 
     def is_directory(self, path: bytes, look: Look) -> bool:
         """Whether a node is a directory: it has children, or is empty and one by custom.

@@ -14,9 +14,9 @@ import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs import wire
+from xsfs.looks import Look
 from xsfs.node import Node, refuse
 from xsfs.permissions import format_permissions, parse_permissions, set_perms
-from xsfs.view import Look
 
 ATTRIBUTE_MAX: Final = 4096
 """No permissions and no value are longer in a request."""

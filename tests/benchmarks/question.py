@@ -5,8 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
-from xsfs.linger import Linger
-from xsfs.transport import LINGER_SECONDS
+from xsfs.linger import LINGER_SECONDS, Linger
 from xsfs.wire import Parser, Request, encode
 
 

@@ -1,0 +1,102 @@
+"""What to ask Xenstore in order to know what a node is, and what its answers mean.  Pure functions.
+
+A node is seen by READ and DIRECTORY, and by GET_PERMS where the rights of the domain that asks may not
+suffice.  Where only its kind is wanted READ is left out: it counts with empty nodes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
+
+from xsfs import wire
+from xsfs.connection import Reply
+from xsfs.errors import XenstoreError
+from xsfs.permissions import access_of, decode_perms
+from xsfs.wire import Request
+
+
+class Look(NamedTuple):
+    """What one burst told of a node."""
+
+    value: bytes
+    """Empty also where it was not asked for, as the kind does not depend on it."""
+    has_children: bool
+    readable: bool
+    writable: bool
+    whole: bool = True
+    """Whether the value was asked for."""
+
+    @property
+    def hidden(self) -> bool:
+        """Whether this domain may not even know what the node is."""
+        return not self.readable
+
+
+HIDDEN: Final = Look(b"", False, False, True)
+"""A node that may not be read.  Whether it may be written only a write can tell."""
+
+LEAF: Final = Look(b"", False, True, True, whole=False)
+"""A node without children, whose value was not asked for."""
+
+PARENT: Final = Look(b"", True, True, True, whole=False)
+"""One with children."""
+
+NOTHING: Final = Look(b"", False, True, True)
+"""The root of a mount whose node is not there: a fresh store has no /local/domain/0."""
+
+Answers = Sequence[Reply | None]
+"""To READ, DIRECTORY and, where they are asked for, GET_PERMS of a node.  None: not asked."""
+
+_ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
+"""EINVAL: a path longer than the store takes, so that there can be no such node."""
+
+
+def questions(path: bytes, *, perms: bool) -> Sequence[Request]:
+    """What to ask in order to know all about a node."""
+    if not perms:
+        return (wire.read(path), wire.directory(path))
+    return (wire.read(path), wire.directory(path), wire.get_perms(path))
+
+
+def questions_of_kind(paths: Iterable[bytes], *, perms: bool) -> list[Request]:
+    """What to ask in order to know which nodes are directories, but for empty ones that could be: all
+    DIRECTORYs, then all GET_PERMS."""
+    asked = [wire.directory(path) for path in paths]
+    if perms:
+        asked += [wire.get_perms(path) for path in paths]
+    return asked
+
+
+def understand(answers: Answers, domid: int) -> Look | None:
+    """What a node is for this domain; None if there is none.
+
+    Raises XenstoreError for a verdict that says neither.
+    """
+    value, children = answers[0], answers[1]
+    if len(answers) == 2 and type(children) is bytes:
+        if value is None:
+            return PARENT if children else LEAF
+        if type(value) is bytes:
+            return Look(value, bool(children), True, True)
+    has_children = bool(children)
+    if isinstance(value, XenstoreError) or isinstance(children, XenstoreError):
+        if isinstance(children, XenstoreError) and children.name == "E2BIG":
+            has_children = True
+        else:
+            for reply in (value, children):
+                if isinstance(reply, XenstoreError):
+                    if reply.name in _ABSENT:
+                        return None
+                    if reply.name == "EACCES":
+                        return HIDDEN
+                    raise reply
+        if isinstance(value, XenstoreError):
+            raise value
+    writable = True
+    if len(answers) > 2:
+        perms = answers[2]
+        if not isinstance(perms, bytes):
+            return None if perms is not None and perms.name == "ENOENT" else HIDDEN
+        writable = access_of(decode_perms(perms), domid)[1]
+    return Look(value or b"", has_children, True, writable, whole=value is not None)
