@@ -78,3 +78,12 @@ def tx(mount: Mount, box: Path) -> Iterator[Path]:
     if path.exists():
         path.rmdir()
     assert os.listdir(mount.path / ".transaction") == []
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """What is read from, and what is written to."""
+    reader, writer = os.pipe()
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
