@@ -1,48 +1,33 @@
 """The client's ring: `open_store` against both real daemons, a guest of each, and the embedded
-store; then against daemons that stop, die and come back.
+store.
 
-Nothing here sleeps.  That an event has come is known from a later one on the same connection, that
-a task waits for a reply from trio's own `wait_all_tasks_blocked`.
+Nothing here sleeps.  That an event has come is known from a later one on the same connection.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import queue
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 import trio
-from trio.testing import trio_test, wait_all_tasks_blocked
+from trio.testing import trio_test
 
+from tests.clients import GUEST, HOME, LIMIT, TIMEOUT, Place, events_until, furnish, opened
 from tests.xenstored.harness import RealXenstored
 from xsfs import wire
 from xsfs.client import Store, Transaction, open_store
 from xsfs.connection import WINDOW
 from xsfs.embedded import EmbeddedStore
-from xsfs.errors import (
-    ConnectionLost,
-    RequestTimeout,
-    StoreError,
-    StoreUnavailable,
-    TransactionEnded,
-    XenstoreError,
-)
+from xsfs.errors import TransactionEnded, XenstoreError
 from xsfs.permissions import Permission
 from xsfs.watches import EVENTS_MAX, Subscription
 from xsfs.wire import PAYLOAD_MAX
 
-GUEST = 7
-HOME = f"/local/domain/{GUEST}"
 MANY = 5000
 MANY_PATH = "/many"
 """A node of dom0 with MANY children, which everybody may list."""
@@ -51,28 +36,11 @@ SECRET = "/secret"
 WATCHES = 100
 """What each store lets a guest have; it stops short of twice as many."""
 
-LIMIT = 20.0
-"""Seconds a test may take, over which something hangs."""
-TIMEOUT = 8.0
 SHORT = 0.3
 """A time limit that is meant to pass."""
 
 
 # ---------------------------------------------------------------------------------------- places
-
-
-@dataclass(frozen=True)
-class Place:
-    """A store, and who asks it."""
-
-    kind: str
-    domid: int
-    path: str
-
-    @property
-    def root(self) -> str:
-        """A node below which one may do as one likes."""
-        return f"{HOME}/data" if self.domid else "/test"
 
 
 class Embedded:
@@ -97,14 +65,6 @@ class Embedded:
         trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
         self._thread.join(LIMIT)
         assert not self._thread.is_alive()
-
-
-async def furnish(path: str) -> None:
-    """What a toolstack would write: the guest's home."""
-    async with open_store(path, timeout=TIMEOUT) as dom0:
-        for name, value, perms in (("domid", GUEST, f"n0,r{GUEST}"), ("data", "", f"n{GUEST}")):
-            await dom0.write(f"{HOME}/{name}", value)
-            await dom0.set_perms(f"{HOME}/{name}", perms)
 
 
 async def make_many(path: str) -> None:
@@ -152,22 +112,6 @@ only_guests = pytest.mark.parametrize("place", GUESTS, indirect=True)
 @pytest.fixture(params=[*DOM0S, *GUESTS])
 def place(request: pytest.FixtureRequest, places: dict[str, Place]) -> Place:
     return places[request.param]
-
-
-_numbers = itertools.count()
-
-
-@contextlib.asynccontextmanager
-async def opened(
-    place: Place, *, timeout: float = TIMEOUT, limit: float = LIMIT
-) -> AsyncIterator[tuple[Store, str]]:
-    """A store, and the path of a node of the test's own; the node goes at the end."""
-    with trio.fail_after(limit):
-        async with open_store(path=place.path, timeout=timeout) as store:
-            base = f"{place.root}/t{next(_numbers)}"
-            await store.mkdir(base)
-            yield store, base
-            await store.delete(base)
 
 
 @contextlib.contextmanager
@@ -296,7 +240,7 @@ async def test_what_would_break_the_connection_is_not_sent(place: Place) -> None
 @trio_test
 async def test_permissions_that_do_not_fit_a_message_are_not_sent(place: Place) -> None:
     async with opened(place) as (store, base):
-        with pytest.raises(ValueError):  # noqa: PT011 - whatever it says
+        with pytest.raises(ValueError, match="do not fit"):
             await store.set_perms(base, [Permission(GUEST, True, True)] * PAYLOAD_MAX)
         assert await store.read(base) == b""
         assert store.reconnects == 0
@@ -622,16 +566,6 @@ async def test_atomically_gives_up_in_time(place: Place) -> None:
 # -------------------------------------------------------------------------------------- watches
 
 
-async def events_until(subscription: Subscription, last: str) -> list[str]:
-    """All events up to the one for `last`."""
-    found = []
-    async for path in subscription:
-        found.append(path.decode())
-        if path == last.encode():
-            return found
-    raise AssertionError("a subscription has no end")
-
-
 @trio_test
 async def test_a_watch_tells_of_the_node_and_all_below(place: Place) -> None:
     async with opened(place) as (store, base), store.watch(base) as events:
@@ -758,257 +692,3 @@ async def test_a_backlog_too_long_becomes_one_event(place: Place) -> None:
         # It goes on as ever.
         await store.write(f"{base}/z", "")
         assert await anext(events) == f"{base}/z".encode()
-
-
-# ------------------------------------------------------------------- daemons that stop and come back
-
-
-@dataclass(frozen=True)
-class Mortal:
-    """A real daemon that a test may end, and the way to it."""
-
-    daemon: RealXenstored
-    place: Place
-
-    async def restart(self) -> None:
-        await trio.to_thread.run_sync(self.daemon.restart)
-        await furnish(self.daemon.socket)
-
-
-@pytest.fixture(params=["C", "ocaml", "C guest", "ocaml guest"])
-def mortal(request: pytest.FixtureRequest) -> Iterator[Mortal]:
-    kind, _, guest = request.param.partition(" ")
-    with RealXenstored(kind, guests=(GUEST,)) as daemon:
-        trio.run(furnish, daemon.socket)
-        if guest:
-            place = Place(kind, GUEST, daemon.guest_socket(GUEST))
-        else:
-            place = Place(kind, 0, daemon.socket)
-        yield Mortal(daemon, place)
-
-
-Outcomes = dict[str, object]
-
-
-async def note(outcomes: Outcomes, name: str, call: Callable[[], Awaitable[object]]) -> None:
-    """What came of the call: its result, or the type of the error."""
-    try:
-        outcomes[name] = await call()
-    except StoreError as error:
-        outcomes[name] = type(error)
-
-
-@trio_test
-async def test_a_restart(mortal: Mortal) -> None:
-    """All of it at once, since a restart takes its time."""
-    async with opened(mortal.place) as (store, base), contextlib.AsyncExitStack() as stack:
-        watches = [await stack.enter_async_context(store.watch(base)) for _ in range(2)]
-        watches.append(await stack.enter_async_context(store.watch(f"{base}/other")))
-        for events in watches:
-            await anext(events)
-        tx = await store.begin()
-        await tx.mkdir(f"{base}/x")
-        mortal.daemon.pause()
-        outcomes: Outcomes = {}
-        calls: dict[str, Callable[[], Awaitable[object]]] = {
-            "read": lambda: store.get_domain_path(3),
-            "reads": lambda: store.burst([wire.get_domain_path(4)] * 3),
-            "write": lambda: store.write(f"{base}/y", "1"),
-            "transaction": lambda: tx.read(base),
-            "watch": lambda: stack.enter_async_context(store.watch(f"{base}/late")),
-        }
-        async with trio.open_nursery() as nursery:
-            for name, call in calls.items():
-                nursery.start_soon(note, outcomes, name, call)
-            await wait_all_tasks_blocked()
-            assert outcomes == {}
-            await mortal.restart()
-        assert outcomes == {
-            "read": b"/local/domain/3",
-            "reads": [b"/local/domain/4\0"] * 3,
-            "write": ConnectionLost,
-            "transaction": TransactionEnded,
-            "watch": ConnectionLost,
-        }
-        assert not tx.open
-        for call in tx.commit, tx.rollback, lambda: tx.read(base):
-            with pytest.raises(TransactionEnded):
-                await call()
-        store.abandon(tx)
-        # A daemon that is being killed may accept one connection more.
-        assert store.reconnects >= 1
-        # A subscriber hears of it without having done anything.
-        for events in watches:
-            assert await anext(events) == events.path
-        assert store.watches.reconnects >= 1
-        # Everything works as before.
-        await store.write(f"{base}/other", "1")
-        for events in watches:
-            assert (await events_until(events, f"{base}/other"))[-1] == f"{base}/other"
-        async with store.transaction() as again:
-            await again.write(f"{base}/z", "1")
-        assert await store.read(f"{base}/z") == b"1"
-
-
-@pytest.mark.parametrize("mortal", ["C", "ocaml"], indirect=True)
-@trio_test
-async def test_while_the_daemon_is_gone(mortal: Mortal) -> None:
-    async with opened(mortal.place) as (store, base):
-        with trio.fail_after(LIMIT):
-            mortal.daemon.kill()
-            outcomes: Outcomes = {}
-            async with trio.open_nursery() as nursery:
-                for name in "one", "two":
-                    nursery.start_soon(note, outcomes, name, lambda: store.get_domain_path(3))
-                nursery.start_soon(note, outcomes, "begin", store.begin)
-                await wait_all_tasks_blocked()
-                assert outcomes == {}
-                await trio.to_thread.run_sync(mortal.daemon.start)
-            transaction = outcomes.pop("begin")
-            assert isinstance(transaction, Transaction)
-            store.abandon(transaction)
-            assert outcomes == {"one": b"/local/domain/3", "two": b"/local/domain/3"}
-            # One connection, at first sight of the daemon, does for all.
-            assert store.reconnects == 1
-            await store.mkdir(base)
-
-
-@pytest.mark.parametrize("mortal", ["C", "ocaml"], indirect=True)
-@trio_test
-async def test_a_daemon_that_stays_away(mortal: Mortal) -> None:
-    with trio.fail_after(LIMIT):
-        async with open_store(mortal.place.path, timeout=SHORT) as store:
-            async with store.watch("/a") as events:
-                await anext(events)
-                mortal.daemon.kill()
-                for call in (
-                    lambda: store.read("/"),
-                    lambda: store.write("/a", ""),
-                    store.begin,
-                    lambda: store.atomically(Transaction.commit),
-                    lambda: store.watches.subscribe(Subscription(b"/b")),
-                ):
-                    with trio.fail_after(10 * SHORT), pytest.raises(ConnectionLost):
-                        await call()
-            assert store.transactions == 0
-
-
-@trio_test
-async def test_a_daemon_that_stands_still(mortal: Mortal) -> None:
-    async with opened(mortal.place, timeout=SHORT) as (store, base), store.watch(base) as events:
-        await anext(events)
-        outcomes: Outcomes = {}
-        mortal.daemon.pause()
-        started = trio.current_time()
-        calls: dict[str, Callable[[], Awaitable[object]]] = {
-            "read": lambda: store.read(base),
-            "reads": lambda: store.burst([wire.get_domain_path(4)] * 3),
-            "write": lambda: store.write(f"{base}/y", "1"),
-            "watch": lambda: store.watches.subscribe(Subscription(b"/b")),
-            "atomically": lambda: store.atomically(Transaction.commit),
-        }
-        async with trio.open_nursery() as nursery:
-            for name, call in calls.items():
-                nursery.start_soon(note, outcomes, name, call)
-        elapsed = trio.current_time() - started
-        assert outcomes == dict.fromkeys(calls, RequestTimeout)
-        assert SHORT <= elapsed < SHORT + 1
-        mortal.daemon.resume()
-        # By the same connection; the late replies are dropped.
-        with trio.fail_after(LIMIT):
-            while True:
-                try:
-                    assert await store.read(f"{base}/y") == b"1"
-                    break
-                except RequestTimeout:
-                    pass
-        assert store.reconnects == 0
-        assert (await events_until(events, f"{base}/y"))[-1] == f"{base}/y"
-
-
-# ---------------------------------------------------------------------------------- no store at all
-
-AT_ONCE = 2.0
-"""Far less than the time limit of a request."""
-
-
-async def cannot_open(path: Path | str) -> StoreError:
-    with trio.fail_after(AT_ONCE), pytest.raises((StoreUnavailable, ConnectionLost)) as caught:
-        async with open_store(os.fspath(path), timeout=LIMIT):
-            pass
-    return caught.value
-
-
-@trio_test
-async def test_no_socket(tmp_path: Path) -> None:
-    error = await cannot_open(tmp_path / "missing")
-    assert "No such file" in str(error)
-
-
-@trio_test
-async def test_a_socket_without_a_daemon(tmp_path: Path) -> None:
-    path = tmp_path / "left"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as left:
-        left.bind(os.fspath(path))
-    error = await cannot_open(path)
-    assert "refused" in str(error)
-
-
-@pytest.mark.parametrize("what", ["file", "directory", "fifo", "/dev/null"])
-@trio_test
-async def test_what_is_no_socket(what: str, tmp_path: Path) -> None:
-    path = tmp_path / "path"
-    if what == "file":
-        path.write_bytes(b"")
-    elif what == "directory":
-        path.mkdir()
-    elif what == "fifo":
-        os.mkfifo(path)
-    else:
-        path.symlink_to(what)
-    error = await cannot_open(path)
-    if what != "/dev/null":
-        assert isinstance(error, StoreUnavailable)
-        assert error.hint
-
-
-AS_NOBODY = """
-import os, sys, trio
-from xsfs.client import open_store
-from xsfs.errors import StoreUnavailable
-async def main():
-    with trio.fail_after(5):
-        async with open_store(sys.argv[1], timeout=20):
-            pass
-if os.geteuid() == 0:
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-try:
-    trio.run(main)
-except StoreUnavailable as error:
-    print(error.denied, error.hint != "", error)
-"""
-
-
-@pytest.mark.parametrize("closed", ["socket", "directory"])
-def test_no_right(closed: str) -> None:
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
-    ):
-        path = os.path.join(directory, "sock")
-        listener.bind(path)
-        listener.listen(1)
-        os.chmod(path, 0 if closed == "socket" else 0o777)
-        os.chmod(directory, 0o755 if closed == "socket" else 0)
-        done = subprocess.run(
-            [sys.executable, "-c", AS_NOBODY, path],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-            check=False,
-        )
-        os.chmod(directory, 0o700)
-    assert done.stderr == ""
-    assert done.stdout == f"True True no right to use {path}\n"

@@ -96,6 +96,7 @@ class DirectoryHandle(Handle):
         try:
             self.prepare()
         finally:
+            # An error is met once: from the start on it is asked again.
             self.digest = None
         if start < len(OWN_ENTRIES) and not self._reply_own(token, start):
             return
