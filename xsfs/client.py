@@ -25,7 +25,7 @@ from typing import Final, TypeVar
 import trio
 
 from xsfs import wire
-from xsfs.connection import Connection, Reply
+from xsfs.connection import WINDOW, Behind, Connection, Reply
 from xsfs.errors import (
     ConnectionLost,
     RequestTimeout,
@@ -36,7 +36,7 @@ from xsfs.errors import (
 from xsfs.link import Connect, Link, open_connection
 from xsfs.outage import Outage
 from xsfs.servants import open_servants
-from xsfs.session import NamesOfEach, Path, Session, encode_path
+from xsfs.session import NamesOfEach, Path, Rest, Session, encode_path
 from xsfs.transport import Transport, find_store, open_transport
 from xsfs.watches import Subscription, Watches
 from xsfs.wire import Request
@@ -164,6 +164,21 @@ class Store(Session):
 
     async def burst(self, requests: Sequence[Request]) -> list[Reply]:
         """As in Session.  What only reads is asked again when the connection is lost meanwhile."""
+        return await self._burst(requests, None)
+
+    async def burst_and(
+        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
+    ) -> tuple[list[Reply], Rest]:
+        """As in Session.  Where replies must be slept for, it is once for all of them."""
+        connection = self._link.connection
+        if connection is None or not connection.prompt or len(requests) > WINDOW:
+            return await super().burst_and(requests, more)
+        behind = Behind(more)
+        replies = await self._burst(requests, behind)
+        self.requests += len(behind)
+        return replies, behind.replies
+
+    async def _burst(self, requests: Sequence[Request], behind: Behind | None) -> list[Reply]:
         self.requests += len(requests)
         outage = self.outage
         if outage.error is not None:
@@ -171,7 +186,7 @@ class Store(Session):
         answers = outage.answers
         deadline = trio.current_time() + self.timeout
         try:
-            replies = await self._ask(requests, deadline)
+            replies = await self._ask(requests, deadline, behind)
         except (RequestTimeout, ConnectionLost) as error:
             outage.failed(error, answers, deadline)
             raise
@@ -181,12 +196,14 @@ class Store(Session):
     async def _probe(self) -> None:
         await self._ask((wire.directory(b"/"),), trio.current_time() + self.timeout)
 
-    async def _ask(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
+    async def _ask(
+        self, requests: Sequence[Request], deadline: float, behind: Behind | None = None
+    ) -> list[Reply]:
         connection = self._link.connection
         failure: StoreError = RequestTimeout("Xenstore did not answer in time")
         if connection is not None and connection.alive:
             try:
-                return await connection.burst(requests)
+                return await connection.burst(requests, behind=behind)
             except ConnectionLost as error:
                 failure = error
                 if not all(request.repeatable for request in requests):

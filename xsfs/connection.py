@@ -62,10 +62,46 @@ class _Batch:
         self.replies: list[Reply] = [b""] * len(requests)
         self.task: Task | None = None
 
+    def encode(self, tx_id: int) -> list[bytes]:
+        """The messages of the requests."""
+        first = self.first
+        return [
+            encode(op, (first + offset) & 0xFFFFFFFF, tx_id, payload)
+            for offset, (op, payload) in enumerate(self.requests)
+        ]
+
     def wake(self, result: outcome.Outcome[list[Reply]]) -> None:
         if self.task is not None:
             reschedule(self.task, result)
             self.task = None
+
+
+class Behind:
+    """Requests that are sent right behind a burst, while the store is at work on that.
+
+    more        gives them; called once at most
+    """
+
+    __slots__ = ("_batch", "_connection", "more")
+
+    def __init__(self, more: Callable[[], Sequence[Request]]) -> None:
+        self.more = more
+        self._connection: Connection | None = None
+        self._batch: _Batch | None = None
+
+    def asked(self, connection: Connection, batch: _Batch) -> None:
+        self._connection, self._batch = connection, batch
+
+    def __len__(self) -> int:
+        """How many were sent."""
+        return len(self._batch.requests) if self._batch is not None else 0
+
+    def replies(self) -> list[Reply] | None:
+        """Their replies, which are waited for on the spot for a moment.  None where some have not come
+        by then, or nothing was sent."""
+        if self._connection is None or self._batch is None:
+            return None
+        return self._connection.replies_by_now(self._batch)
 
 
 class Connection:
@@ -100,41 +136,66 @@ class Connection:
     def alive(self) -> bool:
         return self._closed_because is None
 
+    @property
+    def prompt(self) -> bool:
+        """Whether replies are waited for on the spot now."""
+        return (
+            self._transport.prompt
+            and not self._skip_prompt
+            and not self._unsent
+            and len(self._batches) <= PROMPT_MAX
+        )
+
     async def ended(self) -> None:
         """Return when the connection has ended."""
         await self._ended.wait()
 
     # ------------------------------------------------------------------------------- requests
 
-    async def burst(self, requests: Sequence[Request], tx_id: int = 0) -> list[Reply]:
+    async def burst(
+        self, requests: Sequence[Request], tx_id: int = 0, behind: Behind | None = None
+    ) -> list[Reply]:
         """Ask everything at once; the replies, in order, errors of single requests among them.
 
+        behind      what is asked besides, and not waited for
         Raises ConnectionLost, RequestTimeout.
         """
         if len(requests) <= WINDOW:
-            return await self._ask(requests, tx_id)
+            return await self._ask(requests, tx_id, behind)
         replies: list[Reply] = []
         for start in range(0, len(requests), WINDOW):
             replies += await self._ask(requests[start : start + WINDOW], tx_id)
         return replies
 
-    async def _ask(self, requests: Sequence[Request], tx_id: int) -> list[Reply]:
+    async def _ask(
+        self, requests: Sequence[Request], tx_id: int, behind: Behind | None = None
+    ) -> list[Reply]:
         if not requests:
             return []
+        if self._transport.watch_blocks and requests[0].op in (Op.WATCH, Op.UNWATCH):
+            return await self._replies(await self._post_watch(requests))
+        batch = self._post(requests, tx_id)
+        if behind is None or not (more := behind.more()):
+            return await self._replies(batch)
+        rest = self._post(more, tx_id)
+        behind.asked(self, rest)
+        replies = await self._replies(batch)
+        if rest.missing and not self.prompt:
+            # Too many, or from a slow daemon: they would not come within a moment.
+            await self._replies(rest)
+        return replies
+
+    def _post(self, requests: Sequence[Request], tx_id: int) -> _Batch:
         batch = self._enter(requests)
-        messages = [
-            encode(request[0], (batch.first + offset) & 0xFFFFFFFF, tx_id, request[1])
-            for offset, request in enumerate(requests)
-        ]
         try:
-            if self._transport.watch_blocks and requests[0].op in (Op.WATCH, Op.UNWATCH):
-                await self._send_watch(messages, batch)
-            else:
-                self._send(messages)
+            self._send(batch.encode(tx_id))
         except OSError as error:
             self.close(f"cannot send: {error.strerror}")
             raise ConnectionLost(self._closed_because) from error
-        if len(requests) <= PROMPT_MAX >= len(self._batches) and not self._unsent:
+        return batch
+
+    async def _replies(self, batch: _Batch) -> list[Reply]:
+        if len(batch.requests) <= PROMPT_MAX >= len(self._batches) and not self._unsent:
             self._receive_promptly(batch)
         if not batch.missing:  # answered already
             return batch.replies
@@ -150,6 +211,12 @@ class Connection:
 
         replies: list[Reply] = await wait_task_rescheduled(abort)
         return replies
+
+    def replies_by_now(self, batch: _Batch) -> list[Reply] | None:
+        """For Behind, which has its text."""
+        if batch.missing and self.alive:
+            self._receive_promptly(batch)
+        return None if batch.missing else batch.replies
 
     def _enter(self, requests: Sequence[Request]) -> _Batch:
         if self._closed_because is not None:
@@ -170,20 +237,22 @@ class Connection:
         if self._unsent:
             self._writer_parked.unpark_all()
 
-    async def _send_watch(self, messages: Sequence[bytes], batch: _Batch) -> None:
+    async def _post_watch(self, requests: Sequence[Request]) -> _Batch:
         """Have the device carry out a WATCH or UNWATCH, in a thread since it blocks.
 
         A refused one is an error of write(2), and has no reply.
         """
+        batch = self._enter(requests)
         try:
             with trio.fail_after(self._timeout):
-                await run_abandonable(self._transport.send, messages)
+                await run_abandonable(self._transport.send, batch.encode(0))
         except trio.TooSlowError:
             raise RequestTimeout("the kernel did not carry out a WATCH in time") from None
         except OSError as error:
             name = errno.errorcode.get(error.errno or errno.EIO, "EIO")
             self._batches.pop(batch.first, None)
             raise XenstoreError(name, batch.requests[0]) from error
+        return batch
 
     def _receive_promptly(self, batch: _Batch) -> None:
         """Wait for the replies right here, for a moment, without a trip through the event loop.

@@ -77,6 +77,7 @@ class DeviceTransport:
 
     payload_max = DEVICE_PAYLOAD_MAX
     watch_blocks = True
+    prompt = False
 
     def __init__(self, open_device: Callable[[], int]) -> None:
         self._open_device = open_device

@@ -68,6 +68,7 @@ class DrainedTransport:
         self._socket = inner.socket
         self.payload_max = inner.payload_max
         self.watch_blocks = inner.watch_blocks
+        self.prompt = False
         self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._chunks: deque[bytes | None] = deque()
         """Received by the thread.  None: it is done with the socket, which may have more."""

@@ -8,7 +8,7 @@ Paths are bytes or str, absolute or relative to the domain's home; values and na
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from xsfs import wire
@@ -21,6 +21,10 @@ Path = bytes | str
 Names = list[bytes]
 NamesOfEach = list[Names]
 Replies = list[Reply]
+
+Rest = Callable[[], Replies | None]
+"""Replies that are waited for no longer than a moment; None where some have not come by then, and never
+will."""
 
 LISTING_RESTARTS: Final = 20
 """How often a listing is begun anew because the node changed meanwhile, before it is EAGAIN."""
@@ -43,6 +47,17 @@ class Session(ABC):
 
         Raises StoreError where no reply came at all.
         """
+
+    async def burst_and(
+        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
+    ) -> tuple[Replies, Rest]:
+        """The same, with what `more` gives asked behind it, whose replies may come later.
+
+        Where nothing is gained by that, all of it is one burst.  `more` is called once.
+        """
+        replies = await self.burst([*requests, *more()])
+        count = len(requests)
+        return replies[:count], lambda: replies[count:]
 
     @property
     @abstractmethod

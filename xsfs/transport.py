@@ -39,6 +39,8 @@ class Transport(Protocol):
     payload_max: int
     watch_blocks: bool
     """Whether sending a WATCH or UNWATCH blocks the caller for a round trip."""
+    prompt: bool
+    """Whether `receive_soon` can wait."""
 
     def fileno(self) -> int:
         """A descriptor that is readable when there is something to receive."""
@@ -84,6 +86,7 @@ class SocketTransport:
     def __init__(self, sock: socket.socket, *, same_loop: bool = False) -> None:
         """`same_loop`: the peer is a task of this very event loop, and must not be waited for."""
         self.same_loop = same_loop
+        self.prompt = not same_loop
         # Blocking, so that receive_soon is a single system call; all others say MSG_DONTWAIT.
         sock.setblocking(True)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, SOON))
@@ -111,7 +114,7 @@ class SocketTransport:
         return bytes(view[: self.socket.recv_into(view, 0, socket.MSG_DONTWAIT)])
 
     def receive_soon(self) -> bytes | None:
-        if self.same_loop:
+        if not self.prompt:
             return None
         self._linger.comes(LINGER_SECONDS)
         view = _buffer.view

@@ -184,16 +184,19 @@ class View:
         All answers are of now: a wrong guess is only a question too many.
         """
         guess = self._guesses.take(path)
-        guessed = self.shown(path, wire.strings(guess))
-        paths = [join(path, name) for name in guessed]
-        own = self._questions(path)
-        of_children = questions_of_kind(paths, perms=self.asks_perms)
+        guessed: list[bytes] = []
+
+        def of_children() -> Sequence[Request]:
+            guessed[:] = self.shown(path, wire.strings(guess))
+            paths = [join(path, name) for name in guessed]
+            return questions_of_kind(paths, perms=self.asks_perms)
+
         asked = self.known.moment
-        replies = await self.session.burst([*own, *of_children])
-        look = self._learn(path, replies[: len(own)], asked)
+        own, rest = await self.session.burst_and(self._questions(path), of_children)
+        look = self._learn(path, own, asked)
         if look is None or not look.has_children:
             return look, lambda: Children([], {}, [])
-        listing = replies[1]
+        listing = own[1]
         if isinstance(listing, XenstoreError):
             long = await self.session.list(path)
             return look, lambda: Children(self._listed(path, long), {}, [])
@@ -203,7 +206,11 @@ class View:
             right = listing == guess and len(guessed) == len(names)
             shown = guessed if right else self._listed(path, names)
             self._guesses.was_listed(path, listing)
-            answers, custom = replies[len(own) :], is_container(path)
+            answers = rest()
+            if answers is None:
+                return Children(shown, {}, [])
+            paths = [join(path, name) for name in guessed]
+            custom = is_container(path)
             return Children(shown, *self._kinds(guessed, paths, answers, asked, custom=custom))
 
         return look, digest
