@@ -373,6 +373,32 @@ async def test_an_empty_burst(place: Place) -> None:
 
 
 @trio_test
+async def test_what_is_asked_behind_a_burst(place: Place) -> None:
+    """It is asked once, and its replies are its own, errors among them, whenever they come."""
+    async with opened(place) as (store, base):
+        path = base.encode()
+        await store.write(base, "7")
+        calls = []
+
+        def more() -> list[wire.Request]:
+            calls.append(1)
+            return [wire.get_domain_path(5), wire.read(path + b"/missing")]
+
+        first, rest = await store.burst_and([wire.read(path), wire.directory(path)], more)
+        assert first == [b"7", b""]
+        replies = rest()
+        if replies is not None:
+            assert replies[0] == b"/local/domain/5\0"
+            assert isinstance(replies[1], XenstoreError)
+            assert replies[1].name == "ENOENT"
+        assert calls == [1]
+        first, rest = await store.burst_and([wire.read(path)], list)
+        assert first == [b"7"]
+        assert not rest()
+        assert store.reconnects == 0
+
+
+@trio_test
 async def test_those_who_leave_do_not_disturb(place: Place) -> None:
     """Replies to requests whose tasks have been cancelled are known, and dropped."""
     async with opened(place) as (store, base):

@@ -3,7 +3,7 @@
 
 The names and values of all nodes below TOP, read when it starts.  As in xsfs the kernel looks each file
 up each time, and may believe attributes for a tick; each lookup, stat and listing asks Xenstore what
-xsfs must know of the node, and of the children that are listed, in one burst.  The answers are not even
+xsfs must know of the node, and behind it of the children that are listed.  The answers are not even
 looked at; and the session loop is xsfs's.  That is the floor under every Xenstore file system on
 pyfuse3.
 """
@@ -57,16 +57,11 @@ class BareTree(pyfuse3.Operations):
             node.inode: asker.question((wire.read(node.path), wire.directory(node.path)))
             for node in self.nodes.values()
         }
-        self.listings = {
+        self.children = {
             node.inode: asker.question(
-                (
-                    wire.read(node.path),
-                    wire.directory(node.path),
-                    *(wire.directory(child.path) for child in node.children.values()),
-                )
+                [wire.directory(child.path) for child in node.children.values()]
             )
             for node in self.nodes.values()
-            if node.children
         }
 
     def _read(self, client: XsClient, path: bytes) -> Node:
@@ -103,10 +98,11 @@ class BareTree(pyfuse3.Operations):
         return self.attributes(self.nodes[inode])
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        self.listings[inode].ask()
+        self.looks[inode].ask_and(self.children[inode])
         return FileHandleT(inode)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        self.children[InodeT(fh)].wait()
         children = list(self.nodes[fh].children.items())
         for number, (name, child) in enumerate(children[start_id:], start_id):
             if not pyfuse3.readdir_reply(token, name, self.attributes(child), number + 1):

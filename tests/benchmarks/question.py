@@ -16,9 +16,13 @@ class Asker:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
         self._linger = Linger(self._socket.fileno())
+        self._due = 0
+        """How many bytes of answers have not come."""
 
     def question(self, requests: Sequence[Request]) -> Question:
         """Asks it once, so as to know how long the answer is."""
+        if not requests:
+            return Question(self, b"", 0)
         encoded = b"".join(encode(op, 1, 0, payload) for op, payload in requests)
         self._socket.sendall(encoded)
         parser, replies, expected = Parser(), 0, 0
@@ -30,12 +34,16 @@ class Asker:
                 replies += 1
         return Question(self, encoded, expected)
 
-    def ask(self, encoded: bytes, expected: int) -> None:
-        """Ask, and wait for as many bytes."""
-        self._socket.sendall(encoded)
-        while expected > 0:
+    def send(self, encoded: bytes, expected: int) -> None:
+        if encoded:
+            self._socket.sendall(encoded)
+            self._due += expected
+
+    def wait(self, left: int = 0) -> None:
+        """Until no more than `left` bytes of the answers have not come."""
+        while self._due > left:
             self._linger.comes(LINGER_SECONDS)
-            expected -= len(self._socket.recv(65536))
+            self._due -= len(self._socket.recv(65536))
 
 
 class Question:
@@ -49,4 +57,17 @@ class Question:
         self._expected = expected
 
     def ask(self) -> None:
-        self._asker.ask(self._encoded, self._expected)
+        self._asker.wait()
+        self._asker.send(self._encoded, self._expected)
+        self._asker.wait()
+
+    def ask_and(self, more: Question) -> None:
+        """Ask another one behind it, whose answers need not have come."""
+        self._asker.wait()
+        self._asker.send(self._encoded, self._expected)
+        self._asker.send(more._encoded, more._expected)
+        self._asker.wait(more._expected)
+
+    def wait(self) -> None:
+        """For all that was asked."""
+        self._asker.wait()

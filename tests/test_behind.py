@@ -1,0 +1,226 @@
+"""The client's ring: what is asked behind a burst, and not waited for with it.
+
+Whether it is there in time is a question of microseconds, so here the daemons are behind a store that
+lies: what is to be late is held back, or never comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import trio_test, wait_all_tasks_blocked
+
+from tests.lying_store import HangUp, LyingStore, Talk, silence
+from tests.xenstored.harness import DAEMONS, RealXenstored
+from xsfs import connection as module
+from xsfs import wire
+from xsfs.client import Store, open_store
+from xsfs.connection import Reply
+from xsfs.errors import RequestTimeout
+from xsfs.known import KnownDirectories
+from xsfs.looks import LEAF, PARENT
+from xsfs.names import TEXT
+from xsfs.view import View
+from xsfs.wire import Message, Request, encode
+
+LIMIT = 15.0
+"""Seconds a test may take, over which something hangs."""
+TIMEOUT = 4.0
+
+OWN = (wire.read(b"/test"), wire.directory(b"/test"))
+CHILDREN = (wire.directory(b"/test/parent"), wire.directory(b"/test/leaf"))
+CHILD = CHILDREN[0].path
+ANSWERS = [b"", b"leaf\0parent\0"], [b"child\0", b""]
+
+
+@pytest.fixture(scope="module", params=sorted(DAEMONS))
+def daemon(request: pytest.FixtureRequest) -> Iterator[RealXenstored]:
+    with RealXenstored(request.param) as daemon:
+        with daemon.client() as dom0:
+            dom0.write("/test/leaf", "1")
+            dom0.write("/test/parent/child", "2")
+        yield daemon
+
+
+@pytest.fixture
+def liar(daemon: RealXenstored, tmp_path: Path) -> Iterator[LyingStore]:
+    with LyingStore(tmp_path / "sock", daemon.socket) as liar:
+        yield liar
+
+
+@contextlib.asynccontextmanager
+async def opened(liar: LyingStore, timeout: float = TIMEOUT) -> AsyncIterator[Store]:
+    """A store whose replies were prompt so far."""
+    with trio.fail_after(LIMIT):
+        async with open_store(liar.path, timeout=timeout) as store:
+            assert store._link.connection is not None
+            store._link.connection._skip_prompt = 0
+            yield store
+
+
+@pytest.fixture
+def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No daemon is too slow to be waited for on the spot."""
+    monkeypatch.setattr(module, "PROMPT_SECONDS", LIMIT)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is."""
+    monkeypatch.setattr(module, "PROMPT_SECONDS", 0.0)
+
+
+class Held:
+    """Keeps the requests for one node back, and answers all others, until it lets them go."""
+
+    def __init__(self, path: bytes) -> None:
+        self._path = path
+        self._held: list[tuple[Talk, Message]] = []
+        self._arrived = threading.Event()
+
+    def __call__(self, talk: Talk, request: Message) -> bool:
+        if not request.payload.startswith(self._path + b"\0"):
+            return False
+        self._held.append((talk, request))
+        self._arrived.set()
+        return True
+
+    def let_go(self) -> None:
+        assert self._arrived.wait(LIMIT)
+        for talk, request in self._held:
+            talk.upstream.sendall(encode(*request))
+
+
+def children() -> tuple[Request, ...]:
+    return CHILDREN
+
+
+def in_order(own: Sequence[Reply]) -> list[Reply]:
+    """A daemon may list names in any order."""
+    value, listing = own
+    assert isinstance(listing, bytes)
+    return [value, b"".join(name + b"\0" for name in sorted(wire.strings(listing)))]
+
+
+@pytest.mark.usefixtures("prompt")
+@trio_test
+async def test_what_comes_late_is_not_waited_for(liar: LyingStore) -> None:
+    held = liar.lie = Held(CHILD)
+    async with opened(liar) as store:
+        own, rest = await store.burst_and(OWN, children)
+        assert in_order(own) == ANSWERS[0]
+        assert rest() is None
+        held.let_go()
+        liar.behave()
+        # The replies that come now are known, and dropped.
+        assert await store.read("/test/leaf") == b"1"
+        assert store.reconnects == 0
+
+
+@pytest.mark.usefixtures("slow")
+@trio_test
+async def test_what_is_slow_is_waited_for_at_once(liar: LyingStore) -> None:
+    """To be told that it has not come would be to ask it twice, of a store that is slow already."""
+    held = liar.lie = Held(CHILD)
+    async with opened(liar) as store, trio.open_nursery() as nursery:
+        answers: list[object] = []
+
+        async def ask() -> None:
+            own, rest = await store.burst_and(OWN, children)
+            answers.extend((in_order(own), rest()))
+
+        nursery.start_soon(ask)
+        await wait_all_tasks_blocked()
+        assert store._link.connection is not None
+        while len(store._link.connection._batches) > 1:  # until all is answered but what is held
+            await trio.lowlevel.checkpoint()
+        await wait_all_tasks_blocked()
+        assert answers == []
+        held.let_go()
+        liar.behave()
+    assert answers == list(ANSWERS)
+
+
+@pytest.mark.usefixtures("prompt")
+@trio_test
+async def test_very_much_is_waited_for_at_once(
+    liar: LyingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = CHILDREN * (module.PROMPT_MAX // 2 + 1)
+    async with opened(liar) as store:
+        own, rest = await store.burst_and(OWN, lambda: many)
+        assert in_order(own) == ANSWERS[0]
+        monkeypatch.setattr(module, "PROMPT_SECONDS", 0.0)
+        assert rest() == ANSWERS[1] * (module.PROMPT_MAX // 2 + 1)
+
+
+@pytest.mark.usefixtures("prompt")
+@trio_test
+async def test_a_lost_connection(liar: LyingStore) -> None:
+    """What must be known is asked again; what was asked behind it never comes."""
+    calls = 0
+
+    def more() -> tuple[Request, ...]:
+        nonlocal calls
+        calls += 1
+        return CHILDREN
+
+    def once(talk: Talk, _: Message) -> bool:
+        liar.behave()
+        raise HangUp
+
+    async with opened(liar) as store:
+        liar.lie = once
+        own, rest = await store.burst_and(OWN, more)
+        assert in_order(own) == ANSWERS[0]
+        assert rest() is None
+        assert calls == 1
+        assert store.reconnects == 1
+
+
+@pytest.mark.usefixtures("prompt")
+@trio_test
+async def test_a_silent_store(liar: LyingStore) -> None:
+    async with opened(liar, timeout=0.3) as store:
+        liar.lie = silence
+        with pytest.raises(RequestTimeout):
+            await store.burst_and(OWN, children)
+
+
+@pytest.mark.usefixtures("prompt")
+@trio_test
+async def test_a_directory_is_opened_before_its_children_are_known(liar: LyingStore) -> None:
+    """Who reads it asks for what has not come."""
+    async with opened(liar) as store:
+        view = View(store, 0, b"/", TEXT, KnownDirectories())
+        view._guesses.saw(b"/test", await store.call(wire.directory(b"/test")))
+        held = liar.lie = Held(CHILD)
+        look, digest = await view.look_into(b"/test")
+        assert look == PARENT._replace(whole=True)
+        found = digest()
+        assert sorted(found.names) == [b"leaf", b"parent"]
+        assert not found.looks
+        assert not found.doubtful
+        held.let_go()
+        liar.behave()
+        looks = await view.look_at_children(b"/test", found.names)
+        assert looks == {b"leaf": LEAF, b"parent": PARENT}
+
+
+@pytest.mark.usefixtures("prompt")
+@trio_test
+async def test_what_has_come_is_not_asked_again(liar: LyingStore) -> None:
+    async with opened(liar) as store:
+        view = View(store, 0, b"/", TEXT, KnownDirectories())
+        view._guesses.saw(b"/test", await store.call(wire.directory(b"/test")))
+        before = store.requests
+        _, digest = await view.look_into(b"/test")
+        assert store.requests - before == len(OWN) + len(CHILDREN)
+        # By then all has come: the store answers in order.
+        assert await store.read("/test/leaf") == b"1"
+        assert digest().looks == {b"leaf": LEAF, b"parent": PARENT}
