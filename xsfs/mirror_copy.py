@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
-from functools import lru_cache
 
 from xsfs.looks import NOTHING, Look
 from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
 from xsfs.permissions import decode_perms, format_permissions
 from xsfs.view import Sight, View
-
-
-@lru_cache(maxsize=1024)
-def _permissions(payload: bytes) -> bytes:
-    """What GET_PERMS gave, as `user.xs.perms` shows it."""
-    return format_permissions(decode_perms(payload)).encode()
 
 
 class Copy:
@@ -201,5 +194,5 @@ class Copy:
 
     def _perms(self, sight: Sight) -> bytes:
         if self._files.has_perms and isinstance(sight.perms, bytes) and sight.perms:
-            return _permissions(sight.perms)
+            return format_permissions(decode_perms(sight.perms)).encode()
         return b""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from xsfs.wire import Op, Request, WireError, strings
@@ -74,6 +75,11 @@ def set_perms(path: bytes, perms: Iterable[Permission]) -> Request:
 
 
 def decode_perms(payload: bytes) -> Permissions:
+    """The permissions in a GET_PERMS reply; WireError for anything else."""
+    return _decode_usual(payload) if len(payload) <= USUAL_MAX else _decode(payload)
+
+
+def _decode(payload: bytes) -> Permissions:
     try:
         perms = tuple(parse_permission(entry.decode("ascii")) for entry in strings(payload))
     except ValueError as error:
@@ -81,3 +87,10 @@ def decode_perms(payload: bytes) -> Permissions:
     if not perms:
         raise WireError("a GET_PERMS reply without an owner")
     return perms
+
+
+USUAL_MAX: Final = 64
+"""Bytes of a reply that is taken apart once only: a host has few different ones, for many nodes.  Those
+of a broken store may be very long, and are not kept."""
+
+_decode_usual = lru_cache(maxsize=1024)(_decode)
