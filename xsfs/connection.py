@@ -10,6 +10,8 @@ What always holds:
   clients.  So what is done with an event (`on_event`) must not wait.
 - Each request in the table belongs to one `_Batch`; its sender sleeps until the whole batch is
   answered, timed out, or the connection has ended.  When `run` ends, every sender has been woken.
+- For a batch behind another one (`Behind`) nobody sleeps: whoever sent it looks whether it has been
+  answered, and if not never again.
 - A sender that has gone (cancelled, timed out) leaves its requests in the table, so that the late
   replies are known and dropped.  The table is bounded: past OUTSTANDING_MAX nothing more is asked.
 - Any violation of the protocol ends the connection; nothing after it is believed.
