@@ -90,10 +90,22 @@ class Held:
         self._arrived.set()
         return True
 
-    def let_go(self) -> None:
+    def arrived(self) -> None:
+        """Wait until there is something."""
         assert self._arrived.wait(LIMIT)
+
+    def let_go(self) -> None:
+        self.arrived()
         for talk, request in self._held:
             talk.upstream.sendall(encode(*request))
+
+
+async def until_only_held_is_missing(store: Store) -> None:
+    await wait_all_tasks_blocked()
+    assert store._link.connection is not None
+    while len(store._link.connection._batches) > 1:
+        await trio.lowlevel.checkpoint()
+    await wait_all_tasks_blocked()
 
 
 def children() -> tuple[Request, ...]:
@@ -135,15 +147,31 @@ async def test_what_is_slow_is_waited_for_at_once(liar: LyingStore) -> None:
             answers.extend((in_order(own), rest()))
 
         nursery.start_soon(ask)
-        await wait_all_tasks_blocked()
-        assert store._link.connection is not None
-        while len(store._link.connection._batches) > 1:  # until all is answered but what is held
-            await trio.lowlevel.checkpoint()
-        await wait_all_tasks_blocked()
+        await until_only_held_is_missing(store)
         assert answers == []
         held.let_go()
         liar.behave()
     assert answers == list(ANSWERS)
+
+
+@pytest.mark.usefixtures("slow")
+@trio_test
+async def test_what_is_known_is_not_lost_with_the_rest(liar: LyingStore) -> None:
+    """A connection that ends between the answers."""
+    held = liar.lie = Held(CHILD)
+    async with opened(liar) as store, trio.open_nursery() as nursery:
+        answers: list[object] = []
+
+        async def ask() -> None:
+            own, rest = await store.burst_and(OWN, children)
+            answers.extend((in_order(own), rest()))
+
+        nursery.start_soon(ask)
+        await until_only_held_is_missing(store)
+        held.arrived()
+        liar.hang_up()
+    assert answers == [ANSWERS[0], None]
+    assert store.reconnects == 0
 
 
 @pytest.mark.usefixtures("prompt")

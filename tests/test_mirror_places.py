@@ -372,3 +372,23 @@ def test_the_owner_leads_nobody_outside(place: Place, tmp_path: Path, shm: Path)
         assert (outside / "d" / "f").read_text() == "mine"
         assert sorted(str(p.relative_to(outside)) for p in outside.rglob("*")) == ["d", "d/f", "f"]
         assert os.listxattr(outside / "d") == []
+
+
+def test_a_directory_that_was_taken_away_is_none(shm: Path) -> None:
+    """Even one that is held open, since something was just put into it."""
+    files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o077))
+    files.open()
+    try:
+        files.begin()
+        files.make_directory(b"d")
+        files.put(b"d/f", b"v", b"")
+        assert files.is_directory(b"d")
+        for _ in files.publish():
+            pass
+        files.put(b"d/f", b"w", b"")
+        assert files.is_directory(b"d")
+        (shm / "mirror" / "d").rename(shm / "away")
+        assert not files.is_directory(b"d")
+    finally:
+        files.close()
+    assert (shm / "away" / "f").read_bytes() == b"w"

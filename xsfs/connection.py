@@ -10,8 +10,8 @@ What always holds:
   clients.  So what is done with an event (`on_event`) must not wait.
 - Each request in the table belongs to one `_Batch`; its sender sleeps until the whole batch is
   answered, timed out, or the connection has ended.  When `run` ends, every sender has been woken.
-- For a batch behind another one (`Behind`) nobody sleeps: whoever sent it looks whether it has been
-  answered, and if not never again.
+- A batch behind another one (`Behind`) is slept for only where it can't be answered within a moment:
+  else whoever sent it looks whether it has been answered, and if not never again.
 - A sender that has gone (cancelled, timed out) leaves its requests in the table, so that the late
   replies are known and dropped.  The table is bounded: past OUTSTANDING_MAX nothing more is asked.
 - Any violation of the protocol ends the connection; nothing after it is believed.
@@ -23,6 +23,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 import outcome
@@ -181,10 +182,12 @@ class Connection:
             return await self._replies(batch)
         rest = self._post(more, tx_id)
         behind.asked(self, rest)
+        many = not self.prompt
         replies = await self._replies(batch)
-        if rest.missing and not self.prompt:
+        if rest.missing and (many or not self.prompt):
             # Too many, or from a slow daemon: they would not come within a moment.
-            await self._replies(rest)
+            with suppress(ConnectionLost, RequestTimeout):
+                await self._replies(rest)
         return replies
 
     def _post(self, requests: Sequence[Request], tx_id: int) -> _Batch:

@@ -192,8 +192,8 @@ class MirrorFiles:
             return 0
 
     def is_directory(self, path: bytes) -> bool:
-        if self._parent is not None and self._parent[0] == path:
-            return True  # it is held open, and leaves its place by nobody else's doing
+        if self.staged and self._parent is not None and self._parent[0] == path:
+            return True  # it is held open, and in the workshop nobody else moves it
         return self.kind(path) == stat.S_IFDIR
 
     def names(self, path: bytes) -> list[bytes]:
