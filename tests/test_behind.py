@@ -100,6 +100,12 @@ class Held:
             talk.upstream.sendall(encode(*request))
 
 
+async def ask(store: Store, answers: list[object]) -> None:
+    """Put there what comes to both questions."""
+    own, rest = await store.burst_and(OWN, children)
+    answers.extend((in_order(own), rest()))
+
+
 async def until_only_held_is_missing(store: Store) -> None:
     await wait_all_tasks_blocked()
     assert store._link.connection is not None
@@ -141,12 +147,7 @@ async def test_what_is_slow_is_waited_for_at_once(liar: LyingStore) -> None:
     held = liar.lie = Held(CHILD)
     async with opened(liar) as store, trio.open_nursery() as nursery:
         answers: list[object] = []
-
-        async def ask() -> None:
-            own, rest = await store.burst_and(OWN, children)
-            answers.extend((in_order(own), rest()))
-
-        nursery.start_soon(ask)
+        nursery.start_soon(ask, store, answers)
         await until_only_held_is_missing(store)
         assert answers == []
         held.let_go()
@@ -161,12 +162,7 @@ async def test_what_is_known_is_not_lost_with_the_rest(liar: LyingStore) -> None
     held = liar.lie = Held(CHILD)
     async with opened(liar) as store, trio.open_nursery() as nursery:
         answers: list[object] = []
-
-        async def ask() -> None:
-            own, rest = await store.burst_and(OWN, children)
-            answers.extend((in_order(own), rest()))
-
-        nursery.start_soon(ask)
+        nursery.start_soon(ask, store, answers)
         await until_only_held_is_missing(store)
         held.arrived()
         liar.hang_up()

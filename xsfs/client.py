@@ -169,7 +169,7 @@ class Store(Session):
     async def burst_and(
         self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
     ) -> tuple[list[Reply], Rest]:
-        """As in Session.  Where replies must be slept for, it is once for all of them."""
+        """As in Session.  Where each reply must be slept for, all of it is one burst."""
         connection = self._link.connection
         if connection is None or not connection.prompt or len(requests) > WINDOW:
             return await super().burst_and(requests, more)

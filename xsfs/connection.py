@@ -160,7 +160,7 @@ class Connection:
     ) -> list[Reply]:
         """Ask everything at once; the replies, in order, errors of single requests among them.
 
-        behind      what is asked besides, and not waited for
+        behind      what is asked besides, and waited for only if its replies would have to be slept for
         Raises ConnectionLost, RequestTimeout.
         """
         if len(requests) <= WINDOW:
