@@ -20,11 +20,11 @@ from tests.xenstored.harness import DAEMONS, RealXenstored
 from xsfs import connection as module
 from xsfs import wire
 from xsfs.client import Store, open_store
-from xsfs.connection import Reply
 from xsfs.errors import RequestTimeout
 from xsfs.known import KnownDirectories
 from xsfs.looks import LEAF, PARENT
 from xsfs.names import TEXT
+from xsfs.unanswered import Reply
 from xsfs.view import View
 from xsfs.wire import Message, Request, encode
 
@@ -109,7 +109,7 @@ async def ask(store: Store, answers: list[object]) -> None:
 async def until_only_held_is_missing(store: Store) -> None:
     await wait_all_tasks_blocked()
     assert store._link.connection is not None
-    while len(store._link.connection._batches) > 1:
+    while store._link.connection.outstanding > 1:
         await trio.lowlevel.checkpoint()
     await wait_all_tasks_blocked()
 

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from trio.testing import trio_test, wait_all_tasks_blocked
 
 from xsfs import wire
-from xsfs.connection import Connection, Reply
+from xsfs.connection import Connection
 from xsfs.device import DESCRIPTORS_MAX, DeviceTransport
+from xsfs.unanswered import Reply
 from xsfs.wire import Message, Op, Parser, Request, encode, read
 
 LIMIT = 20.0

@@ -30,12 +30,13 @@ LAYERS = """
     drain               transport
     servants
     threads
-    connection          wire errors transport threads
+    unanswered          wire errors
+    connection          wire errors transport threads unanswered
     link                errors transport connection
-    session             permissions wire errors connection
+    session             permissions wire errors unanswered
     outage              errors
     watches             wire errors drain connection link outage
-    client              wire errors transport servants connection link session outage watches
+    client              wire errors transport servants unanswered connection link session outage watches
 
     store_node
     store_domains       store_node
@@ -50,13 +51,14 @@ LAYERS = """
     known
     guesses
     ownership
-    looks               permissions wire errors connection
-    view                wire errors connection session client names known guesses looks
+    prefetched
+    looks               permissions wire errors unanswered
+    view                wire errors unanswered session client names known guesses looks
     workshop
     mirror_files        ownership workshop
     mirror_copy         permissions wire names looks view mirror_files
     mirror              wire errors watches client view mirror_files mirror_copy
-    node                names view ownership
+    node                names view ownership prefetched
     mirror_link         node
     xattrs              permissions wire names looks view node
     changes             permissions wire errors session names view node
@@ -65,7 +67,7 @@ LAYERS = """
     watch_files         wire errors watches names view node xattrs
     directories         wire errors session names looks view node xattrs changes values listing \
 watch_files
-    transactions        wire errors connection session client view known node
+    transactions        wire errors unanswered session client view known node
     transaction_files   wire names view node values directories transactions mirror_link
     verdicts            wire errors
     handles             node

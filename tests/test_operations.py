@@ -35,7 +35,7 @@ from xsfs.known import KNOWN_MAX, KnownDirectories
 from xsfs.listing import DirectoryHandle
 from xsfs.looks import Look
 from xsfs.names import TEXT, join
-from xsfs.node import Tree
+from xsfs.node import PATHS_MAX, Tree
 from xsfs.operations import Operations
 from xsfs.ownership import Ownership
 from xsfs.servants import open_servants
@@ -364,6 +364,32 @@ async def test_a_renamed_node_keeps_its_number(w: World) -> None:
     assert made.st_ino != d.st_ino
     await w.operations.rmdir(data.st_ino, b"d", ctx())
     await refused(errno.ESTALE, w.operations.getattr(made.st_ino, ctx()))
+
+
+@in_world
+async def test_what_is_in_a_renamed_directory_has_a_new_path(w: World) -> None:
+    await w.store.write("data/d/inner/x", "1")
+    data, d = await w.lookup(b"data"), await w.lookup(b"data", b"d")
+    inner = await w.lookup(b"data", b"d", b"inner")
+    x = await w.lookup(b"data", b"d", b"inner", b"x")  # all paths have been asked for
+    await w.operations.rename(data.st_ino, b"d", data.st_ino, b"e", 0, ctx())
+    assert w.tree.get(inner.st_ino).path == b"/local/domain/0/data/e/inner"
+    assert (await w.operations.lookup(inner.st_ino, b"x", ctx())).st_ino == x.st_ino
+    await w.store.write("data/d/inner/x", "another")
+    assert await w.operations.getxattr(x.st_ino, b"user.xs.value", ctx()) == b"1"
+    await w.operations.rename(d.st_ino, b"inner", data.st_ino, b"outer", 0, ctx())
+    assert w.tree.get(x.st_ino).path == b"/local/domain/0/data/outer/x"
+
+
+@in_world
+async def test_paths_of_more_directories_than_are_kept(w: World) -> None:
+    for number in range(PATHS_MAX + 10):
+        await w.store.write(f"data/{number}/x", "1")
+    for _ in range(2):
+        for number in range(PATHS_MAX + 10):
+            entry = await w.lookup(b"data", b"%d" % number, b"x")
+            assert w.tree.get(entry.st_ino).path == b"/local/domain/0/data/%d/x" % number
+            assert len(w.tree.paths) <= PATHS_MAX
 
 
 @in_world

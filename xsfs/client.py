@@ -25,7 +25,7 @@ from typing import Final, TypeVar
 import trio
 
 from xsfs import wire
-from xsfs.connection import WINDOW, Behind, Connection, Reply
+from xsfs.connection import WINDOW, Behind, Connection
 from xsfs.errors import (
     ConnectionLost,
     RequestTimeout,
@@ -38,6 +38,7 @@ from xsfs.outage import Outage
 from xsfs.servants import open_servants
 from xsfs.session import NamesOfEach, Path, Rest, Session, encode_path
 from xsfs.transport import Transport, find_store, open_transport
+from xsfs.unanswered import Reply
 from xsfs.watches import Subscription, Watches
 from xsfs.wire import Request
 
@@ -162,23 +163,8 @@ class Store(Session):
         """End the connection of a store that answers nonsense; the next request makes a new one."""
         self._link.close(reason)
 
-    async def burst(self, requests: Sequence[Request]) -> list[Reply]:
+    async def burst(self, requests: Sequence[Request], behind: Behind | None = None) -> list[Reply]:
         """As in Session.  What only reads is asked again when the connection is lost meanwhile."""
-        return await self._burst(requests, None)
-
-    async def burst_and(
-        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
-    ) -> tuple[list[Reply], Rest]:
-        """As in Session.  Where each reply must be slept for, all of it is one burst."""
-        connection = self._link.connection
-        if connection is None or not connection.prompt or len(requests) > WINDOW:
-            return await super().burst_and(requests, more)
-        behind = Behind(more)
-        replies = await self._burst(requests, behind)
-        self.requests += len(behind)
-        return replies, behind.replies
-
-    async def _burst(self, requests: Sequence[Request], behind: Behind | None) -> list[Reply]:
         self.requests += len(requests)
         outage = self.outage
         if outage.error is not None:
@@ -192,6 +178,18 @@ class Store(Session):
             raise
         outage.answered()
         return replies
+
+    async def burst_and(
+        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
+    ) -> tuple[list[Reply], Rest]:
+        """As in Session.  Where each reply must be slept for, all of it is one burst."""
+        connection = self._link.connection
+        if connection is None or not connection.prompt or len(requests) > WINDOW:
+            return await super().burst_and(requests, more)
+        behind = Behind(more)
+        replies = await self.burst(requests, behind)
+        self.requests += len(behind)
+        return replies, behind.replies
 
     async def _probe(self) -> None:
         await self._ask((wire.directory(b"/"),), trio.current_time() + self.timeout)

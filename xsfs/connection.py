@@ -1,19 +1,17 @@
 """One connection to Xenstore: many requests in flight, each reply brought to the one who waits.
 
-What it owns: a transport, the table of unanswered requests, and three tasks (`run`): the reader, the
-writer (idle unless the peer is slow to take what is sent) and the watchdog (idle unless something is
-unanswered).  Any task of the same trio loop may call `burst`.
+What it owns: a transport, what was asked through it and is unanswered (xsfs/unanswered.py), and
+three tasks (`run`): the reader, the writer (idle unless the peer is slow to take what is sent) and the
+watchdog (idle unless something is unanswered).  Any task of the same trio loop may call `burst`.
 
 What always holds:
 
 - The reader reads, whoever else waits: an oxenstored whose events are not read stops answering other
   clients.  So what is done with an event (`on_event`) must not wait.
-- Each request in the table belongs to one `_Batch`; its sender sleeps until the whole batch is
-  answered, timed out, or the connection has ended.  When `run` ends, every sender has been woken.
+- Who sends a batch sleeps until the whole of it is answered, timed out, or the connection has ended.
+  When `run` ends, every sender has been woken.
 - A batch behind another one (`Behind`) is slept for only where it can't be answered within a moment:
   else whoever sent it looks whether it has been answered, and if not never again.
-- A sender that has gone (cancelled, timed out) leaves its requests in the table, so that the late
-  replies are known and dropped.  The table is bounded: past OUTSTANDING_MAX nothing more is asked.
 - Any violation of the protocol ends the connection; nothing after it is believed.
 """
 
@@ -28,22 +26,19 @@ from typing import Final
 
 import outcome
 import trio
-from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import Abort, current_task, wait_task_rescheduled
 
 from xsfs.errors import ConnectionLost, RequestTimeout, XenstoreError
 from xsfs.threads import run_abandonable
 from xsfs.transport import Transport
-from xsfs.wire import Message, Op, Parser, Request, WireError, decode_error, decode_event, encode
+from xsfs.unanswered import BATCH_MAX, Batch, Reply, Unanswered
+from xsfs.wire import Op, Parser, Request, WireError, decode_event
 
 log = logging.getLogger(__name__)
 
-Reply = bytes | XenstoreError
-
-WINDOW: Final = 512
+WINDOW: Final = BATCH_MAX
 """How many requests of one burst are sent before their replies are awaited: enough to hide the
 round trip, few enough that other tasks' requests wait milliseconds behind them."""
-
-OUTSTANDING_MAX: Final = 65536
 
 PROMPT_MAX: Final = 64
 """How many requests a burst may have whose replies are waited for on the spot."""
@@ -52,31 +47,7 @@ PROMPT_SKIPS: Final = 100
 """A daemon that took longer than PROMPT_SECONDS is not waited for in this way so many times."""
 
 
-class _Batch:
-    """Requests sent together, with consecutive req_ids from `first` on."""
-
-    __slots__ = ("deadline", "first", "missing", "replies", "requests", "task")
-
-    def __init__(self, requests: Sequence[Request], first: int, deadline: float) -> None:
-        self.requests = requests
-        self.first = first
-        self.deadline = deadline
-        self.missing = len(requests)
-        self.replies: list[Reply] = [b""] * len(requests)
-        self.task: Task | None = None
-
-    def encode(self, tx_id: int) -> list[bytes]:
-        """The messages of the requests."""
-        first = self.first
-        return [
-            encode(op, (first + offset) & 0xFFFFFFFF, tx_id, payload)
-            for offset, (op, payload) in enumerate(self.requests)
-        ]
-
-    def wake(self, result: outcome.Outcome[list[Reply]]) -> None:
-        if self.task is not None:
-            reschedule(self.task, result)
-            self.task = None
+_EVENT: Final = int(Op.WATCH_EVENT)
 
 
 class Behind:
@@ -90,9 +61,9 @@ class Behind:
     def __init__(self, more: Callable[[], Sequence[Request]]) -> None:
         self.more = more
         self._connection: Connection | None = None
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
 
-    def asked(self, connection: Connection, batch: _Batch) -> None:
+    def asked(self, connection: Connection, batch: Batch) -> None:
         self._connection, self._batch = connection, batch
 
     def __len__(self) -> int:
@@ -124,8 +95,7 @@ class Connection:
         self._timeout = timeout
         self._on_event = on_event
         self._parser = Parser()
-        self._batches: dict[int, _Batch] = {}
-        self._next_id = 1
+        self._unanswered = Unanswered()
         self._unsent = b""
         self._skip_prompt = 0
         self._writer_parked = trio.lowlevel.ParkingLot()
@@ -140,13 +110,18 @@ class Connection:
         return self._closed_because is None
 
     @property
+    def outstanding(self) -> int:
+        """How many requests are not answered."""
+        return self._unanswered.outstanding
+
+    @property
     def prompt(self) -> bool:
         """Whether replies are waited for on the spot now."""
         return (
             self._transport.prompt
             and not self._skip_prompt
             and not self._unsent
-            and len(self._batches) <= PROMPT_MAX
+            and self._unanswered.outstanding <= PROMPT_MAX
         )
 
     async def ended(self) -> None:
@@ -163,26 +138,28 @@ class Connection:
         behind      what is asked besides, and waited for only if its replies would have to be slept for
         Raises ConnectionLost, RequestTimeout.
         """
-        if len(requests) <= WINDOW:
-            return await self._ask(requests, tx_id, behind)
-        replies: list[Reply] = []
-        for start in range(0, len(requests), WINDOW):
-            replies += await self._ask(requests[start : start + WINDOW], tx_id)
-        return replies
-
-    async def _ask(
-        self, requests: Sequence[Request], tx_id: int, behind: Behind | None = None
-    ) -> list[Reply]:
+        if len(requests) > WINDOW:
+            replies: list[Reply] = []
+            for start in range(0, len(requests), WINDOW):
+                replies += await self.burst(requests[start : start + WINDOW], tx_id)
+            return replies
         if not requests:
             return []
         if self._transport.watch_blocks and requests[0].op in (Op.WATCH, Op.UNWATCH):
             return await self._replies(await self._post_watch(requests))
         batch = self._post(requests, tx_id)
-        if behind is None or not (more := behind.more()):
-            return await self._replies(batch)
-        rest = self._post(more, tx_id)
+        if behind is not None and 0 < len(more := behind.more()) <= WINDOW:
+            return await self._replies_before(batch, behind, self._post(more, tx_id))
+        if self._unanswered.outstanding <= PROMPT_MAX and not self._unsent:
+            self._receive_promptly(batch)
+        return batch.replies if not batch.missing else await self._replies(batch)
+
+    async def _replies_before(self, batch: Batch, behind: Behind, rest: Batch) -> list[Reply]:
+        """The replies to a batch that has another one behind it."""
         behind.asked(self, rest)
         many = not self.prompt
+        if not many:
+            self._receive_promptly(batch)
         replies = await self._replies(batch)
         if rest.missing and (many or not self.prompt):
             # Too many, or from a slow daemon: they would not come within a moment.
@@ -190,7 +167,7 @@ class Connection:
                 await self._replies(rest)
         return replies
 
-    def _post(self, requests: Sequence[Request], tx_id: int) -> _Batch:
+    def _post(self, requests: Sequence[Request], tx_id: int) -> Batch:
         batch = self._enter(requests)
         try:
             self._send(batch.encode(tx_id))
@@ -199,10 +176,9 @@ class Connection:
             raise ConnectionLost(self._closed_because) from error
         return batch
 
-    async def _replies(self, batch: _Batch) -> list[Reply]:
-        if len(batch.requests) <= PROMPT_MAX >= len(self._batches) and not self._unsent:
-            self._receive_promptly(batch)
-        if not batch.missing:  # answered already
+    async def _replies(self, batch: Batch) -> list[Reply]:
+        """Sleep until they are there."""
+        if not batch.missing:
             return batch.replies
         if self._closed_because is not None:
             raise ConnectionLost(self._closed_because)
@@ -217,22 +193,16 @@ class Connection:
         replies: list[Reply] = await wait_task_rescheduled(abort)
         return replies
 
-    def replies_by_now(self, batch: _Batch) -> list[Reply] | None:
+    def replies_by_now(self, batch: Batch) -> list[Reply] | None:
         """For Behind, which has its text."""
         if batch.missing and self.alive:
             self._receive_promptly(batch)
         return None if batch.missing else batch.replies
 
-    def _enter(self, requests: Sequence[Request]) -> _Batch:
+    def _enter(self, requests: Sequence[Request]) -> Batch:
         if self._closed_because is not None:
             raise ConnectionLost(self._closed_because)
-        if len(self._batches) + len(requests) > OUTSTANDING_MAX:
-            raise RequestTimeout("Xenstore does not answer, and too much is asked of it already")
-        batch = _Batch(requests, self._next_id, trio.current_time() + self._timeout)
-        for offset in range(len(requests)):
-            self._batches[(batch.first + offset) & 0xFFFFFFFF] = batch
-        self._next_id = (self._next_id + len(requests)) & 0xFFFFFFFF
-        return batch
+        return self._unanswered.enter(requests, trio.current_time() + self._timeout)
 
     def _send(self, messages: Sequence[bytes]) -> None:
         if self._unsent:
@@ -242,7 +212,7 @@ class Connection:
         if self._unsent:
             self._writer_parked.unpark_all()
 
-    async def _post_watch(self, requests: Sequence[Request]) -> _Batch:
+    async def _post_watch(self, requests: Sequence[Request]) -> Batch:
         """Have the device carry out a WATCH or UNWATCH, in a thread since it blocks.
 
         A refused one is an error of write(2), and has no reply.
@@ -255,11 +225,11 @@ class Connection:
             raise RequestTimeout("the kernel did not carry out a WATCH in time") from None
         except OSError as error:
             name = errno.errorcode.get(error.errno or errno.EIO, "EIO")
-            self._batches.pop(batch.first, None)
+            self._unanswered.leave(batch)
             raise XenstoreError(name, batch.requests[0]) from error
         return batch
 
-    def _receive_promptly(self, batch: _Batch) -> None:
+    def _receive_promptly(self, batch: Batch) -> None:
         """Wait for the replies right here, for a moment, without a trip through the event loop.
 
         A daemon on another core answers within some 20 microseconds, which is less than it takes
@@ -269,8 +239,9 @@ class Connection:
         if self._skip_prompt:
             self._skip_prompt -= 1
             return
-        start = time.perf_counter()
-        while batch.missing and self.alive and time.perf_counter() - start < PROMPT_SECONDS:
+        clock = time.perf_counter
+        late = clock() + PROMPT_SECONDS
+        while batch.missing and self._closed_because is None and clock() < late:
             try:
                 data = self._transport.receive_soon()
             except OSError:
@@ -278,7 +249,7 @@ class Connection:
             if data is None:
                 break
             self._digest(data)
-        if time.perf_counter() - start > PROMPT_SECONDS:
+        if clock() > late:
             self._skip_prompt = PROMPT_SKIPS
 
     # --------------------------------------------------------------------------------- tasks
@@ -301,8 +272,7 @@ class Connection:
         self._closed_because = reason
         self._scope.cancel()
         self._ended.set()
-        batches, self._batches = self._batches, {}
-        for batch in batches.values():
+        for batch in self._unanswered.take_all():
             batch.wake(outcome.Error(ConnectionLost(reason)))
         trio.lowlevel.notify_closing(self._transport.fileno())
         trio.lowlevel.notify_closing(self._transport.outlet())
@@ -328,37 +298,19 @@ class Connection:
             self.close(f"Xenstore closed the connection{middle}")
             return
         self._parser.feed(data)
+        take = self._unanswered.take
         try:
-            for message in self._parser.messages():
-                self._take(message)
+            for op, req_id, _, payload in self._parser.messages():
+                # Events first: the kernel's device leaves rubbish in their req_id.
+                if op == _EVENT:
+                    path, token = decode_event(payload)
+                    if self._on_event is not None:
+                        self._on_event(path, token)
+                else:
+                    take(op, req_id, payload)
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)
             self.close(f"Xenstore broke the protocol: {error}")
-
-    def _take(self, message: Message) -> None:
-        op, req_id, _, payload = message
-        # Events first: the kernel's device leaves rubbish in their req_id.
-        if op == Op.WATCH_EVENT:
-            path, token = decode_event(payload)
-            if self._on_event is not None:
-                self._on_event(path, token)
-            return
-        batch = self._batches.get(req_id)
-        if batch is None:
-            raise WireError(f"a reply to request {req_id}, which is not open")
-        index = (req_id - batch.first) & 0xFFFFFFFF
-        request = batch.requests[index]
-        if op == request.op:
-            batch.replies[index] = payload
-        elif op == Op.ERROR:
-            batch.replies[index] = XenstoreError(decode_error(payload), request)
-        else:
-            raise WireError(f"a reply of type {op} to {request.op.name}")
-        # Not before: what raises above is woken with all others that are in the table.
-        del self._batches[req_id]
-        batch.missing -= 1
-        if not batch.missing:
-            batch.wake(outcome.Value(batch.replies))
 
     async def _write_rest(self) -> None:
         while True:
@@ -375,7 +327,7 @@ class Connection:
         """Wake at most once a timeout while something is awaited, and never while nothing is."""
         while True:
             # Requests enter the table in order, with one timeout for all: the first is the oldest.
-            oldest = next((b for b in self._batches.values() if b.task is not None), None)
+            oldest = next((b for b in self._unanswered if b.task is not None), None)
             if oldest is None:
                 await self._watchdog_parked.park()
             elif oldest.deadline > trio.current_time():

@@ -20,7 +20,7 @@ from pyfuse3 import EntryAttributes
 from xsfs import changes, wire
 from xsfs.errors import XenstoreError
 from xsfs.listing import ListedNode
-from xsfs.looks import NOTHING, Look
+from xsfs.looks import LEAF, NOTHING, Look
 from xsfs.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.session import Session
@@ -40,8 +40,11 @@ class Directory(ListedNode):
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
     own: ClassVar[Mapping[bytes, type[Node]]] = {VALUE_NAME: DotValue, b".watch": WatchFile}
 
+    @property
+    def path(self) -> bytes:
+        return self.tree.path_of(self)
+
     def is_of_kind(self, look: Look) -> bool:
-        # To ask for the path is to walk up the tree: not for the usual case.
         return look.has_children or self.view.is_directory(self.path, look)
 
     async def look(self) -> Look:
@@ -84,14 +87,11 @@ class Directory(ListedNode):
             self.require()
             entry = await self.tree.node(kind, self, name).looked_up(pid)
             return self._found(self.tree.node(kind, self, name), entry)
-        if (forced := forced_name(name)) is not None:
-            child = await self._child_name(forced)
-            look = await self.view.look(join(self.path, child))
-            if look is None:
-                refuse(errno.ENOENT)
-            directory = self.tree.node(ForcedDirectory, self, child)
-            return self._found(directory, directory.attributes(look))
-        child = await self._child_name(name)
+        child = name
+        if not wire.is_name(name):
+            if (forced := forced_name(name)) is not None:
+                return await self._lookup_forced(forced)
+            child = await self._child_name(name)
         path = join(self.path, child)
         look = await self.view.look(path) if len(path) <= wire.PATH_MAX else None
         if look is None and child in self.lasting_children():
@@ -102,18 +102,27 @@ class Directory(ListedNode):
             # A cached entry may have led here: is the directory itself still there?
             await self.require_present()
             refuse(errno.ENOENT)
-        return self._found_child(child, path, look, pid)
-
-    def _found_child(self, name: bytes, path: bytes, look: Look, pid: int) -> EntryAttributes:
-        node = self.child(name, path, look)
-        if isinstance(node, ValueFile):
-            self.tree.prefetched.put(pid, node, look.value)
+        if self.view.is_directory(path, look):
+            directory = self.tree.node(Directory, self, child)
+            return self._found(directory, directory.attributes(look))
+        node = self.tree.node(ValueFile, self, child)
+        self.tree.prefetched.put(pid, node, look.value)
         return self._found(node, node.attributes(look))
 
-    def child(self, name: bytes, path: bytes, look: Look) -> Directory | ValueFile:
+    async def _lookup_forced(self, name: bytes) -> EntryAttributes:
+        child = await self._child_name(name)
+        look = await self.view.look(join(self.path, child))
+        if look is None:
+            refuse(errno.ENOENT)
+        directory = self.tree.node(ForcedDirectory, self, child)
+        return self._found(directory, directory.attributes(look))
+
+    def child(self, name: bytes, look: Look) -> Directory | ValueFile:
+        if look is LEAF:  # what most children are: their path need not be made
+            return self.tree.node(ValueFile, self, name)
         if name == VALUE_NAME:
             return self.tree.node(DotValue, self, name)
-        if self.view.is_directory(path, look):
+        if self.view.is_directory(join(self.path, name), look):
             return self.tree.node(Directory, self, name)
         return self.tree.node(ValueFile, self, name)
 

@@ -8,9 +8,10 @@ from collections.abc import Collection
 from typing import Final
 
 import pyfuse3
+from pyfuse3 import EntryAttributes
 
-from xsfs.looks import NOTHING, Look
-from xsfs.names import VALUE_NAME, join
+from xsfs.looks import LEAF, NOTHING, Look
+from xsfs.names import VALUE_NAME
 from xsfs.node import Handle, refuse
 from xsfs.view import LOOK_WINDOW, Digest
 from xsfs.xattrs import XenstoreNode
@@ -28,7 +29,7 @@ class ListedNode(XenstoreNode):
         """What was seen of the node, if it is still a directory; else ESTALE."""
 
     @abstractmethod
-    def child(self, name: bytes, path: bytes, look: Look) -> XenstoreNode:
+    def child(self, name: bytes, look: Look) -> XenstoreNode:
         """The node for a child that looks so, or for `.value`."""
 
     def lasting_children(self) -> Collection[bytes]:
@@ -107,39 +108,38 @@ class DirectoryHandle(Handle):
         if self.doubtful:
             self.looks |= await self.node.view.look_closer(self.path, self.doubtful)
             self.doubtful = []
+        tree = self.node.tree
+        of_leaf: EntryAttributes | None = None
         for index in range(first, len(self.entries)):
             name = self.entries[index]
             if name not in self.looks:
                 await self._look_from(index)
-            if not self._reply(token, name, len(OWN_ENTRIES) + index + 1):
-                return
+            look = self.looks[name]
+            if look is None:
+                if name not in self.node.lasting_children():
+                    continue  # vanished meanwhile
+                look = NOTHING
+            node = self.node.child(name, look)
+            if look is not LEAF:
+                entry = node.attributes(look)
+            elif of_leaf is None:
+                entry = of_leaf = node.attributes(look)
+            else:
+                # All are alike but for this; the reply is a copy.
+                entry = of_leaf
+                entry.st_ino = node.inode
+            next_id = len(OWN_ENTRIES) + index + 1
+            if not pyfuse3.readdir_reply(token, tree.aliases.file_name(name), entry, next_id):
+                return  # it is full
+            tree.remember(node)
 
     def _reply_own(self, token: pyfuse3.ReaddirToken, start: int) -> bool:
         """Put the directory's own entries from `start` on into the reply; False if it is full."""
         own = self.node.entry(0)
-        return all(
-            pyfuse3.readdir_reply(token, name, own, next_id)
-            for next_id, name in enumerate(OWN_ENTRIES[start:], start + 1)
-        )
-
-    def _reply(self, token: pyfuse3.ReaddirToken, name: bytes, next_id: int) -> bool:
-        """Put one entry into the reply; False if it is full."""
-        look = self.looks[name]
-        if look is None:
-            if name not in self.node.lasting_children():
-                return True  # vanished meanwhile
-            look = NOTHING
-        node = self.node.child(name, self._path(name), look)
-        tree = node.tree
-        if not pyfuse3.readdir_reply(
-            token, tree.aliases.file_name(name), node.attributes(look), next_id
-        ):
-            return False
-        tree.remember(node)
+        for next_id, name in enumerate(OWN_ENTRIES[start:], start + 1):
+            if not pyfuse3.readdir_reply(token, name, own, next_id):
+                return False
         return True
-
-    def _path(self, name: bytes) -> bytes:
-        return self.path if name == VALUE_NAME else join(self.path, name)
 
     async def _look_from(self, index: int) -> None:
         """Ask what they are from one on; what is known of those before is given up."""

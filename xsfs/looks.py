@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from xsfs import wire
-from xsfs.connection import Reply
 from xsfs.errors import XenstoreError
 from xsfs.permissions import access_of, decode_perms
-from xsfs.wire import Request
+from xsfs.unanswered import Reply
+from xsfs.wire import Op, Request
 
 
 class Look(NamedTuple):
@@ -54,9 +54,10 @@ _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 
 def questions(path: bytes, *, perms: bool) -> Sequence[Request]:
     """What to ask in order to know all about a node."""
+    of_node = path + b"\0"
     if not perms:
-        return (wire.read(path), wire.directory(path))
-    return (wire.read(path), wire.directory(path), wire.get_perms(path))
+        return Request(Op.READ, of_node), Request(Op.DIRECTORY, of_node)
+    return wire.read(path), wire.directory(path), wire.get_perms(path)
 
 
 def questions_of_kind(paths: Iterable[bytes], *, perms: bool) -> list[Request]:

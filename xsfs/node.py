@@ -15,6 +15,7 @@ What always holds:
 - A node is in the table while its lookup count is above 0 (the root always), and its view has not
   ended.  The kernel may know the nodes of an ended view until its memory runs short; their numbers
   are never given again, and mean ESTALE.
+- A path in `paths` is the node's: a rename, which may change any, empties the table.
 - A node that was removed or replaced through the mount is `gone`: its old handles say ESTALE, and
   never bring it back.  So do all nodes of a view that has ended, and a new node at the same position
   is another one.
@@ -25,7 +26,6 @@ from __future__ import annotations
 import errno
 import select
 import stat
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -36,6 +36,7 @@ from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.names import Aliases, join
 from xsfs.ownership import Ownership
+from xsfs.prefetched import Prefetched
 from xsfs.view import View
 
 DIRECTORY_ENTRY_TIMEOUT: Final = 3600.0
@@ -49,8 +50,7 @@ ATTRIBUTES_TIMEOUT: Final = 0.001
 """Seconds, which the kernel rounds up to its tick.  Spares the fstat(2) that follows an open(2) or a
 listing at once a request of its own; whoever looks a file up gets new attributes anyway."""
 
-PREFETCH_SECONDS: Final = 0.01
-PREFETCH_MAX: Final = 64
+PATHS_MAX: Final = 256
 
 N = TypeVar("N", bound="Node")
 
@@ -142,7 +142,7 @@ class Node(ABC):
 
     @property
     def path(self) -> bytes:
-        """The absolute Xenstore path.  Not stored: a rename of a parent changes it."""
+        """The absolute Xenstore path.  Not stored here: a rename of a parent changes it."""
         assert self.parent is not None
         return join(self.parent.path, self.name)
 
@@ -243,34 +243,6 @@ class Node(ABC):
         refuse(pyfuse3.ENOATTR)
 
 
-class Prefetched:
-    """The values that LOOKUPs have fetched, kept for the OPEN of the same open(2).
-
-    The kernel sends both in the name of the same thread, one right after the other.  A value is given
-    once, to that thread, for that inode, and only for a moment: an open(2) whose OPEN is late asks the
-    store.  (One without a LOOKUP, of /proc/self/fd/N, may get what the thread looked up just before.)
-    """
-
-    def __init__(self) -> None:
-        self._values: dict[int, tuple[Node, bytes, float]] = {}
-
-    def put(self, pid: int, node: Node, value: bytes) -> None:
-        self._values.pop(pid, None)
-        self._values[pid] = (node, value, time.monotonic() + PREFETCH_SECONDS)
-        if len(self._values) > PREFETCH_MAX:
-            del self._values[next(iter(self._values))]
-
-    def take(self, pid: int, node: Node) -> bytes | None:
-        found = self._values.pop(pid, None)
-        if found is None or found[0] is not node or found[2] < time.monotonic():
-            return None
-        return found[1]
-
-    def drop(self) -> None:
-        """Something was written through the mount: what was fetched before may be outdated."""
-        self._values.clear()
-
-
 class Tree:
     """See the module's text."""
 
@@ -290,9 +262,21 @@ class Tree:
         self._inside: dict[View, set[int]] = {}
         """Which nodes are those of other views."""
         self._moved: dict[tuple[type[Node], Node, bytes], Node] = {}
+        self.paths: dict[Node, bytes] = {}
+        """Of directories that are in use: a bounded number, and none any more after a rename."""
 
     def __len__(self) -> int:
         return len(self._nodes)
+
+    def path_of(self, directory: Node) -> bytes:
+        """The path, without a walk up the tree if it is in use."""
+        path = self.paths.get(directory)
+        if path is None:
+            if len(self.paths) >= PATHS_MAX:
+                self.paths.clear()
+            assert directory.parent is not None
+            path = self.paths[directory] = join(directory.parent.path, directory.name)
+        return path
 
     def peek(self, inode: int) -> Node | None:
         return self._nodes.get(inode)
@@ -344,6 +328,7 @@ class Tree:
     def move(self, node: Node, parent: Node, name: bytes) -> None:
         """The node has been renamed: it keeps its number, which is not its new position's hash."""
         self._unmove(node)
+        self.paths.clear()
         node.parent = parent
         node.name = name
         self._moved[type(node), parent, name] = node
@@ -368,6 +353,7 @@ class Tree:
         return True
 
     def _drop(self, view: View) -> None:
+        self.paths.clear()
         for inode in self._inside.pop(view):
             self._unmove(self._nodes.pop(inode))
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from xsfs import wire
-from xsfs.connection import Reply
 from xsfs.errors import XenstoreError
 from xsfs.permissions import Permission, Permissions, decode_perms, parse_permissions, set_perms
+from xsfs.unanswered import Reply
 from xsfs.wire import Request
 
 Path = bytes | str

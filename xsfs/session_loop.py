@@ -47,13 +47,19 @@ class Turn:
         self._waiter = waiter
         self._taken = False
         self._waiting = trio.lowlevel.ParkingLot()
+        self._sleepers = 0
+        """How many wait."""
         self._woken = False
 
     async def __aenter__(self) -> None:
         # A worker comes here right after its answer.
         self._waiter.do_chore()
         while self._taken:
-            await self._waiting.park()
+            self._sleepers += 1
+            try:
+                await self._waiting.park()
+            finally:
+                self._sleepers -= 1
             self._woken = False
         self._taken = True
 
@@ -64,7 +70,7 @@ class Turn:
         traceback: TracebackType | None,
     ) -> None:
         self._taken = False
-        if self._waiting and not self._woken:
+        if self._sleepers and not self._woken:
             self._woken = True
             self._waiting.unpark()
 
@@ -86,8 +92,8 @@ class Waiter:
 
     def do_chore(self) -> None:
         """Do what was put off."""
-        chore, self._chore = self._chore, None
-        if chore is not None:
+        if (chore := self._chore) is not None:
+            self._chore = None
             with suppress(Exception):
                 chore()
 

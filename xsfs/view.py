@@ -17,13 +17,13 @@ import trio
 
 from xsfs import wire
 from xsfs.client import Store, Transaction
-from xsfs.connection import Reply
 from xsfs.errors import XenstoreError
 from xsfs.guesses import Guesses
 from xsfs.known import KnownDirectories
 from xsfs.looks import LEAF, Answers, Look, questions, questions_of_kind, understand
 from xsfs.names import Format, are_names, is_container, join
 from xsfs.session import Names, Session
+from xsfs.unanswered import Reply
 from xsfs.wire import Request
 
 log = logging.getLogger(__name__)
@@ -109,8 +109,8 @@ class View:
 
     async def look(self, path: bytes) -> Look | None:
         """What the node is now; None if there is none.  One round trip."""
-        (look,) = await self.look_all((path,))
-        return look
+        asked = self.known.moment
+        return self._learn(path, await self.session.burst(self._questions(path)), asked)
 
     async def look_all(self, paths: Sequence[bytes]) -> list[Look | None]:
         """The same for many nodes, still one round trip."""

@@ -16,10 +16,11 @@ from __future__ import annotations
 import enum
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 HEADER: Final = struct.Struct("=IIII")
+HEADER_SIZE: Final = HEADER.size
 
 PAYLOAD_MAX: Final = 4096
 """XENSTORE_PAYLOAD_MAX: the longest payload of a request on a socket."""
@@ -90,6 +91,10 @@ class Message(NamedTuple):
     payload: bytes
 
 
+Fields = tuple[int, int, int, bytes]
+"""Those of a Message."""
+
+
 class Request(NamedTuple):
     """What is asked, without the numbers that a connection and a transaction add."""
 
@@ -127,7 +132,7 @@ class Parser:
         self._payload_max = payload_max
         self._buffer: bytes | bytearray = b""
         self._start = 0
-        self._wanted = HEADER.size
+        self._wanted = HEADER_SIZE
 
     def feed(self, data: bytes) -> None:
         if self._start == len(self._buffer):
@@ -142,26 +147,28 @@ class Parser:
         self._start = 0
 
     def next(self) -> Message | None:
-        return next(self.messages(), None)
+        fields = next(self.messages(), None)
+        return None if fields is None else Message(*fields)
 
-    def messages(self) -> Iterator[Message]:
-        """Not to be gone on with after a `feed`."""
+    def messages(self) -> Iterator[Fields]:
+        """Their fields alone, which cost less.  Not to be gone on with after a `feed`."""
         buffer, start = self._buffer, self._start
+        size = len(buffer)
         # _wanted spares a long message that comes in small pieces a look at its header each time.
-        while len(buffer) - start >= self._wanted:
+        while size - start >= self._wanted:
             op, req_id, tx_id, length = HEADER.unpack_from(buffer, start)
             if length > self._payload_max:
                 raise WireError(
                     f"a message of {length} bytes, over the limit of {self._payload_max}"
                 )
-            body = start + HEADER.size
+            body = start + HEADER_SIZE
             end = body + length
-            if len(buffer) < end:
+            if size < end:
                 self._wanted = end - start
                 return
             self._start = start = end
-            self._wanted = HEADER.size
-            yield Message(op, req_id, tx_id, bytes(buffer[body:end]))
+            self._wanted = HEADER_SIZE
+            yield op, req_id, tx_id, bytes(buffer[body:end])
 
     @property
     def partial(self) -> bool:
@@ -172,6 +179,15 @@ class Parser:
 def encode(op: int, req_id: int, tx_id: int, payload: bytes) -> bytes:
     """The bytes of one message."""
     return HEADER.pack(op, req_id, tx_id, len(payload)) + payload
+
+
+def encode_all(requests: Sequence[Request], first: int, tx_id: int) -> list[bytes]:
+    """The messages of requests, numbered from `first` on."""
+    pack = HEADER.pack
+    return [
+        pack(op, req_id, tx_id, len(payload)) + payload
+        for req_id, (op, payload) in enumerate(requests, first)
+    ]
 
 
 # ---------------------------------------------------------------------------------------- paths

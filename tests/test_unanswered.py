@@ -1,0 +1,134 @@
+"""The table of what is unanswered: each reply comes to its request, in any order, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xsfs import unanswered, wire
+from xsfs.errors import RequestTimeout, XenstoreError
+from xsfs.unanswered import BATCH_MAX, OUTSTANDING_MAX, Unanswered
+from xsfs.wire import Op, Parser, Request, WireError
+
+FOREVER = 1e9
+
+
+def req_ids(messages: list[bytes]) -> list[int]:
+    parser = Parser()
+    parser.feed(b"".join(messages))
+    return [req_id for _, req_id, _, _ in parser.messages()]
+
+
+def requests(count: int) -> list[Request]:
+    return [wire.read(b"/%d" % number) for number in range(count)]
+
+
+@given(st.lists(st.integers(1, BATCH_MAX), min_size=1, max_size=5), st.randoms())
+def test_replies_in_any_order_come_to_their_requests(counts: list[int], random: Random) -> None:
+    table = Unanswered()
+    batches = [table.enter(requests(count), FOREVER) for count in counts]
+    due = [
+        (req_id, b"%d of %d" % (place, number))
+        for number, batch in enumerate(batches)
+        for place, req_id in enumerate(req_ids(batch.encode(0)))
+    ]
+    assert len({req_id for req_id, _ in due}) == sum(counts) == table.outstanding
+    random.shuffle(due)
+    for done, (req_id, payload) in enumerate(due, 1):
+        table.take(Op.READ, req_id, payload)
+        assert table.outstanding == sum(counts) - done
+    for number, batch in enumerate(batches):
+        assert batch.replies == [b"%d of %d" % (place, number) for place in range(counts[number])]
+        assert not batch.missing
+    assert not list(table)
+
+
+def test_an_error_is_of_its_request() -> None:
+    table = Unanswered()
+    batch = table.enter(requests(2), FOREVER)
+    first, second = req_ids(batch.encode(0))
+    table.take(Op.ERROR, second, b"ENOENT\0")
+    table.take(Op.READ, first, b"")
+    value, error = batch.replies
+    assert value == b""
+    assert isinstance(error, XenstoreError)
+    assert error.name == "ENOENT"
+    assert "/1" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("op", "which"),
+    [
+        pytest.param(Op.READ, lambda first: first, id="twice"),
+        pytest.param(Op.READ, lambda first: first + 3, id="past the batch"),
+        pytest.param(Op.READ, lambda first: first + BATCH_MAX, id="of no batch"),
+        pytest.param(Op.READ, lambda _: 0xFFFFFFFF, id="of the last number"),
+        pytest.param(Op.WRITE, lambda first: first + 1, id="of another kind"),
+        pytest.param(4711, lambda first: first + 1, id="of no kind"),
+    ],
+)
+def test_what_nobody_asked(op: int, which: Callable[[int], int]) -> None:
+    table = Unanswered()
+    batch = table.enter(requests(3), FOREVER)
+    first, *_ = req_ids(batch.encode(0))
+    table.take(Op.READ, first, b"x")
+    with pytest.raises(WireError):
+        table.take(op, which(first), b"y")
+    assert batch.missing == table.outstanding == 2
+    assert batch.replies[0] == b"x"
+
+
+def test_a_reply_of_nonsense_leaves_its_request_open() -> None:
+    table = Unanswered()
+    batch = table.enter(requests(1), FOREVER)
+    (number,) = req_ids(batch.encode(0))
+    with pytest.raises(WireError):
+        table.take(Op.ERROR, number, b"?\0")
+    assert batch.missing == table.outstanding == 1
+
+
+def test_it_is_bounded() -> None:
+    table = Unanswered()
+    for _ in range(OUTSTANDING_MAX // BATCH_MAX):
+        batch = table.enter(requests(BATCH_MAX), FOREVER)
+    with pytest.raises(RequestTimeout):
+        table.enter(requests(1), FOREVER)
+    table.leave(batch)
+    assert table.outstanding == OUTSTANDING_MAX - BATCH_MAX
+    table.leave(batch)
+    assert table.outstanding == OUTSTANDING_MAX - BATCH_MAX
+    table.enter(requests(1), FOREVER)
+    taken = table.take_all()
+    assert sum(batch.missing for batch in taken) == OUTSTANDING_MAX - BATCH_MAX + 1
+    assert table.outstanding == 0
+    assert not list(table)
+
+
+def test_numbers_begin_anew_around_what_is_still_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unanswered, "_NUMBERS", 4)
+    table = Unanswered()
+    old = table.enter(requests(2), FOREVER)
+    seen = []
+    for _ in range(9):
+        batch = table.enter(requests(2), FOREVER)
+        assert batch.number != old.number
+        seen.append(batch.number)
+        for req_id in req_ids(batch.encode(0)):
+            table.take(Op.READ, req_id, b"new")
+    assert set(seen) == {1, 2, 3}
+    assert old.missing == 2
+    for req_id in req_ids(old.encode(0)):
+        table.take(Op.READ, req_id, b"old")
+    assert old.replies == [b"old", b"old"]
+
+
+def test_the_last_number_fits_a_message() -> None:
+    table = Unanswered()
+    table._next = unanswered._NUMBERS - 1
+    batch = table.enter(requests(BATCH_MAX), FOREVER)
+    assert req_ids(batch.encode(0))[-1] == 0xFFFFFFFF
+    assert table.enter(requests(1), FOREVER).number == 0

@@ -1,0 +1,124 @@
+"""What was asked and has not been answered: the table that brings each reply to its request.
+
+What it owns: the batches of one connection that are not answered, and the numbers of its requests.  It
+sends nothing and wakes nobody.
+
+What always holds:
+
+- Each request belongs to one `Batch`, which is in the table until all of it is answered, and is known
+  by its number: a req_id is that and the request's place in the batch.
+- A sender that has gone (cancelled, timed out) leaves its batch here, so that the late replies are
+  known and dropped.  The table is bounded: past OUTSTANDING_MAX nothing more is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import outcome
+from trio.lowlevel import Task, reschedule
+
+from xsfs.errors import RequestTimeout, XenstoreError
+from xsfs.wire import Op, Request, WireError, decode_error, encode_all
+
+Reply = bytes | XenstoreError
+
+PLACE_BITS: Final = 9
+"""Of a req_id, those that are the place in a batch; the others are the batch's number."""
+
+BATCH_MAX: Final = 1 << PLACE_BITS
+OUTSTANDING_MAX: Final = 65536
+
+_PLACE: Final = BATCH_MAX - 1
+_NUMBERS: Final = 1 << 32 - PLACE_BITS
+_ERROR: Final = int(Op.ERROR)
+_UNANSWERED: Final[Any] = None
+
+
+class Batch:
+    """Requests sent together.
+
+    missing     how many of them are not answered
+    replies     in order; complete when nothing is missing
+    task        who sleeps until then
+    deadline    until when, in trio's time
+    """
+
+    __slots__ = ("deadline", "missing", "number", "replies", "requests", "task")
+
+    def __init__(self, requests: Sequence[Request], number: int, deadline: float) -> None:
+        self.requests = requests
+        self.number = number
+        self.deadline = deadline
+        self.missing = len(requests)
+        self.replies: list[Reply] = [_UNANSWERED] * len(requests)
+        self.task: Task | None = None
+
+    def encode(self, tx_id: int) -> list[bytes]:
+        """The messages of the requests."""
+        return encode_all(self.requests, self.number << PLACE_BITS, tx_id)
+
+    def wake(self, result: outcome.Outcome[list[Reply]]) -> None:
+        """Who sleeps, if anybody does, gets this."""
+        if self.task is not None:
+            reschedule(self.task, result)
+            self.task = None
+
+
+class Unanswered:
+    """See the module's text."""
+
+    def __init__(self) -> None:
+        self._batches: dict[int, Batch] = {}
+        self._next = 0
+        self.outstanding = 0
+        """How many requests are not answered."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The oldest first."""
+        return iter(self._batches.values())
+
+    def enter(self, requests: Sequence[Request], deadline: float) -> Batch:
+        """A batch of at most BATCH_MAX requests.  Raises RequestTimeout where there is no room."""
+        if self.outstanding + len(requests) > OUTSTANDING_MAX:
+            raise RequestTimeout("Xenstore does not answer, and too much is asked of it already")
+        number = self._next
+        while number in self._batches:  # it has been waiting since the numbers began anew
+            number = (number + 1) % _NUMBERS
+        self._next = (number + 1) % _NUMBERS
+        batch = self._batches[number] = Batch(requests, number, deadline)
+        self.outstanding += len(requests)
+        return batch
+
+    def leave(self, batch: Batch) -> None:
+        """Nothing more of it will come."""
+        if self._batches.pop(batch.number, None) is not None:
+            self.outstanding -= batch.missing
+
+    def take_all(self) -> list[Batch]:
+        """Nothing more will come at all."""
+        batches = list(self)
+        self._batches.clear()
+        self.outstanding = 0
+        return batches
+
+    def take(self, op: int, req_id: int, payload: bytes) -> None:
+        """A reply; whose batch it completes is woken.  Raises WireError for what nobody asked."""
+        batch = self._batches.get(req_id >> PLACE_BITS)
+        place = req_id & _PLACE
+        if batch is None or place >= len(batch.requests) or batch.replies[place] is not _UNANSWERED:
+            raise WireError(f"a reply to request {req_id}, which is not open")
+        request = batch.requests[place]
+        if op == request.op:
+            batch.replies[place] = payload
+        elif op == _ERROR:
+            batch.replies[place] = XenstoreError(decode_error(payload), request)
+        else:
+            raise WireError(f"a reply of type {op} to {request.op.name}")
+        self.outstanding -= 1
+        batch.missing -= 1
+        if not batch.missing:
+            # Not before: what raises above is woken with all others that are in the table.
+            del self._batches[batch.number]
+            batch.wake(outcome.Value(batch.replies))
