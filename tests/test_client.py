@@ -20,11 +20,12 @@ from trio.testing import trio_test
 from tests.clients import GUEST, HOME, LIMIT, TIMEOUT, Place, events_until, furnish, opened
 from tests.xenstored.harness import RealXenstored
 from xsfs import wire
-from xsfs.client import Store, Transaction, open_store
+from xsfs.client import Store, open_store
 from xsfs.connection import WINDOW
 from xsfs.embedded import EmbeddedStore
 from xsfs.errors import TransactionEnded, XenstoreError
 from xsfs.permissions import Permission
+from xsfs.transaction import Transaction
 from xsfs.watches import EVENTS_MAX, Subscription
 from xsfs.wire import PAYLOAD_MAX
 
@@ -386,15 +387,15 @@ async def test_what_is_asked_behind_a_burst(place: Place) -> None:
 
         first, rest = await store.burst_and([wire.read(path), wire.directory(path)], more)
         assert first == [b"7", b""]
-        replies = rest()
-        if replies is not None:
-            assert replies[0] == b"/local/domain/5\0"
-            assert isinstance(replies[1], XenstoreError)
-            assert replies[1].name == "ENOENT"
+        for replies in (list(rest()), list(rest())):
+            assert replies[:1] in ([], [b"/local/domain/5\0"])
+            for error in replies[1:]:
+                assert isinstance(error, XenstoreError)
+                assert error.name == "ENOENT"
         assert calls == [1]
         first, rest = await store.burst_and([wire.read(path)], list)
         assert first == [b"7"]
-        assert not rest()
+        assert not list(rest())
         assert store.reconnects == 0
 
 

@@ -23,7 +23,7 @@ from trio.testing import trio_test, wait_all_tasks_blocked
 from tests.clients import GUEST, LIMIT, Place, events_until, furnish, opened
 from tests.xenstored.harness import RealXenstored
 from xsfs import wire
-from xsfs.client import Transaction, open_store
+from xsfs.client import open_store
 from xsfs.errors import (
     ConnectionLost,
     RequestTimeout,
@@ -31,6 +31,7 @@ from xsfs.errors import (
     StoreUnavailable,
     TransactionEnded,
 )
+from xsfs.transaction import Transaction
 from xsfs.watches import Subscription
 
 SHORT = 0.3

@@ -35,8 +35,10 @@ LAYERS = """
     link                errors transport connection
     session             permissions wire errors unanswered
     outage              errors
+    transaction         wire errors unanswered connection session outage
     watches             wire errors drain connection link outage
-    client              wire errors transport servants unanswered connection link session outage watches
+    client              wire errors transport servants unanswered connection transaction link \
+session outage watches
 
     store_node
     store_domains       store_node
@@ -52,8 +54,8 @@ LAYERS = """
     guesses
     ownership
     prefetched
-    looks               permissions wire errors unanswered
-    view                wire errors unanswered session client names known guesses looks
+    looks               permissions wire errors unanswered names
+    view                wire errors unanswered session transaction client names known guesses looks
     workshop
     mirror_files        ownership workshop
     mirror_copy         permissions wire names looks view mirror_files
@@ -67,7 +69,7 @@ LAYERS = """
     watch_files         wire errors watches names view node xattrs
     directories         wire errors session names looks view node xattrs changes values listing \
 watch_files
-    transactions        wire errors unanswered session client view known node
+    transactions        wire errors unanswered session transaction view known node
     transaction_files   wire names view node values directories transactions mirror_link
     verdicts            wire errors
     handles             node

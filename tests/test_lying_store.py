@@ -36,7 +36,7 @@ from tests.lying_store import (
 )
 from tests.xenstored.harness import RealXenstored
 from xsfs import wire
-from xsfs.client import Store, Transaction, open_store
+from xsfs.client import Store, open_store
 from xsfs.connection import PROMPT_MAX
 from xsfs.errors import (
     ConnectionLost,
@@ -46,6 +46,7 @@ from xsfs.errors import (
     XenstoreError,
 )
 from xsfs.session import LISTING_RESTARTS
+from xsfs.transaction import Transaction
 from xsfs.transport import SocketTransport, Transport
 from xsfs.watches import Subscription
 from xsfs.wire import Message, Op, WireError, encode

@@ -214,10 +214,18 @@ async def test_a_listing_asks_for_values_only_where_the_kind_depends_on_them(w: 
 
 async def listed(w: World, fh: pyfuse3.FileHandleT, start: int = 0) -> dict[bytes, bool]:
     """The names that reading the directory gives from there on, and whether each is a directory."""
-    entries: dict[bytes, bool] = {}
+    entries = await entries_of(w, fh, start)
+    return {name: stat.S_ISDIR(mode) for name, (_, mode) in entries.items()}
+
+
+async def entries_of(
+    w: World, fh: pyfuse3.FileHandleT, start: int = 0
+) -> dict[bytes, tuple[int, int]]:
+    """The same, with inode numbers and modes."""
+    entries: dict[bytes, tuple[int, int]] = {}
 
     def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
-        entries[name] = stat.S_ISDIR(entry.st_mode)
+        entries[name] = entry.st_ino, entry.st_mode
         return True
 
     with pytest.MonkeyPatch.context() as patch:
@@ -267,6 +275,80 @@ async def test_a_directory_that_is_renamed_before_it_is_read(w: World) -> None:
     await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
     assert await listed(w, fh) == expected
     assert await listed(w, fh) == expected, "after a rewind"
+
+
+async def prepared(
+    w: World, directory: pyfuse3.InodeT, child: bytes = b"file"
+) -> pyfuse3.FileHandleT:
+    """A listing with this child that is made, but has not been read."""
+    await listed(w, await w.operations.opendir(directory, ctx()))
+    fh = await w.operations.opendir(directory, ctx())
+    w.operations.waiter.do_chore()
+    handle = w.operations._handles.get(fh)
+    assert isinstance(handle, DirectoryHandle)
+    assert child in handle.nodes
+    return fh
+
+
+@in_world
+async def test_a_child_that_is_looked_up_before_it_is_read(w: World) -> None:
+    await w.store.write("data/file", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    fh = await prepared(w, data)
+    handle = w.operations._handles.get(fh)
+    assert isinstance(handle, DirectoryHandle)
+    made = handle.nodes[b"file"]
+    await w.operations.forget([(made.inode, made.lookups)])
+    file = (await w.lookup(b"data", b"file")).st_ino
+    known = w.tree.get(file)
+    assert known is not made
+    await listed(w, fh)
+    assert w.tree.get(file) is known
+    assert known.lookups == 2
+    assert made.lookups == 0
+
+
+async def forget(w: World, inode: pyfuse3.InodeT) -> None:
+    """The kernel forgets the node."""
+    await w.operations.forget([(inode, w.tree.get(inode).lookups)])
+    assert w.tree.peek(inode) is None
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_child_that_is_renamed_before_it_is_read(*, forgotten: bool) -> None:
+    @in_world
+    async def run(w: World) -> None:
+        await w.store.write("data/file", b"value")
+        data = (await w.lookup(b"data")).st_ino
+        fh = await prepared(w, data)
+        file = (await w.lookup(b"data", b"file")).st_ino
+        await w.operations.rename(data, b"file", data, b"new", cast(Any, 0), ctx())
+        if forgotten:
+            await forget(w, file)
+        inode, _ = (await entries_of(w, fh))[b"file"]
+        assert w.tree.get(inode).path == b"/local/domain/0/data/file"
+        if not forgotten:
+            assert w.tree.get(file).path == b"/local/domain/0/data/new"
+
+    run()
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_child_that_is_replaced_before_it_is_read(*, forgotten: bool) -> None:
+    @in_world
+    async def run(w: World) -> None:
+        await w.store.write("data/file", b"value")
+        await w.store.write("data/other", b"value")
+        data = (await w.lookup(b"data")).st_ino
+        fh = await prepared(w, data)
+        other = (await w.lookup(b"data", b"other")).st_ino
+        file = (await w.lookup(b"data", b"file")).st_ino
+        if forgotten:
+            await forget(w, file)
+        await w.operations.rename(data, b"other", data, b"file", cast(Any, 0), ctx())
+        assert (await entries_of(w, fh))[b"file"][0] == other, "what is there now"
+
+    run()
 
 
 @in_world

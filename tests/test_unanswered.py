@@ -23,6 +23,13 @@ def req_ids(messages: list[bytes]) -> list[int]:
     return [req_id for _, req_id, _, _ in parser.messages()]
 
 
+def take(table: Unanswered, op: int, req_id: int, payload: bytes) -> None:
+    """One reply."""
+    events: list[bytes] = []
+    table.take([(op, req_id, 0, payload)], events.append)
+    assert events == []
+
+
 def requests(count: int) -> list[Request]:
     return [wire.read(b"/%d" % number) for number in range(count)]
 
@@ -39,7 +46,7 @@ def test_replies_in_any_order_come_to_their_requests(counts: list[int], random: 
     assert len({req_id for req_id, _ in due}) == sum(counts) == table.outstanding
     random.shuffle(due)
     for done, (req_id, payload) in enumerate(due, 1):
-        table.take(Op.READ, req_id, payload)
+        take(table, Op.READ, req_id, payload)
         assert table.outstanding == sum(counts) - done
     for number, batch in enumerate(batches):
         assert batch.replies == [b"%d of %d" % (place, number) for place in range(counts[number])]
@@ -51,13 +58,24 @@ def test_an_error_is_of_its_request() -> None:
     table = Unanswered()
     batch = table.enter(requests(2), FOREVER)
     first, second = req_ids(batch.encode(0))
-    table.take(Op.ERROR, second, b"ENOENT\0")
-    table.take(Op.READ, first, b"")
+    take(table, Op.ERROR, second, b"ENOENT\0")
+    take(table, Op.READ, first, b"")
     value, error = batch.replies
     assert value == b""
     assert isinstance(error, XenstoreError)
     assert error.name == "ENOENT"
     assert "/1" in str(error)
+
+
+def test_events_are_told_among_replies_whatever_their_number() -> None:
+    table = Unanswered()
+    batch = table.enter(requests(1), FOREVER)
+    (number,) = req_ids(batch.encode(0))
+    events: list[bytes] = []
+    event = (int(Op.WATCH_EVENT), number, 0, b"/a\0t\0")
+    table.take([event, (Op.READ, number, 0, b"x"), event], events.append)
+    assert events == [b"/a\0t\0"] * 2
+    assert batch.replies == [b"x"]
 
 
 @pytest.mark.parametrize(
@@ -75,9 +93,9 @@ def test_what_nobody_asked(op: int, which: Callable[[int], int]) -> None:
     table = Unanswered()
     batch = table.enter(requests(3), FOREVER)
     first, *_ = req_ids(batch.encode(0))
-    table.take(Op.READ, first, b"x")
+    take(table, Op.READ, first, b"x")
     with pytest.raises(WireError):
-        table.take(op, which(first), b"y")
+        take(table, op, which(first), b"y")
     assert batch.missing == table.outstanding == 2
     assert batch.replies[0] == b"x"
 
@@ -87,7 +105,7 @@ def test_a_reply_of_nonsense_leaves_its_request_open() -> None:
     batch = table.enter(requests(1), FOREVER)
     (number,) = req_ids(batch.encode(0))
     with pytest.raises(WireError):
-        table.take(Op.ERROR, number, b"?\0")
+        take(table, Op.ERROR, number, b"?\0")
     assert batch.missing == table.outstanding == 1
 
 
@@ -118,11 +136,11 @@ def test_numbers_begin_anew_around_what_is_still_open(monkeypatch: pytest.Monkey
         assert batch.number != old.number
         seen.append(batch.number)
         for req_id in req_ids(batch.encode(0)):
-            table.take(Op.READ, req_id, b"new")
+            take(table, Op.READ, req_id, b"new")
     assert set(seen) == {1, 2, 3}
     assert old.missing == 2
     for req_id in req_ids(old.encode(0)):
-        table.take(Op.READ, req_id, b"old")
+        take(table, Op.READ, req_id, b"old")
     assert old.replies == [b"old", b"old"]
 
 

@@ -19,26 +19,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from typing import Final, TypeVar
 
 import trio
 
 from xsfs import wire
-from xsfs.connection import WINDOW, Behind, Connection
+from xsfs.connection import PROMPT_MAX, WINDOW, Connection
 from xsfs.errors import (
     ConnectionLost,
     RequestTimeout,
     StoreError,
-    TransactionEnded,
     XenstoreError,
 )
 from xsfs.link import Connect, Link, open_connection
 from xsfs.outage import Outage
 from xsfs.servants import open_servants
 from xsfs.session import NamesOfEach, Path, Rest, Session, encode_path
+from xsfs.transaction import Transaction
 from xsfs.transport import Transport, find_store, open_transport
-from xsfs.unanswered import Reply
+from xsfs.unanswered import Batch, Reply
 from xsfs.watches import Subscription, Watches
 from xsfs.wire import Request
 
@@ -49,80 +50,6 @@ ATOMIC_MAX: Final = 4
 other programs' included."""
 
 Result = TypeVar("Result")
-
-
-class Transaction(Session):
-    """One Xenstore transaction.  `commit` or `rollback` end it; so does the end of its connection."""
-
-    def __init__(self, connection: Connection, tx_id: int, outage: Outage, timeout: float) -> None:
-        self._connection = connection
-        self._outage = outage
-        self._timeout = timeout
-        self._tx_id: int | None = tx_id
-        self.requests = 0
-        """How many requests were sent in it."""
-        self.requests_max: int | None = None
-        """How many may be; past it XenstoreError `EQUOTA`, and nothing is sent."""
-
-    @property
-    def payload_max(self) -> int:
-        return self._connection.payload_max
-
-    @property
-    def open(self) -> bool:
-        return self._tx_id is not None and self._connection.alive
-
-    async def burst(self, requests: Sequence[Request]) -> list[Reply]:
-        if self.open:
-            await self._outage.check()
-        if self._tx_id is None:
-            raise TransactionEnded("the transaction has ended")
-        if self.requests_max is not None and self.requests + len(requests) > self.requests_max:
-            raise XenstoreError("EQUOTA", requests[0])
-        self.requests += len(requests)
-        try:
-            with self._outage.noticed(trio.current_time() + self._timeout):
-                return await self._connection.burst(requests, self._tx_id)
-        except ConnectionLost as error:
-            self._tx_id = None
-            raise TransactionEnded(f"the transaction was lost: {error}") from error
-
-    async def finish(self, requests: Sequence[Request], *, commit: bool = True) -> list[Reply]:
-        """Ask `requests` and end the transaction, in one round trip.
-
-        Raises XenstoreError for the end's own verdict: `EAGAIN` is a conflict.  Where one of the
-        requests failed the transaction is committed all the same: look at their replies.
-        """
-        if self._tx_id is None:
-            raise TransactionEnded("the transaction has ended")
-        if not self._connection.alive:
-            # Nothing was sent: its outcome is known.
-            self._tx_id = None
-            raise TransactionEnded("the transaction was lost with its connection")
-        tx_id, self._tx_id = self._tx_id, None
-        *replies, end = await self._connection.burst(
-            (*requests, wire.transaction_end(commit)), tx_id
-        )
-        if isinstance(end, XenstoreError):
-            # C xenstored says ENOMEM for a transaction in which a request was refused: why, its own
-            # verdict tells.
-            refused = [reply for reply in replies if isinstance(reply, XenstoreError)]
-            raise refused[0] if refused and end.name != "EAGAIN" else end
-        return replies
-
-    async def commit(self) -> None:
-        """Make it all true at once.  Raises XenstoreError `EAGAIN` on a conflict: begin again.
-
-        ConnectionLost means that the outcome is unknown.
-        """
-        await self.finish(())
-
-    async def rollback(self) -> None:
-        await self.finish((), commit=False)
-
-    async def disconnected(self) -> None:
-        """Return when its connection has ended: abandoned, or lost."""
-        await self._connection.ended()
 
 
 class Store(Session):
@@ -163,45 +90,76 @@ class Store(Session):
         """End the connection of a store that answers nonsense; the next request makes a new one."""
         self._link.close(reason)
 
-    async def burst(self, requests: Sequence[Request], behind: Behind | None = None) -> list[Reply]:
+    async def burst(self, requests: Sequence[Request]) -> list[Reply]:
         """As in Session.  What only reads is asked again when the connection is lost meanwhile."""
         self.requests += len(requests)
+        connection = self._usable()
+        if connection is None or not 0 < len(requests) <= WINDOW:
+            return await self._replies(requests, None)
+        batch = connection.ask(requests)
+        if batch.missing:
+            return await self._replies(requests, batch)
+        self.outage.answered()
+        return batch.replies
+
+    async def burst_and(
+        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
+    ) -> tuple[list[Reply], Rest]:
+        """As in Session.  Where each reply must be slept for, all of it is one burst."""
+        connection = self._usable()
+        if connection is None or not connection.prompt:
+            return await super().burst_and(requests, more)
+        batch, rest = connection.ask_both(requests, more)
+        self.requests += len(requests)
+        replies = batch.replies
+        if batch.missing:
+            replies = await self._replies(requests, batch)
+        else:
+            self.outage.answered()
+        if rest is None:
+            return replies, lambda: iter(())
+        self.requests += len(rest.requests)
+        if rest.missing and (len(rest.requests) > PROMPT_MAX or not connection.prompt):
+            # Too many, or from a slow daemon: they would not come within a moment.
+            with suppress(ConnectionLost, RequestTimeout):
+                await connection.replies(rest)
+        return replies, partial(connection.replies_in_turn, rest)
+
+    def _usable(self) -> Connection | None:
+        """The connection, if there is one, and the store is not known to be silent."""
+        connection = self._link.connection
+        if connection is None or not connection.alive or self.outage.error is not None:
+            return None
+        return connection
+
+    async def _replies(self, requests: Sequence[Request], batch: Batch | None) -> list[Reply]:
+        """What could not be answered at once; `batch` is what was asked just now."""
         outage = self.outage
-        if outage.error is not None:
+        if batch is None:
             await outage.check()
         answers = outage.answers
         deadline = trio.current_time() + self.timeout
         try:
-            replies = await self._ask(requests, deadline, behind)
+            replies = await self._ask(requests, deadline, batch)
         except (RequestTimeout, ConnectionLost) as error:
             outage.failed(error, answers, deadline)
             raise
         outage.answered()
         return replies
 
-    async def burst_and(
-        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
-    ) -> tuple[list[Reply], Rest]:
-        """As in Session.  Where each reply must be slept for, all of it is one burst."""
-        connection = self._link.connection
-        if connection is None or not connection.prompt or len(requests) > WINDOW:
-            return await super().burst_and(requests, more)
-        behind = Behind(more)
-        replies = await self.burst(requests, behind)
-        self.requests += len(behind)
-        return replies, behind.replies
-
     async def _probe(self) -> None:
         await self._ask((wire.directory(b"/"),), trio.current_time() + self.timeout)
 
     async def _ask(
-        self, requests: Sequence[Request], deadline: float, behind: Behind | None = None
+        self, requests: Sequence[Request], deadline: float, batch: Batch | None = None
     ) -> list[Reply]:
         connection = self._link.connection
         failure: StoreError = RequestTimeout("Xenstore did not answer in time")
-        if connection is not None and connection.alive:
+        if connection is not None and (batch is not None or connection.alive):
             try:
-                return await connection.burst(requests, behind=behind)
+                if batch is not None:
+                    return await connection.replies(batch)
+                return await connection.burst(requests)
             except ConnectionLost as error:
                 failure = error
                 if not all(request.repeatable for request in requests):
@@ -270,7 +228,7 @@ class Store(Session):
 
     def abandon(self, transaction: Transaction) -> None:
         """Close the transaction's connection, which rolls back what is still open."""
-        self._close(transaction._connection)
+        self._close(transaction.connection)
 
     def _close(self, connection: Connection) -> None:
         connection.close()

@@ -10,8 +10,6 @@ What always holds:
   clients.  So what is done with an event (`on_event`) must not wait.
 - Who sends a batch sleeps until the whole of it is answered, timed out, or the connection has ended.
   When `run` ends, every sender has been woken.
-- A batch behind another one (`Behind`) is slept for only where it can't be answered within a moment:
-  else whoever sent it looks whether it has been answered, and if not never again.
 - Any violation of the protocol ends the connection; nothing after it is believed.
 """
 
@@ -20,8 +18,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import outcome
@@ -45,37 +42,6 @@ PROMPT_MAX: Final = 64
 PROMPT_SECONDS: Final = 0.0005
 PROMPT_SKIPS: Final = 100
 """A daemon that took longer than PROMPT_SECONDS is not waited for in this way so many times."""
-
-
-_EVENT: Final = int(Op.WATCH_EVENT)
-
-
-class Behind:
-    """Requests that are sent right behind a burst, while the store is at work on that.
-
-    more        gives them; called once at most
-    """
-
-    __slots__ = ("_batch", "_connection", "more")
-
-    def __init__(self, more: Callable[[], Sequence[Request]]) -> None:
-        self.more = more
-        self._connection: Connection | None = None
-        self._batch: Batch | None = None
-
-    def asked(self, connection: Connection, batch: Batch) -> None:
-        self._connection, self._batch = connection, batch
-
-    def __len__(self) -> int:
-        """How many were sent."""
-        return len(self._batch.requests) if self._batch is not None else 0
-
-    def replies(self) -> list[Reply] | None:
-        """Their replies, which are waited for on the spot for a moment.  None where some have not come
-        by then, or nothing was sent."""
-        if self._connection is None or self._batch is None:
-            return None
-        return self._connection.replies_by_now(self._batch)
 
 
 class Connection:
@@ -130,12 +96,9 @@ class Connection:
 
     # ------------------------------------------------------------------------------- requests
 
-    async def burst(
-        self, requests: Sequence[Request], tx_id: int = 0, behind: Behind | None = None
-    ) -> list[Reply]:
+    async def burst(self, requests: Sequence[Request], tx_id: int = 0) -> list[Reply]:
         """Ask everything at once; the replies, in order, errors of single requests among them.
 
-        behind      what is asked besides, and waited for only if its replies would have to be slept for
         Raises ConnectionLost, RequestTimeout.
         """
         if len(requests) > WINDOW:
@@ -146,26 +109,28 @@ class Connection:
         if not requests:
             return []
         if self._transport.watch_blocks and requests[0].op in (Op.WATCH, Op.UNWATCH):
-            return await self._replies(await self._post_watch(requests))
-        batch = self._post(requests, tx_id)
-        if behind is not None and 0 < len(more := behind.more()) <= WINDOW:
-            return await self._replies_before(batch, behind, self._post(more, tx_id))
-        if self._unanswered.outstanding <= PROMPT_MAX and not self._unsent:
-            self._receive_promptly(batch)
-        return batch.replies if not batch.missing else await self._replies(batch)
+            return await self.replies(await self._post_watch(requests))
+        return await self.replies(self.ask(requests, tx_id))
 
-    async def _replies_before(self, batch: Batch, behind: Behind, rest: Batch) -> list[Reply]:
-        """The replies to a batch that has another one behind it."""
-        behind.asked(self, rest)
-        many = not self.prompt
-        if not many:
-            self._receive_promptly(batch)
-        replies = await self._replies(batch)
-        if rest.missing and (many or not self.prompt):
-            # Too many, or from a slow daemon: they would not come within a moment.
-            with suppress(ConnectionLost, RequestTimeout):
-                await self._replies(rest)
-        return replies
+    def ask(self, requests: Sequence[Request], tx_id: int = 0) -> Batch:
+        """Send requests, WINDOW at most.  What the store answers within a moment is answered then.
+
+        Raises ConnectionLost where nothing was sent, RequestTimeout where too much is unanswered.
+        """
+        batch = self._post(requests, tx_id)
+        self._receive_promptly(batch)
+        return batch
+
+    def ask_both(
+        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
+    ) -> tuple[Batch, Batch | None]:
+        """The same, and send right behind it what `more` gives, WINDOW at most, while the store is at
+        work on the former.  Only that is waited for.  None where there is nothing more to be asked."""
+        batch = self._post(requests, 0)
+        questions = more()
+        rest = self._post(questions, 0) if questions and self.alive else None
+        self._receive_promptly(batch)
+        return batch, rest
 
     def _post(self, requests: Sequence[Request], tx_id: int) -> Batch:
         batch = self._enter(requests)
@@ -173,11 +138,10 @@ class Connection:
             self._send(batch.encode(tx_id))
         except OSError as error:
             self.close(f"cannot send: {error.strerror}")
-            raise ConnectionLost(self._closed_because) from error
         return batch
 
-    async def _replies(self, batch: Batch) -> list[Reply]:
-        """Sleep until they are there."""
+    async def replies(self, batch: Batch) -> list[Reply]:
+        """Sleep until all are there.  Raises ConnectionLost, RequestTimeout."""
         if not batch.missing:
             return batch.replies
         if self._closed_because is not None:
@@ -193,11 +157,19 @@ class Connection:
         replies: list[Reply] = await wait_task_rescheduled(abort)
         return replies
 
-    def replies_by_now(self, batch: Batch) -> list[Reply] | None:
-        """For Behind, which has its text."""
-        if batch.missing and self.alive:
-            self._receive_promptly(batch)
-        return None if batch.missing else batch.replies
+    def replies_in_turn(self, batch: Batch) -> Iterator[Reply]:
+        """In order, each as soon as it is there: who takes them is at work while the store is.
+
+        They are waited for on the spot, for a moment in all.  Ends where one has not come by then.
+        """
+        late = time.perf_counter() + PROMPT_SECONDS
+        for place in range(len(batch.requests)):
+            while not batch.answered(place):
+                missing = batch.missing
+                self._receive_promptly(batch, missing - 1, late)
+                if batch.missing == missing:
+                    return
+            yield batch.replies[place]
 
     def _enter(self, requests: Sequence[Request]) -> Batch:
         if self._closed_because is not None:
@@ -229,19 +201,24 @@ class Connection:
             raise XenstoreError(name, batch.requests[0]) from error
         return batch
 
-    def _receive_promptly(self, batch: Batch) -> None:
+    def _receive_promptly(self, batch: Batch, left: int = 0, late: float = 0.0) -> None:
         """Wait for the replies right here, for a moment, without a trip through the event loop.
 
         A daemon on another core answers within some 20 microseconds, which is less than it takes
         to go to sleep and be woken.  Done only for a few requests while nothing else is under way,
         and not again for a while after a daemon has let us wait: the whole loop stands still.
+
+        left        how many of them need not have come
+        late        when the moment is over, if it has begun before
         """
+        if self._unanswered.outstanding > PROMPT_MAX or self._unsent:
+            return
         if self._skip_prompt:
             self._skip_prompt -= 1
             return
         clock = time.perf_counter
-        late = clock() + PROMPT_SECONDS
-        while batch.missing and self._closed_because is None and clock() < late:
+        late = late or clock() + PROMPT_SECONDS
+        while batch.missing > left and self._closed_because is None and clock() < late:
             try:
                 data = self._transport.receive_soon()
             except OSError:
@@ -298,19 +275,16 @@ class Connection:
             self.close(f"Xenstore closed the connection{middle}")
             return
         self._parser.feed(data)
-        take = self._unanswered.take
         try:
-            for op, req_id, _, payload in self._parser.messages():
-                # Events first: the kernel's device leaves rubbish in their req_id.
-                if op == _EVENT:
-                    path, token = decode_event(payload)
-                    if self._on_event is not None:
-                        self._on_event(path, token)
-                else:
-                    take(op, req_id, payload)
+            self._unanswered.take(self._parser.messages(), self._event)
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)
             self.close(f"Xenstore broke the protocol: {error}")
+
+    def _event(self, payload: bytes) -> None:
+        path, token = decode_event(payload)
+        if self._on_event is not None:
+            self._on_event(path, token)
 
     async def _write_rest(self) -> None:
         while True:

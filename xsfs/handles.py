@@ -35,11 +35,13 @@ class Handles:
         """Whether that is one of the others."""
         return uid not in self._own
 
-    def admit(self, foreign: bool) -> None:
-        """ENFILE if there is no room for one more."""
+    def admit(self, uid: int) -> bool:
+        """The same of who opens; ENFILE if there is no room for one more."""
+        foreign = uid not in self._own
         full = len(self._handles) >= HANDLES_MAX
         if full or (foreign and len(self._foreign) >= HANDLES_MAX // 2):
             refuse(errno.ENFILE)
+        return foreign
 
     def add(self, handle: Handle, foreign: bool) -> int:
         number = self._next

@@ -49,7 +49,7 @@ class DirectoryHandle(Handle):
     whose names could be guessed it was asked with the names.
     """
 
-    __slots__ = ("digest", "doubtful", "entries", "look", "looks", "path", "used")
+    __slots__ = ("digest", "doubtful", "entries", "look", "looks", "nodes", "path", "used")
 
     node: ListedNode
 
@@ -60,6 +60,8 @@ class DirectoryHandle(Handle):
         self.entries: list[bytes] = []
         self.looks: dict[bytes, Look | None] = {}
         """What some of them are."""
+        self.nodes: dict[bytes, XenstoreNode] = {}
+        """Of some of those, made before they are read."""
         self.doubtful: list[bytes] = []
         """Those that must be asked for once more."""
         self.look = NOTHING
@@ -83,9 +85,17 @@ class DirectoryHandle(Handle):
         """Make entries of the answers.  `.value` is among them if there is a value."""
         if self.digest is None:
             return
-        names, self.looks, self.doubtful = self.digest()
-        self.entries = list(dict.fromkeys((*names, *self.node.lasting_children())))
-        if self.node.view.has_dot_value(self.path, self.look):
+        node = self.node
+        names, kinds, self.doubtful = self.digest()
+        looks: dict[bytes, Look | None] = {}
+        nodes = {}
+        for name, look in kinds:
+            looks[name] = look
+            if look is not None:
+                nodes[name] = node.child(name, look)
+        self.looks, self.nodes = looks, nodes
+        self.entries = list(dict.fromkeys((*names, *node.lasting_children())))
+        if node.view.has_dot_value(self.path, self.look):
             self.entries.insert(0, VALUE_NAME)
             self.looks[VALUE_NAME] = self.look
         self.digest = None
@@ -108,7 +118,8 @@ class DirectoryHandle(Handle):
         if self.doubtful:
             self.looks |= await self.node.view.look_closer(self.path, self.doubtful)
             self.doubtful = []
-        tree = self.node.tree
+        directory = self.node
+        tree = directory.tree
         of_leaf: EntryAttributes | None = None
         for index in range(first, len(self.entries)):
             name = self.entries[index]
@@ -116,10 +127,12 @@ class DirectoryHandle(Handle):
                 await self._look_from(index)
             look = self.looks[name]
             if look is None:
-                if name not in self.node.lasting_children():
+                if name not in directory.lasting_children():
                     continue  # vanished meanwhile
                 look = NOTHING
-            node = self.node.child(name, look)
+            node = self.nodes.get(name)
+            if node is None or not tree.stands(node, directory, name):
+                node = directory.child(name, look)
             if look is not LEAF:
                 entry = node.attributes(look)
             elif of_leaf is None:
@@ -143,6 +156,7 @@ class DirectoryHandle(Handle):
 
     async def _look_from(self, index: int) -> None:
         """Ask what they are from one on; what is known of those before is given up."""
+        self.nodes = {}
         own = self.looks.get(VALUE_NAME)
         window = self.entries[index : index + LOOK_WINDOW]
         children = [name for name in window if name != VALUE_NAME]

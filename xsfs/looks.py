@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from xsfs import wire
 from xsfs.errors import XenstoreError
+from xsfs.names import join
 from xsfs.permissions import access_of, decode_perms
 from xsfs.unanswered import Reply
 from xsfs.wire import Op, Request
@@ -60,13 +61,15 @@ def questions(path: bytes, *, perms: bool) -> Sequence[Request]:
     return wire.read(path), wire.directory(path), wire.get_perms(path)
 
 
-def questions_of_kind(paths: Iterable[bytes], *, perms: bool) -> list[Request]:
-    """What to ask in order to know which nodes are directories, but for empty ones that could be: all
-    DIRECTORYs, then all GET_PERMS."""
-    asked = [wire.directory(path) for path in paths]
-    if perms:
-        asked += [wire.get_perms(path) for path in paths]
-    return asked
+def questions_of_kind(path: bytes, names: Iterable[bytes], *, perms: bool) -> list[Request]:
+    """What to ask in order to know which of a node's children are directories, but for empty ones
+    that could be: of each DIRECTORY, and GET_PERMS if need be."""
+    above = join(path, b"")
+    payloads = [b"%s%s\0" % (above, name) for name in names]
+    if not perms:
+        return [Request(Op.DIRECTORY, payload) for payload in payloads]
+    ops = (Op.DIRECTORY, Op.GET_PERMS)
+    return [Request(op, payload) for payload in payloads for op in ops]
 
 
 def understand(answers: Answers, domid: int) -> Look | None:

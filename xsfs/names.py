@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from xsfs.wire import NAME, is_name
@@ -72,12 +72,13 @@ def forced_name(name: bytes) -> bytes | None:
     return None
 
 
-_NAMES = re.compile(rb"%s(?:\0%s)*" % (NAME, NAME))
+# `++` as no other split of a name could match, either.
+_NAMES = re.compile(rb"(?:%s+\0)+" % NAME)
 
 
-def are_names(names: Iterable[bytes]) -> bool:
-    """Whether these, none of which holds a NUL, all pass `is_name`; False for none at all."""
-    return _NAMES.fullmatch(b"\0".join(names)) is not None
+def are_names(listing: bytes) -> bool:
+    """Whether all that is in a listing of the protocol passes `is_name`; False for an empty one."""
+    return _NAMES.fullmatch(listing) is not None
 
 
 def join(path: bytes, name: bytes) -> bytes:

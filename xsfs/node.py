@@ -325,6 +325,16 @@ class Tree:
             number += 1
         return None, number
 
+    def stands(self, node: Node, parent: Node, name: bytes) -> bool:
+        """Whether a node of this position that was made before a wait may still be remembered."""
+        return (
+            node.parent is parent
+            and node.name == name
+            and not node.stale
+            and self._nodes.get(node.inode, node) is node
+            and not self._moved
+        )
+
     def move(self, node: Node, parent: Node, name: bytes) -> None:
         """The node has been renamed: it keeps its number, which is not its new position's hash."""
         self._unmove(node)
@@ -334,8 +344,8 @@ class Tree:
         self._moved[type(node), parent, name] = node
 
     def remember(self, node: Node) -> None:
-        """The kernel was told of the node.  No await may lie between `node` and this, or two tasks
-        could have made it."""
+        """The kernel was told of the node.  No await may lie between `node`, or `stands`, and this, or
+        two tasks could have made it."""
         if node.view is not self._view and not self._joins(node):
             return  # its view has ended meanwhile
         node.lookups += 1

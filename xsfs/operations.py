@@ -178,12 +178,6 @@ class Operations(pyfuse3.Operations):
     def _caller(self, ctx: RequestContext) -> Caller:
         return Caller(ctx.pid, ctx.uid, self._handles.is_foreign(ctx.uid))
 
-    def _admit(self, ctx: RequestContext) -> Caller:
-        """Who opens; ENFILE if it is too much."""
-        caller = self._caller(ctx)
-        self._handles.admit(caller.foreign)
-        return caller
-
     def _file_info(self, handle: Handle, foreign: bool) -> FileInfo:
         # direct_io: what is read is what the handle has, whatever size was told before.
         number = self._handles.add(handle, foreign)
@@ -321,9 +315,9 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        caller = self._admit(ctx)
-        handle = await self.tree.get(inode).open(flags, caller)
-        return self._file_info(handle, caller.foreign)
+        foreign = self._handles.admit(ctx.uid)
+        handle = await self.tree.get(inode).open(flags, Caller(ctx.pid, ctx.uid, foreign))
+        return self._file_info(handle, foreign)
 
     @answered
     async def create(
@@ -334,7 +328,7 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> tuple[FileInfo, EntryAttributes]:
-        foreign = self._admit(ctx).foreign
+        foreign = self._handles.admit(ctx.uid)
         handle, entry = await self.tree.get(parent_inode).create(name, flags)
         return self._file_info(handle, foreign), entry
 
@@ -370,7 +364,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        foreign = self._admit(ctx).foreign
+        foreign = self._handles.admit(ctx.uid)
         handle = await self.tree.get(inode).opendir()
         self.waiter.put_off(handle.prepare)
         return self._handles.add(handle, foreign)

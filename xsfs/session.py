@@ -8,7 +8,7 @@ Paths are bytes or str, absolute or relative to the domain's home; values and na
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from xsfs import wire
@@ -22,9 +22,9 @@ Names = list[bytes]
 NamesOfEach = list[Names]
 Replies = list[Reply]
 
-Rest = Callable[[], Replies | None]
-"""Replies that are waited for no longer than a moment; None where some have not come by then, and never
-will."""
+Rest = Callable[[], Iterator[Reply]]
+"""Gives replies in order, as they come.  They are waited for no longer than a moment: it ends where one
+has not come by then.  To be called again for the same ones."""
 
 LISTING_RESTARTS: Final = 20
 """How often a listing is begun anew because the node changed meanwhile, before it is EAGAIN."""
@@ -57,7 +57,7 @@ class Session(ABC):
         """
         replies = await self.burst([*requests, *more()])
         count = len(requests)
-        return replies[:count], lambda: replies[count:]
+        return replies[:count], lambda: iter(replies[count:])
 
     @property
     @abstractmethod

@@ -53,7 +53,8 @@ class Turn:
 
     async def __aenter__(self) -> None:
         # A worker comes here right after its answer.
-        self._waiter.do_chore()
+        if self._waiter.chore is not None:
+            self._waiter.do_chore()
         while self._taken:
             self._sleepers += 1
             try:
@@ -81,19 +82,21 @@ class Waiter:
     def __init__(self) -> None:
         self.under_way = 0
         """How many requests are being answered."""
-        self._chore: Callable[[], None] | None = None
+        self.chore: Callable[[], None] | None = None
+        """What was put off, if anything."""
         self._linger: Linger | None = None
         self._turn_ends = 0.0
 
     def put_off(self, chore: Callable[[], None]) -> None:
         """Have something done after the present answer.  What it raises is lost."""
-        self.do_chore()
-        self._chore = chore
+        if self.chore is not None:
+            self.do_chore()
+        self.chore = chore
 
     def do_chore(self) -> None:
         """Do what was put off."""
-        if (chore := self._chore) is not None:
-            self._chore = None
+        if (chore := self.chore) is not None:
+            self.chore = None
             with suppress(Exception):
                 chore()
 

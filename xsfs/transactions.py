@@ -32,11 +32,11 @@ from typing import Final
 
 import trio
 
-from xsfs.client import Transaction
 from xsfs.errors import ConnectionLost, RequestTimeout, StoreError, TransactionEnded
 from xsfs.known import KnownDirectories
 from xsfs.node import Caller, refuse
 from xsfs.session import Session
+from xsfs.transaction import Transaction
 from xsfs.unanswered import Reply
 from xsfs.view import View, Work
 from xsfs.wire import Request

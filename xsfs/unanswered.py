@@ -13,14 +13,14 @@ What always holds:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import outcome
 from trio.lowlevel import Task, reschedule
 
 from xsfs.errors import RequestTimeout, XenstoreError
-from xsfs.wire import Op, Request, WireError, decode_error, encode_all
+from xsfs.wire import Fields, Op, Request, WireError, decode_error, encode_all
 
 Reply = bytes | XenstoreError
 
@@ -33,6 +33,7 @@ OUTSTANDING_MAX: Final = 65536
 _PLACE: Final = BATCH_MAX - 1
 _NUMBERS: Final = 1 << 32 - PLACE_BITS
 _ERROR: Final = int(Op.ERROR)
+_EVENT: Final = int(Op.WATCH_EVENT)
 _UNANSWERED: Final[Any] = None
 
 
@@ -54,6 +55,10 @@ class Batch:
         self.missing = len(requests)
         self.replies: list[Reply] = [_UNANSWERED] * len(requests)
         self.task: Task | None = None
+
+    def answered(self, place: int) -> bool:
+        """Whether that one is."""
+        return self.replies[place] is not _UNANSWERED
 
     def encode(self, tx_id: int) -> list[bytes]:
         """The messages of the requests."""
@@ -103,22 +108,35 @@ class Unanswered:
         self.outstanding = 0
         return batches
 
-    def take(self, op: int, req_id: int, payload: bytes) -> None:
-        """A reply; whose batch it completes is woken.  Raises WireError for what nobody asked."""
-        batch = self._batches.get(req_id >> PLACE_BITS)
-        place = req_id & _PLACE
-        if batch is None or place >= len(batch.requests) or batch.replies[place] is not _UNANSWERED:
-            raise WireError(f"a reply to request {req_id}, which is not open")
-        request = batch.requests[place]
-        if op == request.op:
-            batch.replies[place] = payload
-        elif op == _ERROR:
-            batch.replies[place] = XenstoreError(decode_error(payload), request)
-        else:
-            raise WireError(f"a reply of type {op} to {request.op.name}")
-        self.outstanding -= 1
-        batch.missing -= 1
-        if not batch.missing:
-            # Not before: what raises above is woken with all others that are in the table.
-            del self._batches[batch.number]
-            batch.wake(outcome.Value(batch.replies))
+    def take(self, messages: Iterable[Fields], on_event: Callable[[bytes], None]) -> None:
+        """Replies, and events, with whose payloads `on_event` is called.
+
+        Who waits for a batch that is complete is woken.  Raises WireError for what nobody asked.
+        """
+        batches = self._batches
+        for op, req_id, _, payload in messages:
+            # Events first: the kernel's device leaves rubbish in their req_id.
+            if op == _EVENT:
+                on_event(payload)
+                continue
+            batch = batches.get(req_id >> PLACE_BITS)
+            place = req_id & _PLACE
+            if (
+                batch is None
+                or place >= len(batch.requests)
+                or batch.replies[place] is not _UNANSWERED
+            ):
+                raise WireError(f"a reply to request {req_id}, which is not open")
+            request = batch.requests[place]
+            if op == request[0]:
+                batch.replies[place] = payload
+            elif op == _ERROR:
+                batch.replies[place] = XenstoreError(decode_error(payload), request)
+            else:
+                raise WireError(f"a reply of type {op} to {request.op.name}")
+            self.outstanding -= 1
+            batch.missing -= 1
+            if not batch.missing:
+                # Not before: what raises above is woken with all others that are in the table.
+                del batches[batch.number]
+                batch.wake(outcome.Value(batch.replies))

@@ -10,19 +10,20 @@ answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import trio
 
 from xsfs import wire
-from xsfs.client import Store, Transaction
+from xsfs.client import Store
 from xsfs.errors import XenstoreError
 from xsfs.guesses import Guesses
 from xsfs.known import KnownDirectories
 from xsfs.looks import LEAF, Answers, Look, questions, questions_of_kind, understand
-from xsfs.names import Format, are_names, is_container, join
+from xsfs.names import Format, are_names, is_container, join, parent_path
 from xsfs.session import Names, Session
+from xsfs.transaction import Transaction
 from xsfs.unanswered import Reply
 from xsfs.wire import Request
 
@@ -38,15 +39,19 @@ LOOK_WINDOW: Final = 256
 """How many nodes one burst looks at.  A listing of 100,000 children is asked in such steps."""
 
 
+Kinds = Iterator[tuple[bytes, Look | None]]
+"""What children are, by name, in the order of the answers."""
+
+
 class Children(NamedTuple):
     """What the answers to a listing's questions tell of a node's children."""
 
     names: Names
     """Of those that a listing shows."""
-    looks: dict[bytes, Look | None]
-    """What these are, as far as is known."""
+    kinds: Kinds
+    """Of as many as the answers tell, as these come."""
     doubtful: list[bytes]
-    """The names of those whose kind the answers leave in doubt."""
+    """The names of those whose kind the answers leave in doubt, once all kinds were told."""
 
 
 Digest = Callable[[], Children]
@@ -123,18 +128,22 @@ class View:
 
         Of those that have children it is kept which, as guesses for `look_into`.
         """
-        paths = [join(path, name) for name in names]
         asked = self.known.moment
-        replies = await self.session.burst(questions_of_kind(paths, perms=self.asks_perms))
-        looks, doubtful = self._kinds(names, paths, replies, asked, custom=is_container(path))
+        replies = await self.session.burst(questions_of_kind(path, names, perms=self.asks_perms))
+        doubtful: list[bytes] = []
+        custom = is_container(path)
+        looks = dict(self._kinds(path, names, replies, asked, doubtful, custom=custom))
         return looks | await self.look_closer(path, doubtful)
 
     async def look_at_kind(self, path: bytes) -> Look | None:
         """The same of one node."""
+        names = (path.rpartition(b"/")[2],)
+        above = parent_path(path)
         asked = self.known.moment
-        replies = await self.session.burst(questions_of_kind((path,), perms=self.asks_perms))
-        looks, doubtful = self._kinds((path,), (path,), replies, asked, custom=True)
-        return await self.look(path) if doubtful else looks[path]
+        replies = await self.session.burst(questions_of_kind(above, names, perms=self.asks_perms))
+        doubtful: list[bytes] = []
+        kinds = dict(self._kinds(above, names, replies, asked, doubtful, custom=True))
+        return await self.look(path) if doubtful else kinds[names[0]]
 
     async def look_closer(self, path: bytes, doubtful: Sequence[bytes]) -> dict[bytes, Look | None]:
         """What children are whose kind the answers left in doubt."""
@@ -145,37 +154,40 @@ class View:
 
     def _kinds(
         self,
-        names: Sequence[bytes],
-        paths: Sequence[bytes],
-        replies: Sequence[Reply],
+        above: bytes,
+        names: Iterable[bytes],
+        replies: Iterable[Reply],
         asked: int,
+        doubtful: list[bytes],
         *,
         custom: bool,
-    ) -> tuple[dict[bytes, Look | None], list[bytes]]:
-        """What the replies to `questions_of_kind` tell, by name; and the names of those still in doubt.
+    ) -> Kinds:
+        """What the replies to `questions_of_kind` tell, as far as they go.
 
+        doubtful    gets the names of those that need a closer look
         custom      whether any of them may be a directory by custom
         """
-        looks: dict[bytes, Look | None] = {}
-        doubtful = []
-        perms = iter(replies[len(paths) :])
-        for name, path, children in zip(names, paths, replies, strict=False):
-            if not children and not self.asks_perms:
-                look: Look | None = LEAF  # what most nodes are, without more ado
+        known = self.known
+        answers = iter(replies)
+        for name, children in zip(names, answers, strict=False):
+            path = join(above, name)
+            if self.asks_perms:
+                if (perms := next(answers, None)) is None:
+                    return
+                look = self._learn(path, (None, children, perms), asked)
+            elif children:
+                look = self._learn(path, (None, children), asked)
             else:
-                of_perms = (next(perms),) if self.asks_perms else ()
-                look = self._learn(path, (None, children, *of_perms), asked)
-            looks[name] = look
+                look = LEAF  # what most nodes are, without more ado
             if look is None:
-                continue
-            if look.has_children:
+                pass
+            elif look.has_children:
                 if isinstance(children, bytes):
                     self._guesses.saw(path, children)
-            elif look.readable and (
-                self.known.get(path) is not None or (custom and is_container(path))
-            ):
+            elif look.readable and (known.get(path) is not None or (custom and is_container(path))):
                 doubtful.append(name)
-        return looks, doubtful
+                continue
+            yield name, look
 
     async def look_into(self, path: bytes) -> tuple[Look | None, Digest]:
         """What the node is now, and what tells of its children.
@@ -183,35 +195,37 @@ class View:
         One round trip for short listings, and none for what the children are whose names were guessed.
         All answers are of now: a wrong guess is only a question too many.
         """
-        guess = self._guesses.take(path)
+        guess = b""
         guessed: list[bytes] = []
 
         def of_children() -> Sequence[Request]:
-            guessed[:] = self.shown(path, wire.strings(guess))
-            paths = [join(path, name) for name in guessed]
-            return questions_of_kind(paths, perms=self.asks_perms)
+            nonlocal guess
+            guess = self._guesses.take(path)
+            if not guess:
+                return ()
+            guessed[:] = self.shown(path, wire.decode_names(guess), guess)
+            return questions_of_kind(path, guessed, perms=self.asks_perms)
 
         asked = self.known.moment
         own, rest = await self.session.burst_and(self._questions(path), of_children)
         look = self._learn(path, own, asked)
         if look is None or not look.has_children:
-            return look, lambda: Children([], {}, [])
+            return look, lambda: Children([], iter(()), [])
         listing = own[1]
         if isinstance(listing, XenstoreError):
             long = await self.session.list(path)
-            return look, lambda: Children(self._listed(path, long), {}, [])
+            return look, lambda: Children(self._listed(path, long), iter(()), [])
 
         def digest() -> Children:
-            names = wire.decode_names(listing)
-            right = listing == guess and len(guessed) == len(names)
-            shown = guessed if right else self._listed(path, names)
+            if listing == guess and len(guessed) == guess.count(b"\0"):
+                shown = guessed
+            else:
+                shown = self._listed(path, wire.decode_names(listing))
             self._guesses.was_listed(path, listing)
-            answers = rest()
-            if answers is None:
-                return Children(shown, {}, [])
-            paths = [join(path, name) for name in guessed]
+            doubtful: list[bytes] = []
             custom = is_container(path)
-            return Children(shown, *self._kinds(guessed, paths, answers, asked, custom=custom))
+            kinds = self._kinds(path, guessed, rest(), asked, doubtful, custom=custom)
+            return Children(shown, kinds, doubtful)
 
         return look, digest
 
@@ -263,12 +277,18 @@ class View:
                     log.warning("left out of %r: a child named %r", path, name[:80])
         return shown
 
-    def shown(self, path: bytes, names: list[bytes]) -> list[bytes]:
-        """Those of a node's children that a listing shows."""
+    def shown(self, path: bytes, names: list[bytes], listing: bytes | None = None) -> list[bytes]:
+        """Those of a node's children that a listing shows.
+
+        listing     the same names as they came
+        """
+        if listing is None:
+            listing = b"".join([b"%s\0" % name for name in names])
+        longest = wire.PATH_MAX - len(path) - 1
         if (
             path != b"/"
-            and are_names(names)
-            and len(path) + 1 + max(map(len, names)) <= wire.PATH_MAX
+            and are_names(listing)
+            and (len(listing) <= longest or max(map(len, names)) <= longest)
         ):
             return names
         return [name for name in names if self.shows_child(path, name)]

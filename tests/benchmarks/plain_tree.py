@@ -1,0 +1,204 @@
+"""The least that a tree can be in pyfuse3 that believes what Xenstore answers:
+`python3 -m tests.benchmarks.plain_tree SOCKET TOP MOUNTPOINT`.
+
+It asks what the bare tree asks, in the same order, and is made of the answers: names, which of them
+are directories, values.  It is for one program at a time, which only reads, in domain 0, while the
+store always answers at once: no rights, transactions, watches, long names, restarts or limits, and
+each operation is one plain function.  That is the floor under every truthful Xenstore file system in
+Python.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import stat
+import struct
+import sys
+
+import pyfuse3
+from pyfuse3 import (
+    ROOT_INODE,
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ReaddirToken,
+    RequestContext,
+)
+
+from xsfs.linger import LINGER_SECONDS, Linger
+from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
+from xsfs.session_loop import install
+from xsfs.wire import Op
+
+from .bare import serve
+
+HEADER = struct.Struct("=IIII")
+
+
+def message(op: Op, path: bytes) -> bytes:
+    return HEADER.pack(op, 0, 0, len(path) + 1) + path + b"\0"
+
+
+class Connection:
+    """Replies come in the order of the requests; None is one for an error."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        self._linger = Linger(self._socket.fileno())
+        self._data = b""
+        self._replies: list[bytes | None] = []
+        self.send = self._socket.sendall
+
+    def replies(self, count: int) -> list[bytes | None]:
+        while len(self._replies) < count:
+            self._linger.comes(LINGER_SECONDS)
+            self._parse(self._data + self._socket.recv(65536))
+        taken, self._replies = self._replies[:count], self._replies[count:]
+        return taken
+
+    def _parse(self, data: bytes) -> None:
+        start = 0
+        while len(data) - start >= HEADER.size:
+            op, _, _, length = HEADER.unpack_from(data, start)
+            end = start + HEADER.size + length
+            if len(data) < end:
+                break
+            self._replies.append(None if op == Op.ERROR else data[start + HEADER.size : end])
+            start = end
+        self._data = data[start:]
+
+
+class PlainTree(pyfuse3.Operations):
+    def __init__(self, socket: str, top: str) -> None:
+        super().__init__()
+        self.connection = Connection(socket)
+        self.paths = {ROOT_INODE: top.encode()}
+        self.inodes: dict[bytes, int] = {}
+        self.listings: dict[int, bytes] = {}
+        """What directories had in them when their parents were listed."""
+        self.values: dict[int, bytes] = {}
+        """Of the files that are open."""
+        self.looked_up = (0, b"")
+        self.listed: tuple[int, bytes] = (0, b"")
+        """The directory that was opened, and its listing; what its children are has not been read."""
+        self.guessed: list[bytes] = []
+
+    def inode(self, path: bytes) -> int:
+        inode = self.inodes.get(path)
+        if inode is None:
+            inode = self.inodes[path] = ROOT_INODE + 1 + len(self.inodes)
+            self.paths[inode] = path
+        return inode
+
+    def attributes(self, inode: int, value: bytes, *, directory: bool) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = InodeT(inode)
+        entry.st_mode = stat.S_IFDIR | 0o700 if directory else stat.S_IFREG | 0o600
+        entry.st_size = len(value) + 1 if value else 0
+        entry.entry_timeout = DIRECTORY_ENTRY_TIMEOUT if directory else 0
+        entry.attr_timeout = ATTRIBUTES_TIMEOUT
+        return entry
+
+    def settle(self) -> None:
+        """Let nothing that was asked be unread."""
+        if self.guessed:
+            self.connection.replies(len(self.guessed))
+            self.guessed = []
+
+    def look(self, inode: int, path: bytes) -> tuple[bytes, EntryAttributes]:
+        self.settle()
+        self.connection.send(message(Op.READ, path) + message(Op.DIRECTORY, path))
+        value, children = self.connection.replies(2)
+        if value is None or children is None:
+            raise FUSEError(errno.ENOENT)
+        return value, self.attributes(inode, value, directory=bool(children))
+
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        path = self.paths[parent_inode] + b"/" + name
+        inode = self.inode(path)
+        value, entry = self.look(inode, path)
+        self.looked_up = inode, value
+        return entry
+
+    async def forget(self, inode_list: object) -> None:
+        pass
+
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return self.look(inode, self.paths[inode])[1]
+
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        self.settle()
+        path = self.paths[inode]
+        connection = self.connection
+        connection.send(message(Op.READ, path) + message(Op.DIRECTORY, path))
+        if guess := self.listings.get(inode):
+            self.guessed = guess[:-1].split(b"\0")
+            below = path + b"/"
+            connection.send(b"".join([message(Op.DIRECTORY, below + n) for n in self.guessed]))
+        value, children = connection.replies(2)
+        if value is None or children is None:
+            raise FUSEError(errno.ESTALE)
+        self.listed = inode, children
+        return FileHandleT(inode)
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        inode, listing = self.listed
+        assert inode == fh
+        names = listing[:-1].split(b"\0") if listing else []
+        if start_id >= len(names):
+            return
+        below = self.paths[inode] + b"/"
+        if start_id or self.guessed != names:
+            self.settle()
+            self.connection.send(b"".join([message(Op.DIRECTORY, below + n) for n in names]))
+        self.guessed = []
+        children = self.connection.replies(len(names))
+        leaf = self.attributes(0, b"", directory=False)
+        parent = self.attributes(0, b"", directory=True)
+        for number, name in enumerate(names[start_id:], start_id):
+            child = children[number]
+            if child is None:
+                continue
+            entry = parent if child else leaf
+            entry.st_ino = InodeT(self.inode(below + name))
+            if child:
+                self.listings[entry.st_ino] = child
+            if not pyfuse3.readdir_reply(token, name, entry, number + 1):
+                return
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        looked_up, value = self.looked_up
+        if looked_up != inode:
+            value, _ = self.look(inode, self.paths[inode])
+        self.values[inode] = value + b"\n" if value else b""
+        return FileInfo(fh=FileHandleT(inode), direct_io=True)
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return self.values[fh][off : off + size]
+
+    async def release(self, fh: FileHandleT) -> None:
+        self.values.pop(fh, None)
+
+    async def flush(self, fh: FileHandleT) -> None:
+        raise FUSEError(errno.ENOSYS)
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        pass
+
+
+def main(socket: str, top: str, mountpoint: str) -> None:
+    operations = PlainTree(socket, top)
+    install()
+    serve(operations, mountpoint)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
