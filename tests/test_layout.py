@@ -67,10 +67,11 @@ session outage watches
     values              wire errors session names looks view node xattrs changes
     listing             wire names looks view node xattrs
     watch_files         wire errors watches names view node xattrs
-    directories         wire errors session names looks view node xattrs changes values listing \
-watch_files
+    generated           node
+    directories         wire errors session names looks view node xattrs changes values generated \
+listing watch_files
     transactions        wire errors unanswered session transaction view known node
-    transaction_files   wire names view node values directories transactions mirror_link
+    transaction_files   wire names view node generated directories transactions mirror_link
     verdicts            wire errors
     handles             node
     session_loop        linger
@@ -99,6 +100,7 @@ FILE_SYSTEM = {
         "xattrs",
         "changes",
         "values",
+        "generated",
         "listing",
         "watch_files",
         "directories",

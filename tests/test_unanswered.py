@@ -14,8 +14,6 @@ from xsfs.errors import RequestTimeout, XenstoreError
 from xsfs.unanswered import BATCH_MAX, OUTSTANDING_MAX, Unanswered
 from xsfs.wire import Op, Parser, Request, WireError
 
-FOREVER = 1e9
-
 
 def req_ids(messages: list[bytes]) -> list[int]:
     parser = Parser()
@@ -37,7 +35,7 @@ def requests(count: int) -> list[Request]:
 @given(st.lists(st.integers(1, BATCH_MAX), min_size=1, max_size=5), st.randoms())
 def test_replies_in_any_order_come_to_their_requests(counts: list[int], random: Random) -> None:
     table = Unanswered()
-    batches = [table.enter(requests(count), FOREVER) for count in counts]
+    batches = [table.enter(requests(count)) for count in counts]
     due = [
         (req_id, b"%d of %d" % (place, number))
         for number, batch in enumerate(batches)
@@ -56,7 +54,7 @@ def test_replies_in_any_order_come_to_their_requests(counts: list[int], random: 
 
 def test_an_error_is_of_its_request() -> None:
     table = Unanswered()
-    batch = table.enter(requests(2), FOREVER)
+    batch = table.enter(requests(2))
     first, second = req_ids(batch.encode(0))
     take(table, Op.ERROR, second, b"ENOENT\0")
     take(table, Op.READ, first, b"")
@@ -69,7 +67,7 @@ def test_an_error_is_of_its_request() -> None:
 
 def test_events_are_told_among_replies_whatever_their_number() -> None:
     table = Unanswered()
-    batch = table.enter(requests(1), FOREVER)
+    batch = table.enter(requests(1))
     (number,) = req_ids(batch.encode(0))
     events: list[bytes] = []
     event = (int(Op.WATCH_EVENT), number, 0, b"/a\0t\0")
@@ -91,7 +89,7 @@ def test_events_are_told_among_replies_whatever_their_number() -> None:
 )
 def test_what_nobody_asked(op: int, which: Callable[[int], int]) -> None:
     table = Unanswered()
-    batch = table.enter(requests(3), FOREVER)
+    batch = table.enter(requests(3))
     first, *_ = req_ids(batch.encode(0))
     take(table, Op.READ, first, b"x")
     with pytest.raises(WireError):
@@ -102,7 +100,7 @@ def test_what_nobody_asked(op: int, which: Callable[[int], int]) -> None:
 
 def test_a_reply_of_nonsense_leaves_its_request_open() -> None:
     table = Unanswered()
-    batch = table.enter(requests(1), FOREVER)
+    batch = table.enter(requests(1))
     (number,) = req_ids(batch.encode(0))
     with pytest.raises(WireError):
         take(table, Op.ERROR, number, b"?\0")
@@ -112,14 +110,14 @@ def test_a_reply_of_nonsense_leaves_its_request_open() -> None:
 def test_it_is_bounded() -> None:
     table = Unanswered()
     for _ in range(OUTSTANDING_MAX // BATCH_MAX):
-        batch = table.enter(requests(BATCH_MAX), FOREVER)
+        batch = table.enter(requests(BATCH_MAX))
     with pytest.raises(RequestTimeout):
-        table.enter(requests(1), FOREVER)
+        table.enter(requests(1))
     table.leave(batch)
     assert table.outstanding == OUTSTANDING_MAX - BATCH_MAX
     table.leave(batch)
     assert table.outstanding == OUTSTANDING_MAX - BATCH_MAX
-    table.enter(requests(1), FOREVER)
+    table.enter(requests(1))
     taken = table.take_all()
     assert sum(batch.missing for batch in taken) == OUTSTANDING_MAX - BATCH_MAX + 1
     assert table.outstanding == 0
@@ -129,10 +127,10 @@ def test_it_is_bounded() -> None:
 def test_numbers_begin_anew_around_what_is_still_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unanswered, "_NUMBERS", 4)
     table = Unanswered()
-    old = table.enter(requests(2), FOREVER)
+    old = table.enter(requests(2))
     seen = []
     for _ in range(9):
-        batch = table.enter(requests(2), FOREVER)
+        batch = table.enter(requests(2))
         assert batch.number != old.number
         seen.append(batch.number)
         for req_id in req_ids(batch.encode(0)):
@@ -147,6 +145,6 @@ def test_numbers_begin_anew_around_what_is_still_open(monkeypatch: pytest.Monkey
 def test_the_last_number_fits_a_message() -> None:
     table = Unanswered()
     table._next = unanswered._NUMBERS - 1
-    batch = table.enter(requests(BATCH_MAX), FOREVER)
+    batch = table.enter(requests(BATCH_MAX))
     assert req_ids(batch.encode(0))[-1] == 0xFFFFFFFF
-    assert table.enter(requests(1), FOREVER).number == 0
+    assert table.enter(requests(1)).number == 0

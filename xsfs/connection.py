@@ -130,10 +130,14 @@ class Connection:
         questions = more()
         rest = self._post(questions, 0) if questions and self.alive else None
         self._receive_promptly(batch)
+        if batch.missing and rest is not None:
+            batch.deadline = rest.deadline = trio.current_time() + self._timeout
         return batch, rest
 
     def _post(self, requests: Sequence[Request], tx_id: int) -> Batch:
-        batch = self._enter(requests)
+        if self._closed_because is not None:
+            raise ConnectionLost(self._closed_because)
+        batch = self._unanswered.enter(requests)
         try:
             self._send(batch.encode(tx_id))
         except OSError as error:
@@ -146,6 +150,9 @@ class Connection:
             return batch.replies
         if self._closed_because is not None:
             raise ConnectionLost(self._closed_because)
+        if not batch.deadline:
+            # Nobody has slept since it was sent: that was within the last moment.
+            batch.deadline = trio.current_time() + self._timeout
         batch.task = current_task()
         if self._watchdog_parked:
             self._watchdog_parked.unpark_all()
@@ -171,11 +178,6 @@ class Connection:
                     return
             yield batch.replies[place]
 
-    def _enter(self, requests: Sequence[Request]) -> Batch:
-        if self._closed_because is not None:
-            raise ConnectionLost(self._closed_because)
-        return self._unanswered.enter(requests, trio.current_time() + self._timeout)
-
     def _send(self, messages: Sequence[bytes]) -> None:
         if self._unsent:
             self._unsent += b"".join(messages)
@@ -189,7 +191,9 @@ class Connection:
 
         A refused one is an error of write(2), and has no reply.
         """
-        batch = self._enter(requests)
+        if self._closed_because is not None:
+            raise ConnectionLost(self._closed_because)
+        batch = self._unanswered.enter(requests)
         try:
             with trio.fail_after(self._timeout):
                 await run_abandonable(self._transport.send, batch.encode(0))
@@ -300,7 +304,7 @@ class Connection:
     async def _watch_the_clock(self) -> None:
         """Wake at most once a timeout while something is awaited, and never while nothing is."""
         while True:
-            # Requests enter the table in order, with one timeout for all: the first is the oldest.
+            # They are slept for in the order in which they were sent: the first is the oldest.
             oldest = next((b for b in self._unanswered if b.task is not None), None)
             if oldest is None:
                 await self._watchdog_parked.park()

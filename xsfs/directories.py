@@ -19,12 +19,13 @@ from pyfuse3 import EntryAttributes
 
 from xsfs import changes, wire
 from xsfs.errors import XenstoreError
+from xsfs.generated import DomidFile, StatsFile
 from xsfs.listing import ListedNode
 from xsfs.looks import LEAF, NOTHING, Look
 from xsfs.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.session import Session
-from xsfs.values import DomidFile, DotValue, StatsFile, ValueFile, ValueHandle
+from xsfs.values import DotValue, ValueFile, ValueHandle
 from xsfs.watch_files import WatchFile
 from xsfs.wire import Request
 

@@ -11,7 +11,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.looks import LEAF, NOTHING, Look
-from xsfs.names import VALUE_NAME
+from xsfs.names import NAME_MAX, VALUE_NAME
 from xsfs.node import Handle, refuse
 from xsfs.view import LOOK_WINDOW, Digest
 from xsfs.xattrs import XenstoreNode
@@ -142,7 +142,8 @@ class DirectoryHandle(Handle):
                 entry = of_leaf
                 entry.st_ino = node.inode
             next_id = len(OWN_ENTRIES) + index + 1
-            if not pyfuse3.readdir_reply(token, tree.aliases.file_name(name), entry, next_id):
+            shown = name if len(name) <= NAME_MAX else tree.aliases.file_name(name)
+            if not pyfuse3.readdir_reply(token, shown, entry, next_id):
                 return  # it is full
             tree.remember(node)
 

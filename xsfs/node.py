@@ -161,7 +161,7 @@ class Node(ABC):
         return self.gone or self.view.ended
 
     def require(self) -> None:
-        if self.stale:
+        if self.gone or self.view.ended:
             refuse(errno.ESTALE)
 
     def place_of(self, name: bytes) -> tuple[object, ...]:
@@ -319,7 +319,7 @@ class Tree:
                 type(found) is kind
                 and found.parent is parent
                 and found.name == name
-                and not found.stale
+                and not (found.gone or found.view.ended)
             ):
                 return found, number
             number += 1
@@ -330,7 +330,7 @@ class Tree:
         return (
             node.parent is parent
             and node.name == name
-            and not node.stale
+            and not (node.gone or node.view.ended)
             and self._nodes.get(node.inode, node) is node
             and not self._moved
         )

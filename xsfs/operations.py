@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3
 from pyfuse3 import (
@@ -67,15 +67,17 @@ Handler = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
 def answered(handler: Handler[P, R]) -> Handler[P, R]:
     """An operation that raises FUSEError and nothing else."""
     operation = handler.__name__
+    # pyfuse3 names no argument, and what is not allowed for need not be looked for at each call.
+    call = cast(Callable[..., Coroutine[Any, Any, R]], handler)
 
     @wraps(handler)
-    async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def answer(self: Operations, *args: Any) -> R:
         self.answered += 1
         self.waiter.under_way += 1
         try:
             if self.traces:
-                return await self.traced(operation, handler(self, *args, **kwargs), args)
-            return await handler(self, *args, **kwargs)
+                return await self.traced(operation, call(self, *args), args)
+            return await call(self, *args)
         except FUSEError:
             raise
         except Exception as error:
@@ -83,7 +85,7 @@ def answered(handler: Handler[P, R]) -> Handler[P, R]:
         finally:
             self.waiter.under_way -= 1
 
-    return answer
+    return cast("Handler[P, R]", answer)
 
 
 class Operations(pyfuse3.Operations):
@@ -105,6 +107,9 @@ class Operations(pyfuse3.Operations):
         self.traces = trace.isEnabledFor(logging.DEBUG)
         self._distrust = distrust
         self._handles = Handles()
+        # direct_io: what is read is what the handle has, whatever size was told before.
+        self._info_of_file = FileInfo(direct_io=True, keep_cache=False)
+        self._info_of_stream = FileInfo(direct_io=True, keep_cache=False, nonseekable=True)
 
     def __len__(self) -> int:
         """How many files and directories are open."""
@@ -179,9 +184,10 @@ class Operations(pyfuse3.Operations):
         return Caller(ctx.pid, ctx.uid, self._handles.is_foreign(ctx.uid))
 
     def _file_info(self, handle: Handle, foreign: bool) -> FileInfo:
-        # direct_io: what is read is what the handle has, whatever size was told before.
-        number = self._handles.add(handle, foreign)
-        return FileInfo(fh=number, direct_io=True, keep_cache=False, nonseekable=handle.stream)
+        # pyfuse3 copies it before anything else can happen.
+        info = self._info_of_stream if handle.stream else self._info_of_file
+        info.fh = FileHandleT(self._handles.add(handle, foreign))
+        return info
 
     # -------------------------------------------------------------------------------- entries
 

@@ -14,11 +14,11 @@ from pyfuse3 import EntryAttributes
 
 from xsfs import wire
 from xsfs.directories import RootDirectory
+from xsfs.generated import TextFile, TextHandle
 from xsfs.mirror_link import MirrorLink
 from xsfs.names import NAME_MAX, join
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, Tree, refuse
 from xsfs.transactions import Transactions, TransactionView
-from xsfs.values import TextFile, TextHandle
 from xsfs.view import View
 
 

@@ -100,7 +100,7 @@ class SocketTransport:
         return self.socket.fileno()
 
     def send(self, messages: Sequence[bytes]) -> bytes:
-        return self.send_rest(messages[0] if len(messages) == 1 else b"".join(messages))
+        return self.send_rest(b"".join(messages))
 
     def send_rest(self, rest: bytes) -> bytes:
         try:

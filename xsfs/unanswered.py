@@ -43,15 +43,15 @@ class Batch:
     missing     how many of them are not answered
     replies     in order; complete when nothing is missing
     task        who sleeps until then
-    deadline    until when, in trio's time
+    deadline    until when, in trio's time; 0 while nobody sleeps
     """
 
     __slots__ = ("deadline", "missing", "number", "replies", "requests", "task")
 
-    def __init__(self, requests: Sequence[Request], number: int, deadline: float) -> None:
+    def __init__(self, requests: Sequence[Request], number: int) -> None:
         self.requests = requests
         self.number = number
-        self.deadline = deadline
+        self.deadline = 0.0
         self.missing = len(requests)
         self.replies: list[Reply] = [_UNANSWERED] * len(requests)
         self.task: Task | None = None
@@ -84,7 +84,7 @@ class Unanswered:
         """The oldest first."""
         return iter(self._batches.values())
 
-    def enter(self, requests: Sequence[Request], deadline: float) -> Batch:
+    def enter(self, requests: Sequence[Request]) -> Batch:
         """A batch of at most BATCH_MAX requests.  Raises RequestTimeout where there is no room."""
         if self.outstanding + len(requests) > OUTSTANDING_MAX:
             raise RequestTimeout("Xenstore does not answer, and too much is asked of it already")
@@ -92,7 +92,7 @@ class Unanswered:
         while number in self._batches:  # it has been waiting since the numbers began anew
             number = (number + 1) % _NUMBERS
         self._next = (number + 1) % _NUMBERS
-        batch = self._batches[number] = Batch(requests, number, deadline)
+        batch = self._batches[number] = Batch(requests, number)
         self.outstanding += len(requests)
         return batch
 

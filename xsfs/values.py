@@ -1,4 +1,4 @@
-"""Files: a node's value, and the generated ones.
+"""Files that are a node's value.
 
 A value file's handle holds what reading gave at open, and what the kernel has asked to truncate or
 create but no write has carried out yet: `echo 42 > FILE` must be exactly one WRITE, and the shell
@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from abc import abstractmethod
 from collections.abc import Callable
 
 from pyfuse3 import EntryAttributes
@@ -93,22 +92,28 @@ class ValueFile(XenstoreNode):
     async def truncate(self, size: int) -> None:
         await ValueHandle(self, os.O_WRONLY).truncate(size)
 
-    async def open(self, flags: int, caller: Caller) -> ValueHandle:
+    async def open(self, flags: int, caller: Caller) -> Handle:
         self.require()
+        if not flags & (os.O_ACCMODE | os.O_TRUNC):
+            return ReadHandle(self, await self._content(caller))
         handle = ValueHandle(self, flags)
         if flags & os.O_ACCMODE != os.O_WRONLY:
-            value = self.tree.prefetched.take(caller.pid, self)
-            if value is None:
-                look = await self.view.look(self.path)
-                if look is None or not self.is_of_kind(look):
-                    refuse(errno.ESTALE)
-                if look.hidden:
-                    refuse(errno.EACCES)
-                value = look.value
-            handle.fetched = self.view.content.render(value)
+            handle.fetched = await self._content(caller)
         if flags & os.O_TRUNC:
             handle.empty()
         return handle
+
+    async def _content(self, caller: Caller) -> bytes:
+        """What reading gives to the one who opens the file."""
+        value = self.tree.prefetched.take(caller.pid, self)
+        if value is None:
+            look = await self.view.look(self.path)
+            if look is None or not self.is_of_kind(look):
+                refuse(errno.ESTALE)
+            if look.hidden:
+                refuse(errno.EACCES)
+            value = look.value
+        return self.view.content.render(value)
 
 
 class DotValue(ValueFile):
@@ -156,30 +161,58 @@ class DotValue(ValueFile):
         return NOTHING
 
 
-class ValueHandle(Handle):
-    """A value file as one open(2) has it.
+class ReadHandle(Handle):
+    """A value file as one open(2) that only reads has it.
 
     fetched     what reading gives, None if the next read must ask
     was_read    whether a read was answered from `fetched`
+    """
+
+    __slots__ = ("fetched", "was_read")
+
+    node: ValueFile
+
+    def __init__(self, node: ValueFile, fetched: bytes | None) -> None:
+        self.node = node
+        self.fetched = fetched
+        self.was_read = False
+
+    async def read(self, offset: int, size: int) -> bytes:
+        # From the start again is a new reading, as with sysfs.
+        if self.fetched is None or (offset == 0 and self.was_read):
+            self.fetched = await self._fetch()
+        self.was_read = True
+        return self.fetched[offset : offset + size]
+
+    async def _fetch(self) -> bytes:
+        self.node.require()
+        value = await self.node.view.session.call(wire.read(self.node.path))
+        return self.node.view.content.render(value)
+
+
+class ValueHandle(ReadHandle):
+    """A value file as one open(2) that writes has it.
+
     written     the content of this handle's last write, which the store has as parse(written)
     truncated   whether O_TRUNC is to be carried out
     creates     whether the node is to be made
     claims      whether it was made by this handle, as a file
     """
 
-    __slots__ = ("appends", "claims", "creates", "fetched", "truncated", "was_read", "written")
-
-    node: ValueFile
+    __slots__ = ("appends", "claims", "creates", "truncated", "written")
 
     def __init__(self, node: ValueFile, flags: int) -> None:
-        super().__init__(node)
+        super().__init__(node, None)
         self.appends = bool(flags & os.O_APPEND)
-        self.fetched: bytes | None = None
-        self.was_read = False
         self.written: bytes | None = None
         self.truncated = False
         self.creates = False
         self.claims = False
+
+    async def _fetch(self) -> bytes:
+        if self.truncated or self.creates:
+            return b""
+        return await super()._fetch()
 
     def empty(self) -> None:
         """The file is to be empty: what O_TRUNC asks for."""
@@ -197,22 +230,6 @@ class ValueHandle(Handle):
         """The node was made as a file, just now."""
         self.claims = True
         self.node.claims += 1
-
-    # -------------------------------------------------------------------------------- reading
-
-    async def read(self, offset: int, size: int) -> bytes:
-        # From the start again is a new reading, as with sysfs.
-        if self.fetched is None or (offset == 0 and self.was_read):
-            self.fetched = await self._fetch()
-        self.was_read = True
-        return self.fetched[offset : offset + size]
-
-    async def _fetch(self) -> bytes:
-        if self.truncated or self.creates:
-            return b""
-        self.node.require()
-        value = await self.node.view.session.call(wire.read(self.node.path))
-        return self.node.view.content.render(value)
 
     # -------------------------------------------------------------------------------- writing
 
@@ -333,55 +350,3 @@ class ValueHandle(Handle):
         if self.claims:
             self.claims = False
             self.node.claims -= 1
-
-
-class TextFile(Node):
-    """A file of the mount's own, whose content is made anew at each opening."""
-
-    __slots__ = ()
-
-    @abstractmethod
-    def content(self) -> bytes:
-        """What the file holds now."""
-
-    async def getattr(self) -> EntryAttributes:
-        return self.entry(len(self.content()), write=False)
-
-    async def open(self, flags: int, caller: Caller) -> TextHandle:
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            refuse(errno.EACCES)
-        return TextHandle(self)
-
-
-class TextHandle(Handle):
-    __slots__ = ("content",)
-
-    node: TextFile
-
-    def __init__(self, node: TextFile) -> None:
-        super().__init__(node)
-        self.content: bytes | None = None
-
-    async def read(self, offset: int, size: int) -> bytes:
-        if offset == 0 or self.content is None:
-            self.content = self.node.content()
-        return self.content[offset : offset + size]
-
-
-class DomidFile(TextFile):
-    """`.domid`: the number of the domain whose rights the mount has."""
-
-    __slots__ = ()
-
-    def content(self) -> bytes:
-        return b"%d\n" % self.view.domid
-
-
-class StatsFile(TextFile):
-    """`.stats`: counters, one `name value` a line."""
-
-    __slots__ = ()
-
-    def content(self) -> bytes:
-        counters = self.tree.counters()
-        return b"".join(b"%s %d\n" % (name.encode(), counters[name]) for name in counters)

@@ -322,11 +322,14 @@ class View:
 
         A node that may not be read counts as one, since the way to readable nodes leads through it.
         """
-        if look.has_children or look.hidden:
+        if look.has_children or not look.readable:
             return True
         if not look.whole:
             return False
-        return self.known.knows(path, look.value) or (not look.value and is_container(path))
+        with_value = self.known.get(path)
+        if look.value:
+            return bool(with_value)
+        return with_value is not None or is_container(path)
 
     def has_dot_value(self, path: bytes, look: Look) -> bool:
         """Whether there is a `.value` in a directory: one for each value, or just made."""
