@@ -286,7 +286,7 @@ async def prepared(
     w.operations.waiter.do_chore()
     handle = w.operations._handles.get(fh)
     assert isinstance(handle, DirectoryHandle)
-    assert child in handle.nodes
+    assert child in handle.made
     return fh
 
 
@@ -297,7 +297,7 @@ async def test_a_child_that_is_looked_up_before_it_is_read(w: World) -> None:
     fh = await prepared(w, data)
     handle = w.operations._handles.get(fh)
     assert isinstance(handle, DirectoryHandle)
-    made = handle.nodes[b"file"]
+    made = handle.made[b"file"][0]
     await w.operations.forget([(made.inode, made.lookups)])
     file = (await w.lookup(b"data", b"file")).st_ino
     known = w.tree.get(file)

@@ -93,8 +93,13 @@ class Store(Session):
     async def burst(self, requests: Sequence[Request]) -> list[Reply]:
         """As in Session.  What only reads is asked again when the connection is lost meanwhile."""
         self.requests += len(requests)
-        connection = self._usable()
-        if connection is None or not 0 < len(requests) <= WINDOW:
+        connection = self._link.connection
+        if (
+            connection is None
+            or not connection.alive
+            or self.outage.error is not None
+            or not 0 < len(requests) <= WINDOW
+        ):
             return await self._replies(requests, None)
         batch = connection.ask(requests)
         if batch.missing:
@@ -106,8 +111,8 @@ class Store(Session):
         self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
     ) -> tuple[list[Reply], Rest]:
         """As in Session.  Where each reply must be slept for, all of it is one burst."""
-        connection = self._usable()
-        if connection is None or not connection.prompt:
+        connection = self._link.connection
+        if connection is None or not connection.prompt or self.outage.error is not None:
             return await super().burst_and(requests, more)
         batch, rest = connection.ask_both(requests, more)
         self.requests += len(requests)
@@ -124,13 +129,6 @@ class Store(Session):
             with suppress(ConnectionLost, RequestTimeout):
                 await connection.replies(rest)
         return replies, partial(connection.replies_in_turn, rest)
-
-    def _usable(self) -> Connection | None:
-        """The connection, if there is one, and the store is not known to be silent."""
-        connection = self._link.connection
-        if connection is None or not connection.alive or self.outage.error is not None:
-            return None
-        return connection
 
     async def _replies(self, requests: Sequence[Request], batch: Batch | None) -> list[Reply]:
         """What could not be answered at once; `batch` is what was asked just now."""

@@ -66,14 +66,11 @@ class Connection:
         self._skip_prompt = 0
         self._writer_parked = trio.lowlevel.ParkingLot()
         self._watchdog_parked = trio.lowlevel.ParkingLot()
+        self.alive = True
         self._closed_because: str | None = None
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
         self.payload_max = transport.payload_max
-
-    @property
-    def alive(self) -> bool:
-        return self._closed_because is None
 
     @property
     def outstanding(self) -> int:
@@ -84,7 +81,8 @@ class Connection:
     def prompt(self) -> bool:
         """Whether replies are waited for on the spot now."""
         return (
-            self._transport.prompt
+            self.alive
+            and self._transport.prompt
             and not self._skip_prompt
             and not self._unsent
             and self._unanswered.outstanding <= PROMPT_MAX
@@ -138,8 +136,14 @@ class Connection:
         if self._closed_because is not None:
             raise ConnectionLost(self._closed_because)
         batch = self._unanswered.enter(requests)
+        messages = batch.encode(tx_id)
+        if self._unsent:
+            self._unsent += b"".join(messages)
+            return batch
         try:
-            self._send(batch.encode(tx_id))
+            self._unsent = self._transport.send(messages)
+            if self._unsent:
+                self._writer_parked.unpark_all()
         except OSError as error:
             self.close(f"cannot send: {error.strerror}")
         return batch
@@ -178,14 +182,6 @@ class Connection:
                     return
             yield batch.replies[place]
 
-    def _send(self, messages: Sequence[bytes]) -> None:
-        if self._unsent:
-            self._unsent += b"".join(messages)
-            return
-        self._unsent = self._transport.send(messages)
-        if self._unsent:
-            self._writer_parked.unpark_all()
-
     async def _post_watch(self, requests: Sequence[Request]) -> Batch:
         """Have the device carry out a WATCH or UNWATCH, in a thread since it blocks.
 
@@ -222,7 +218,7 @@ class Connection:
             return
         clock = time.perf_counter
         late = late or clock() + PROMPT_SECONDS
-        while batch.missing > left and self._closed_because is None and clock() < late:
+        while batch.missing > left and self.alive and clock() < late:
             try:
                 data = self._transport.receive_soon()
             except OSError:
@@ -251,6 +247,7 @@ class Connection:
         if self._closed_because is not None:
             return
         self._closed_because = reason
+        self.alive = False
         self._scope.cancel()
         self._ended.set()
         for batch in self._unanswered.take_all():

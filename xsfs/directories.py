@@ -43,7 +43,7 @@ class Directory(ListedNode):
 
     @property
     def path(self) -> bytes:
-        return self.tree.path_of(self)
+        return self.tree.paths.get(self) or self.tree.path_of(self)
 
     def is_of_kind(self, look: Look) -> bool:
         return look.has_children or self.view.is_directory(self.path, look)
@@ -89,7 +89,7 @@ class Directory(ListedNode):
             entry = await self.tree.node(kind, self, name).looked_up(pid)
             return self._found(self.tree.node(kind, self, name), entry)
         child = name
-        if not wire.is_name(name):
+        if not (name.isalnum() or wire.is_name(name)):  # the former costs less
             if (forced := forced_name(name)) is not None:
                 return await self._lookup_forced(forced)
             child = await self._child_name(name)

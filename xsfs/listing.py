@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Final
 
 import pyfuse3
-from pyfuse3 import EntryAttributes
+from pyfuse3 import EntryAttributes, InodeT
 
 from xsfs.looks import LEAF, NOTHING, Look
 from xsfs.names import NAME_MAX, VALUE_NAME
@@ -49,7 +49,18 @@ class DirectoryHandle(Handle):
     whose names could be guessed it was asked with the names.
     """
 
-    __slots__ = ("digest", "doubtful", "entries", "look", "looks", "nodes", "path", "used")
+    __slots__ = (
+        "digest",
+        "doubtful",
+        "entries",
+        "look",
+        "looks",
+        "made",
+        "of_leaf",
+        "own",
+        "path",
+        "used",
+    )
 
     node: ListedNode
 
@@ -60,8 +71,12 @@ class DirectoryHandle(Handle):
         self.entries: list[bytes] = []
         self.looks: dict[bytes, Look | None] = {}
         """What some of them are."""
-        self.nodes: dict[bytes, XenstoreNode] = {}
-        """Of some of those, made before they are read."""
+        self.made: dict[bytes, tuple[XenstoreNode, EntryAttributes]] = {}
+        """The nodes of some of those, made before they are read, and their attributes."""
+        self.of_leaf: EntryAttributes | None = None
+        """The attributes of all that are mere leaves: they are alike but for the inode."""
+        self.own: EntryAttributes | None = None
+        """The directory's own."""
         self.doubtful: list[bytes] = []
         """Those that must be asked for once more."""
         self.look = NOTHING
@@ -87,18 +102,28 @@ class DirectoryHandle(Handle):
             return
         node = self.node
         names, kinds, self.doubtful = self.digest()
+        self.own = node.entry(0)
         looks: dict[bytes, Look | None] = {}
-        nodes = {}
-        for name, look in kinds:
-            looks[name] = look
-            if look is not None:
-                nodes[name] = node.child(name, look)
-        self.looks, self.nodes = looks, nodes
+        made: dict[bytes, tuple[XenstoreNode, EntryAttributes]] = {}
+        self.looks, self.made = looks, made
         self.entries = list(dict.fromkeys((*names, *node.lasting_children())))
         if node.view.has_dot_value(self.path, self.look):
             self.entries.insert(0, VALUE_NAME)
-            self.looks[VALUE_NAME] = self.look
+            looks[VALUE_NAME] = self.look
+        # The store is at work on the next while one is made: nothing is left to the end.
+        for name, look in kinds:
+            looks[name] = look
+            if look is not None:
+                made[name] = self._make(name, look)
         self.digest = None
+
+    def _make(self, name: bytes, look: Look) -> tuple[XenstoreNode, EntryAttributes]:
+        node = self.node.child(name, look)
+        if look is not LEAF:
+            return node, node.attributes(look)
+        if self.of_leaf is None:
+            self.of_leaf = node.attributes(look)
+        return node, self.of_leaf
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
         if start == 0 and self.used:
@@ -120,7 +145,6 @@ class DirectoryHandle(Handle):
             self.doubtful = []
         directory = self.node
         tree = directory.tree
-        of_leaf: EntryAttributes | None = None
         for index in range(first, len(self.entries)):
             name = self.entries[index]
             if name not in self.looks:
@@ -130,17 +154,11 @@ class DirectoryHandle(Handle):
                 if name not in directory.lasting_children():
                     continue  # vanished meanwhile
                 look = NOTHING
-            node = self.nodes.get(name)
-            if node is None or not tree.stands(node, directory, name):
-                node = directory.child(name, look)
-            if look is not LEAF:
-                entry = node.attributes(look)
-            elif of_leaf is None:
-                entry = of_leaf = node.attributes(look)
-            else:
-                # All are alike but for this; the reply is a copy.
-                entry = of_leaf
-                entry.st_ino = node.inode
+            made = self.made.get(name)
+            if made is None or not tree.stands(made[0], directory, name):
+                made = self._make(name, look)
+            node, entry = made
+            entry.st_ino = InodeT(node.inode)
             next_id = len(OWN_ENTRIES) + index + 1
             shown = name if len(name) <= NAME_MAX else tree.aliases.file_name(name)
             if not pyfuse3.readdir_reply(token, shown, entry, next_id):
@@ -149,7 +167,7 @@ class DirectoryHandle(Handle):
 
     def _reply_own(self, token: pyfuse3.ReaddirToken, start: int) -> bool:
         """Put the directory's own entries from `start` on into the reply; False if it is full."""
-        own = self.node.entry(0)
+        own = self.own or self.node.entry(0)
         for next_id, name in enumerate(OWN_ENTRIES[start:], start + 1):
             if not pyfuse3.readdir_reply(token, name, own, next_id):
                 return False
@@ -157,7 +175,7 @@ class DirectoryHandle(Handle):
 
     async def _look_from(self, index: int) -> None:
         """Ask what they are from one on; what is known of those before is given up."""
-        self.nodes = {}
+        self.made = {}
         own = self.looks.get(VALUE_NAME)
         window = self.entries[index : index + LOOK_WINDOW]
         children = [name for name in window if name != VALUE_NAME]

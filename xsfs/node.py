@@ -269,13 +269,11 @@ class Tree:
         return len(self._nodes)
 
     def path_of(self, directory: Node) -> bytes:
-        """The path, without a walk up the tree if it is in use."""
-        path = self.paths.get(directory)
-        if path is None:
-            if len(self.paths) >= PATHS_MAX:
-                self.paths.clear()
-            assert directory.parent is not None
-            path = self.paths[directory] = join(directory.parent.path, directory.name)
+        """The path of a directory that is in use from now on."""
+        if len(self.paths) >= PATHS_MAX:
+            self.paths.clear()
+        assert directory.parent is not None
+        path = self.paths[directory] = join(directory.parent.path, directory.name)
         return path
 
     def peek(self, inode: int) -> Node | None:

@@ -100,14 +100,15 @@ class SocketTransport:
         return self.socket.fileno()
 
     def send(self, messages: Sequence[bytes]) -> bytes:
-        return self.send_rest(b"".join(messages))
+        data = b"".join(messages)
+        try:
+            sent = self.socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return data
+        return b"" if sent == len(data) else data[sent:]
 
     def send_rest(self, rest: bytes) -> bytes:
-        try:
-            sent = self.socket.send(rest, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return rest
-        return rest[sent:]
+        return self.send((rest,))
 
     def receive(self) -> bytes:
         view = _buffer.view

@@ -115,7 +115,9 @@ class View:
     async def look(self, path: bytes) -> Look | None:
         """What the node is now; None if there is none.  One round trip."""
         asked = self.known.moment
-        return self._learn(path, await self.session.burst(self._questions(path)), asked)
+        return self._learn(
+            path, await self.session.burst(questions(path, perms=self.asks_perms)), asked
+        )
 
     async def look_all(self, paths: Sequence[bytes]) -> list[Look | None]:
         """The same for many nodes, still one round trip."""
@@ -207,7 +209,9 @@ class View:
             return questions_of_kind(path, guessed, perms=self.asks_perms)
 
         asked = self.known.moment
-        own, rest = await self.session.burst_and(self._questions(path), of_children)
+        own, rest = await self.session.burst_and(
+            questions(path, perms=self.asks_perms), of_children
+        )
         look = self._learn(path, own, asked)
         if look is None or not look.has_children:
             return look, lambda: Children([], iter(()), [])
@@ -232,7 +236,9 @@ class View:
     async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
         """The same by another session: one of a transaction's own."""
         asked = self.known.moment
-        replies = await session.burst([q for path in paths for q in self._questions(path)])
+        replies = await session.burst(
+            [q for path in paths for q in questions(path, perms=self.asks_perms)]
+        )
         answers = _each(replies, len(paths))
         return [
             self._learn(path, answer, asked) for path, answer in zip(paths, answers, strict=True)
@@ -244,7 +250,9 @@ class View:
         Raises XenstoreError `E2BIG` for a node whose children there is no way to list.
         """
         asked = self.known.moment
-        replies = await self.session.burst([q for path in paths for q in self._questions(path)])
+        replies = await self.session.burst(
+            [q for path in paths for q in questions(path, perms=self.asks_perms)]
+        )
         return [
             await self._sight(path, answers, asked)
             for path, answers in zip(paths, _each(replies, len(paths)), strict=True)
@@ -304,9 +312,6 @@ class View:
         """The names of directories that are there even while their nodes are not: in the root of a
         mount of the home, `data`, which the toolstack makes for guests but not for dom0."""
         return (b"data",) if path == self.root == self.home else ()
-
-    def _questions(self, path: bytes) -> Sequence[Request]:
-        return questions(path, perms=self.asks_perms)
 
     def _learn(self, path: bytes, answers: Answers, asked: int) -> Look | None:
         """What was seen of the node, when the store was `asked`."""
