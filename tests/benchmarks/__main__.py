@@ -25,7 +25,7 @@ from . import chart, kinds, mirror_works, works
 from .errors import BenchmarkError
 from .kinds import execute
 from .libxenstore import reader
-from .mounting import UNMOUNT, bare, bare_tree, xsfs
+from .mounting import UNMOUNT, bare, bare_tree, plain_tree, xsfs
 from .report import Circumstances, Memory, document, lines
 from .stores import DOMAINS_MIN, NAME, NAME_VALUE, domains_for, store
 from .timing import Comparison, Result, measure, warm_up
@@ -99,6 +99,7 @@ def _run(
             enter(bare(f"{NAME_VALUE}\n")),
             enter(bare(f"{NAME_VALUE}\n", whole.socket, NAME)),
             enter(bare_tree(whole.socket, whole.top)),
+            enter(plain_tree(whole.socket, whole.top)),
             value,
             enter(_pyxs(whole.socket)),
             enter(reader(NAME, works.LINE, whole.environment)),

@@ -60,6 +60,11 @@ def bare_tree(socket: str, top: str) -> contextlib.AbstractContextManager[Mount]
     return mounted(f"{__package__}.bare_tree", [socket, top])
 
 
+def plain_tree(socket: str, top: str) -> contextlib.AbstractContextManager[Mount]:
+    """All below a node of the store, as it answers."""
+    return mounted(f"{__package__}.plain_tree", [socket, top])
+
+
 @contextlib.contextmanager
 def mounted(module: str, arguments: Sequence[str]) -> Iterator[Mount]:
     """Run a Python module which mounts a file system at the path that is its last argument."""

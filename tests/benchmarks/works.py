@@ -33,6 +33,8 @@ class Stage:
     """The same, but each lookup asks the store."""
     tree: Mount
     """The names of all nodes that are read: each listing asks the store, as xsfs has to."""
+    plain: Mount
+    """The same, made of what the store answers, for one reader while nothing goes wrong."""
     tmpfs: str
     """A file with the same content in a tmpfs."""
     pyxs: Any
@@ -154,13 +156,17 @@ def trees(stage: Stage) -> list[Comparison]:
     ls = listing(whole)
     bare = find(whole, "find in a bare tree", stage.tree.path)
     bare_grep = grep(whole, "grep -r in a bare tree", stage.tree.path)
+    plain = find(whole, "find in a plain tree", stage.plain.path)
+    plain_grep = grep(whole, "grep -r in a plain tree", stage.plain.path)
     return [
         Comparison(f"find in {whole.read} nodes", finds[0], ls, 0.4),
         Comparison(f"find in {whole.read} nodes", finds[0], bare),
         Comparison("the same of a bare tree", bare, ls),
+        Comparison("the same of a plain tree", plain, ls),
         Comparison(f"grep -r in {whole.read} nodes", greps[0], ls, 2.0),
         Comparison(f"grep -r in {whole.read} nodes", greps[0], bare_grep),
         Comparison("the same of a bare tree", bare_grep, ls),
+        Comparison("the same of a plain tree", plain_grep, ls),
         Comparison("find, by the node", finds[0], finds[1], 1.2, each=True),
         Comparison("grep -r, by the node", greps[0], greps[1], 1.2, each=True),
     ]
