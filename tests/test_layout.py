@@ -59,7 +59,7 @@ session outage watches
     workshop
     mirror_files        ownership workshop
     mirror_copy         permissions wire names looks view mirror_files
-    mirror              wire errors watches client view mirror_files mirror_copy
+    mirror              wire errors servants watches client view mirror_files mirror_copy
     node                names view ownership prefetched
     mirror_link         node
     xattrs              permissions wire names looks view node

@@ -23,10 +23,11 @@ that changed it:
 - Events were lost: the backlog was full (the client then says "everything"), or the connection was
   lost.  Then there is no mirror until all has been copied anew.
 
-Looks are asked and applied by one task, one burst after the other, so that no reply is applied after
-a later one; an event that comes meanwhile waits, and its look follows.  What a node that was looked at
-becomes does not depend on when the other nodes of the burst were: where its parent is not as it should
-be, the parent is looked at first (xsfs/mirror_copy.py).
+Looks are applied by one task, one burst after the other in the order in which they were asked, so
+that no reply is applied after a later one (while a whole copy is made the next burst is asked before
+the last one is applied); an event that comes meanwhile waits, and its look follows.  What a node that
+was looked at becomes does not depend on when the other nodes of the burst were: where its parent is
+not as it should be, the parent is looked at first (xsfs/mirror_copy.py).
 
 Whether a node is a file or a directory depends on its value, its children, and on what the mount knows
 (`KnownDirectories`), which tells us of each change.  A node whose last shown child goes is looked at
@@ -45,10 +46,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from typing import Final
 
+import outcome
 import trio
 
 from xsfs import wire
@@ -56,7 +58,8 @@ from xsfs.client import Store
 from xsfs.errors import ConnectionLost, RequestTimeout, StoreError
 from xsfs.mirror_copy import Copy
 from xsfs.mirror_files import MirrorFiles, Steps
-from xsfs.view import View
+from xsfs.servants import open_servants
+from xsfs.view import Sight, View
 from xsfs.watches import Subscription
 
 log = logging.getLogger(__name__)
@@ -84,9 +87,34 @@ class _Lost(ConnectionLost):
     """Events may have been missed: the copy can't be true any more."""
 
 
+Survey = Callable[[Sequence[bytes]], Awaitable[list[Sight]]]
+
+
 def _next(queue: dict[bytes, None]) -> list[bytes]:
     """The latest first: a walk that goes down before it goes on has the shortest queue."""
     return [queue.popitem()[0] for _ in range(min(WINDOW, len(queue)))]
+
+
+class _Window:
+    """Nodes that are looked at by a task of its own, while the one who wants to know is at work."""
+
+    def __init__(self, paths: Sequence[bytes]) -> None:
+        self.paths = paths
+        self._seen = trio.Event()
+        self._outcome: outcome.Outcome[list[Sight]] | None = None
+
+    async def look(self, survey: Survey) -> None:
+        try:
+            self._outcome = outcome.Value(await survey(self.paths))
+        except Exception as error:
+            self._outcome = outcome.Error(error)
+        self._seen.set()
+
+    async def sights(self) -> list[Sight]:
+        """What was seen.  Raises what the survey raised."""
+        await self._seen.wait()
+        assert self._outcome is not None
+        return self._outcome.unwrap()
 
 
 class Mirror:
@@ -203,12 +231,28 @@ class Mirror:
         self._events.clear()
         self._files.begin()
         self._copy.begin()
-        while self._copy.again:
-            await self._burst(_next(self._copy.again), renew=False)
+        await self._look_at_all()
         if self._interruptions != interruptions:
             raise _Lost("the connection was lost while the copy was made")
         await self._carry_out(self._files.publish())
         self._true_of = interruptions
+
+    async def _look_at_all(self) -> None:
+        """Look at the next nodes while the files of the last are made: the store is another process."""
+        again = self._copy.again
+        async with open_servants() as servants:
+            ahead: _Window | None = None
+            while again or ahead is not None:
+                window = ahead or _Window(_next(again))
+                if ahead is None:
+                    servants.start_soon(window.look, self._survey)
+                sights = await window.sights()
+                ahead = None
+                if again:
+                    ahead = _Window(_next(again))
+                    servants.start_soon(ahead.look, self._survey)
+                    await trio.lowlevel.checkpoint()  # in which it asks
+                await self._apply(window.paths, sights, renew=False)
 
     async def _armed(self) -> None:
         """Return when both watches are set at the store, and have said so."""
@@ -280,12 +324,18 @@ class Mirror:
             self._wake()
 
     async def _burst(self, paths: Sequence[bytes], *, renew: bool) -> None:
+        await self._apply(paths, await self._survey(paths), renew=renew)
+
+    async def _survey(self, paths: Sequence[bytes]) -> list[Sight]:
         try:
             sights = await self._view.survey(paths)
         except wire.WireError as error:
             self.store.distrust(str(error))
             raise ConnectionLost(f"the store answers nonsense: {error}") from error
         self.looks += len(paths)
+        return sights
+
+    async def _apply(self, paths: Sequence[bytes], sights: Sequence[Sight], *, renew: bool) -> None:
         await self._carry_out(
             step
             for path, sight in zip(paths, sights, strict=True)
