@@ -59,7 +59,7 @@ async def opened(liar: LyingStore, timeout: float = TIMEOUT) -> AsyncIterator[St
     with trio.fail_after(LIMIT):
         async with open_store(liar.path, timeout=timeout) as store:
             assert store._link.connection is not None
-            store._link.connection._skip_prompt = 0
+            store._link.connection._skip_prompt = store._link.connection._skips = 0
             yield store
 
 
@@ -181,6 +181,35 @@ async def test_very_much_is_waited_for_at_once(
         assert in_order(own) == ANSWERS[0]
         monkeypatch.setattr(module, "PROMPT_SECONDS", 0.0)
         assert list(rest()) == ANSWERS[1] * (module.PROMPT_MAX // 2 + 1)
+
+
+@trio_test
+async def test_a_slow_daemon_is_waited_for_more_and_more_rarely(
+    liar: LyingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(liar) as store:
+        connection = store._link.connection
+        assert connection is not None
+
+        async def skipped() -> int:
+            """How many are slept for until one is waited for on the spot."""
+            count = 0
+            while not connection.prompt:
+                assert await store.read("/test/leaf") == b"1"
+                count += 1
+            assert await store.read("/test/leaf") == b"1"
+            return count
+
+        most = module.PROMPT_SKIPS_MAX
+        monkeypatch.setattr(module, "PROMPT_SECONDS", 0.0)
+        counts = [await skipped() for _ in range(10)]
+        assert counts == [0, 1, 2, 4, 8, 16, 32, 64, most, most]
+        monkeypatch.setattr(module, "PROMPT_SECONDS", LIMIT)
+        counts = [await skipped() for _ in range(3)]
+        assert counts == [most, 0, 0]
+        monkeypatch.setattr(module, "PROMPT_SECONDS", 0.0)
+        counts = [await skipped() for _ in range(3)]
+        assert counts == [0, 1, 2], "it was quick meanwhile"
 
 
 @pytest.mark.usefixtures("prompt")

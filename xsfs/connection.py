@@ -40,8 +40,9 @@ round trip, few enough that other tasks' requests wait milliseconds behind them.
 PROMPT_MAX: Final = 64
 """How many requests a burst may have whose replies are waited for on the spot."""
 PROMPT_SECONDS: Final = 0.0005
-PROMPT_SKIPS: Final = 100
-"""A daemon that took longer than PROMPT_SECONDS is not waited for in this way so many times."""
+PROMPT_SKIPS_MAX: Final = 128
+"""A daemon that took longer than PROMPT_SECONDS is not waited for in this way the next time; if it
+then takes longer again, the next two times, and so on, up to so many."""
 
 
 class Connection:
@@ -64,6 +65,8 @@ class Connection:
         self._unanswered = Unanswered()
         self._unsent = b""
         self._skip_prompt = 0
+        self._skips = 0
+        """How often it was skipped after the last time that it took too long, if it does each time."""
         self._writer_parked = trio.lowlevel.ParkingLot()
         self._watchdog_parked = trio.lowlevel.ParkingLot()
         self.alive = True
@@ -227,7 +230,9 @@ class Connection:
                 break
             self._digest(data)
         if clock() > late:
-            self._skip_prompt = PROMPT_SKIPS
+            self._skip_prompt = self._skips = min(2 * self._skips or 1, PROMPT_SKIPS_MAX)
+        elif batch.missing <= left:
+            self._skips = 0
 
     # --------------------------------------------------------------------------------- tasks
 
