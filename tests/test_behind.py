@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -109,7 +110,7 @@ async def ask(store: Store, answers: list[object]) -> None:
 async def until_only_held_is_missing(store: Store) -> None:
     await wait_all_tasks_blocked()
     assert store._link.connection is not None
-    while store._link.connection.outstanding > 1:
+    while store._link.connection._unanswered.outstanding > 1:
         await trio.lowlevel.checkpoint()
     await wait_all_tasks_blocked()
 
@@ -210,6 +211,47 @@ async def test_a_slow_daemon_is_waited_for_more_and_more_rarely(
         monkeypatch.setattr(module, "PROMPT_SECONDS", 0.0)
         counts = [await skipped() for _ in range(3)]
         assert counts == [0, 1, 2], "it was quick meanwhile"
+
+
+@trio_test
+async def test_so_is_one_that_is_slow_with_the_rest_alone(
+    liar: LyingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it was quick with what was asked first is nothing to go by."""
+    async with opened(liar) as store:
+        connection = store._link.connection
+        assert connection is not None
+        skips = []
+        for _ in range(4):
+            held = liar.lie = Held(CHILD)
+            connection._skip_prompt = 0
+            monkeypatch.setattr(module, "PROMPT_SECONDS", LIMIT)
+            own, rest = await store.burst_and(OWN, children)
+            assert in_order(own) == ANSWERS[0]
+            monkeypatch.setattr(module, "PROMPT_SECONDS", 0.0)
+            assert list(rest()) == []
+            skips.append(connection._skip_prompt)
+            held.let_go()
+        assert skips == [1, 2, 4, 8]
+
+
+@trio_test
+async def test_whoever_takes_replies_may_take_his_time(
+    liar: LyingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the store that is waited for no longer than a moment."""
+    monkeypatch.setattr(module, "PROMPT_SECONDS", 0.5)
+    async with opened(liar) as store:
+        connection = store._link.connection
+        assert connection is not None
+        many = CHILDREN * 10
+        _, rest = await store.burst_and(OWN, lambda: many)
+        replies = []
+        for reply in rest():
+            replies.append(reply)
+            time.sleep(0.1)
+        assert replies == ANSWERS[1] * 10
+        assert connection.prompt
 
 
 @pytest.mark.usefixtures("prompt")

@@ -11,7 +11,8 @@ import random
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from trio.testing import trio_test, wait_all_tasks_blocked
 from xsfs import wire
 from xsfs.connection import Connection
 from xsfs.device import DESCRIPTORS_MAX, DeviceTransport
+from xsfs.errors import RequestTimeout
 from xsfs.unanswered import Reply
-from xsfs.wire import Message, Op, Parser, Request, encode, read
+from xsfs.wire import Message, Op, Parser, Request, encode, read, watch
 
 LIMIT = 20.0
 
@@ -214,6 +216,26 @@ async def test_an_event_is_no_answer(device: Device) -> None:
         await wait_all_tasks_blocked()
         assert len(device.look()) == 1
         device.answer(0)
+
+
+@trio_test
+async def test_a_watch_has_one_time_limit(device: Device) -> None:
+    """Whatever part of it the kernel takes to carry it out."""
+
+    class Slow(DeviceTransport):
+        def send(self, messages: Sequence[bytes]) -> bytes:
+            time.sleep(0.8)
+            return super().send(messages)
+
+    connection = Connection(Slow(device.open), timeout=1.0)
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.run)
+            start = trio.current_time()
+            with pytest.raises(RequestTimeout):
+                await connection.burst([watch(b"/", b"token")])
+            assert trio.current_time() - start < 1.6
+            connection.close()
 
 
 def test_a_watch_is_sent_by_the_thread_that_asks(device: Device) -> None:

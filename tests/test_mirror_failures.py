@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.lying_store import LyingStore, Talk, on, says, silence
+from tests.lying_store import HangUp, LyingStore, Talk, on, says, silence
 from tests.mirroring import HOME, Mirrored, await_true, live, mirrored, scratch
 from tests.mounting import LIMIT, Place, each_place, mounted
 from tests.test_mirror_places import refused
-from tests.xenstored.harness import strings
+from tests.xenstored.harness import XsClient, strings
 from xsfs.wire import Message, Op
 
 place = each_place("C", "ocaml")
@@ -221,6 +221,58 @@ def test_no_mirror_of_nonsense(place: Place, liar: LyingStore, tmp_path: Path, l
         said = refused(behind(place, liar), above / "m", tmp_path / "m", "timeout=0.5")
         assert "cannot make the mirror" in said
         assert os.listdir(above) == []
+
+
+MANY = 400
+"""Nodes: the mirror looks at the next 128 while it makes the files of the last."""
+
+
+def many(store: XsClient, directory: str) -> None:
+    store.pipeline(("WRITE", strings(f"{directory}/{n}") + b"%d" % n) for n in range(MANY))
+
+
+@pytest.mark.parametrize("number", [0, 200, MANY - 1])
+def test_no_mirror_where_one_of_many_makes_no_sense(
+    place: Place, liar: LyingStore, tmp_path: Path, number: int
+) -> None:
+    """It is looked at while the files of others are made."""
+    top = f"{HOME}/many"
+
+    def lie(talk: Talk, request: Message) -> bool:
+        about = request.payload == f"{top}/{number}\0".encode()
+        return about and says(b"EIO\0", Op.ERROR)(talk, request)
+
+    with place.witness() as store:
+        many(store, top)
+        liar.lie = on(Op.READ, lie)
+        with scratch() as above:
+            said = refused(behind(place, liar), above / "m", tmp_path / "m", f"root={top}")
+            assert "cannot make the mirror" in said
+            assert os.listdir(above) == []
+        store.rm(top)
+
+
+def test_hung_up_on_while_many_are_looked_at(
+    place: Place, liar: LyingStore, tmp_path: Path
+) -> None:
+    top = f"{HOME}/many"
+    hung_up = 0
+
+    def lie(talk: Talk, request: Message) -> bool:
+        nonlocal hung_up
+        if hung_up < 3 and request.payload == f"{top}/200\0".encode():
+            hung_up += 1
+            raise HangUp
+        return False
+
+    with place.witness() as store:
+        many(store, top)
+        liar.lie = on(Op.READ, lie)
+        with live(liar.path, store, root=top) as alive:
+            alive.settle()
+            assert len(os.listdir(alive.directory)) == MANY
+        assert hung_up == 3
+        store.rm(top)
 
 
 def test_nonsense_later_withdraws_it(place: Place, liar: LyingStore, tmp_path: Path) -> None:

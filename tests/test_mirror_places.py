@@ -126,10 +126,15 @@ def test_two_mounts_with_one_mirror(place: Place, shm: Path, tmp_path: Path) -> 
 
 
 def test_no_room_at_the_start(place: Place, shm: Path, tmp_path: Path) -> None:
-    for options in ("size=64k", "nr_inodes=30"):
+    with place.witness() as store:
+        # More than one burst: the next is asked while the files of the last are made.
+        store.pipeline(("WRITE", strings(f"{HOME}/many/{n}") + b"x") for n in range(400))
+    for options in ("size=64k", "nr_inodes=30", "nr_inodes=300"):
         with tmpfs(shm / "t", options) as small:
             assert "No space left on device" in refused(place, small / "m", tmp_path / "m")
             assert os.listdir(small) == []
+    with place.witness() as store:
+        store.rm(f"{HOME}/many")
 
 
 # ------------------------------------------------------------------------------------ no room

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from xsfs import unanswered, wire
 from xsfs.errors import RequestTimeout, XenstoreError
+from xsfs.guesses import SIZE_MAX
 from xsfs.unanswered import BATCH_MAX, OUTSTANDING_MAX, Unanswered
 from xsfs.wire import Op, Parser, Request, WireError
 
@@ -148,3 +149,16 @@ def test_the_last_number_fits_a_message() -> None:
     batch = table.enter(requests(BATCH_MAX))
     assert req_ids(batch.encode(0))[-1] == 0xFFFFFFFF
     assert table.enter(requests(1)).number == 0
+
+
+@pytest.mark.parametrize("count", [0, BATCH_MAX + 1])
+def test_a_batch_has_its_bounds(count: int) -> None:
+    table = Unanswered()
+    with pytest.raises(ValueError, match=str(count)):
+        table.enter(requests(count))
+    assert not list(table)
+
+
+def test_a_guess_fits_a_batch() -> None:
+    """The shortest names, of each of which a guest asks two things."""
+    assert 2 * (SIZE_MAX // len(b"x\0")) <= BATCH_MAX

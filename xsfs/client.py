@@ -112,7 +112,12 @@ class Store(Session):
     ) -> tuple[list[Reply], Rest]:
         """As in Session.  Where each reply must be slept for, all of it is one burst."""
         connection = self._link.connection
-        if connection is None or not connection.prompt or self.outage.error is not None:
+        if (
+            connection is None
+            or not connection.prompt
+            or self.outage.error is not None
+            or not 0 < len(requests) <= WINDOW
+        ):
             return await super().burst_and(requests, more)
         batch, rest = connection.ask_both(requests, more)
         self.requests += len(requests)

@@ -76,11 +76,6 @@ class Connection:
         self.payload_max = transport.payload_max
 
     @property
-    def outstanding(self) -> int:
-        """How many requests are not answered."""
-        return self._unanswered.outstanding
-
-    @property
     def prompt(self) -> bool:
         """Whether replies are waited for on the spot now."""
         return (
@@ -125,11 +120,12 @@ class Connection:
     def ask_both(
         self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
     ) -> tuple[Batch, Batch | None]:
-        """The same, and send right behind it what `more` gives, WINDOW at most, while the store is at
-        work on the former.  Only that is waited for.  None where there is nothing more to be asked."""
+        """The same, and send right behind it what `more` gives, while the store is at work on the
+        former.  Only that is waited for.  None where nothing more was asked, or over WINDOW."""
         batch = self._post(requests, 0)
         questions = more()
-        rest = self._post(questions, 0) if questions and self.alive else None
+        asked = 0 < len(questions) <= WINDOW and self.alive
+        rest = self._post(questions, 0) if asked else None
         self._receive_promptly(batch)
         if batch.missing and rest is not None:
             batch.deadline = rest.deadline = trio.current_time() + self._timeout
@@ -176,11 +172,11 @@ class Connection:
 
         They are waited for on the spot, for a moment in all.  Ends where one has not come by then.
         """
-        late = time.perf_counter() + PROMPT_SECONDS
+        seconds = PROMPT_SECONDS
         for place in range(len(batch.requests)):
             while not batch.answered(place):
                 missing = batch.missing
-                self._receive_promptly(batch, missing - 1, late)
+                seconds = self._receive_promptly(batch, missing - 1, seconds)
                 if batch.missing == missing:
                     return
             yield batch.replies[place]
@@ -193,6 +189,7 @@ class Connection:
         if self._closed_because is not None:
             raise ConnectionLost(self._closed_because)
         batch = self._unanswered.enter(requests)
+        batch.deadline = trio.current_time() + self._timeout
         try:
             with trio.fail_after(self._timeout):
                 await run_abandonable(self._transport.send, batch.encode(0))
@@ -204,7 +201,7 @@ class Connection:
             raise XenstoreError(name, batch.requests[0]) from error
         return batch
 
-    def _receive_promptly(self, batch: Batch, left: int = 0, late: float = 0.0) -> None:
+    def _receive_promptly(self, batch: Batch, left: int = 0, seconds: float | None = None) -> float:
         """Wait for the replies right here, for a moment, without a trip through the event loop.
 
         A daemon on another core answers within some 20 microseconds, which is less than it takes
@@ -212,27 +209,32 @@ class Connection:
         and not again for a while after a daemon has let us wait: the whole loop stands still.
 
         left        how many of them need not have come
-        late        when the moment is over, if it has begun before
+        seconds     how long the moment is, if part of it is over
+        Returns what is left of it.
         """
+        if seconds is None:
+            seconds = PROMPT_SECONDS
         if self._unanswered.outstanding > PROMPT_MAX or self._unsent:
-            return
+            return seconds
         if self._skip_prompt:
             self._skip_prompt -= 1
-            return
+            return seconds
         clock = time.perf_counter
-        late = late or clock() + PROMPT_SECONDS
+        late = clock() + seconds
         while batch.missing > left and self.alive and clock() < late:
             try:
                 data = self._transport.receive_soon()
             except OSError:
-                return  # the reader meets it, too
+                return seconds  # the reader meets it, too
             if data is None:
                 break
             self._digest(data)
-        if clock() > late:
+        seconds = late - clock()
+        if seconds < 0:
             self._skip_prompt = self._skips = min(2 * self._skips or 1, PROMPT_SKIPS_MAX)
-        elif batch.missing <= left:
+        elif not self._unanswered.outstanding:
             self._skips = 0
+        return seconds
 
     # --------------------------------------------------------------------------------- tasks
 

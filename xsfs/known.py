@@ -87,10 +87,6 @@ class KnownDirectories:
         """Whether `.value` was made here; None where no directory is known."""
         return self._paths.get(path)
 
-    def knows(self, path: bytes, value: bytes) -> bool:
-        with_value = self.get(path)
-        return with_value is not None and (with_value or not value)
-
     def has_value(self, path: bytes) -> bool:
         """Whether `.value` was made here."""
         return bool(self.get(path))

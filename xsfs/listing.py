@@ -76,11 +76,11 @@ class DirectoryHandle(Handle):
         self.of_leaf: EntryAttributes | None = None
         """The attributes of all that are mere leaves: they are alike but for the inode."""
         self.own: EntryAttributes | None = None
-        """The directory's own."""
+        """The directory's own attributes, of `.` and `..`."""
         self.doubtful: list[bytes] = []
         """Those that must be asked for once more."""
         self.look = NOTHING
-        """The directory's own."""
+        """What the directory itself is."""
         self.digest: Digest | None = None
         """The store's answers, until entries are made of them."""
         self.used = False

@@ -1,7 +1,8 @@
 """Inodes: the table of what the kernel knows, and what every kind of node answers by default.
 
 What `Tree` owns: each `Node` for which the kernel holds a lookup count, and the few facts that all
-nodes of a mount share.  Only the tasks that handle FUSE requests touch it, and none while it waits.
+nodes of a mount share.  Only the tasks that handle FUSE requests touch it, and none while it waits: who
+has kept a node over a wait asks whether it still `stands`.
 
 What always holds:
 
@@ -51,6 +52,10 @@ ATTRIBUTES_TIMEOUT: Final = 0.001
 listing at once a request of its own; whoever looks a file up gets new attributes anyway."""
 
 PATHS_MAX: Final = 256
+
+FORGOTTEN: Final = -1
+"""The lookup count of a node that has left the table.  It never comes back: the number may be that of
+another place, from which it was renamed."""
 
 N = TypeVar("N", bound="Node")
 
@@ -155,12 +160,8 @@ class Node(ABC):
     def realm(self) -> bytes:
         return self.parent.realm if self.parent is not None else b""
 
-    @property
-    def stale(self) -> bool:
-        """Whether it has gone for good, itself or with its whole view."""
-        return self.gone or self.view.ended
-
     def require(self) -> None:
+        """ESTALE if it has gone for good, itself or with its whole view."""
         if self.gone or self.view.ended:
             refuse(errno.ESTALE)
 
@@ -324,12 +325,14 @@ class Tree:
         return None, number
 
     def stands(self, node: Node, parent: Node, name: bytes) -> bool:
-        """Whether a node of this position that was made before a wait may still be remembered."""
+        """Whether a node that was made before a wait may still be remembered here: it is in the table,
+        or never was, and then nobody else is at its number."""
+        known = self._nodes.get(node.inode)
         return (
-            node.parent is parent
+            (known is node or (known is None and not node.lookups))
+            and node.parent is parent
             and node.name == name
             and not (node.gone or node.view.ended)
-            and self._nodes.get(node.inode, node) is node
             and not self._moved
         )
 
@@ -372,6 +375,7 @@ class Tree:
         node.lookups -= lookups
         if node.lookups <= 0 and inode != pyfuse3.ROOT_INODE:
             del self._nodes[inode]
+            node.lookups = FORGOTTEN
             self._unmove(node)
             if node.view is not self._view:
                 self._inside[node.view].discard(inode)

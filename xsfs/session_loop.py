@@ -61,7 +61,7 @@ class Turn:
                 await self._waiting.park()
             finally:
                 self._sleepers -= 1
-            self._woken = False
+                self._woken = False
         self._taken = True
 
     async def __aexit__(

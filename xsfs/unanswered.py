@@ -1,7 +1,7 @@
 """What was asked and has not been answered: the table that brings each reply to its request.
 
 What it owns: the batches of one connection that are not answered, and the numbers of its requests.  It
-sends nothing and wakes nobody.
+sends and receives nothing.
 
 What always holds:
 
@@ -43,7 +43,7 @@ class Batch:
     missing     how many of them are not answered
     replies     in order; complete when nothing is missing
     task        who sleeps until then
-    deadline    until when, in trio's time; 0 while nobody sleeps
+    deadline    until when, in trio's time; 0 as long as nobody has slept for it
     """
 
     __slots__ = ("deadline", "missing", "number", "replies", "requests", "task")
@@ -85,7 +85,9 @@ class Unanswered:
         return iter(self._batches.values())
 
     def enter(self, requests: Sequence[Request]) -> Batch:
-        """A batch of at most BATCH_MAX requests.  Raises RequestTimeout where there is no room."""
+        """A batch of BATCH_MAX requests at most.  Raises RequestTimeout where there is no room."""
+        if not 0 < len(requests) <= BATCH_MAX:
+            raise ValueError(f"a batch of {len(requests)} requests")
         if self.outstanding + len(requests) > OUTSTANDING_MAX:
             raise RequestTimeout("Xenstore does not answer, and too much is asked of it already")
         number = self._next

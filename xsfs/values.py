@@ -173,7 +173,7 @@ class ReadHandle(Handle):
     node: ValueFile
 
     def __init__(self, node: ValueFile, fetched: bytes | None) -> None:
-        self.node = node
+        super().__init__(node)
         self.fetched = fetched
         self.was_read = False
 
