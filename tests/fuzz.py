@@ -108,6 +108,13 @@ def cut(data: bytes, sizes: Sequence[int]) -> list[bytes]:
 
 def check(data: bytes, sizes: Sequence[int]) -> None:
     """One input."""
+    # What the garbage collector takes, of a process with much in it, is not the input's: that is slow
+    # each time.
+    assert any(_seconds(data, sizes) < SLOW_SECONDS for _ in range(3))
+
+
+def _seconds(data: bytes, sizes: Sequence[int]) -> float:
+    """Check it, and see how long that takes."""
     start = time.thread_time()
     messages, failure = parse([data])
     assert (messages, failure) == parse(cut(data, sizes))
@@ -118,7 +125,7 @@ def check(data: bytes, sizes: Sequence[int]) -> None:
         for decode in DECODERS:
             with contextlib.suppress(WireError):
                 decode(message.payload)
-    assert time.thread_time() - start < SLOW_SECONDS
+    return time.thread_time() - start
 
 
 def fuzz(inputs: int, seconds: float) -> int:

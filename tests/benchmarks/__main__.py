@@ -23,7 +23,7 @@ from tests.xenstored.harness import DAEMONS, MissingProgramError
 
 from . import chart, kinds, mirror_works, works
 from .errors import BenchmarkError
-from .kinds import execute
+from .kinds import execute, names_below
 from .libxenstore import reader
 from .mounting import UNMOUNT, bare, bare_tree, plain_tree, xsfs
 from .report import Circumstances, Memory, document, lines
@@ -75,6 +75,15 @@ def _pyxs(socket: str) -> Iterator[Any]:
         yield client
 
 
+def _see_the_same(stage: works.Stage) -> None:
+    """A tree in which something is missing would be walked in no time."""
+    whole = stage.whole
+    ours = names_below(whole.file(whole.top))
+    for tree in (stage.tree, stage.plain):
+        if names_below(tree.path) != ours:
+            raise BenchmarkError(f"other names at {tree.path} than in xsfs")
+
+
 def _run(
     kind: str, nodes: int, read: int | None, rounds: int
 ) -> tuple[Circumstances, list[Result], Memory]:
@@ -104,6 +113,7 @@ def _run(
             enter(_pyxs(whole.socket)),
             enter(reader(NAME, works.LINE, whole.environment)),
         )
+        _see_the_same(stage)
         results = _phase(works.comparisons(stage), rounds)
         finished = whole.mount.resident()
         _progress("visiting all nodes")

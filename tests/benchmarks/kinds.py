@@ -62,6 +62,16 @@ def find(store: Store, name: str, path: str) -> Contender:
     return program(store, name, ["find", path])
 
 
+def names_below(top: str) -> set[str]:
+    """The nodes that a walk finds, relative to `top`."""
+    return {
+        os.path.relpath(os.path.join(directory, name), top)
+        for directory, directories, files in os.walk(top)
+        for name in (*directories, *files)
+        if name != ".value"
+    }
+
+
 def grep(store: Store, name: str, path: str) -> Contender:
     return program(store, name, ["grep", "-r", NOWHERE, path], status=1)
 

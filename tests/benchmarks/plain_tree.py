@@ -41,6 +41,7 @@ HEADER = struct.Struct("=IIII")
 
 
 def message(op: Op, path: bytes) -> bytes:
+    path = path or b"/"
     return HEADER.pack(op, 0, 0, len(path) + 1) + path + b"\0"
 
 
@@ -78,7 +79,8 @@ class PlainTree(pyfuse3.Operations):
     def __init__(self, socket: str, top: str) -> None:
         super().__init__()
         self.connection = Connection(socket)
-        self.paths = {ROOT_INODE: top.encode()}
+        self.paths = {ROOT_INODE: top.rstrip("/").encode()}
+        """Of / nothing."""
         self.inodes: dict[bytes, int] = {}
         self.listings: dict[int, bytes] = {}
         """What directories had in them when their parents were listed."""
