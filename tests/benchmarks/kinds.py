@@ -63,12 +63,12 @@ def find(store: Store, name: str, path: str) -> Contender:
 
 
 def names_below(top: str) -> set[str]:
-    """The nodes that a walk finds, relative to `top`."""
+    """The nodes that a walk finds, relative to `top`.  oxenstored lists domains' special nodes, too."""
     return {
         os.path.relpath(os.path.join(directory, name), top)
         for directory, directories, files in os.walk(top)
         for name in (*directories, *files)
-        if name != ".value"
+        if name != ".value" and not name.startswith("@")
     }
 
 
