@@ -146,3 +146,28 @@ async def test_a_turn_is_taken_by_one_at_a_time() -> None:
             for number in range(5):
                 nursery.start_soon(worker, number)
     assert sorted(served) == sorted([*range(5)] * 3)
+
+
+@trio_test
+async def test_one_who_gives_up_wakes_the_others_all_the_same() -> None:
+    turn = Turn(Waiter())
+    taken: list[str] = []
+
+    async def take(name: str, scope: trio.CancelScope) -> None:
+        with scope:
+            async with turn:
+                taken.append(name)
+
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            async with turn:
+                gives_up = trio.CancelScope()
+                nursery.start_soon(take, "gives up", gives_up)
+                await wait_all_tasks_blocked()
+                # It has left those who sleep, and has not run yet.
+                gives_up.cancel()
+            await wait_all_tasks_blocked()
+            async with turn:
+                nursery.start_soon(take, "stays", trio.CancelScope())
+                await wait_all_tasks_blocked()
+    assert taken == ["stays"]
