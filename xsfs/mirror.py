@@ -37,9 +37,10 @@ What a guest may not be told cannot be followed: the nodes of others that vanish
 they lie in its tree.
 
 No wait is unbounded, and nothing is done while the store rests.  Under load the mirror rests as long
-as it works, so that it never takes more than half a processor, and events merge meanwhile; and after
-each burst of what events tell of comes one of what must only be looked at again, so that neither waits
-for the other's end.
+as it works, so that it never takes more than half a processor, and events merge meanwhile; what is
+left when no more come is done without a rest, as far as it has rested before.  And after each burst of
+what events tell of comes one of what must only be looked at again, so that neither waits for the
+other's end.
 """
 
 from __future__ import annotations
@@ -72,6 +73,13 @@ SLICE_SECONDS: Final = 0.001
 
 PAUSE_SECONDS: Final = 0.002
 """How much work is done before the mirror pauses: sleeping takes a millisecond at least."""
+
+SPARE_SECONDS: Final = 0.1
+"""How much work may be done without a pause once no more events come: what is left of a storm.  It is
+earned by resting."""
+
+REST_SECONDS: Final = 0.01
+"""How long it rests before it looks whether more events have come."""
 
 EVENTS_MAX: Final = 16384
 """How many paths may wait to be looked at.  Past it everything is."""
@@ -140,6 +148,8 @@ class Mirror:
         self._heard: set[Subscription] = set()
         """Those of the two whose first event has come since they were set."""
         self._work = trio.lowlevel.ParkingLot()
+        self._told = False
+        """Whether an event has come since that was last asked."""
         self._true_of: int | None = None
         """The count of interruptions that the published copy is of."""
         self.looks = 0
@@ -161,6 +171,7 @@ class Mirror:
         return self._copy.nodes if self.true else 0
 
     def _wake(self) -> None:
+        self._told = True
         self._work.unpark_all()
 
     # ----------------------------------------------------------------------------------- life
@@ -270,7 +281,7 @@ class Mirror:
 
     async def _follow(self) -> None:
         again = self._copy.again
-        owed = 0.0
+        owed, spare = 0.0, SPARE_SECONDS
         while True:
             if not self.true:
                 raise _Lost("the connection was lost")
@@ -279,7 +290,9 @@ class Mirror:
                 self._files.rest()
                 start = time.perf_counter()
                 await self._work.park()
-                owed = max(0.0, owed - (time.perf_counter() - start))
+                rested = time.perf_counter() - start
+                owed = max(0.0, owed - rested)
+                spare = min(SPARE_SECONDS, spare + rested)
                 continue
             # Not the time that the store takes, or other processes: it is none that we took.
             start = time.thread_time()
@@ -291,10 +304,24 @@ class Mirror:
                 await self._burst(_next(again), renew=False)
             owed += time.thread_time() - start
             if owed > PAUSE_SECONDS:
-                await trio.sleep(owed)
+                spare = await self._rest(owed, spare)
                 owed = 0.0
 
+    async def _rest(self, owed: float, spare: float) -> float:
+        """Rest as long as was worked; or no longer, once no more events come, if there is that much
+        work to spare.  Returns what is left of it."""
+        while owed > 0:
+            if not self._told and spare >= owed:
+                return spare - owed
+            rest = min(owed, REST_SECONDS)
+            self._told = False
+            await trio.sleep(rest)
+            owed -= rest
+            spare = min(SPARE_SECONDS, spare + rest)
+        return spare
+
     def _take_events(self) -> None:
+        self._told = False
         if not self._events:
             self._events = dict.fromkeys(filter(self._is_inside, self._changes.take()))
         if self._releases.take():
