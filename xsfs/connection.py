@@ -66,11 +66,11 @@ class Connection:
         self._unsent = b""
         self._skip_prompt = 0
         self._skips = 0
-        """How often it was skipped after the last time that it took too long, if it does each time."""
+        """How often that was after the last time that it took too long; 0 if it was quick since."""
         self._writer_parked = trio.lowlevel.ParkingLot()
         self._watchdog_parked = trio.lowlevel.ParkingLot()
         self.alive = True
-        self._closed_because: str | None = None
+        self._closed_because = ""
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
         self.payload_max = transport.payload_max
@@ -132,7 +132,7 @@ class Connection:
         return batch, rest
 
     def _post(self, requests: Sequence[Request], tx_id: int) -> Batch:
-        if self._closed_because is not None:
+        if not self.alive:
             raise ConnectionLost(self._closed_because)
         batch = self._unanswered.enter(requests)
         messages = batch.encode(tx_id)
@@ -151,7 +151,7 @@ class Connection:
         """Sleep until all are there.  Raises ConnectionLost, RequestTimeout."""
         if not batch.missing:
             return batch.replies
-        if self._closed_because is not None:
+        if not self.alive:
             raise ConnectionLost(self._closed_because)
         if not batch.deadline:
             # Nobody has slept since it was sent: that was within the last moment.
@@ -186,7 +186,7 @@ class Connection:
 
         A refused one is an error of write(2), and has no reply.
         """
-        if self._closed_because is not None:
+        if not self.alive:
             raise ConnectionLost(self._closed_because)
         batch = self._unanswered.enter(requests)
         batch.deadline = trio.current_time() + self._timeout
@@ -251,7 +251,7 @@ class Connection:
 
     def close(self, reason: str = "the connection was closed") -> None:
         """End the connection, and wake all who wait on it.  Any number of times."""
-        if self._closed_because is not None:
+        if not self.alive:
             return
         self._closed_because = reason
         self.alive = False

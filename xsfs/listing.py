@@ -57,7 +57,6 @@ class DirectoryHandle(Handle):
         "looks",
         "made",
         "of_leaf",
-        "own",
         "path",
         "used",
     )
@@ -75,8 +74,6 @@ class DirectoryHandle(Handle):
         """The nodes of some of those, made before they are read, and their attributes."""
         self.of_leaf: EntryAttributes | None = None
         """The attributes of all that are mere leaves: they are alike but for the inode."""
-        self.own: EntryAttributes | None = None
-        """The directory's own attributes, of `.` and `..`."""
         self.doubtful: list[bytes] = []
         """Those that must be asked for once more."""
         self.look = NOTHING
@@ -102,7 +99,6 @@ class DirectoryHandle(Handle):
             return
         node = self.node
         names, kinds, self.doubtful = self.digest()
-        self.own = node.entry(0)
         looks: dict[bytes, Look | None] = {}
         made: dict[bytes, tuple[XenstoreNode, EntryAttributes]] = {}
         self.looks, self.made = looks, made
@@ -167,7 +163,7 @@ class DirectoryHandle(Handle):
 
     def _reply_own(self, token: pyfuse3.ReaddirToken, start: int) -> bool:
         """Put the directory's own entries from `start` on into the reply; False if it is full."""
-        own = self.own or self.node.entry(0)
+        own = self.node.entry(0)
         for next_id, name in enumerate(OWN_ENTRIES[start:], start + 1):
             if not pyfuse3.readdir_reply(token, name, own, next_id):
                 return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-from xsfs import wire
 from xsfs.errors import XenstoreError
 from xsfs.names import join
 from xsfs.permissions import access_of, decode_perms
@@ -55,10 +54,9 @@ _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 
 def questions(path: bytes, *, perms: bool) -> Sequence[Request]:
     """What to ask in order to know all about a node."""
-    of_node = path + b"\0"
-    if not perms:
-        return Request(Op.READ, of_node), Request(Op.DIRECTORY, of_node)
-    return wire.read(path), wire.directory(path), wire.get_perms(path)
+    payload = path + b"\0"
+    asked = Request(Op.READ, payload), Request(Op.DIRECTORY, payload)
+    return (*asked, Request(Op.GET_PERMS, payload)) if perms else asked
 
 
 def questions_of_kind(path: bytes, names: Iterable[bytes], *, perms: bool) -> list[Request]:

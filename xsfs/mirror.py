@@ -252,18 +252,21 @@ class Mirror:
         """Look at the next nodes while the files of the last are made: the store is another process."""
         again = self._copy.again
         async with open_servants() as servants:
-            ahead: _Window | None = None
-            while again or ahead is not None:
-                window = ahead or _Window(_next(again))
-                if ahead is None:
-                    servants.start_soon(window.look, self._survey)
+
+            def begin() -> _Window | None:
+                if not again:
+                    return None
+                window = _Window(_next(again))
+                servants.start_soon(window.look, self._survey)
+                return window
+
+            window = begin()
+            while window is not None:
                 sights = await window.sights()
-                ahead = None
-                if again:
-                    ahead = _Window(_next(again))
-                    servants.start_soon(ahead.look, self._survey)
-                    await trio.lowlevel.checkpoint()  # in which it asks
+                ahead = begin()
+                await trio.lowlevel.checkpoint()  # in which it asks
                 await self._apply(window.paths, sights, renew=False)
+                window = ahead or begin()
 
     async def _armed(self) -> None:
         """Return when both watches are set at the store, and have said so."""

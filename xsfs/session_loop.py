@@ -47,8 +47,6 @@ class Turn:
         self._waiter = waiter
         self._taken = False
         self._waiting = trio.lowlevel.ParkingLot()
-        self._sleepers = 0
-        """How many wait."""
         self._woken = False
 
     async def __aenter__(self) -> None:
@@ -56,12 +54,8 @@ class Turn:
         if self._waiter.chore is not None:
             self._waiter.do_chore()
         while self._taken:
-            self._sleepers += 1
-            try:
-                await self._waiting.park()
-            finally:
-                self._sleepers -= 1
-                self._woken = False
+            await self._waiting.park()
+            self._woken = False
         self._taken = True
 
     async def __aexit__(
@@ -71,7 +65,7 @@ class Turn:
         traceback: TracebackType | None,
     ) -> None:
         self._taken = False
-        if self._sleepers and not self._woken:
+        if self._waiting and not self._woken:
             self._woken = True
             self._waiting.unpark()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import stat
 import sys
+from collections.abc import Sequence
 from typing import Final
 
 import pyfuse3
@@ -38,7 +39,24 @@ FILE: Final = InodeT(ROOT_INODE + 1)
 HANDLE: Final = FileHandleT(1)
 
 
-class Bare(pyfuse3.Operations):
+class Least(pyfuse3.Operations):
+    """What is no work to any of them."""
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        pass
+
+    async def flush(self, fh: FileHandleT) -> None:
+        # The kernel does not ask again.
+        raise FUSEError(errno.ENOSYS)
+
+    async def release(self, fh: FileHandleT) -> None:
+        pass
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        pass
+
+
+class Bare(Least):
     def __init__(self, content: bytes, question: Question | None) -> None:
         super().__init__()
         self.content = content
@@ -70,13 +88,6 @@ class Bare(pyfuse3.Operations):
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         return self.content[off : off + size]
-
-    async def flush(self, fh: FileHandleT) -> None:
-        # The kernel does not ask again.
-        raise FUSEError(errno.ENOSYS)
-
-    async def release(self, fh: FileHandleT) -> None:
-        pass
 
 
 def serve(operations: pyfuse3.Operations, mountpoint: str) -> None:

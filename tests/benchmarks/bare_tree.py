@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import stat
 import sys
-from collections.abc import Sequence
 
 import pyfuse3
 from pyfuse3 import (
@@ -34,7 +33,7 @@ from xsfs import wire
 from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
 from xsfs.session_loop import install
 
-from .bare import serve
+from .bare import Least, serve
 from .question import Asker
 
 
@@ -46,7 +45,7 @@ class Node:
         self.children: dict[bytes, Node] = {}
 
 
-class BareTree(pyfuse3.Operations):
+class BareTree(Least):
     def __init__(self, socket: str, top: str) -> None:
         super().__init__()
         self.nodes: dict[int, Node] = {}
@@ -90,9 +89,6 @@ class BareTree(pyfuse3.Operations):
         self.looks[child.inode].ask()
         return self.attributes(child)
 
-    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        pass
-
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         self.looks[inode].ask()
         return self.attributes(self.nodes[inode])
@@ -114,15 +110,6 @@ class BareTree(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         value = self.nodes[fh].value
         return (value + b"\n" if value else b"")[off : off + size]
-
-    async def release(self, fh: FileHandleT) -> None:
-        pass
-
-    async def flush(self, fh: FileHandleT) -> None:
-        raise FUSEError(errno.ENOSYS)
-
-    async def releasedir(self, fh: FileHandleT) -> None:
-        pass
 
 
 def main(socket: str, top: str, mountpoint: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import socket
 import stat
-import struct
 import sys
 
 import pyfuse3
@@ -33,16 +32,13 @@ from pyfuse3 import (
 from xsfs.linger import LINGER_SECONDS, Linger
 from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
 from xsfs.session_loop import install
-from xsfs.wire import Op
+from xsfs.wire import HEADER, Op, encode
 
-from .bare import serve
-
-HEADER = struct.Struct("=IIII")
+from .bare import Least, serve
 
 
 def message(op: Op, path: bytes) -> bytes:
-    path = path or b"/"
-    return HEADER.pack(op, 0, 0, len(path) + 1) + path + b"\0"
+    return encode(op, 0, 0, (path or b"/") + b"\0")
 
 
 class Connection:
@@ -75,7 +71,7 @@ class Connection:
         self._data = data[start:]
 
 
-class PlainTree(pyfuse3.Operations):
+class PlainTree(Least):
     def __init__(self, socket: str, top: str) -> None:
         super().__init__()
         self.connection = Connection(socket)
@@ -129,9 +125,6 @@ class PlainTree(pyfuse3.Operations):
         value, entry = self.look(inode, path)
         self.looked_up = inode, value
         return entry
-
-    async def forget(self, inode_list: object) -> None:
-        pass
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         return self.look(inode, self.paths[inode])[1]
@@ -188,12 +181,6 @@ class PlainTree(pyfuse3.Operations):
 
     async def release(self, fh: FileHandleT) -> None:
         self.values.pop(fh, None)
-
-    async def flush(self, fh: FileHandleT) -> None:
-        raise FUSEError(errno.ENOSYS)
-
-    async def releasedir(self, fh: FileHandleT) -> None:
-        pass
 
 
 def main(socket: str, top: str, mountpoint: str) -> None:
