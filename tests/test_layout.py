@@ -75,7 +75,8 @@ listing watch_files
     verdicts            wire errors
     handles             node
     session_loop        linger
-    operations          handles session_loop wire errors names node verdicts
+    answering           session_loop wire errors verdicts
+    operations          handles answering names node
 
     background
     tasks
@@ -108,6 +109,8 @@ FILE_SYSTEM = {
         "transactions",
         "transaction_files",
         "session_loop",
+        "handles",
+        "answering",
         "operations",
         "mount",
     ),

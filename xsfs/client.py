@@ -90,7 +90,9 @@ class Store(Session):
         """End the connection of a store that answers nonsense; the next request makes a new one."""
         self._link.close(reason)
 
-    async def burst(self, requests: Sequence[Request]) -> list[Reply]:
+    async def burst(
+        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
+    ) -> list[Reply]:
         """As in Session.  What only reads is asked again when the connection is lost meanwhile."""
         self.requests += len(requests)
         connection = self._link.connection
@@ -100,8 +102,10 @@ class Store(Session):
             or self.outage.error is not None
             or not 0 < len(requests) <= WINDOW
         ):
+            if meanwhile is not None:
+                meanwhile()
             return await self._replies(requests, None)
-        batch = connection.ask(requests)
+        batch = connection.ask(requests, 0, meanwhile)
         if batch.missing:
             return await self._replies(requests, batch)
         self.outage.answered()

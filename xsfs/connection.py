@@ -108,12 +108,21 @@ class Connection:
             return await self.replies(await self._post_watch(requests))
         return await self.replies(self.ask(requests, tx_id))
 
-    def ask(self, requests: Sequence[Request], tx_id: int = 0) -> Batch:
+    def ask(
+        self,
+        requests: Sequence[Request],
+        tx_id: int = 0,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Batch:
         """Send requests, WINDOW at most.  What the store answers within a moment is answered then.
+
+        meanwhile   called when they are sent: what can be done before the answers are there
 
         Raises ConnectionLost where nothing was sent, RequestTimeout where too much is unanswered.
         """
         batch = self._post(requests, tx_id)
+        if meanwhile is not None:
+            meanwhile()
         self._receive_promptly(batch)
         return batch
 

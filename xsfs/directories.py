@@ -25,7 +25,7 @@ from xsfs.looks import LEAF, NOTHING, Look
 from xsfs.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.node import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.session import Session
-from xsfs.values import DotValue, ValueFile, ValueHandle
+from xsfs.values import DotValue, ExpectedFile, ValueFile, ValueHandle
 from xsfs.watch_files import WatchFile
 from xsfs.wire import Request
 
@@ -94,7 +94,10 @@ class Directory(ListedNode):
                 return await self._lookup_forced(forced)
             child = await self._child_name(name)
         path = join(self.path, child)
-        look = await self.view.look(path) if len(path) <= wire.PATH_MAX else None
+        expected = ExpectedFile(self, child)
+        look = None
+        if len(path) <= wire.PATH_MAX:
+            look = await self.view.look(path, expected.make)
         if look is None and child in self.lasting_children():
             look = NOTHING
         if look is None:
@@ -106,9 +109,7 @@ class Directory(ListedNode):
         if self.view.is_directory(path, look):
             directory = self.tree.node(Directory, self, child)
             return self._found(directory, directory.attributes(look))
-        node = self.tree.node(ValueFile, self, child)
-        self.tree.prefetched.put(pid, node, look.value)
-        return self._found(node, node.attributes(look))
+        return expected.found(look, pid)
 
     async def _lookup_forced(self, name: bytes) -> EntryAttributes:
         child = await self._child_name(name)

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Final
+from collections.abc import Iterator
+from itertools import count
+from typing import Final, cast
+
+from pyfuse3 import FileHandleT
 
 from xsfs.node import Handle, refuse
 
@@ -23,9 +27,9 @@ class Handles:
 
     def __init__(self) -> None:
         self._handles: dict[int, Handle] = {}
+        self._numbers = cast(Iterator[FileHandleT], count(1))
         self._foreign: set[int] = set()
         """Those of others."""
-        self._next = 1
         self._own = frozenset((0, os.getuid()))
 
     def __len__(self) -> int:
@@ -37,15 +41,14 @@ class Handles:
 
     def admit(self, uid: int) -> bool:
         """The same of who opens; ENFILE if there is no room for one more."""
-        foreign = self.is_foreign(uid)
+        foreign = uid not in self._own
         full = len(self._handles) >= HANDLES_MAX
         if full or (foreign and len(self._foreign) >= HANDLES_MAX // 2):
             refuse(errno.ENFILE)
         return foreign
 
-    def add(self, handle: Handle, foreign: bool) -> int:
-        number = self._next
-        self._next += 1
+    def add(self, handle: Handle, foreign: bool) -> FileHandleT:
+        number = next(self._numbers)
         self._handles[number] = handle
         if foreign:
             self._foreign.add(number)

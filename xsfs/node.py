@@ -250,7 +250,7 @@ class Tree:
     def __init__(self, ownership: Ownership, counters: Callable[[], dict[str, int]]) -> None:
         self.ownership = ownership
         self.counters = counters
-        self.prefetched = Prefetched()
+        self.prefetched: Prefetched[Handle] = Prefetched()
         self.aliases = Aliases()
         self.mirror: LiveCopy | None = None
         self.readers = 0

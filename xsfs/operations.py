@@ -1,19 +1,16 @@
-"""The pyfuse3 operations: a thin dispatch to nodes and handles, and the border between two worlds.
+"""The pyfuse3 operations: a thin dispatch to nodes and handles.
 
-Each operation finds its node or handle and asks it; each
-goes through `_answer`, which turns every failure into an errno, whatever it was: an exception that
-escaped would end the mount.
+Each operation finds its node or handle and asks it; what that raises xsfs/answering.py turns into an
+errno.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
+import os
 import stat
-import time
-from collections.abc import Callable, Coroutine, Sequence
-from functools import wraps
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import pyfuse3
 from pyfuse3 import (
@@ -22,7 +19,6 @@ from pyfuse3 import (
     FileInfo,
     FileNameT,
     FlagT,
-    FUSEError,
     InodeT,
     ModeT,
     RequestContext,
@@ -31,64 +27,16 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from xsfs.errors import (
-    ConnectionLost,
-    RequestTimeout,
-    StoreError,
-    StoreUnavailable,
-    TransactionEnded,
-    XenstoreError,
-)
+from xsfs.answering import Answering, answered
 from xsfs.handles import Handles
 from xsfs.names import NAME_MAX
 from xsfs.node import Caller, Handle, Tree, refuse
-from xsfs.session_loop import install
-from xsfs.verdicts import errno_of
-from xsfs.wire import WireError
 
-log = logging.getLogger(__name__)
-trace = logging.getLogger("xsfs.trace")
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-# --------------------------------------------------------------------------------------- errors
-
-_FAILURES: Final[Sequence[tuple[type[StoreError], int]]] = (
-    (TransactionEnded, errno.ESTALE),
-    (RequestTimeout, errno.ETIMEDOUT),
-    (ConnectionLost, errno.EIO),
-    (StoreUnavailable, errno.EIO),
-)
-
-Handler = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
+_CHANGES: Final = os.O_ACCMODE | os.O_TRUNC
+"""The flags of an open(2) that does not only read."""
 
 
-def answered(handler: Handler[P, R]) -> Handler[P, R]:
-    """An operation that raises FUSEError and nothing else."""
-    operation = handler.__name__
-    # pyfuse3 names no argument, and what is not allowed for need not be looked for at each call.
-    call = cast(Callable[..., Coroutine[Any, Any, R]], handler)
-
-    @wraps(handler)
-    async def answer(self: Operations, *args: Any) -> R:
-        self.answered += 1
-        self.waiter.under_way += 1
-        try:
-            if self.traces:
-                return await self.traced(operation, call(self, *args), args)
-            return await call(self, *args)
-        except FUSEError:
-            raise
-        except Exception as error:
-            raise self.failure(operation, error) from None
-        finally:
-            self.waiter.under_way -= 1
-
-    return cast("Handler[P, R]", answer)
-
-
-class Operations(pyfuse3.Operations):
+class Operations(Answering):
     """See the module's text.
 
     distrust    called when a reply turns out to be nonsense
@@ -99,13 +47,8 @@ class Operations(pyfuse3.Operations):
     enable_acl = False
 
     def __init__(self, tree: Tree, distrust: Callable[[str], None]) -> None:
-        super().__init__()
+        super().__init__(distrust)
         self.tree = tree
-        self.errors = 0
-        self.answered = 0
-        self.waiter = install()
-        self.traces = trace.isEnabledFor(logging.DEBUG)
-        self._distrust = distrust
         self._handles = Handles()
         # direct_io: what is read is what the handle has, whatever size was told before.
         self._info_of_file = FileInfo(direct_io=True, keep_cache=False)
@@ -123,44 +66,7 @@ class Operations(pyfuse3.Operations):
             except Exception as error:
                 self.failure("release", error)
 
-    def failure(self, operation: str, error: Exception) -> FUSEError:
-        """The one place where an exception becomes an errno."""
-        if isinstance(error, FUSEError):
-            return error
-        self.errors += 1
-        if isinstance(error, XenstoreError):
-            return FUSEError(errno_of(error))
-        for kind, number in _FAILURES:
-            if isinstance(error, kind):
-                # Of an outage it is enough to hear once.
-                asked = not isinstance(error, StoreError) or error.asked
-                log.log(logging.WARNING if asked else logging.DEBUG, "%s: %s", operation, error)
-                return FUSEError(number)
-        if isinstance(error, WireError):
-            log.error("%s: Xenstore broke the protocol: %s", operation, error)
-            self._distrust(str(error))
-        else:
-            log.error("%s failed", operation, exc_info=error)
-        return FUSEError(errno.EIO)
-
-    async def traced(
-        self, operation: str, answer: Coroutine[Any, Any, R], args: Sequence[object]
-    ) -> R:
-        """Carry out an operation, and log it in one line."""
-        start = time.perf_counter()
-        described, outcome = operation, "ok"
-        try:
-            described = self._describe(operation, args)
-            return await answer
-        except Exception as error:
-            failure = self.failure(operation, error)
-            outcome = errno.errorcode.get(failure.errno, str(failure.errno))
-            raise failure from None
-        finally:
-            microseconds = (time.perf_counter() - start) * 1e6
-            trace.debug("%s: %s, %.0f us", described, outcome, microseconds)
-
-    def _describe(self, operation: str, args: Sequence[object]) -> str:
+    def describe(self, operation: str, args: Sequence[object]) -> str:
         words = [operation]
         for position, value in enumerate(args):
             if isinstance(value, bytes):
@@ -186,7 +92,7 @@ class Operations(pyfuse3.Operations):
     def _file_info(self, handle: Handle, foreign: bool) -> FileInfo:
         # pyfuse3 copies it before anything else can happen.
         info = self._info_of_stream if handle.stream else self._info_of_file
-        info.fh = FileHandleT(self._handles.add(handle, foreign))
+        info.fh = self._handles.add(handle, foreign)
         return info
 
     # -------------------------------------------------------------------------------- entries
@@ -319,8 +225,22 @@ class Operations(pyfuse3.Operations):
 
     # ------------------------------------------------------------------------------- handles
 
-    @answered
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        # What the LOOKUP of this open(2) has made ready, before anything else is done: the one who
+        # waits for it is still awake (see ExpectedFile).
+        try:
+            if not (flags & _CHANGES or self.traces):
+                handle = self.tree.prefetched.take(ctx.pid, inode)
+                if handle is not None:
+                    self.answered += 1
+                    foreign = self._handles.admit(ctx.uid)
+                    return self._file_info(handle, foreign)
+        except Exception as error:
+            raise self.failure("open", error) from None
+        return await self._open(inode, flags, ctx)
+
+    @answered
+    async def _open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         foreign = self._handles.admit(ctx.uid)
         handle = await self.tree.get(inode).open(flags, Caller(ctx.pid, ctx.uid, foreign))
         return self._file_info(handle, foreign)

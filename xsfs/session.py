@@ -42,8 +42,12 @@ class Session(ABC):
     """What can be asked of Xenstore."""
 
     @abstractmethod
-    async def burst(self, requests: Sequence[Request]) -> Replies:
+    async def burst(
+        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
+    ) -> Replies:
         """Ask everything in one round trip; the replies, in order, errors of single ones among them.
+
+        meanwhile   called once before the replies are there, while the store is at work if it can be
 
         Raises StoreError where no reply came at all.
         """

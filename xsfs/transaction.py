@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -36,7 +36,11 @@ class Transaction(Session):
     def open(self) -> bool:
         return self._tx_id is not None and self.connection.alive
 
-    async def burst(self, requests: Sequence[Request]) -> list[Reply]:
+    async def burst(
+        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
+    ) -> list[Reply]:
+        if meanwhile is not None:
+            meanwhile()
         if self.open:
             await self._outage.check()
         if self._tx_id is None:

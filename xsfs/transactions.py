@@ -25,7 +25,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Final
@@ -127,9 +127,11 @@ class SharedTransaction(Session):
             finally:
                 self._used_at = trio.current_time()
 
-    async def burst(self, requests: Sequence[Request]) -> list[Reply]:
+    async def burst(
+        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
+    ) -> list[Reply]:
         async with self.alone() as transaction:
-            return await transaction.burst(requests)
+            return await transaction.burst(requests, meanwhile)
 
 
 class TransactionView(View):

@@ -141,4 +141,5 @@ class Unanswered:
             if not batch.missing:
                 # Not before: what raises above is woken with all others that are in the table.
                 del batches[batch.number]
-                batch.wake(outcome.Value(batch.replies))
+                if batch.task is not None:
+                    batch.wake(outcome.Value(batch.replies))

@@ -112,12 +112,14 @@ class View:
 
     # ---------------------------------------------------------------------------------- looks
 
-    async def look(self, path: bytes) -> Look | None:
-        """What the node is now; None if there is none.  One round trip."""
+    async def look(self, path: bytes, meanwhile: Callable[[], None] | None = None) -> Look | None:
+        """What the node is now; None if there is none.  One round trip.
+
+        meanwhile   as in Session.burst
+        """
         asked = self.known.moment
-        return self._learn(
-            path, await self.session.burst(questions(path, perms=self.asks_perms)), asked
-        )
+        replies = await self.session.burst(questions(path, perms=self.asks_perms), meanwhile)
+        return self._learn(path, replies, asked)
 
     async def look_all(self, paths: Sequence[bytes]) -> list[Look | None]:
         """The same for many nodes, still one round trip."""

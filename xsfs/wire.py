@@ -168,7 +168,8 @@ class Parser:
                 return
             self._start = start = end
             self._wanted = HEADER_SIZE
-            yield op, req_id, tx_id, bytes(buffer[body:end])
+            payload = buffer[body:end]
+            yield op, req_id, tx_id, bytes(payload) if isinstance(payload, bytearray) else payload
 
     @property
     def partial(self) -> bool:
