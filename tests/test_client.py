@@ -374,6 +374,33 @@ async def test_an_empty_burst(place: Place) -> None:
 
 
 @trio_test
+async def test_what_is_done_while_the_store_is_at_work(place: Place) -> None:
+    """Once, whatever is asked and of whom."""
+    async with opened(place) as (store, base):
+        path = base.encode()
+        await store.write(path, b"1")
+        done: list[int] = []
+
+        def meanwhile() -> None:
+            done.append(len(done))
+
+        assert await store.burst([wire.read(path)], meanwhile) == [b"1"]
+        assert done == [0]
+        assert await store.burst([], meanwhile) == []
+        assert done == [0, 1]
+        replies = await store.burst([wire.read(path)] * (WINDOW + 1), meanwhile)
+        assert replies == [b"1"] * (WINDOW + 1)
+        assert done == [0, 1, 2]
+        transaction = await store.begin()
+        assert await transaction.burst([wire.read(path)], meanwhile) == [b"1"]
+        await transaction.rollback()
+        assert done == [0, 1, 2, 3]
+        store.distrust("for the test")  # the next one has to connect first
+        assert await store.burst([wire.read(path)], meanwhile) == [b"1"]
+        assert done == [0, 1, 2, 3, 4]
+
+
+@trio_test
 async def test_what_is_asked_behind_a_burst(place: Place) -> None:
     """It is asked once, and its replies are its own, errors among them, whenever they come."""
     async with opened(place) as (store, base):

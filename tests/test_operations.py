@@ -31,6 +31,7 @@ from xsfs.errors import (
     TransactionEnded,
     XenstoreError,
 )
+from xsfs.handles import Handles
 from xsfs.known import KNOWN_MAX, KnownDirectories
 from xsfs.listing import DirectoryHandle
 from xsfs.looks import Look
@@ -511,6 +512,51 @@ async def test_many_lookups_at_once_make_one_node(w: World) -> None:
     assert w.tree.get(entries[0].st_ino).lookups == 20
 
 
+@in_world
+async def test_a_file_is_one_node_however_many_look_it_up_at_once(w: World) -> None:
+    """Each of them has made it before the store answers."""
+    await w.store.write("data/x", "value")
+    data = await w.lookup(b"data")
+    opened: list[pyfuse3.FileInfo] = []
+    inodes = set()
+
+    async def open_it(pid: int) -> None:
+        entry = await w.operations.lookup(data.st_ino, b"x", ctx(pid))
+        assert entry.st_size == len("value\n")
+        inodes.add(entry.st_ino)
+        opened.append(await w.operations.open(entry.st_ino, RDONLY, ctx(pid)))
+
+    async with trio.open_nursery() as nursery:
+        for pid in range(20):
+            nursery.start_soon(open_it, pid)
+    (inode,) = inodes
+    assert w.tree.get(inode).lookups == 20
+    nodes = {id(w.operations._handles.get(info.fh).node) for info in opened}
+    assert nodes == {id(w.tree.get(inode))}
+
+
+@in_world
+async def test_a_file_that_is_renamed_while_it_is_looked_up(w: World) -> None:
+    await w.store.write("data/x", "value")
+    data = await w.lookup(b"data")
+    first = await w.lookup(b"data", b"x")
+    entries: list[pyfuse3.EntryAttributes] = []
+
+    async def look() -> None:
+        entries.append(await w.operations.lookup(data.st_ino, b"x", ctx(2)))
+
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            # Asked, and not yet answered.
+            while not w.store._link.connection._unanswered.outstanding:  # type: ignore[union-attr]
+                await trio.lowlevel.checkpoint()
+            w.tree.move(w.tree.get(first.st_ino), w.tree.get(data.st_ino), b"y")
+    assert entries[0].st_ino != first.st_ino
+    assert w.tree.get(entries[0].st_ino).path == b"/local/domain/0/data/x"
+    assert w.tree.get(first.st_ino).path == b"/local/domain/0/data/y"
+
+
 def test_known_directories_are_bounded() -> None:
     known = KnownDirectories()
     for number in range(KNOWN_MAX + 10):
@@ -575,6 +621,36 @@ def test_every_exception_becomes_an_errno(
         test()
     bug = isinstance(error, KeyError | AssertionError)
     assert ("Traceback" in caplog.text) is bug
+
+
+@pytest.mark.parametrize(
+    ("error", "number"), [(FUSEError(errno.ENFILE), errno.ENFILE), (KeyError("a bug"), errno.EIO)]
+)
+@pytest.mark.parametrize("looked_up", [True, False])
+def test_an_open_that_fails(
+    error: Exception,
+    number: int,
+    looked_up: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether or not its LOOKUP has made all ready."""
+
+    def fail(self: Handles, uid: int) -> bool:
+        raise error
+
+    @in_world
+    async def test(w: World) -> None:
+        entry = await w.lookup(b"name", pid=1 if looked_up else 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(Handles, "admit", fail)
+            await refused(number, w.operations.open(entry.st_ino, RDONLY, ctx(1)))
+        assert len(w.operations) == 0
+        info = await w.operations.open(entry.st_ino, RDONLY, ctx(1))
+        assert await w.operations.read(info.fh, 0, 4096) == b"Domain-0\n"
+
+    test()
+    assert ("Traceback" in caplog.text) is isinstance(error, KeyError)
 
 
 @in_world
