@@ -397,3 +397,38 @@ def test_a_directory_that_was_taken_away_is_none(shm: Path) -> None:
     finally:
         files.close()
     assert (shm / "away" / "f").read_bytes() == b"w"
+
+
+def test_what_was_made_ahead_is_used_or_goes(shm: Path) -> None:
+    files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o077))
+    files.open()
+    new = shm / ".mirror.xsfs" / "new"
+    try:
+        files.begin()
+        files.make_directory(b"d")
+        for _ in files.publish():
+            pass
+        files.rest()
+        descriptors = os.listdir("/proc/self/fd")
+
+        files.expect(b"d/f")
+        assert new.exists()
+        files.put(b"d/f", b"value", b"")
+        assert not new.exists()
+        assert (shm / "mirror" / "d" / "f").read_bytes() == b"value"
+
+        for path in (b"d/f", b"d/g", b"d/g", b"missing/f", b"f"):
+            files.expect(path)
+        files.rest()
+        assert not new.exists()
+        assert os.listdir("/proc/self/fd") == descriptors
+
+        files.expect(b"d/g")
+        for _ in files.clear():
+            pass
+        assert not new.exists()
+        files.begin()
+        files.expect(b"d/g")
+    finally:
+        files.close()
+    assert os.listdir(shm) == []

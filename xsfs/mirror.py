@@ -49,6 +49,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Final
 
 import outcome
@@ -301,10 +302,11 @@ class Mirror:
             start = time.thread_time()
             if self._events:
                 paths = self._copy.within_reach(_next(self._events))
-                await self._burst(paths, renew=True)
+                await self._apply(paths, await self._survey(paths, expects=True), renew=True)
             if again:
                 # Even while there are always events.
-                await self._burst(_next(again), renew=False)
+                paths = _next(again)
+                await self._apply(paths, await self._survey(paths), renew=False)
             owed += time.thread_time() - start
             if owed > PAUSE_SECONDS:
                 spare = await self._rest(owed, spare)
@@ -353,12 +355,11 @@ class Mirror:
             self._copy.again[path] = None
             self._wake()
 
-    async def _burst(self, paths: Sequence[bytes], *, renew: bool) -> None:
-        await self._apply(paths, await self._survey(paths), renew=renew)
-
-    async def _survey(self, paths: Sequence[bytes]) -> list[Sight]:
+    async def _survey(self, paths: Sequence[bytes], *, expects: bool = False) -> list[Sight]:
+        """Look at nodes.  `expects`: as the first is probably a changed file, get ready meanwhile."""
+        meanwhile = partial(self._copy.expect, paths[0]) if expects and paths else None
         try:
-            sights = await self._view.survey(paths)
+            sights = await self._view.survey(paths, meanwhile)
         except wire.WireError as error:
             self.store.distrust(str(error))
             raise ConnectionLost(f"the store answers nonsense: {error}") from error

@@ -21,6 +21,7 @@ import logging
 import os
 import stat
 from collections.abc import Generator
+from contextlib import suppress
 from typing import Final
 
 from xsfs.ownership import Ownership
@@ -72,6 +73,8 @@ class MirrorFiles:
             self._new_file_mode = 0o600
         self._base = self.directory
         self._parent: tuple[bytes, int] | None = None
+        self._new = -1
+        """The file on its way, where it was made ahead."""
         self.has_perms = False
         """Whether files can have user attributes here: tmpfs has them since Linux 6.6."""
         self.staged = False
@@ -115,6 +118,7 @@ class MirrorFiles:
     def rest(self) -> None:
         """Nothing is to be changed for now."""
         self._let_go()
+        self._give_up_new()
 
     def _clear_now(self) -> None:
         for _ in self.clear():
@@ -124,7 +128,7 @@ class MirrorFiles:
 
     def clear(self) -> Steps:
         """Remove all copies, finished or not.  The one that is seen goes first."""
-        self._let_go()
+        self.rest()
         old = self._workshop.inside(_OLD)
         if os.path.isdir(old):
             yield from self._move_all(self.directory, old)
@@ -225,22 +229,44 @@ class MirrorFiles:
 
     # ---------------------------------------------------------------------------- to change
 
+    def expect(self, path: bytes) -> None:
+        """The file is probably put next: do what can be done before it is known with what.
+
+        What fails now is met, and told, when it is.
+        """
+        with suppress(OSError):
+            self._enter(_split(path)[0])
+            if self._new < 0:
+                self._new = self._make(_NEW, self._workshop.fd)
+
     def put(self, path: bytes, content: bytes, perms: bytes) -> None:
         """Make the file, or replace it by a new one."""
         parent, name = _split(path)
         directory = self._enter(parent)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         if self.staged:
-            fd = os.open(name, flags, self._new_file_mode, dir_fd=directory)
-            self._fill(fd, content, perms)
+            self._fill(self._make(name, directory), content, perms)
             return
-        fd = os.open(_NEW, flags, self._new_file_mode, dir_fd=self._workshop.fd)
+        fd, self._new = self._new, -1
+        if fd < 0:
+            fd = self._make(_NEW, self._workshop.fd)
         try:
             self._fill(fd, content, perms)
             os.rename(_NEW, name, src_dir_fd=self._workshop.fd, dst_dir_fd=directory)
         except OSError:
             os.unlink(_NEW, dir_fd=self._workshop.fd)
             raise
+
+    def _make(self, name: bytes, directory: int) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(name, flags, self._new_file_mode, dir_fd=directory)
+
+    def _give_up_new(self) -> None:
+        if self._new < 0:
+            return
+        fd, self._new = self._new, -1
+        os.close(fd)
+        with suppress(FileNotFoundError):
+            os.unlink(_NEW, dir_fd=self._workshop.fd)
 
     def _fill(self, fd: int, content: bytes, perms: bytes) -> None:
         try:

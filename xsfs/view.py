@@ -246,14 +246,18 @@ class View:
             self._learn(path, answer, asked) for path, answer in zip(paths, answers, strict=True)
         ]
 
-    async def survey(self, paths: Sequence[bytes]) -> list[Sight]:
+    async def survey(
+        self, paths: Sequence[bytes], meanwhile: Callable[[], None] | None = None
+    ) -> list[Sight]:
         """All about many nodes, in one round trip but for listings too long for one reply.
+
+        meanwhile   as in Session.burst
 
         Raises XenstoreError `E2BIG` for a node whose children there is no way to list.
         """
         asked = self.known.moment
         replies = await self.session.burst(
-            [q for path in paths for q in questions(path, perms=self.asks_perms)]
+            [q for path in paths for q in questions(path, perms=self.asks_perms)], meanwhile
         )
         return [
             await self._sight(path, answers, asked)
