@@ -25,7 +25,7 @@ from . import chart, kinds, mirror_works, works
 from .errors import BenchmarkError
 from .kinds import execute, names_below
 from .libxenstore import reader
-from .mounting import UNMOUNT, bare, bare_tree, plain_tree, xsfs
+from .mounting import UNMOUNT, bare, bare_tree, client_tree, plain_tree, xsfs
 from .report import Circumstances, Memory, document, lines
 from .stores import DOMAINS_MIN, NAME, NAME_VALUE, domains_for, store
 from .timing import Comparison, Result, measure, warm_up
@@ -79,7 +79,7 @@ def _see_the_same(stage: works.Stage) -> None:
     """A tree in which something is missing would be walked in no time."""
     whole = stage.whole
     ours = names_below(whole.file(whole.top))
-    for tree in (stage.tree, stage.plain):
+    for tree in (stage.tree, stage.plain, stage.by_client):
         if names_below(tree.path) != ours:
             raise BenchmarkError(f"other names at {tree.path} than in xsfs")
 
@@ -109,6 +109,7 @@ def _run(
             enter(bare(f"{NAME_VALUE}\n", whole.socket, NAME)),
             enter(bare_tree(whole.socket, whole.top)),
             enter(plain_tree(whole.socket, whole.top)),
+            enter(client_tree(whole.socket, whole.top)),
             value,
             enter(_pyxs(whole.socket)),
             enter(reader(NAME, works.LINE, whole.environment)),

@@ -37,6 +37,7 @@ from .question import Asker, Question
 
 FILE: Final = InodeT(ROOT_INODE + 1)
 HANDLE: Final = FileHandleT(1)
+OPTIONS: Final = {"fsname=bare", "ro", "nosuid", "nodev", "noexec"}
 
 
 class Least(pyfuse3.Operations):
@@ -92,8 +93,7 @@ class Bare(Least):
 
 def serve(operations: pyfuse3.Operations, mountpoint: str) -> None:
     """Mount it, and answer until it is unmounted."""
-    options = {"fsname=bare", "ro", "nosuid", "nodev", "noexec"}
-    pyfuse3.init(operations, mountpoint, options)
+    pyfuse3.init(operations, mountpoint, OPTIONS)
     try:
         trio.run(pyfuse3.main)
     finally:

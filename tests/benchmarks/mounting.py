@@ -65,6 +65,11 @@ def plain_tree(socket: str, top: str) -> contextlib.AbstractContextManager[Mount
     return mounted(f"{__package__}.plain_tree", [socket, top])
 
 
+def client_tree(socket: str, top: str) -> contextlib.AbstractContextManager[Mount]:
+    """The same by xsfs's client."""
+    return mounted(f"{__package__}.client_tree", [socket, top])
+
+
 @contextlib.contextmanager
 def mounted(module: str, arguments: Sequence[str]) -> Iterator[Mount]:
     """Run a Python module which mounts a file system at the path that is its last argument."""

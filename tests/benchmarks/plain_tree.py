@@ -3,9 +3,8 @@
 
 It asks what the bare tree asks, in the same order, and is made of the answers: names, which of them
 are directories, values.  It is for one program at a time, which only reads, in domain 0, while the
-store always answers at once: no rights, transactions, watches, long names, restarts or limits, and
-each operation is one plain function.  That is the floor under every truthful Xenstore file system in
-Python.
+store always answers at once: no rights, transactions, watches, long names, restarts or limits, no
+inode that is ever forgotten.  That is the floor under every truthful Xenstore file system in Python.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import errno
 import socket
 import stat
 import sys
+from collections.abc import Sequence
 
 import pyfuse3
 from pyfuse3 import (
@@ -30,11 +30,15 @@ from pyfuse3 import (
 )
 
 from xsfs.linger import LINGER_SECONDS, Linger
+from xsfs.names import is_container
 from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
 from xsfs.session_loop import install
 from xsfs.wire import HEADER, Op, encode
 
 from .bare import Least, serve
+
+Answers = Sequence[bytes | None]
+"""None: an error."""
 
 
 def message(op: Op, path: bytes) -> bytes:
@@ -72,9 +76,10 @@ class Connection:
 
 
 class PlainTree(Least):
-    def __init__(self, socket: str, top: str) -> None:
+    connection: Connection
+
+    def __init__(self, top: str) -> None:
         super().__init__()
-        self.connection = Connection(socket)
         self.paths = {ROOT_INODE: top.rstrip("/").encode()}
         """Of / nothing."""
         self.inodes: dict[bytes, int] = {}
@@ -83,9 +88,13 @@ class PlainTree(Least):
         self.values: dict[int, bytes] = {}
         """Of the files that are open."""
         self.looked_up = (0, b"")
-        self.listed: tuple[int, bytes] = (0, b"")
-        """The directory that was opened, and its listing; what its children are has not been read."""
-        self.guessed: list[bytes] = []
+        self.names: list[bytes] = []
+        """Of the children of the directory that was opened."""
+        self.behind: list[bytes] = []
+        """Those that were asked for with it, and whose answers are not read yet."""
+        self.children: Answers = ()
+        """What they have for children."""
+        self.waiter = install()
 
     def inode(self, path: bytes) -> int:
         inode = self.inodes.get(path)
@@ -103,66 +112,83 @@ class PlainTree(Least):
         entry.attr_timeout = ATTRIBUTES_TIMEOUT
         return entry
 
-    def settle(self) -> None:
-        """Let nothing that was asked be unread."""
-        if self.guessed:
-            self.connection.replies(len(self.guessed))
-            self.guessed = []
+    async def ask(self, path: bytes, behind: list[bytes]) -> Answers:
+        """A node's value and children; and behind them, not waited for, those of some children."""
+        connection = self.connection
+        if self.behind:
+            connection.replies(len(self.behind))
+        connection.send(message(Op.READ, path) + message(Op.DIRECTORY, path))
+        self.behind = behind
+        if behind:
+            connection.send(self.questions(path, behind))
+        return connection.replies(2)
 
-    def look(self, inode: int, path: bytes) -> tuple[bytes, EntryAttributes]:
-        self.settle()
-        self.connection.send(message(Op.READ, path) + message(Op.DIRECTORY, path))
-        value, children = self.connection.replies(2)
+    def prepare(self) -> None:
+        """Read the latter, in the time that the one who opens takes until he lists."""
+        if self.behind and self.behind == self.names:
+            self.children = self.connection.replies(len(self.behind))
+            self.behind = []
+
+    async def ask_children(self, path: bytes, names: list[bytes]) -> Answers:
+        """The same where not all of them were guessed."""
+        connection = self.connection
+        connection.replies(len(self.behind))
+        self.behind = []
+        connection.send(self.questions(path, names))
+        return connection.replies(len(names))
+
+    def questions(self, path: bytes, names: list[bytes]) -> bytes:
+        below = path + b"/"
+        return b"".join([message(Op.DIRECTORY, below + name) for name in names])
+
+    async def look(self, inode: int, path: bytes) -> tuple[bytes, EntryAttributes]:
+        value, children = await self.ask(path, [])
         if value is None or children is None:
             raise FUSEError(errno.ENOENT)
-        return value, self.attributes(inode, value, directory=bool(children))
+        directory = bool(children) or (not value and is_container(path))
+        return value, self.attributes(inode, value, directory=directory)
 
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         path = self.paths[parent_inode] + b"/" + name
         inode = self.inode(path)
-        value, entry = self.look(inode, path)
+        value, entry = await self.look(inode, path)
         self.looked_up = inode, value
         return entry
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return self.look(inode, self.paths[inode])[1]
+        return (await self.look(inode, self.paths[inode]))[1]
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        self.settle()
-        path = self.paths[inode]
-        connection = self.connection
-        connection.send(message(Op.READ, path) + message(Op.DIRECTORY, path))
-        if guess := self.listings.get(inode):
-            self.guessed = guess[:-1].split(b"\0")
-            below = path + b"/"
-            connection.send(b"".join([message(Op.DIRECTORY, below + n) for n in self.guessed]))
-        value, children = connection.replies(2)
+        guess = self.listings.get(inode)
+        names = guess[:-1].split(b"\0") if guess else []
+        value, children = await self.ask(self.paths[inode], names)
         if value is None or children is None:
             raise FUSEError(errno.ESTALE)
-        self.listed = inode, children
+        self.names = children[:-1].split(b"\0") if children else []
+        self.children = ()
+        self.waiter.put_off(self.prepare)
         return FileHandleT(inode)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        inode, listing = self.listed
-        assert inode == fh
-        names = listing[:-1].split(b"\0") if listing else []
+        names = self.names
         if start_id >= len(names):
             return
-        below = self.paths[inode] + b"/"
-        if start_id or self.guessed != names:
-            self.settle()
-            self.connection.send(b"".join([message(Op.DIRECTORY, below + n) for n in names]))
-        self.guessed = []
-        children = self.connection.replies(len(names))
+        path = self.paths[fh]
+        below = path + b"/"
+        custom = is_container(path or b"/")
+        children = self.children
+        if len(children) < len(names):
+            children = self.children = await self.ask_children(path, names)
         leaf = self.attributes(0, b"", directory=False)
         parent = self.attributes(0, b"", directory=True)
         for number, name in enumerate(names[start_id:], start_id):
             child = children[number]
             if child is None:
                 continue
-            entry = parent if child else leaf
+            above = child or (custom and is_container(below + name))
+            entry = parent if above else leaf
             entry.st_ino = InodeT(self.inode(below + name))
             if child:
                 self.listings[entry.st_ino] = child
@@ -172,7 +198,7 @@ class PlainTree(Least):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         looked_up, value = self.looked_up
         if looked_up != inode:
-            value, _ = self.look(inode, self.paths[inode])
+            value, _ = await self.look(inode, self.paths[inode])
         self.values[inode] = value + b"\n" if value else b""
         return FileInfo(fh=FileHandleT(inode), direct_io=True)
 
@@ -184,8 +210,8 @@ class PlainTree(Least):
 
 
 def main(socket: str, top: str, mountpoint: str) -> None:
-    operations = PlainTree(socket, top)
-    install()
+    operations = PlainTree(top)
+    operations.connection = Connection(socket)
     serve(operations, mountpoint)
 
 
