@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from functools import wraps
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pyfuse3
 import pytest
 import trio
-from pyfuse3 import FUSEError, RequestContext
+from pyfuse3 import FUSEError
 
-from xsfs.client import Store, open_store
-from xsfs.directories import Directory, RootDirectory
-from xsfs.embedded import EmbeddedStore
+from tests.operating import (
+    APPEND,
+    EXCL,
+    RDONLY,
+    ROOT,
+    TRUNC,
+    WRONLY,
+    World,
+    ctx,
+    entries_of,
+    in_world,
+    listed,
+    refused,
+)
+from xsfs.directories import Directory
 from xsfs.errors import (
     ConnectionLost,
     RequestTimeout,
@@ -31,95 +38,15 @@ from xsfs.errors import (
     TransactionEnded,
     XenstoreError,
 )
-from xsfs.handles import Handles
 from xsfs.known import KNOWN_MAX, KnownDirectories
 from xsfs.listing import DirectoryHandle
 from xsfs.looks import Look
-from xsfs.names import TEXT, join
-from xsfs.node import FORGOTTEN, PATHS_MAX, Tree
-from xsfs.operations import Operations
-from xsfs.ownership import Ownership
-from xsfs.servants import open_servants
-from xsfs.transport import SocketTransport
+from xsfs.names import join
+from xsfs.node import FORGOTTEN, PATHS_MAX
 from xsfs.values import ValueFile
 from xsfs.verdicts import errno_of
-from xsfs.view import Children, View
+from xsfs.view import Children
 from xsfs.wire import WireError, directory, read, watch, write
-
-ROOT = pyfuse3.ROOT_INODE
-LIMIT = 10.0
-RDONLY, WRONLY, TRUNC, APPEND, EXCL = (
-    os.O_RDONLY,
-    os.O_WRONLY,
-    os.O_TRUNC,
-    os.O_APPEND,
-    os.O_EXCL,
-)
-
-
-def ctx(pid: int = 1) -> RequestContext:
-    return cast(RequestContext, SimpleNamespace(pid=pid, uid=0, gid=0, umask=0))
-
-
-class World:
-    """Operations over a store of their own."""
-
-    def __init__(self, operations: Operations, store: Store, view: View) -> None:
-        self.operations = operations
-        self.store = store
-        self.view = view
-        self.tree = operations.tree
-
-    async def lookup(self, *names: bytes, pid: int = 1) -> pyfuse3.EntryAttributes:
-        inode = ROOT
-        for name in names:
-            entry = await self.operations.lookup(inode, name, ctx(pid))
-            inode = entry.st_ino
-        return entry
-
-    async def costs(self, action: Callable[[], Awaitable[Any]]) -> int:
-        """How many requests the action sends to the store."""
-        before = self.store.requests
-        await action()
-        return self.store.requests - before
-
-
-@asynccontextmanager
-async def world(domid: int = 0) -> AsyncIterator[World]:
-    embedded = EmbeddedStore()
-    async with open_servants() as nursery:
-        await nursery.start(embedded.serve)
-
-        def connect() -> SocketTransport:
-            return SocketTransport(embedded.connect(domid), same_loop=True)
-
-        async with open_store(connect=connect) as store:
-            view = View(store, domid, b"/local/domain/%d" % domid, TEXT, KnownDirectories())
-            tree = Tree(Ownership(0, 0, 0o077), lambda: {"requests": store.requests})
-            tree.add_root(RootDirectory(tree, view, None, b""))
-            yield World(Operations(tree, store.distrust), store, view)
-
-
-def in_world(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
-    @wraps(test)
-    def run() -> None:
-        async def bounded() -> None:
-            with trio.fail_after(LIMIT):
-                async with world() as a_world:
-                    await test(a_world)
-
-        trio.run(bounded)
-
-    # pytest would take the argument for a fixture.
-    del run.__wrapped__
-    return run
-
-
-async def refused(number: int, operation: Awaitable[object]) -> None:
-    with pytest.raises(FUSEError) as caught:
-        await operation
-    assert errno.errorcode[caught.value.errno] == errno.errorcode[number]
-
 
 # ------------------------------------------------------------------------------------ round trips
 
@@ -211,28 +138,6 @@ async def test_a_listing_asks_for_values_only_where_the_kind_depends_on_them(w: 
         for name, look in looks.items()
     }
     assert shown == {b"file": False, b"device": True, b"data": True}
-
-
-async def listed(w: World, fh: pyfuse3.FileHandleT, start: int = 0) -> dict[bytes, bool]:
-    """The names that reading the directory gives from there on, and whether each is a directory."""
-    entries = await entries_of(w, fh, start)
-    return {name: stat.S_ISDIR(mode) for name, (_, mode) in entries.items()}
-
-
-async def entries_of(
-    w: World, fh: pyfuse3.FileHandleT, start: int = 0
-) -> dict[bytes, tuple[int, int]]:
-    """The same, with inode numbers and modes."""
-    entries: dict[bytes, tuple[int, int]] = {}
-
-    def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
-        entries[name] = entry.st_ino, entry.st_mode
-        return True
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pyfuse3, "readdir_reply", reply)
-        await w.operations.readdir(fh, start, cast(Any, None))
-    return entries
 
 
 @in_world
@@ -512,51 +417,6 @@ async def test_many_lookups_at_once_make_one_node(w: World) -> None:
     assert w.tree.get(entries[0].st_ino).lookups == 20
 
 
-@in_world
-async def test_a_file_is_one_node_however_many_look_it_up_at_once(w: World) -> None:
-    """Each of them has made it before the store answers."""
-    await w.store.write("data/x", "value")
-    data = await w.lookup(b"data")
-    opened: list[pyfuse3.FileInfo] = []
-    inodes = set()
-
-    async def open_it(pid: int) -> None:
-        entry = await w.operations.lookup(data.st_ino, b"x", ctx(pid))
-        assert entry.st_size == len("value\n")
-        inodes.add(entry.st_ino)
-        opened.append(await w.operations.open(entry.st_ino, RDONLY, ctx(pid)))
-
-    async with trio.open_nursery() as nursery:
-        for pid in range(20):
-            nursery.start_soon(open_it, pid)
-    (inode,) = inodes
-    assert w.tree.get(inode).lookups == 20
-    nodes = {id(w.operations._handles.get(info.fh).node) for info in opened}
-    assert nodes == {id(w.tree.get(inode))}
-
-
-@in_world
-async def test_a_file_that_is_renamed_while_it_is_looked_up(w: World) -> None:
-    await w.store.write("data/x", "value")
-    data = await w.lookup(b"data")
-    first = await w.lookup(b"data", b"x")
-    entries: list[pyfuse3.EntryAttributes] = []
-
-    async def look() -> None:
-        entries.append(await w.operations.lookup(data.st_ino, b"x", ctx(2)))
-
-    with trio.fail_after(LIMIT):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(look)
-            # Asked, and not yet answered.
-            while not w.store._link.connection._unanswered.outstanding:  # type: ignore[union-attr]
-                await trio.lowlevel.checkpoint()
-            w.tree.move(w.tree.get(first.st_ino), w.tree.get(data.st_ino), b"y")
-    assert entries[0].st_ino != first.st_ino
-    assert w.tree.get(entries[0].st_ino).path == b"/local/domain/0/data/x"
-    assert w.tree.get(first.st_ino).path == b"/local/domain/0/data/y"
-
-
 def test_known_directories_are_bounded() -> None:
     known = KnownDirectories()
     for number in range(KNOWN_MAX + 10):
@@ -621,36 +481,6 @@ def test_every_exception_becomes_an_errno(
         test()
     bug = isinstance(error, KeyError | AssertionError)
     assert ("Traceback" in caplog.text) is bug
-
-
-@pytest.mark.parametrize(
-    ("error", "number"), [(FUSEError(errno.ENFILE), errno.ENFILE), (KeyError("a bug"), errno.EIO)]
-)
-@pytest.mark.parametrize("looked_up", [True, False])
-def test_an_open_that_fails(
-    error: Exception,
-    number: int,
-    looked_up: bool,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Whether or not its LOOKUP has made all ready."""
-
-    def fail(self: Handles, uid: int) -> bool:
-        raise error
-
-    @in_world
-    async def test(w: World) -> None:
-        entry = await w.lookup(b"name", pid=1 if looked_up else 2)
-        with monkeypatch.context() as patch:
-            patch.setattr(Handles, "admit", fail)
-            await refused(number, w.operations.open(entry.st_ino, RDONLY, ctx(1)))
-        assert len(w.operations) == 0
-        info = await w.operations.open(entry.st_ino, RDONLY, ctx(1))
-        assert await w.operations.read(info.fh, 0, 4096) == b"Domain-0\n"
-
-    test()
-    assert ("Traceback" in caplog.text) is isinstance(error, KeyError)
 
 
 @in_world

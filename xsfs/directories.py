@@ -86,8 +86,12 @@ class Directory(ListedNode):
         kind = self.own.get(name)
         if kind is not None:
             self.require()
-            entry = await self.tree.node(kind, self, name).looked_up(pid)
-            return self._found(self.tree.node(kind, self, name), entry)
+            node = self.tree.node(kind, self, name)
+            entry = await node.looked_up(pid)
+            if not self.tree.stands(node, self, name):
+                node = self.tree.node(kind, self, name)
+                entry.st_ino = node.inode
+            return self._found(node, entry)
         child = name
         if not (name.isalnum() or wire.is_name(name)):  # the former costs less
             if (forced := forced_name(name)) is not None:

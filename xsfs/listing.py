@@ -122,7 +122,7 @@ class DirectoryHandle(Handle):
         return node, self.of_leaf
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
-        if self.digest is None and start >= len(OWN_ENTRIES) + len(self.entries):
+        if self.used and start >= len(OWN_ENTRIES) + len(self.entries):
             return  # the end, which whoever reads is told once more
         if start == 0 and self.used:
             await self.fetch()

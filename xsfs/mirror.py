@@ -49,7 +49,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
-from functools import partial
 from typing import Final
 
 import outcome
@@ -356,10 +355,9 @@ class Mirror:
             self._wake()
 
     async def _survey(self, paths: Sequence[bytes], *, expects: bool = False) -> list[Sight]:
-        """Look at nodes.  `expects`: as the first is probably a changed file, get ready meanwhile."""
-        meanwhile = partial(self._copy.expect, paths[0]) if expects and paths else None
+        """Look at nodes.  `expects`: one is probably a changed file, so get ready for it meanwhile."""
         try:
-            sights = await self._view.survey(paths, meanwhile)
+            sights = await self._view.survey(paths, self._files.expect if expects else None)
         except wire.WireError as error:
             self.store.distrust(str(error))
             raise ConnectionLost(f"the store answers nonsense: {error}") from error

@@ -65,10 +65,6 @@ class Copy:
     def _has_children(names: list[bytes]) -> bool:
         return len(names) > (VALUE_NAME in names)
 
-    def expect(self, path: bytes) -> None:
-        """The node's file is probably changed next."""
-        self._files.expect(self.place(path))
-
     # ---------------------------------------------------------------------------------- apply
 
     def apply(self, path: bytes, sight: Sight, *, renew: bool) -> Steps:

@@ -229,14 +229,13 @@ class MirrorFiles:
 
     # ---------------------------------------------------------------------------- to change
 
-    def expect(self, path: bytes) -> None:
-        """The file is probably put next: do what can be done before it is known with what.
+    def expect(self) -> None:
+        """A file is probably put next: make it before it is known which, and with what.
 
         What fails now is met, and told, when it is.
         """
-        with suppress(OSError):
-            self._enter(_split(path)[0])
-            if self._new < 0:
+        if self._new < 0:
+            with suppress(OSError):
                 self._new = self._make(_NEW, self._workshop.fd)
 
     def put(self, path: bytes, content: bytes, perms: bytes) -> None:
@@ -249,6 +248,8 @@ class MirrorFiles:
         fd, self._new = self._new, -1
         if fd < 0:
             fd = self._make(_NEW, self._workshop.fd)
+        elif not content:
+            os.utime(fd)  # nothing is written that would tell when
         try:
             self._fill(fd, content, perms)
             os.rename(_NEW, name, src_dir_fd=self._workshop.fd, dst_dir_fd=directory)
@@ -282,6 +283,8 @@ class MirrorFiles:
             os.close(fd)
 
     def make_directory(self, path: bytes) -> None:
+        # It may have the last inode.
+        self._give_up_new()
         parent, name = _split(path)
         directory = self._enter(parent)
         os.mkdir(name, self._directory_mode, dir_fd=directory)

@@ -131,7 +131,7 @@ class Handle:
 class Node(ABC):
     """One inode.  Subclasses are the kinds; each answers the operations that make sense on it."""
 
-    __slots__ = ("gone", "inode", "lookups", "name", "parent", "tree", "view")
+    __slots__ = ("displaced", "gone", "inode", "lookups", "name", "parent", "tree", "view")
 
     kind: ClassVar[int] = stat.S_IFREG
     entry_timeout: ClassVar[float] = FILE_ENTRY_TIMEOUT
@@ -143,6 +143,8 @@ class Node(ABC):
         self.name = name
         self.inode = 0
         self.lookups = 0
+        self.displaced = False
+        """Whether its number is not the hash of its position, since another node has that."""
         self.gone = False
 
     @property
@@ -295,24 +297,27 @@ class Tree:
 
     def node(self, kind: type[N], parent: Node, name: bytes) -> N:
         """The node at this position, a new one if need be.  Its lookup count stays as it is."""
-        found, number = self._search(kind, parent, name)
+        found, number, displaced = self._search(kind, parent, name)
         if found is not None:
             return found
         node = kind(parent.tree, parent.view, parent, name)
         node.inode = number
+        node.displaced = displaced
         return node
 
     def find(self, kind: type[N], parent: Node, name: bytes) -> N | None:
         """The node at this position if the kernel knows one."""
         return self._search(kind, parent, name)[0]
 
-    def _search(self, kind: type[N], parent: Node, name: bytes) -> tuple[N | None, int]:
+    def _search(self, kind: type[N], parent: Node, name: bytes) -> tuple[N | None, int, bool]:
+        """The node at this position if the table has it; its number, or the one that it would get,
+        and whether that is not the position's hash."""
         if self._moved and (moved := self._moved.get((kind, parent, name))) is not None:
             if not moved.gone:
-                return cast(N, moved), moved.inode
+                return cast(N, moved), moved.inode, True
             del self._moved[kind, parent, name]
         # 2 and up: 1 is the root's.
-        number = (hash((kind, *parent.place_of(name))) & 0x3FFF_FFFF_FFFF_FFFF) + 2
+        first = number = (hash((kind, *parent.place_of(name))) & 0x3FFF_FFFF_FFFF_FFFF) + 2
         while (found := self._nodes.get(number)) is not None:
             if (
                 type(found) is kind
@@ -320,21 +325,17 @@ class Tree:
                 and found.name == name
                 and not (found.gone or found.view.ended)
             ):
-                return found, number
+                return found, number, number != first
             number += 1
-        return None, number
+        return None, number, number != first
 
     def stands(self, node: Node, parent: Node, name: bytes) -> bool:
-        """Whether a node that was made before a wait may still be remembered here: it is in the table,
-        or never was, and then nobody else is at its number."""
-        known = self._nodes.get(node.inode)
-        return (
-            (known is node or (known is None and not node.lookups))
-            and node.parent is parent
-            and node.name == name
-            and not (node.gone or node.view.ended)
-            and not self._moved
-        )
+        """Whether a node that was made for this position before a wait may still be remembered: it is
+        the one in the table; or there is none, it never was, and its number is still the next."""
+        known, number, _ = self._search(type(node), parent, name)
+        if known is not None:
+            return known is node
+        return number == node.inode and not (node.lookups or node.gone or node.view.ended)
 
     def move(self, node: Node, parent: Node, name: bytes) -> None:
         """The node has been renamed: it keeps its number, which is not its new position's hash."""
@@ -349,6 +350,10 @@ class Tree:
         two tasks could have made it."""
         if node.view is not self._view and not self._joins(node):
             return  # its view has ended meanwhile
+        if node.displaced and not node.lookups:
+            # To be found even if what is at its position's number goes first.
+            assert node.parent is not None
+            self._moved[type(node), node.parent, node.name] = node
         node.lookups += 1
         self._nodes[node.inode] = node
 

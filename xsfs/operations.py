@@ -231,7 +231,7 @@ class Operations(Answering):
         try:
             if not (flags & _CHANGES or self.traces):
                 handle = self.tree.prefetched.take(ctx.pid, inode)
-                if handle is not None:
+                if handle is not None and not handle.node.view.ended:
                     self.answered += 1
                     foreign = self._handles.admit(ctx.uid)
                     return self._file_info(handle, foreign)

@@ -143,8 +143,9 @@ class DotValue(ValueFile):
         assert isinstance(self.parent, XenstoreNode)
         if not self.parent.has_dot_value(look):
             refuse(errno.ENOENT)
-        handle = ReadHandle(self, self.view.content.render(look.value))
-        self.tree.prefetched.put(pid, self.inode, handle)
+        if not look.hidden:
+            handle = ReadHandle(self, self.view.content.render(look.value))
+            self.tree.prefetched.put(pid, self.inode, handle)
         return self.attributes(look)
 
     def was_written(self) -> None:
@@ -194,8 +195,8 @@ class ReadHandle(Handle):
 class ExpectedFile:
     """A child that is looked up, made as the file that it probably is while the store is asked.
 
-    After the store's answer there is less to do then.  That counts twice: whoever waits for longer
-    than some five microseconds has let his processor go, and to get it back takes ten more.
+    After the store's answer there is less to do then, and that counts more than once: whoever waits for
+    longer than some five microseconds has let his processor go, and to get it back takes ten more.
     """
 
     __slots__ = ("_directory", "_entry", "_file", "_handle", "_name")

@@ -1,0 +1,141 @@
+"""The operations in process, over the embedded store, without a kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import wraps
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pyfuse3
+import pytest
+import trio
+from pyfuse3 import FUSEError, RequestContext
+
+from xsfs.client import Store, open_store
+from xsfs.embedded import EmbeddedStore
+from xsfs.known import KnownDirectories
+from xsfs.names import TEXT
+from xsfs.node import Tree
+from xsfs.operations import Operations
+from xsfs.ownership import Ownership
+from xsfs.servants import open_servants
+from xsfs.transaction_files import MountRoot
+from xsfs.transactions import Transactions
+from xsfs.transport import SocketTransport
+from xsfs.view import View
+
+ROOT = pyfuse3.ROOT_INODE
+LIMIT = 10.0
+IDLE_SECONDS = 60.0
+RDONLY, WRONLY, TRUNC, APPEND, EXCL = (
+    os.O_RDONLY,
+    os.O_WRONLY,
+    os.O_TRUNC,
+    os.O_APPEND,
+    os.O_EXCL,
+)
+
+
+def ctx(pid: int = 1) -> RequestContext:
+    return cast(RequestContext, SimpleNamespace(pid=pid, uid=0, gid=0, umask=0))
+
+
+class World:
+    """Operations over a store of their own."""
+
+    def __init__(
+        self, embedded: EmbeddedStore, operations: Operations, store: Store, view: View
+    ) -> None:
+        self.embedded = embedded
+        self.operations = operations
+        self.store = store
+        self.view = view
+        self.tree = operations.tree
+
+    async def lookup(self, *names: bytes, pid: int = 1) -> pyfuse3.EntryAttributes:
+        inode = ROOT
+        for name in names:
+            entry = await self.operations.lookup(inode, name, ctx(pid))
+            inode = entry.st_ino
+        return entry
+
+    def connect_as(self, domid: int) -> Callable[[], SocketTransport]:
+        """How a domain connects to the same store."""
+        return lambda: SocketTransport(self.embedded.connect(domid), same_loop=True)
+
+    async def asked(self) -> None:
+        """Return when something was asked of the store, and is not answered yet."""
+        connection = self.store._link.connection
+        assert connection is not None
+        while not connection._unanswered.outstanding:
+            await trio.lowlevel.checkpoint()
+
+    async def costs(self, action: Callable[[], Awaitable[Any]]) -> int:
+        """How many requests the action sends to the store."""
+        before = self.store.requests
+        await action()
+        return self.store.requests - before
+
+
+@asynccontextmanager
+async def world(domid: int = 0) -> AsyncIterator[World]:
+    embedded = EmbeddedStore()
+    async with open_servants() as nursery:
+        await nursery.start(embedded.serve)
+
+        def connect() -> SocketTransport:
+            return SocketTransport(embedded.connect(domid), same_loop=True)
+
+        async with open_store(connect=connect) as store:
+            view = View(store, domid, b"/local/domain/%d" % domid, TEXT, KnownDirectories())
+            tree = Tree(Ownership(0, 0, 0o077), lambda: {"requests": store.requests})
+            tree.add_root(MountRoot(tree, view, Transactions(nursery, view, IDLE_SECONDS)))
+            yield World(embedded, Operations(tree, store.distrust), store, view)
+
+
+def in_world(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
+    @wraps(test)
+    def run() -> None:
+        async def bounded() -> None:
+            with trio.fail_after(LIMIT):
+                async with world() as a_world:
+                    await test(a_world)
+
+        trio.run(bounded)
+
+    # pytest would take the argument for a fixture.
+    del run.__wrapped__
+    return run
+
+
+async def refused(number: int, operation: Awaitable[object]) -> None:
+    with pytest.raises(FUSEError) as caught:
+        await operation
+    assert errno.errorcode[caught.value.errno] == errno.errorcode[number]
+
+
+async def listed(w: World, fh: pyfuse3.FileHandleT, start: int = 0) -> dict[bytes, bool]:
+    """The names that reading the directory gives from there on, and whether each is a directory."""
+    entries = await entries_of(w, fh, start)
+    return {name: stat.S_ISDIR(mode) for name, (_, mode) in entries.items()}
+
+
+async def entries_of(
+    w: World, fh: pyfuse3.FileHandleT, start: int = 0
+) -> dict[bytes, tuple[int, int]]:
+    """The same, with inode numbers and modes."""
+    entries: dict[bytes, tuple[int, int]] = {}
+
+    def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        entries[name] = entry.st_ino, entry.st_mode
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyfuse3, "readdir_reply", reply)
+        await w.operations.readdir(fh, start, cast(Any, None))
+    return entries
