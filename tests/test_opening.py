@@ -25,7 +25,9 @@ from tests.operating import (
 from xsfs import prefetched
 from xsfs.client import open_store
 from xsfs.handles import Handles
+from xsfs.node import Node
 from xsfs.operations import Operations
+from xsfs.values import DotValue, ValueFile
 
 RDWR = 2
 
@@ -111,9 +113,11 @@ async def test_what_a_lookup_has_made_ready_is_all_that_is_opened(
         raise AssertionError("nothing had been made ready")
 
     entry = await w.lookup(b"name")
+    answered = w.operations.answered
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Operations, "_open", slow)
         info = await w.operations.open(entry.st_ino, RDONLY, ctx())
+    assert w.operations.answered == answered + 1
     assert await w.operations.read(info.fh, 0, 4096) == b"Domain-0\n"
 
 
@@ -232,6 +236,34 @@ async def test_a_number_that_gets_free_while_a_file_is_looked_up(w: World) -> No
         _, made = await w.operations.create(data.st_ino, b"x", 0o644, WRONLY, ctx(3))
     assert entries[0].st_ino == made.st_ino
     assert w.tree.get(made.st_ino).lookups == 2
+
+
+@pytest.mark.parametrize(("kind", "name"), [(ValueFile, b"x"), (DotValue, b".value")])
+def test_a_number_that_is_taken_while_a_file_is_looked_up(kind: type[Node], name: bytes) -> None:
+    """By one that was made and removed meanwhile, and that the kernel still knows."""
+
+    @in_world
+    async def test(w: World) -> None:
+        await w.store.write("data", "value")
+        await w.store.write("data/x", "value")
+        data = await w.lookup(b"data")
+        entries: list[pyfuse3.EntryAttributes] = []
+
+        async def look() -> None:
+            entries.append(await w.operations.lookup(data.st_ino, name, ctx(2)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            await w.asked()
+            other = w.tree.node(kind, w.tree.get(data.st_ino), name)
+            w.tree.remember(other)
+            other.gone = True
+        assert w.tree.get(other.inode) is other
+        assert entries[0].st_ino != other.inode
+        found = w.tree.get(entries[0].st_ino)
+        assert (type(found), found.lookups, found.gone) == (kind, 1, False)
+
+    test()
 
 
 @in_world
