@@ -265,6 +265,7 @@ class Tree:
         self._inside: dict[View, set[int]] = {}
         """Which nodes are those of other views."""
         self._moved: dict[tuple[type[Node], Node, bytes], Node] = {}
+        """By position, those whose numbers are not its hash: renamed, or displaced by another."""
         self.paths: dict[Node, bytes] = {}
         """Of directories that are in use: a bounded number, and none any more after a rename."""
 
