@@ -32,9 +32,10 @@ from xsfs.view import View
 ROOT = pyfuse3.ROOT_INODE
 LIMIT = 10.0
 IDLE_SECONDS = 60.0
-RDONLY, WRONLY, TRUNC, APPEND, EXCL = (
+RDONLY, WRONLY, RDWR, TRUNC, APPEND, EXCL = (
     os.O_RDONLY,
     os.O_WRONLY,
+    os.O_RDWR,
     os.O_TRUNC,
     os.O_APPEND,
     os.O_EXCL,
@@ -98,19 +99,30 @@ async def world(domid: int = 0) -> AsyncIterator[World]:
             yield World(embedded, Operations(tree, store.distrust), store, view)
 
 
-def in_world(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
-    @wraps(test)
-    def run() -> None:
-        async def bounded() -> None:
-            with trio.fail_after(LIMIT):
-                async with world() as a_world:
-                    await test(a_world)
+Test = Callable[[World], Awaitable[None]]
 
-        trio.run(bounded)
 
-    # pytest would take the argument for a fixture.
-    del run.__wrapped__
-    return run
+def in_world_of(domid: int) -> Callable[[Test], Callable[[], None]]:
+    """A test of operations that are a domain's."""
+
+    def decorate(test: Test) -> Callable[[], None]:
+        @wraps(test)
+        def run() -> None:
+            async def bounded() -> None:
+                with trio.fail_after(LIMIT):
+                    async with world(domid) as a_world:
+                        await test(a_world)
+
+            trio.run(bounded)
+
+        # pytest would take the argument for a fixture.
+        del run.__wrapped__
+        return run
+
+    return decorate
+
+
+in_world = in_world_of(0)
 
 
 async def refused(number: int, operation: Awaitable[object]) -> None:

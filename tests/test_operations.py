@@ -1,19 +1,17 @@
 """Ring: the operations in process, over the embedded store, without a kernel.
 
-Here are the facts that a kernel hides: how many requests an operation costs, inode numbers and lookup
-counts, and what becomes of an exception.
+Here are the facts that a kernel hides: how many requests an operation costs, how a listing is asked
+for, and what becomes of an exception.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import stat
 from typing import Any, cast
 
 import pyfuse3
 import pytest
-import trio
 from pyfuse3 import FUSEError
 
 from tests.operating import (
@@ -42,8 +40,7 @@ from xsfs.known import KNOWN_MAX, KnownDirectories
 from xsfs.listing import DirectoryHandle
 from xsfs.looks import Look
 from xsfs.names import join
-from xsfs.node import FORGOTTEN, PATHS_MAX
-from xsfs.values import ValueFile
+from xsfs.node import FORGOTTEN
 from xsfs.verdicts import errno_of
 from xsfs.view import Children
 from xsfs.wire import WireError, directory, read, watch, write
@@ -287,6 +284,18 @@ async def test_a_rewind_that_is_refused_changes_nothing(w: World) -> None:
 
 
 @in_world
+async def test_a_listing_that_is_begun_at_its_end(w: World) -> None:
+    """What was made since is there after a rewind."""
+    await w.store.write("data/a", "1")
+    data = await w.lookup(b"data")
+    fh = await w.operations.opendir(data.st_ino, ctx())
+    assert await entries_of(w, fh, 1000) == {}
+    await w.store.write("data/b", "1")
+    assert set(await entries_of(w, fh)) == {b".", b"..", b"a", b"b"}
+    assert await entries_of(w, fh, 1000) == {}
+
+
+@in_world
 async def test_a_listing_that_makes_no_sense_is_met_by_who_reads_it(w: World) -> None:
     data = (await w.lookup(b"data")).st_ino
 
@@ -302,119 +311,6 @@ async def test_a_listing_that_makes_no_sense_is_met_by_who_reads_it(w: World) ->
     # It was met; from the start on it is asked again.
     assert await listed(w, fh, 1) == {b"..": True}
     assert await listed(w, fh) == {b".": True, b"..": True}
-
-
-# --------------------------------------------------------------------------------- inodes, counts
-
-
-@in_world
-async def test_numbers_are_the_same_after_a_forget(w: World) -> None:
-    first = await w.lookup(b"name")
-    again = await w.lookup(b"name")
-    assert first.st_ino == again.st_ino
-    assert len(w.tree) == 2
-    await w.operations.forget([(first.st_ino, 1)])
-    assert len(w.tree) == 2
-    await w.operations.forget([(first.st_ino, 1)])
-    assert len(w.tree) == 1
-    await refused(errno.ESTALE, w.operations.getattr(first.st_ino, ctx()))
-    assert (await w.lookup(b"name")).st_ino == first.st_ino
-    await w.operations.forget([(ROOT, 1000), (12345, 1)])
-    assert stat.S_ISDIR((await w.operations.getattr(ROOT, ctx())).st_mode)
-
-
-@in_world
-async def test_a_file_and_a_directory_at_one_place_differ(w: World) -> None:
-    await w.store.write("data/x", "1")
-    file = await w.lookup(b"data", b"x")
-    await w.store.write("data/x/y", "2")
-    directory_entry = await w.lookup(b"data", b"x")
-    assert file.st_ino != directory_entry.st_ino
-    assert stat.S_ISREG(file.st_mode)
-    assert stat.S_ISDIR(directory_entry.st_mode)
-    await refused(errno.ESTALE, w.operations.getattr(file.st_ino, ctx()))
-    # The same node by three ways is three inodes: the kernel would move one directory's entry about.
-    forced = await w.lookup(b"data", b"x.d")
-    other = await w.lookup(b".root", b"local", b"domain", b"0", b"data", b"x")
-    assert len({directory_entry.st_ino, forced.st_ino, other.st_ino}) == 3
-
-
-@in_world
-async def test_numbers_that_collide(w: World) -> None:
-    data = await w.lookup(b"data")
-    parent = w.tree.get(data.st_ino)
-    await w.store.write("data/x", "1")
-    expected = w.tree.node(ValueFile, parent, b"x").inode
-    squatter = w.tree.node(ValueFile, parent, b"squatter")
-    squatter.inode = expected
-    w.tree.remember(squatter)
-    entry = await w.lookup(b"data", b"x")
-    assert entry.st_ino == expected + 1
-    assert (await w.lookup(b"data", b"x")).st_ino == expected + 1
-
-
-@in_world
-async def test_a_renamed_node_keeps_its_number(w: World) -> None:
-    await w.store.write("data/d/x", "1")
-    data = await w.lookup(b"data")
-    d = await w.lookup(b"data", b"d")
-    x = await w.lookup(b"data", b"d", b"x")
-    await w.operations.rename(data.st_ino, b"d", data.st_ino, b"e", 0, ctx())
-    assert w.tree.get(x.st_ino).path == b"/local/domain/0/data/e/x"
-    assert (await w.lookup(b"data", b"e")).st_ino == d.st_ino
-    assert (await w.operations.getattr(x.st_ino, ctx())).st_size == 2
-    made = await w.operations.mkdir(data.st_ino, b"d", 0o755, ctx())
-    assert made.st_ino != d.st_ino
-    await w.operations.rmdir(data.st_ino, b"d", ctx())
-    await refused(errno.ESTALE, w.operations.getattr(made.st_ino, ctx()))
-
-
-@in_world
-async def test_what_is_in_a_renamed_directory_has_a_new_path(w: World) -> None:
-    await w.store.write("data/d/inner/x", "1")
-    data, d = await w.lookup(b"data"), await w.lookup(b"data", b"d")
-    inner = await w.lookup(b"data", b"d", b"inner")
-    x = await w.lookup(b"data", b"d", b"inner", b"x")  # all paths have been asked for
-    await w.operations.rename(data.st_ino, b"d", data.st_ino, b"e", 0, ctx())
-    assert w.tree.get(inner.st_ino).path == b"/local/domain/0/data/e/inner"
-    assert (await w.operations.lookup(inner.st_ino, b"x", ctx())).st_ino == x.st_ino
-    await w.store.write("data/d/inner/x", "another")
-    assert await w.operations.getxattr(x.st_ino, b"user.xs.value", ctx()) == b"1"
-    await w.operations.rename(d.st_ino, b"inner", data.st_ino, b"outer", 0, ctx())
-    assert w.tree.get(x.st_ino).path == b"/local/domain/0/data/outer/x"
-
-
-@in_world
-async def test_paths_of_more_directories_than_are_kept(w: World) -> None:
-    for number in range(PATHS_MAX + 10):
-        await w.store.write(f"data/{number}/x", "1")
-    for _ in range(2):
-        for number in range(PATHS_MAX + 10):
-            entry = await w.lookup(b"data", b"%d" % number, b"x")
-            assert w.tree.get(entry.st_ino).path == b"/local/domain/0/data/%d/x" % number
-            assert len(w.tree.paths) <= PATHS_MAX
-
-
-@in_world
-async def test_timeouts(w: World) -> None:
-    file, data = await w.lookup(b"name"), await w.lookup(b"data")
-    assert file.entry_timeout == 0
-    assert data.entry_timeout > 1000
-    assert max(file.attr_timeout, data.attr_timeout) <= 0.01
-
-
-@in_world
-async def test_many_lookups_at_once_make_one_node(w: World) -> None:
-    entries: list[pyfuse3.EntryAttributes] = []
-
-    async def look(pid: int) -> None:
-        entries.append(await w.lookup(b"data.d", b".value", pid=pid))
-
-    async with trio.open_nursery() as nursery:
-        for pid in range(20):
-            nursery.start_soon(look, pid)
-    assert len({entry.st_ino for entry in entries}) == 1
-    assert w.tree.get(entries[0].st_ino).lookups == 20
 
 
 def test_known_directories_are_bounded() -> None:

@@ -41,7 +41,7 @@ class Handles:
 
     def admit(self, uid: int) -> bool:
         """The same of who opens; ENFILE if there is no room for one more."""
-        foreign = uid not in self._own
+        foreign = uid not in self._own  # and no call for it: an OPEN is to be answered at once
         full = len(self._handles) >= HANDLES_MAX
         if full or (foreign and len(self._foreign) >= HANDLES_MAX // 2):
             refuse(errno.ENFILE)

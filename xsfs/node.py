@@ -11,8 +11,8 @@ What always holds:
   files that are open on it.
 - An inode number is the hash of that position, so it stays the same when the kernel forgets a node
   and comes back; a renamed node keeps its number.  Python's hash of bytes is keyed anew in each
-  process, so no guest can choose names that collide; should two collide all the same, the later
-  takes the next number.
+  process, so no guest can choose names that collide; should two collide all the same, or an old node
+  of the same position be known to the kernel, the later takes the next number.
 - A node is in the table while its lookup count is above 0 (the root always), and its view has not
   ended.  The kernel may know the nodes of an ended view until its memory runs short; their numbers
   are never given again, and mean ESTALE.
