@@ -18,7 +18,7 @@ from tests.mirroring import HOME, Mirrored, await_true, live, mirrored, scratch
 from tests.mounting import LIMIT, Place, each_place, mounted
 from tests.test_mirror_places import refused
 from tests.xenstored.harness import XsClient, strings
-from xsfs.wire import Message, Op
+from xsfs.wire import Message, Op, encode
 
 place = each_place("C", "ocaml")
 
@@ -134,6 +134,33 @@ def test_hung_up_on_in_the_middle(place: Place, liar: LyingStore, tmp_path: Path
                 alive.witness.write(f"{HOME}/hung/{n}", f"{number}+")
             alive.settle()
         alive.witness.rm(f"{HOME}/hung")
+
+
+def test_the_new_file_is_made_while_the_store_is_asked(
+    place: Place, liar: LyingStore, tmp_path: Path
+) -> None:
+    path = f"{HOME}/awaited"
+    with mirrored(behind(place, liar), tmp_path / "m") as alive:
+        alive.witness.write(path, "old")
+        alive.settle()
+        held: list[tuple[Talk, Message]] = []
+
+        def hold(talk: Talk, request: Message) -> bool:
+            if request.op != Op.READ or request.payload != path.encode() + b"\0":
+                return False
+            held.append((talk, request))
+            return True
+
+        liar.lie = hold
+        alive.witness.write(path, "new")
+        made = alive.directory.parent / f".{alive.directory.name}.xsfs" / "new"
+        await_true(lambda: bool(held) and made.exists())
+        liar.behave()
+        for talk, request in held:
+            talk.upstream.sendall(encode(*request))
+        alive.settle()
+        assert not made.exists()
+        alive.witness.rm(path)
 
 
 # ---------------------------------------------------------------------------------- lies
