@@ -69,12 +69,24 @@ class World:
         """How a domain connects to the same store."""
         return lambda: SocketTransport(self.embedded.connect(domid), same_loop=True)
 
-    async def asked(self) -> None:
-        """Return when something was asked of the store, and is not answered yet."""
+    @asynccontextmanager
+    async def looking_up(
+        self, directory: pyfuse3.EntryAttributes, name: bytes
+    ) -> AsyncIterator[list[pyfuse3.EntryAttributes]]:
+        """Another thread's LOOKUP: the block runs when the store was asked and has not answered yet,
+        and what the thread gets is there after it."""
+        entries: list[pyfuse3.EntryAttributes] = []
         connection = self.store._link.connection
         assert connection is not None
-        while not connection._unanswered.outstanding:
-            await trio.lowlevel.checkpoint()
+
+        async def look() -> None:
+            entries.append(await self.operations.lookup(directory.st_ino, name, ctx(2)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            while not connection._unanswered.outstanding:
+                await trio.lowlevel.checkpoint()
+            yield entries
 
     async def costs(self, action: Callable[[], Awaitable[Any]]) -> int:
         """How many requests the action sends to the store."""

@@ -155,14 +155,7 @@ async def test_a_file_that_is_renamed_while_it_is_looked_up(w: World) -> None:
     await w.store.write("data/x", "value")
     data = await w.lookup(b"data")
     first = await w.lookup(b"data", b"x")
-    entries: list[pyfuse3.EntryAttributes] = []
-
-    async def look() -> None:
-        entries.append(await w.operations.lookup(data.st_ino, b"x", ctx(2)))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(look)
-        await w.asked()
+    async with w.looking_up(data, b"x") as entries:
         w.tree.move(w.tree.get(first.st_ino), w.tree.get(data.st_ino), b"y")
     assert entries[0].st_ino != first.st_ino
     assert w.tree.get(entries[0].st_ino).path == b"/local/domain/0/data/x"
@@ -196,14 +189,7 @@ async def test_a_file_is_found_when_the_one_before_it_is_forgotten(w: World) -> 
 @in_world
 async def test_a_number_that_gets_free_while_a_file_is_looked_up(w: World) -> None:
     data, old = await remade(w)
-    entries: list[pyfuse3.EntryAttributes] = []
-
-    async def look() -> None:
-        entries.append(await w.operations.lookup(data.st_ino, b"x", ctx(2)))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(look)
-        await w.asked()
+    async with w.looking_up(data, b"x") as entries:
         await w.operations.forget([(old.st_ino, 1)])
         _, made = await w.operations.create(data.st_ino, b"x", 0o644, WRONLY, ctx(3))
     assert entries[0].st_ino == made.st_ino
@@ -219,14 +205,7 @@ def test_a_number_that_is_taken_while_a_file_is_looked_up(kind: type[Node], name
         await w.store.write("data", "value")
         await w.store.write("data/x", "value")
         data = await w.lookup(b"data")
-        entries: list[pyfuse3.EntryAttributes] = []
-
-        async def look() -> None:
-            entries.append(await w.operations.lookup(data.st_ino, name, ctx(2)))
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(look)
-            await w.asked()
+        async with w.looking_up(data, name) as entries:
             other = w.tree.node(kind, w.tree.get(data.st_ino), name)
             w.tree.remember(other)
             other.gone = True
