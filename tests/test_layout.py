@@ -50,12 +50,14 @@ session outage watches
     embedded            wire store_domains store_content store_watch store_requests
 
     names               wire
+    containers
     known
     guesses
     ownership
     prefetched
     looks               permissions wire errors unanswered names
-    view                wire errors unanswered session transaction client names known guesses looks
+    view                wire errors unanswered session transaction client names containers known \
+guesses looks
     workshop
     mirror_files        ownership workshop
     mirror_copy         permissions wire names looks view mirror_files

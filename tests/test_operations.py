@@ -200,7 +200,9 @@ async def test_a_child_that_is_looked_up_before_it_is_read(w: World) -> None:
     fh = await prepared(w, data)
     handle = w.operations._handles.get(fh)
     assert isinstance(handle, DirectoryHandle)
-    made = handle.made[b"file"][0]
+    found = handle.made[b"file"]
+    assert found is not None
+    made = found[1]
     await w.operations.forget([(made.inode, made.lookups)])
     file = (await w.lookup(b"data", b"file")).st_ino
     known = w.tree.get(file)

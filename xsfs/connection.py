@@ -28,8 +28,8 @@ from trio.lowlevel import Abort, current_task, wait_task_rescheduled
 from xsfs.errors import ConnectionLost, RequestTimeout, XenstoreError
 from xsfs.threads import run_abandonable
 from xsfs.transport import Transport
-from xsfs.unanswered import BATCH_MAX, Batch, Reply, Unanswered
-from xsfs.wire import Op, Parser, Request, WireError, decode_event
+from xsfs.unanswered import BATCH_MAX, UNANSWERED, Batch, Reply, Unanswered
+from xsfs.wire import Op, Parser, Request, WireError, decode_event, encode_all
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Connection:
         if not self.alive:
             raise ConnectionLost(self._closed_because)
         batch = self._unanswered.enter(requests)
-        messages = batch.encode(tx_id)
+        messages = encode_all(requests, batch.first, tx_id)
         if self._unsent:
             self._unsent += b"".join(messages)
             return batch
@@ -182,13 +182,14 @@ class Connection:
         They are waited for on the spot, for a moment in all.  Ends where one has not come by then.
         """
         seconds = PROMPT_SECONDS
-        for place in range(len(batch.requests)):
-            while not batch.answered(place):
+        replies = batch.replies
+        for place in range(len(replies)):
+            while replies[place] is UNANSWERED:
                 missing = batch.missing
                 seconds = self._receive_promptly(batch, missing - 1, seconds)
                 if batch.missing == missing:
                     return
-            yield batch.replies[place]
+            yield replies[place]
 
     async def _post_watch(self, requests: Sequence[Request]) -> Batch:
         """Have the device carry out a WATCH or UNWATCH, in a thread since it blocks.
@@ -201,7 +202,7 @@ class Connection:
         batch.deadline = trio.current_time() + self._timeout
         try:
             with trio.fail_after(self._timeout):
-                await run_abandonable(self._transport.send, batch.encode(0))
+                await run_abandonable(self._transport.send, encode_all(requests, batch.first, 0))
         except trio.TooSlowError:
             raise RequestTimeout("the kernel did not carry out a WATCH in time") from None
         except OSError as error:

@@ -11,7 +11,8 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import ClassVar
 
 import pyfuse3
@@ -124,13 +125,17 @@ class Directory(ListedNode):
         return self._found(directory, directory.attributes(look))
 
     def child(self, name: bytes, look: Look) -> Directory | ValueFile:
-        if look is LEAF:  # what most children are: their path need not be made
-            return self.tree.node(ValueFile, self, name)
         if name == VALUE_NAME:
             return self.tree.node(DotValue, self, name)
-        if self.view.is_directory(join(self.path, name), look):
+        # Its path is made only where that depends on it.
+        if look.has_children or (
+            look is not LEAF and self.view.is_directory(join(self.path, name), look)
+        ):
             return self.tree.node(Directory, self, name)
         return self.tree.node(ValueFile, self, name)
+
+    def leaves(self) -> Callable[[bytes], ValueFile]:
+        return partial(self.tree.node, ValueFile, self)
 
     def _in_creation(self, name: bytes) -> ValueFile | None:
         """The file of this name that is open, and made when it is first written or closed."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, InodeT
 
-from xsfs.looks import LEAF, NOTHING, Look
+from xsfs.looks import LEAF, NOTHING, PARENT, Look
 from xsfs.names import NAME_MAX, VALUE_NAME
 from xsfs.node import Handle, refuse
 from xsfs.view import LOOK_WINDOW, Digest
@@ -32,14 +32,30 @@ class ListedNode(XenstoreNode):
     def child(self, name: bytes, look: Look) -> XenstoreNode:
         """The node for a child that looks so, or for `.value`."""
 
+    @abstractmethod
+    def leaves(self) -> Callable[[bytes], XenstoreNode]:
+        """What gives the nodes of children that are mere leaves, as most are."""
+
     def lasting_children(self) -> Collection[bytes]:
         """The names of directories that are there even while their nodes are not."""
         return ()
+
+    def alike(self) -> tuple[EntryAttributes, EntryAttributes]:
+        """The attributes of all mere leaves, and of all that have children, but for the inode."""
+        tree = self.tree
+        if tree.alike is None:
+            leaf, parent = self.child(b"leaf", LEAF), self.child(b"parent", PARENT)
+            tree.alike = leaf.attributes(LEAF), parent.attributes(PARENT)
+        return tree.alike
 
     async def opendir(self) -> Handle:
         handle = DirectoryHandle(self)
         await handle.fetch()
         return handle
+
+
+Made = tuple[Look, XenstoreNode, EntryAttributes]
+"""What a child is, its node, and its attributes but for the inode: those of all leaves are the same."""
 
 
 class DirectoryHandle(Handle):
@@ -49,37 +65,25 @@ class DirectoryHandle(Handle):
     whose names could be guessed it was asked with the names.
     """
 
-    __slots__ = (
-        "digest",
-        "doubtful",
-        "entries",
-        "look",
-        "looks",
-        "made",
-        "of_leaf",
-        "path",
-        "used",
-    )
+    __slots__ = ("digest", "doubtful", "entries", "look", "made", "path", "used")
 
     node: ListedNode
+    entries: list[bytes]
+    made: dict[bytes, Made | None]
+    """Some of them, before they are read; None: one that has vanished meanwhile."""
+    doubtful: list[bytes]
+    """Those that must be asked for once more."""
+    path: bytes
+    """The node's, when the names were asked for."""
+    look: Look
+    """What the directory itself was then."""
+    digest: Digest | None
+    """The store's answers, until entries are made of them."""
 
     def __init__(self, node: ListedNode) -> None:
-        super().__init__(node)
-        self.path = b""
-        """The node's, at the last request: to ask for it is to walk up the tree."""
-        self.entries: list[bytes] = []
-        self.looks: dict[bytes, Look | None] = {}
-        """What some of them are."""
-        self.made: dict[bytes, tuple[XenstoreNode, EntryAttributes]] = {}
-        """The nodes of some of those, made before they are read, and their attributes."""
-        self.of_leaf: EntryAttributes | None = None
-        """The attributes of all that are mere leaves: they are alike but for the inode."""
-        self.doubtful: list[bytes] = []
-        """Those that must be asked for once more."""
-        self.look = NOTHING
-        """What the directory itself is."""
-        self.digest: Digest | None = None
-        """The store's answers, until entries are made of them."""
+        self.node = node
+        self.entries = []
+        self.doubtful = []
         self.used = False
 
     async def fetch(self) -> None:
@@ -99,33 +103,37 @@ class DirectoryHandle(Handle):
             return
         node = self.node
         names, kinds, self.doubtful = self.digest()
-        looks: dict[bytes, Look | None] = {}
-        made: dict[bytes, tuple[XenstoreNode, EntryAttributes]] = {}
-        self.looks, self.made = looks, made
         self.entries = list(dict.fromkeys((*names, *node.lasting_children())))
+        made = self.made = {}
         if node.view.has_dot_value(self.path, self.look):
             self.entries.insert(0, VALUE_NAME)
-            looks[VALUE_NAME] = self.look
+            made[VALUE_NAME] = self._make(VALUE_NAME, self.look)
+        leaf = node.leaves()
+        of_leaf, of_parent = node.alike()
         # The store is at work on the next while one is made: nothing is left to the end.
         for name, look in kinds:
-            looks[name] = look
-            if look is not None:
+            if look is LEAF:
+                made[name] = look, leaf(name), of_leaf
+            elif look is PARENT:
+                made[name] = look, node.child(name, look), of_parent
+            else:
                 made[name] = self._make(name, look)
         self.digest = None
 
-    def _make(self, name: bytes, look: Look) -> tuple[XenstoreNode, EntryAttributes]:
+    def _make(self, name: bytes, look: Look | None) -> Made | None:
+        if look is None:
+            if name not in self.node.lasting_children():
+                return None
+            look = NOTHING
         node = self.node.child(name, look)
-        if look is not LEAF:
-            return node, node.attributes(look)
-        if self.of_leaf is None:
-            self.of_leaf = node.attributes(look)
-        return node, self.of_leaf
+        return look, node, node.attributes(look)
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
-        if self.used and start >= len(OWN_ENTRIES) + len(self.entries):
-            return  # the end, which whoever reads is told once more
-        if start == 0 and self.used:
-            await self.fetch()
+        if self.used:
+            if start >= len(OWN_ENTRIES) + len(self.entries):
+                return  # the end, which whoever reads is told once more
+            if start == 0:
+                await self.fetch()
         self.used = True
         try:
             self.prepare()
@@ -134,38 +142,32 @@ class DirectoryHandle(Handle):
             self.digest = None
         if start < len(OWN_ENTRIES) and not self._reply_own(token, start):
             return
-        first = max(0, start - len(OWN_ENTRIES))
-        if first >= len(self.entries):
-            return
-        self.path = self.node.path
         if self.doubtful:
-            self.looks |= await self.node.view.look_closer(self.path, self.doubtful)
+            looks = await self.node.view.look_closer(self.node.path, self.doubtful)
+            self.made |= {name: self._make(name, look) for name, look in looks.items()}
             self.doubtful = []
-        directory = self.node
+        directory, entries = self.node, self.entries
         tree = directory.tree
-        for index in range(first, len(self.entries)):
-            name = self.entries[index]
-            if name not in self.looks:
+        for index in range(max(0, start - len(OWN_ENTRIES)), len(entries)):
+            name = entries[index]
+            if name not in self.made:
                 await self._look_from(index)
-            look = self.looks[name]
-            if look is None:
-                if name not in directory.lasting_children():
-                    continue  # vanished meanwhile
-                look = NOTHING
-            made = self.made.get(name)
-            if made is None or not tree.stands(made[0], directory, name):
-                made = self._make(name, look)
-            node, entry = made
+            made = self.made[name]
+            if made is None:
+                continue
+            look, node, entry = made
+            if not tree.stands(node, directory, name):
+                node = directory.child(name, look)
             entry.st_ino = InodeT(node.inode)
-            next_id = len(OWN_ENTRIES) + index + 1
             shown = name if len(name) <= NAME_MAX else tree.aliases.file_name(name)
-            if not pyfuse3.readdir_reply(token, shown, entry, next_id):
+            if not pyfuse3.readdir_reply(token, shown, entry, len(OWN_ENTRIES) + index + 1):
                 return  # it is full
             tree.remember(node)
 
     def _reply_own(self, token: pyfuse3.ReaddirToken, start: int) -> bool:
         """Put the directory's own entries from `start` on into the reply; False if it is full."""
-        own = self.node.entry(0)
+        own = self.node.alike()[1]
+        own.st_ino = InodeT(self.node.inode)
         for next_id, name in enumerate(OWN_ENTRIES[start:], start + 1):
             if not pyfuse3.readdir_reply(token, name, own, next_id):
                 return False
@@ -173,9 +175,9 @@ class DirectoryHandle(Handle):
 
     async def _look_from(self, index: int) -> None:
         """Ask what they are from one on; what is known of those before is given up."""
-        self.made = {}
-        own = self.looks.get(VALUE_NAME)
         window = self.entries[index : index + LOOK_WINDOW]
         children = [name for name in window if name != VALUE_NAME]
-        self.looks = await self.node.view.look_at_children(self.path, children)
-        self.looks[VALUE_NAME] = own
+        looks = await self.node.view.look_at_children(self.node.path, children)
+        made = {name: self._make(name, look) for name, look in looks.items()}
+        made[VALUE_NAME] = self.made.get(VALUE_NAME)
+        self.made = made

@@ -90,41 +90,6 @@ def parent_path(path: bytes) -> bytes:
     return path.rpartition(b"/")[0] or b"/"
 
 
-# ----------------------------------------------------------------------------------- containers
-
-_CONTAINER = re.compile(
-    rb"""
-    / (?:
-      # The toolstack's own (libxl_create.c, xenstore-paths.pandoc): made empty, and filled later.
-      | local (?: /pool (?: /[0-9]+ )? | /domain )?
-      | vm (?: /[^/]+ (?: /(?: image | rtc | device ) )? )?
-      | libxl (?: /[0-9]+ (?: /(?: device | remus ) )? )?
-      | tool (?: /xenstored )?
-      | local/domain/[0-9]+ (?:
-        | /(?: attr | backend | bios-strings | console | control | cpu | data | device )
-        | /(?: device-model | drivers | error | feature | hvmloader | image | libxl | memory )
-        | /(?: platform | serial | store )
-        | /(?: attr | error | feature ) /(?: vif | vbd | hotplug | PVAddons | device | backend )
-        | /(?: error/ )? backend /[a-z0-9_]+ (?: /[0-9]+ ){0,2}
-        | /(?: error/ )? device
-          /(?: console | pvcalls | vbd | vfb | vif | vkbd | vscsi | vusb ) (?: /[0-9]+ )?
-        | /(?: device-model /[0-9]+ (?: /backends )? | device/suspend | cpu/[0-9]+ )
-      )
-    )
-    """,
-    re.VERBOSE,
-)
-
-
-def is_container(path: bytes) -> bool:
-    """Whether a node without value and children is a directory by Xen's conventions.
-
-    Drawn from docs/misc/xenstore-paths.pandoc and libxl.  Only the outermost levels matter: what a
-    container has in it makes it a directory anyway.  What a container is in is one, too.
-    """
-    return _CONTAINER.fullmatch(path) is not None
-
-
 # ---------------------------------------------------------------------------------------- values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(slots=True, frozen=True)
@@ -15,7 +16,12 @@ class Ownership:
     umask: int
 
     def mode(self, kind: int, read: bool, write: bool) -> int:
-        bits = (0o444 if read else 0) | (0o222 if write else 0)
-        if kind == stat.S_IFDIR:
-            bits |= 0o111
-        return kind | (bits & ~self.umask)
+        return _mode(kind, read, write, self.umask)
+
+
+@cache
+def _mode(kind: int, read: bool, write: bool, umask: int) -> int:
+    bits = (0o444 if read else 0) | (0o222 if write else 0)
+    if kind == stat.S_IFDIR:
+        bits |= 0o111
+    return kind | (bits & ~umask)

@@ -36,6 +36,8 @@ from xsfs.linger import LINGER_SECONDS, Linger
 
 TURN_SECONDS: Final = 0.002
 
+_LOST: Final = suppress(Exception)
+
 
 class Turn:
     """A lock of the kind described above.
@@ -91,7 +93,7 @@ class Waiter:
         """Do what was put off."""
         if (chore := self.chore) is not None:
             self.chore = None
-            with suppress(Exception):
+            with _LOST:
                 chore()
 
     async def wait_readable(self, descriptor: int) -> None:

@@ -20,7 +20,7 @@ import outcome
 from trio.lowlevel import Task, reschedule
 
 from xsfs.errors import RequestTimeout, XenstoreError
-from xsfs.wire import Fields, Op, Request, WireError, decode_error, encode_all
+from xsfs.wire import Fields, Op, Request, WireError, decode_error
 
 Reply = bytes | XenstoreError
 
@@ -34,35 +34,30 @@ _PLACE: Final = BATCH_MAX - 1
 _NUMBERS: Final = 1 << 32 - PLACE_BITS
 _ERROR: Final = int(Op.ERROR)
 _EVENT: Final = int(Op.WATCH_EVENT)
-_UNANSWERED: Final[Any] = None
+UNANSWERED: Final[Any] = None
+"""What a reply is until it is there."""
 
 
 class Batch:
     """Requests sent together.
 
+    first       the req_id of the first; those of the others follow
     missing     how many of them are not answered
     replies     in order; complete when nothing is missing
     task        who sleeps until then
     deadline    until when, in trio's time; 0 as long as nobody has slept for it
     """
 
-    __slots__ = ("deadline", "missing", "number", "replies", "requests", "task")
+    __slots__ = ("deadline", "first", "missing", "number", "replies", "requests", "task")
 
     def __init__(self, requests: Sequence[Request], number: int) -> None:
         self.requests = requests
+        self.first = number << PLACE_BITS
         self.number = number
         self.deadline = 0.0
         self.missing = len(requests)
-        self.replies: list[Reply] = [_UNANSWERED] * len(requests)
+        self.replies: list[Reply] = [UNANSWERED] * len(requests)
         self.task: Task | None = None
-
-    def answered(self, place: int) -> bool:
-        """Whether that one is."""
-        return self.replies[place] is not _UNANSWERED
-
-    def encode(self, tx_id: int) -> list[bytes]:
-        """The messages of the requests."""
-        return encode_all(self.requests, self.number << PLACE_BITS, tx_id)
 
     def wake(self, result: outcome.Outcome[list[Reply]]) -> None:
         """Who sleeps, if anybody does, gets this."""
@@ -126,7 +121,7 @@ class Unanswered:
             if (
                 batch is None
                 or place >= len(batch.requests)
-                or batch.replies[place] is not _UNANSWERED
+                or batch.replies[place] is not UNANSWERED
             ):
                 raise WireError(f"a reply to request {req_id}, which is not open")
             request = batch.requests[place]

@@ -17,11 +17,12 @@ import trio
 
 from xsfs import wire
 from xsfs.client import Store
+from xsfs.containers import EMPTY, container_at, is_container
 from xsfs.errors import XenstoreError
 from xsfs.guesses import Guesses
 from xsfs.known import KnownDirectories
-from xsfs.looks import LEAF, Answers, Look, questions, questions_of_kind, understand
-from xsfs.names import Format, are_names, is_container, join, parent_path
+from xsfs.looks import LEAF, PARENT, Answers, Look, questions, questions_of_kind, understand
+from xsfs.names import Format, are_names, join, parent_path
 from xsfs.session import Names, Session
 from xsfs.transaction import Transaction
 from xsfs.unanswered import Reply
@@ -135,8 +136,7 @@ class View:
         asked = self.known.moment
         replies = await self.session.burst(questions_of_kind(path, names, perms=self.asks_perms))
         doubtful: list[bytes] = []
-        custom = is_container(path)
-        looks = dict(self._kinds(path, names, replies, asked, doubtful, custom=custom))
+        looks = dict(self._kinds(path, names, replies, asked, doubtful))
         return looks | await self.look_closer(path, doubtful)
 
     async def look_at_kind(self, path: bytes) -> Look | None:
@@ -146,7 +146,7 @@ class View:
         asked = self.known.moment
         replies = await self.session.burst(questions_of_kind(above, names, perms=self.asks_perms))
         doubtful: list[bytes] = []
-        kinds = dict(self._kinds(above, names, replies, asked, doubtful, custom=True))
+        kinds = dict(self._kinds(above, names, replies, asked, doubtful))
         return await self.look(path) if doubtful else kinds[names[0]]
 
     async def look_closer(self, path: bytes, doubtful: Sequence[bytes]) -> dict[bytes, Look | None]:
@@ -163,32 +163,38 @@ class View:
         replies: Iterable[Reply],
         asked: int,
         doubtful: list[bytes],
-        *,
-        custom: bool,
     ) -> Kinds:
         """What the replies to `questions_of_kind` tell, as far as they go.
 
         doubtful    gets the names of those that need a closer look
-        custom      whether any of them may be a directory by custom
         """
-        known = self.known
+        known, asks_perms = self.known, self.asks_perms
+        container = container_at(above)
+        if container is EMPTY:
+            container = None
+        below = join(above, b"")
         answers = iter(replies)
         for name, children in zip(names, answers, strict=False):
-            path = join(above, name)
-            if self.asks_perms:
+            path = below + name
+            if asks_perms:
                 if (perms := next(answers, None)) is None:
                     return
                 look = self._learn(path, (None, children, perms), asked)
-            elif children:
-                look = self._learn(path, (None, children), asked)
+            elif type(children) is bytes:  # what most answers are, and mean, without more ado
+                if children:
+                    known.seen(path)
+                look = PARENT if children else LEAF
             else:
-                look = LEAF  # what most nodes are, without more ado
+                look = self._learn(path, (None, children), asked)
             if look is None:
                 pass
             elif look.has_children:
                 if isinstance(children, bytes):
                     self._guesses.saw(path, children)
-            elif look.readable and (known.get(path) is not None or (custom and is_container(path))):
+            elif look.readable and (
+                known.get(path) is not None
+                or (container is not None and container.get(name) is not None)
+            ):
                 doubtful.append(name)
                 continue
             yield name, look
@@ -229,8 +235,7 @@ class View:
                 shown = self._listed(path, wire.decode_names(listing))
             self._guesses.was_listed(path, listing)
             doubtful: list[bytes] = []
-            custom = is_container(path)
-            kinds = self._kinds(path, guessed, rest(), asked, doubtful, custom=custom)
+            kinds = self._kinds(path, guessed, rest(), asked, doubtful)
             return Children(shown, kinds, doubtful)
 
         return look, digest

@@ -29,8 +29,8 @@ from pyfuse3 import (
     RequestContext,
 )
 
+from xsfs.containers import is_container
 from xsfs.linger import LINGER_SECONDS, Linger
-from xsfs.names import is_container
 from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
 from xsfs.session_loop import install
 from xsfs.wire import HEADER, Op, encode
