@@ -52,10 +52,12 @@ _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 """EINVAL: a path longer than the store takes, so that there can be no such node."""
 
 
-def questions(path: bytes, *, perms: bool) -> Sequence[Request]:
-    """What to ask in order to know all about a node."""
+def questions(path: bytes, *, perms: bool, value: bool = True) -> Sequence[Request]:
+    """What to ask in order to know all about a node; without its value, of which kind it is."""
     payload = path + b"\0"
-    asked = Request(Op.READ, payload), Request(Op.DIRECTORY, payload)
+    asked: tuple[Request, ...] = (Request(Op.DIRECTORY, payload),)
+    if value:
+        asked = Request(Op.READ, payload), *asked
     return (*asked, Request(Op.GET_PERMS, payload)) if perms else asked
 
 

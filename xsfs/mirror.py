@@ -341,7 +341,7 @@ class Mirror:
         if path != root and not path.startswith(root if root == b"/" else root + b"/"):
             return False
         if root == b"/" and path.startswith(b"/@"):
-            return False  # as in a listing (View.shows_child)
+            return False  # as in a listing (names.is_shown)
         try:
             wire.check_path(path)
         except ValueError:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from xsfs.wire import NAME, is_name
+from xsfs.wire import NAME, PATH_MAX, is_name
 
 NAME_MAX: Final = 255
 ALIAS_PREFIX: Final = 200
@@ -79,6 +79,31 @@ _NAMES = re.compile(rb"(?:%s+\0)+" % NAME)
 def are_names(listing: bytes) -> bool:
     """Whether all that is in a listing of the protocol passes `is_name`; False for an empty one."""
     return _NAMES.fullmatch(listing) is not None
+
+
+def is_shown(path: bytes, name: bytes) -> bool:
+    """Whether a listing shows a child: names of a broken or hostile store are left out."""
+    if not is_name(name) or len(path) + 1 + len(name) > PATH_MAX:
+        return False
+    # A domain's special nodes, which oxenstored lists in the root, are watched, not read.
+    return not (name.startswith(b"@") and path == b"/")
+
+
+def shown_names(path: bytes, names: list[bytes], listing: bytes | None = None) -> list[bytes]:
+    """Those of a node's children that a listing shows.
+
+    listing     the same names as they came
+    """
+    if listing is None:
+        listing = b"".join([b"%s\0" % name for name in names])
+    longest = PATH_MAX - len(path) - 1
+    if (
+        path != b"/"
+        and are_names(listing)
+        and (len(listing) <= longest or max(map(len, names)) <= longest)
+    ):
+        return names
+    return [name for name in names if is_shown(path, name)]
 
 
 def join(path: bytes, name: bytes) -> bytes:

@@ -22,7 +22,7 @@ from xsfs.errors import XenstoreError
 from xsfs.guesses import Guesses
 from xsfs.known import KnownDirectories
 from xsfs.looks import LEAF, PARENT, Answers, Look, questions, questions_of_kind, understand
-from xsfs.names import Format, are_names, join, parent_path
+from xsfs.names import Format, is_shown, join, shown_names
 from xsfs.session import Names, Session
 from xsfs.transaction import Transaction
 from xsfs.unanswered import Reply
@@ -79,6 +79,16 @@ def _each(replies: Sequence[Reply], count: int) -> list[Sequence[Reply]]:
     """The replies to the questions about each of `count` nodes."""
     step = len(replies) // count if count else 1
     return [replies[start : start + step] for start in range(0, len(replies), step)]
+
+
+def _listed(path: bytes, names: Names) -> Names:
+    """Those to be shown of the names in a listing; of the others the log tells."""
+    shown = shown_names(path, names)
+    if len(shown) < len(names):
+        for name in names:
+            if not is_shown(path, name) and not name.startswith(b"@"):
+                log.warning("left out of %r: a child named %r", path, name[:80])
+    return shown
 
 
 class View:
@@ -141,13 +151,17 @@ class View:
 
     async def look_at_kind(self, path: bytes) -> Look | None:
         """The same of one node."""
-        names = (path.rpartition(b"/")[2],)
-        above = parent_path(path)
         asked = self.known.moment
-        replies = await self.session.burst(questions_of_kind(above, names, perms=self.asks_perms))
-        doubtful: list[bytes] = []
-        kinds = dict(self._kinds(above, names, replies, asked, doubtful))
-        return await self.look(path) if doubtful else kinds[names[0]]
+        replies = await self.session.burst(questions(path, perms=self.asks_perms, value=False))
+        look = self._learn(path, (None, *replies), asked)
+        if look is None or not look.readable:
+            return look
+        if look.has_children:
+            if isinstance(replies[0], bytes):
+                self._guesses.saw(path, replies[0])
+            return look
+        in_doubt = self.known.get(path) is not None or is_container(path)
+        return await self.look(path) if in_doubt else look
 
     async def look_closer(self, path: bytes, doubtful: Sequence[bytes]) -> dict[bytes, Look | None]:
         """What children are whose kind the answers left in doubt."""
@@ -213,7 +227,7 @@ class View:
             guess = self._guesses.take(path)
             if not guess:
                 return ()
-            guessed[:] = self.shown(path, wire.decode_names(guess), guess)
+            guessed[:] = shown_names(path, wire.decode_names(guess), guess)
             return questions_of_kind(path, guessed, perms=self.asks_perms)
 
         asked = self.known.moment
@@ -226,13 +240,13 @@ class View:
         listing = own[1]
         if isinstance(listing, XenstoreError):
             long = await self.session.list(path)
-            return look, lambda: Children(self._listed(path, long), iter(()), [])
+            return look, lambda: Children(_listed(path, long), iter(()), [])
 
         def digest() -> Children:
             if listing == guess and len(guessed) == guess.count(b"\0"):
                 shown = guessed
             else:
-                shown = self._listed(path, wire.decode_names(listing))
+                shown = _listed(path, wire.decode_names(listing))
             self._guesses.was_listed(path, listing)
             doubtful: list[bytes] = []
             kinds = self._kinds(path, guessed, rest(), asked, doubtful)
@@ -285,39 +299,7 @@ class View:
             if error.name in ("ENOENT", "EACCES"):
                 return Sight(None, [], b"")
             raise
-        return Sight(look, self.shown(path, names), perms)
-
-    def _listed(self, path: bytes, names: list[bytes]) -> list[bytes]:
-        """Those to be shown of the names in a listing; of the others the log tells."""
-        shown = self.shown(path, names)
-        if len(shown) < len(names):
-            for name in names:
-                if not self.shows_child(path, name) and not name.startswith(b"@"):
-                    log.warning("left out of %r: a child named %r", path, name[:80])
-        return shown
-
-    def shown(self, path: bytes, names: list[bytes], listing: bytes | None = None) -> list[bytes]:
-        """Those of a node's children that a listing shows.
-
-        listing     the same names as they came
-        """
-        if listing is None:
-            listing = b"".join([b"%s\0" % name for name in names])
-        longest = wire.PATH_MAX - len(path) - 1
-        if (
-            path != b"/"
-            and are_names(listing)
-            and (len(listing) <= longest or max(map(len, names)) <= longest)
-        ):
-            return names
-        return [name for name in names if self.shows_child(path, name)]
-
-    def shows_child(self, path: bytes, name: bytes) -> bool:
-        """Whether a listing shows a child: names of a broken or hostile store are left out."""
-        if not wire.is_name(name) or len(path) + 1 + len(name) > wire.PATH_MAX:
-            return False
-        # A domain's special nodes, which oxenstored lists in the root, are watched, not read.
-        return not (name.startswith(b"@") and path == b"/")
+        return Sight(look, shown_names(path, names), perms)
 
     def lasting_children(self, path: bytes) -> Collection[bytes]:
         """The names of directories that are there even while their nodes are not: in the root of a
