@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import wraps
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pyfuse3
 import pytest
@@ -146,17 +146,28 @@ async def refused(number: int, operation: Awaitable[object]) -> None:
 async def listed(w: World, fh: pyfuse3.FileHandleT, start: int = 0) -> dict[bytes, bool]:
     """The names that reading the directory gives from there on, and whether each is a directory."""
     entries = await entries_of(w, fh, start)
-    return {name: stat.S_ISDIR(mode) for name, (_, mode) in entries.items()}
+    return {name: stat.S_ISDIR(entry.mode) for name, entry in entries.items()}
+
+
+class Entry(NamedTuple):
+    """What the kernel is told of a name in a directory."""
+
+    inode: int
+    mode: int
+    timeout: float
+    next_id: int
 
 
 async def entries_of(
-    w: World, fh: pyfuse3.FileHandleT, start: int = 0
-) -> dict[bytes, tuple[int, int]]:
-    """The same, with inode numbers and modes."""
-    entries: dict[bytes, tuple[int, int]] = {}
+    w: World, fh: pyfuse3.FileHandleT, start: int = 0, most: int = 1_000_000
+) -> dict[bytes, Entry]:
+    """The same, with all that the kernel is told; no more of them than `most`."""
+    entries: dict[bytes, Entry] = {}
 
     def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
-        entries[name] = entry.st_ino, entry.st_mode
+        if len(entries) == most:
+            return False
+        entries[name] = Entry(entry.st_ino, entry.st_mode, entry.entry_timeout, next_id)
         return True
 
     with pytest.MonkeyPatch.context() as patch:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import stat
+from typing import Any, cast
 
 import pyfuse3
 import pytest
@@ -215,3 +216,19 @@ def test_a_number_that_is_taken_while_a_file_is_looked_up(kind: type[Node], name
         assert (type(found), found.lookups, found.gone) == (kind, 1, False)
 
     test()
+
+
+@in_world
+async def test_a_transaction_whose_name_comes_back_is_another_inode(w: World) -> None:
+    """The kernel may still know the one that has ended."""
+    directory = (await w.lookup(b".transaction")).st_ino
+    first = await w.operations.mkdir(directory, b"t", cast(Any, 0), ctx())
+    await w.operations.rmdir(directory, b"t", ctx())
+    assert (await w.operations.mkdir(directory, b"t", cast(Any, 0), ctx())).st_ino != first.st_ino
+
+
+@in_world
+async def test_an_empty_directory_by_custom_is_there_for_stat(w: World) -> None:
+    await w.store.mkdir("device")
+    device = await w.lookup(b"device")
+    assert (await w.operations.getattr(device.st_ino, ctx())).st_mode == device.st_mode

@@ -1,14 +1,13 @@
 """Ring: the operations in process, over the embedded store, without a kernel.
 
-Here are the facts that a kernel hides: how many requests an operation costs, how a listing is asked
-for, and what becomes of an exception.
+Here are the facts that a kernel hides: how many requests an operation costs, and what becomes of an
+exception.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-from typing import Any, cast
 
 import pyfuse3
 import pytest
@@ -23,9 +22,7 @@ from tests.operating import (
     WRONLY,
     World,
     ctx,
-    entries_of,
     in_world,
-    listed,
     refused,
 )
 from xsfs.directories import Directory
@@ -37,12 +34,7 @@ from xsfs.errors import (
     XenstoreError,
 )
 from xsfs.known import KNOWN_MAX, KnownDirectories
-from xsfs.listing import DirectoryHandle
-from xsfs.looks import Look
-from xsfs.names import join
-from xsfs.node import FORGOTTEN
 from xsfs.verdicts import errno_of
-from xsfs.view import Children
 from xsfs.wire import WireError, directory, read, watch, write
 
 # ------------------------------------------------------------------------------------ round trips
@@ -106,213 +98,6 @@ async def test_echo_is_one_request(w: World) -> None:
 
     await echo_to_a_new_one()
     assert await w.store.read("data/new") == b"42"
-
-
-@in_world
-async def test_a_listing_asks_one_burst_for_the_names(w: World) -> None:
-    assert await w.costs(lambda: w.operations.opendir(ROOT, ctx())) == 2
-
-
-@in_world
-async def test_a_listing_asks_for_values_only_where_the_kind_depends_on_them(w: World) -> None:
-    await w.store.write("data/file", b"value")
-    await w.store.mkdir("device")
-    looks: dict[bytes, Look | None] = {}
-
-    async def look(path: bytes, *names: bytes) -> None:
-        looks.update(await w.view.look_at_children(path, names))
-
-    home = w.view.home
-    assert await w.costs(lambda: look(home + b"/data", b"file")) == 1
-    # What has children is a directory, whatever its value.
-    assert await w.costs(lambda: look(home, b"data")) == 1
-    # What is empty may be one by custom, or because it was one.
-    assert await w.costs(lambda: look(home, b"device", b"data")) == 4
-    await w.store.delete("data/file")
-    assert await w.costs(lambda: look(home, b"data")) == 3
-    shown = {
-        name: look is not None and w.view.is_directory(join(home, name), look)
-        for name, look in looks.items()
-    }
-    assert shown == {b"file": False, b"device": True, b"data": True}
-
-
-@in_world
-async def test_it_makes_no_difference_when_the_answers_are_looked_at(w: World) -> None:
-    """While the next request is awaited, or when it comes; where a guess was right, wrong, or none."""
-    await w.store.write("data/file", b"value")
-    await w.store.write("data/directory/x", b"value")
-    data = (await w.lookup(b"data")).st_ino
-    await w.operations.mkdir(data, b"empty", cast(Any, 0), ctx())
-    expected = {b".": True, b"..": True, b"file": False, b"directory": True, b"empty": True}
-
-    async def opened(*, early: bool) -> pyfuse3.FileHandleT:
-        fh = await w.operations.opendir(data, ctx())
-        if early:
-            w.operations._handles.get(fh).prepare()
-        return fh
-
-    for early in (True, False):
-        for _ in range(2):
-            assert await listed(w, await opened(early=early)) == expected
-        await w.store.write("data/new", b"value")
-        with_new = await opened(early=early)
-        await w.store.delete("data/new")
-        # Its name came too late for a guess: it is asked for when it is read, and has gone.
-        assert await listed(w, with_new) == expected
-        assert await listed(w, await opened(early=early)) == expected
-
-
-@in_world
-async def test_a_directory_that_is_renamed_before_it_is_read(w: World) -> None:
-    await w.store.write("data/d/file", b"value")
-    await w.store.write("data/d/full/x", b"value")
-    data = (await w.lookup(b"data")).st_ino
-    before = (await w.lookup(b"data", b"d")).st_ino
-    await w.operations.mkdir(before, b"empty", cast(Any, 0), ctx())
-    expected = {b".": True, b"..": True, b"file": False, b"full": True, b"empty": True}
-    assert await listed(w, await w.operations.opendir(before, ctx())) == expected
-
-    fh = await w.operations.opendir(before, ctx())
-    w.operations.waiter.do_chore()
-    await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
-    assert await listed(w, fh) == expected
-    assert await listed(w, fh) == expected, "after a rewind"
-
-
-async def prepared(
-    w: World, directory: pyfuse3.InodeT, child: bytes = b"file"
-) -> pyfuse3.FileHandleT:
-    """A listing with this child that is made, but has not been read."""
-    await listed(w, await w.operations.opendir(directory, ctx()))
-    fh = await w.operations.opendir(directory, ctx())
-    w.operations.waiter.do_chore()
-    handle = w.operations._handles.get(fh)
-    assert isinstance(handle, DirectoryHandle)
-    assert child in handle.made
-    return fh
-
-
-@in_world
-async def test_a_child_that_is_looked_up_before_it_is_read(w: World) -> None:
-    await w.store.write("data/file", b"value")
-    data = (await w.lookup(b"data")).st_ino
-    fh = await prepared(w, data)
-    handle = w.operations._handles.get(fh)
-    assert isinstance(handle, DirectoryHandle)
-    found = handle.made[b"file"]
-    assert found is not None
-    made = found[1]
-    await w.operations.forget([(made.inode, made.lookups)])
-    file = (await w.lookup(b"data", b"file")).st_ino
-    known = w.tree.get(file)
-    assert known is not made
-    await listed(w, fh)
-    assert w.tree.get(file) is known
-    assert known.lookups == 2
-    assert made.lookups == FORGOTTEN
-
-
-async def forget(w: World, inode: pyfuse3.InodeT) -> None:
-    """The kernel forgets the node."""
-    await w.operations.forget([(inode, w.tree.get(inode).lookups)])
-    assert w.tree.peek(inode) is None
-
-
-@pytest.mark.parametrize("forgotten", [False, True])
-def test_a_child_that_is_renamed_before_it_is_read(*, forgotten: bool) -> None:
-    @in_world
-    async def run(w: World) -> None:
-        await w.store.write("data/file", b"value")
-        data = (await w.lookup(b"data")).st_ino
-        fh = await prepared(w, data)
-        file = (await w.lookup(b"data", b"file")).st_ino
-        await w.operations.rename(data, b"file", data, b"new", cast(Any, 0), ctx())
-        if forgotten:
-            await forget(w, file)
-        inode, _ = (await entries_of(w, fh))[b"file"]
-        assert w.tree.get(inode).path == b"/local/domain/0/data/file"
-        if not forgotten:
-            assert w.tree.get(file).path == b"/local/domain/0/data/new"
-
-    run()
-
-
-@in_world
-async def test_a_directory_that_was_renamed_and_is_forgotten_before_it_is_read(w: World) -> None:
-    """It comes back under the number of the place where it is, so that it is found when it moves on."""
-    await w.store.write("data/old/x", b"1")
-    data = (await w.lookup(b"data")).st_ino
-    old = (await w.lookup(b"data", b"old")).st_ino
-    await w.operations.rename(data, b"old", data, b"new", cast(Any, 0), ctx())
-    fh = await prepared(w, data, b"new")
-    await forget(w, old)
-    inode, _ = (await entries_of(w, fh))[b"new"]
-    assert inode != old
-    await w.operations.rename(data, b"new", data, b"third", cast(Any, 0), ctx())
-    assert w.tree.get(inode).path == b"/local/domain/0/data/third"
-
-
-@pytest.mark.parametrize("forgotten", [False, True])
-def test_a_child_that_is_replaced_before_it_is_read(*, forgotten: bool) -> None:
-    @in_world
-    async def run(w: World) -> None:
-        await w.store.write("data/file", b"value")
-        await w.store.write("data/other", b"value")
-        data = (await w.lookup(b"data")).st_ino
-        fh = await prepared(w, data)
-        other = (await w.lookup(b"data", b"other")).st_ino
-        file = (await w.lookup(b"data", b"file")).st_ino
-        if forgotten:
-            await forget(w, file)
-        await w.operations.rename(data, b"other", data, b"file", cast(Any, 0), ctx())
-        assert (await entries_of(w, fh))[b"file"][0] == other, "what is there now"
-
-    run()
-
-
-@in_world
-async def test_a_rewind_that_is_refused_changes_nothing(w: World) -> None:
-    await w.store.write("data/d/file", b"value")
-    directory = (await w.lookup(b"data", b"d")).st_ino
-    expected = {b".": True, b"..": True, b"file": False}
-    fh = await w.operations.opendir(directory, ctx())
-    assert await listed(w, fh) == expected
-    await w.store.delete("data/d")
-    await refused(errno.ESTALE, listed(w, fh))
-    assert list(await listed(w, fh, 1)) == [b"..", b"file"]
-    await w.store.write("data/d/file", b"value")
-    assert await listed(w, fh) == expected
-
-
-@in_world
-async def test_a_listing_that_is_begun_at_its_end(w: World) -> None:
-    """What was made since is there after a rewind."""
-    await w.store.write("data/a", "1")
-    data = await w.lookup(b"data")
-    fh = await w.operations.opendir(data.st_ino, ctx())
-    assert await entries_of(w, fh, 1000) == {}
-    await w.store.write("data/b", "1")
-    assert set(await entries_of(w, fh)) == {b".", b"..", b"a", b"b"}
-    assert await entries_of(w, fh, 1000) == {}
-
-
-@in_world
-async def test_a_listing_that_makes_no_sense_is_met_by_who_reads_it(w: World) -> None:
-    data = (await w.lookup(b"data")).st_ino
-
-    def nonsense() -> Children:
-        raise WireError("a listing that makes no sense")
-
-    fh = await w.operations.opendir(data, ctx())
-    handle = w.operations._handles.get(fh)
-    assert isinstance(handle, DirectoryHandle)
-    handle.digest = nonsense
-    w.operations.waiter.do_chore()
-    await refused(errno.EIO, listed(w, fh))
-    # It was met; from the start on it is asked again.
-    assert await listed(w, fh, 1) == {b"..": True}
-    assert await listed(w, fh) == {b".": True, b"..": True}
 
 
 def test_known_directories_are_bounded() -> None:

@@ -72,7 +72,7 @@ _ROOT = Container(
 
 
 def container_at(path: bytes) -> Container | None:
-    """The container of this path, if it is one.  What a container is in is one, too."""
+    """The container of this absolute path, if it is one.  What a container is in is one, too."""
     container: Container | None = _ROOT
     if path != b"/":
         for name in path.split(b"/")[1:]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from abc import abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 import pyfuse3
@@ -34,14 +34,17 @@ class ListedNode(XenstoreNode):
 
     @abstractmethod
     def leaves(self) -> Callable[[bytes], XenstoreNode]:
-        """What gives the nodes of children that are mere leaves, as most are."""
+        """What `child` does for a LEAF, as most are, with fewer steps for each."""
 
     def lasting_children(self) -> Collection[bytes]:
         """The names of directories that are there even while their nodes are not."""
         return ()
 
     def alike(self) -> tuple[EntryAttributes, EntryAttributes]:
-        """The attributes of all mere leaves, and of all that have children, but for the inode."""
+        """The attributes of each child that is LEAF, and of each that is PARENT, but for the inode.
+
+        They depend on nothing but the mount.  To be given away before anything else is done.
+        """
         tree = self.tree
         if tree.alike is None:
             leaf, parent = self.child(b"leaf", LEAF), self.child(b"parent", PARENT)
@@ -55,35 +58,33 @@ class ListedNode(XenstoreNode):
 
 
 Made = tuple[Look, XenstoreNode, EntryAttributes]
-"""What a child is, its node, and its attributes but for the inode: those of all leaves are the same."""
+"""What a child is, its node, and its attributes but for the inode: they may be those of `alike`."""
 
 
 class DirectoryHandle(Handle):
     """An open directory: its children's names as they were when it was opened, or last rewound.
 
     What the children are is asked as the listing goes on, LOOK_WINDOW of them in one burst.  Of those
-    whose names could be guessed it was asked with the names.
+    whose names could be guessed it was asked with the names.  `fetch` comes before all else.
     """
 
     __slots__ = ("digest", "doubtful", "entries", "look", "made", "path", "used")
 
     node: ListedNode
-    entries: list[bytes]
-    made: dict[bytes, Made | None]
-    """Some of them, before they are read; None: one that has vanished meanwhile."""
-    doubtful: list[bytes]
-    """Those that must be asked for once more."""
-    path: bytes
-    """The node's, when the names were asked for."""
-    look: Look
-    """What the directory itself was then."""
     digest: Digest | None
     """The store's answers, until entries are made of them."""
+    path: bytes
+    """The node's when the names were asked for; a rename may have changed that since."""
+    look: Look
+    """What the directory itself was then."""
 
     def __init__(self, node: ListedNode) -> None:
-        self.node = node
-        self.entries = []
-        self.doubtful = []
+        super().__init__(node)
+        self.entries: list[bytes] = []
+        self.made: dict[bytes, Made | None] = {}
+        """Some of them, before they are read; None: one that has vanished meanwhile."""
+        self.doubtful: list[bytes] = []
+        """Those that must be asked for once more."""
         self.used = False
 
     async def fetch(self) -> None:
@@ -104,21 +105,19 @@ class DirectoryHandle(Handle):
         node = self.node
         names, kinds, self.doubtful = self.digest()
         self.entries = list(dict.fromkeys((*names, *node.lasting_children())))
-        made = self.made = {}
+        self.made = {}
         if node.view.has_dot_value(self.path, self.look):
             self.entries.insert(0, VALUE_NAME)
-            made[VALUE_NAME] = self._make(VALUE_NAME, self.look)
-        leaf = node.leaves()
-        of_leaf, of_parent = node.alike()
+            self.made[VALUE_NAME] = self._make(VALUE_NAME, self.look)
         # The store is at work on the next while one is made: nothing is left to the end.
-        for name, look in kinds:
-            if look is LEAF:
-                made[name] = look, leaf(name), of_leaf
-            elif look is PARENT:
-                made[name] = look, node.child(name, look), of_parent
-            else:
-                made[name] = self._make(name, look)
+        self._make_all(kinds)
         self.digest = None
+
+    def _make_all(self, kinds: Iterable[tuple[bytes, Look | None]]) -> None:
+        made, leaf = self.made, self.node.leaves()
+        of_leaf, _ = self.node.alike()
+        for name, look in kinds:
+            made[name] = (look, leaf(name), of_leaf) if look is LEAF else self._make(name, look)
 
     def _make(self, name: bytes, look: Look | None) -> Made | None:
         if look is None:
@@ -126,6 +125,9 @@ class DirectoryHandle(Handle):
                 return None
             look = NOTHING
         node = self.node.child(name, look)
+        if look is PARENT:
+            _, of_parent = self.node.alike()
+            return look, node, of_parent
         return look, node, node.attributes(look)
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
@@ -142,22 +144,24 @@ class DirectoryHandle(Handle):
             self.digest = None
         if start < len(OWN_ENTRIES) and not self._reply_own(token, start):
             return
+        first = max(0, start - len(OWN_ENTRIES))
+        if first >= len(self.entries):
+            return
         if self.doubtful:
             looks = await self.node.view.look_closer(self.node.path, self.doubtful)
-            self.made |= {name: self._make(name, look) for name, look in looks.items()}
+            self._make_all(looks.items())
             self.doubtful = []
-        directory, entries = self.node, self.entries
-        tree = directory.tree
-        for index in range(max(0, start - len(OWN_ENTRIES)), len(entries)):
-            name = entries[index]
+        tree = self.node.tree
+        for index in range(first, len(self.entries)):
+            name = self.entries[index]
             if name not in self.made:
                 await self._look_from(index)
             made = self.made[name]
+            if made is not None and not tree.stands(made[1], self.node, name):
+                made = self._make(name, made[0])
             if made is None:
                 continue
-            look, node, entry = made
-            if not tree.stands(node, directory, name):
-                node = directory.child(name, look)
+            _, node, entry = made
             entry.st_ino = InodeT(node.inode)
             shown = name if len(name) <= NAME_MAX else tree.aliases.file_name(name)
             if not pyfuse3.readdir_reply(token, shown, entry, len(OWN_ENTRIES) + index + 1):
@@ -166,7 +170,7 @@ class DirectoryHandle(Handle):
 
     def _reply_own(self, token: pyfuse3.ReaddirToken, start: int) -> bool:
         """Put the directory's own entries from `start` on into the reply; False if it is full."""
-        own = self.node.alike()[1]
+        _, own = self.node.alike()
         own.st_ino = InodeT(self.node.inode)
         for next_id, name in enumerate(OWN_ENTRIES[start:], start + 1):
             if not pyfuse3.readdir_reply(token, name, own, next_id):
@@ -178,6 +182,5 @@ class DirectoryHandle(Handle):
         window = self.entries[index : index + LOOK_WINDOW]
         children = [name for name in window if name != VALUE_NAME]
         looks = await self.node.view.look_at_children(self.node.path, children)
-        made = {name: self._make(name, look) for name, look in looks.items()}
-        made[VALUE_NAME] = self.made.get(VALUE_NAME)
-        self.made = made
+        self.made = {VALUE_NAME: self.made.get(VALUE_NAME)}
+        self._make_all(looks.items())

@@ -135,7 +135,6 @@ class Node(ABC):
 
     kind: ClassVar[int] = stat.S_IFREG
     entry_timeout: ClassVar[float] = FILE_ENTRY_TIMEOUT
-    has_generations: ClassVar[bool] = False
 
     def __init__(self, tree: Tree, view: View, parent: Node | None, name: bytes) -> None:
         self.tree = tree
@@ -168,9 +167,9 @@ class Node(ABC):
         if self.gone or self.view.ended:
             refuse(errno.ESTALE)
 
-    def generation_of(self, name: bytes) -> int:
-        """Which one, of all the children that have had this name.  Asked where `has_generations`."""
-        return 0
+    def place_of(self, name: bytes) -> tuple[object, ...]:
+        """What tells a child of this name from all others in the mount."""
+        return self.inode, name
 
     # ---------------------------------------------------------------------------- attributes
 
@@ -320,10 +319,8 @@ class Tree:
             if not moved.gone:
                 return cast(N, moved), moved.inode, True
             del self._moved[kind, parent, name]
-        place = kind, parent.inode, name
-        position = (*place, parent.generation_of(name)) if parent.has_generations else place
         # 2 and up: 1 is the root's.
-        first = number = (hash(position) & 0x3FFF_FFFF_FFFF_FFFF) + 2
+        first = number = (hash((kind, parent.place_of(name))) & 0x3FFF_FFFF_FFFF_FFFF) + 2
         while (found := self._nodes.get(number)) is not None:
             if (
                 type(found) is kind
@@ -336,13 +333,14 @@ class Tree:
         return None, number, number != first
 
     def stands(self, node: Node, parent: Node, name: bytes) -> bool:
-        """Whether a node that was made for this position before a wait may still be remembered: it is
-        the one in the table; or there is none, it never was, and its number is still the next."""
-        lives = not (node.gone or node.view.ended)
-        if node.lookups > 0:
-            return lives and node.parent is parent and node.name == name
+        """Whether a node that was made for this position before a wait may still be remembered: the
+        kernel knows it, here; or it never knew one here, and the node's number is still the next."""
+        if node.gone or node.view.ended:
+            return False
+        if node.lookups > 0:  # it is in the table, where no other has its place
+            return node.parent is parent and node.name == name
         known, number, _ = self._search(type(node), parent, name)
-        return lives and known is None and number == node.inode and not node.lookups
+        return known is None and number == node.inode and node.lookups != FORGOTTEN
 
     def move(self, node: Node, parent: Node, name: bytes) -> None:
         """The node has been renamed: it keeps its number, which is not its new position's hash."""

@@ -36,7 +36,7 @@ from xsfs.linger import LINGER_SECONDS, Linger
 
 TURN_SECONDS: Final = 0.002
 
-_LOST: Final = suppress(Exception)
+_IGNORED: Final = suppress(Exception)  # one will do for all: it keeps nothing
 
 
 class Turn:
@@ -93,7 +93,7 @@ class Waiter:
         """Do what was put off."""
         if (chore := self.chore) is not None:
             self.chore = None
-            with _LOST:
+            with _IGNORED:
                 chore()
 
     async def wait_readable(self, descriptor: int) -> None:

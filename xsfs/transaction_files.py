@@ -107,8 +107,6 @@ class TransactionsDirectory(Node):
 
     kind = RootDirectory.kind
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
-    # The kernel may know the nodes of a transaction that has ended.
-    has_generations = True
 
     parent: MountRoot
 
@@ -134,9 +132,10 @@ class TransactionsDirectory(Node):
         self.tree.remember(root)
         return root.entry(0)
 
-    def generation_of(self, name: bytes) -> int:
+    def place_of(self, name: bytes) -> tuple[object, ...]:
+        # Of each transaction another: the kernel may know those of one that has ended.
         view = self.transactions.get(name)
-        return view.number if view is not None else 0
+        return self.inode, name, view.number if view is not None else 0
 
     def root_of(self, name: bytes) -> TransactionRoot | None:
         if self.transactions.get(name) is None:

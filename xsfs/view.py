@@ -184,7 +184,7 @@ class View:
         """
         known, asks_perms = self.known, self.asks_perms
         container = container_at(above)
-        if container is EMPTY:
+        if container is EMPTY:  # so that it need not be asked for each child
             container = None
         below = join(above, b"")
         answers = iter(replies)
