@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,8 @@ NEEDED = {
 
 def pytest_sessionstart() -> None:
     faulthandler.enable()
+    # What is started by `&` in a script ignores it, and what the tests start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for program, package in NEEDED.items():
         if shutil.which(program) is None:
             pytest.exit(f"{program} is missing: apt-get install {package}", returncode=3)
