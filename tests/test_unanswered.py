@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from xsfs import unanswered, wire
 from xsfs.errors import RequestTimeout, XenstoreError
 from xsfs.guesses import SIZE_MAX
-from xsfs.unanswered import BATCH_MAX, OUTSTANDING_MAX, Batch, Unanswered
+from xsfs.unanswered import BATCH_MAX, OUTSTANDING_MAX, PLACE_BITS, Batch, Unanswered
 from xsfs.wire import Op, Parser, Request, WireError, encode_all
 
 
@@ -133,8 +133,8 @@ def test_numbers_begin_anew_around_what_is_still_open(monkeypatch: pytest.Monkey
     seen = []
     for _ in range(9):
         batch = table.enter(requests(2))
-        assert batch.number != old.number
-        seen.append(batch.number)
+        assert batch.first != old.first
+        seen.append(batch.first >> PLACE_BITS)
         for req_id in req_ids(batch):
             take(table, Op.READ, req_id, b"new")
     assert set(seen) == {1, 2, 3}
@@ -149,7 +149,7 @@ def test_the_last_number_fits_a_message() -> None:
     table._next = unanswered._NUMBERS - 1
     batch = table.enter(requests(BATCH_MAX))
     assert req_ids(batch)[-1] == 0xFFFFFFFF
-    assert table.enter(requests(1)).number == 0
+    assert table.enter(requests(1)).first == 0
 
 
 @pytest.mark.parametrize("count", [0, BATCH_MAX + 1])

@@ -48,12 +48,11 @@ class Batch:
     deadline    until when, in trio's time; 0 as long as nobody has slept for it
     """
 
-    __slots__ = ("deadline", "first", "missing", "number", "replies", "requests", "task")
+    __slots__ = ("deadline", "first", "missing", "replies", "requests", "task")
 
     def __init__(self, requests: Sequence[Request], number: int) -> None:
         self.requests = requests
         self.first = number << PLACE_BITS
-        self.number = number
         self.deadline = 0.0
         self.missing = len(requests)
         self.replies: list[Reply] = [UNANSWERED] * len(requests)
@@ -95,7 +94,7 @@ class Unanswered:
 
     def leave(self, batch: Batch) -> None:
         """Nothing more of it will come."""
-        if self._batches.pop(batch.number, None) is not None:
+        if self._batches.pop(batch.first >> PLACE_BITS, None) is not None:
             self.outstanding -= batch.missing
 
     def take_all(self) -> list[Batch]:
@@ -135,6 +134,6 @@ class Unanswered:
             batch.missing -= 1
             if not batch.missing:
                 # Not before: what raises above is woken with all others that are in the table.
-                del batches[batch.number]
+                del batches[req_id >> PLACE_BITS]
                 if batch.task is not None:
                     batch.wake(outcome.Value(batch.replies))
