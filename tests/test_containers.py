@@ -51,7 +51,7 @@ IN: Mapping[bytes, str] = {
 }
 """What of libxl and xenstore-paths.pandoc is made empty, by what it is in."""
 
-OTHERS = b"x a-b 5x x5 A name suspend".split()
+OTHERS = b"x a-b 5x 5a x5 A name suspend".split()
 
 
 @pytest.mark.parametrize("above", IN)
