@@ -147,6 +147,8 @@ class Mirror:
         self._releases = Subscription(RELEASE, self._wake)
         self._heard: set[Subscription] = set()
         """Those of the two whose first event has come since they were set."""
+        self._in_sight: set[bytes] = set()
+        """Nodes being looked at: what they become depends on what is known of them afterwards."""
         self._work = trio.lowlevel.ParkingLot()
         self._told = False
         """Whether an event has come since that was last asked."""
@@ -240,6 +242,7 @@ class Mirror:
         await self._armed()
         interruptions = self._interruptions
         self._events.clear()
+        self._in_sight.clear()
         self._files.begin()
         self._copy.begin()
         await self._look_at_all()
@@ -350,12 +353,15 @@ class Mirror:
 
     def _known_changed(self, path: bytes) -> None:
         """The mount has learned, or forgotten, that a node is a directory."""
+        if path in self._in_sight:
+            return
         if self._is_inside(path) and self._copy.contradicts(path):
             self._copy.again[path] = None
             self._wake()
 
     async def _survey(self, paths: Sequence[bytes], *, expects: bool = False) -> list[Sight]:
         """Look at nodes.  `expects`: one is probably a changed file, so get ready for it meanwhile."""
+        self._in_sight.update(paths)
         try:
             sights = await self._view.survey(paths, self._files.expect if expects else None)
         except wire.WireError as error:
@@ -365,6 +371,7 @@ class Mirror:
         return sights
 
     async def _apply(self, paths: Sequence[bytes], sights: Sequence[Sight], *, renew: bool) -> None:
+        self._in_sight.difference_update(paths)
         await self._carry_out(
             step
             for path, sight in zip(paths, sights, strict=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 
 from xsfs.looks import NOTHING, Look
 from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
-from xsfs.permissions import decode_perms, format_permissions
+from xsfs.permissions import perms_text
 from xsfs.view import Sight, View
 
 
@@ -83,20 +84,34 @@ class Copy:
         if not self._can_be_shown(path):
             return
         place = self.place(path)
+        if look is not None and self._files.staged and place:
+            # Each node is new there, but for the root, and the few that are looked at twice.
+            with suppress(FileExistsError):
+                yield from self._show(path, place, look, sight, 0, renew=renew)
+                return
         kind = self._files.kind(place)
-        wanted = 0 if look is None else self._wanted(path, look)
+        if look is not None:
+            yield from self._show(path, place, look, sight, kind, renew=renew)
+            return
+        if kind:
+            yield from self._remove(place, kind)
+        if kind or renew:
+            self._look_at_parent(path)
+
+    def _show(
+        self, path: bytes, place: bytes, look: Look, sight: Sight, kind: int, *, renew: bool
+    ) -> Steps:
+        """`kind`: what is shown there now.  In the workshop FileExistsError, before anything has
+        changed, if that is 0 and not so."""
+        wanted = self._wanted(path, look)
         if kind not in (0, wanted):
             yield from self._remove(place, kind)
-        if look is None:
-            if kind or renew:
-                self._look_at_parent(path)
-        elif wanted == stat.S_IFDIR:
-            yield from self._show_directory(
-                path, place, look, sight, new=kind != wanted, renew=renew
-            )
+        new = kind != wanted
+        if wanted == stat.S_IFDIR:
+            yield from self._show_directory(path, place, look, sight, new=new, renew=renew)
         else:
-            self.nodes += kind != wanted
-            self._show_file(place, look, sight, renew=renew or kind != wanted)
+            self._show_file(place, look, sight, renew=renew or new)
+            self.nodes += new
             yield b""
 
     def _look_at_missing(self, path: bytes) -> bool:
@@ -170,7 +185,9 @@ class Copy:
             self._show_file(value_place, look, sight, renew=renew or new)
         elif not new and self._files.kind(value_place):
             self._files.remove_file(value_place)
-        self._files.set_perms(place, self._perms(sight))
+        perms = self._perms(sight)
+        if perms or not new:
+            self._files.set_perms(place, perms, new=new)
         names = dict.fromkeys((*sight.names, *self._view.lasting_children(path)))
         if not new:
             kept = {VALUE_NAME, *map(file_name, names)}
@@ -194,5 +211,5 @@ class Copy:
 
     def _perms(self, sight: Sight) -> bytes:
         if self._files.has_perms and isinstance(sight.perms, bytes) and sight.perms:
-            return format_permissions(decode_perms(sight.perms)).encode()
+            return perms_text(sight.perms)
         return b""

@@ -196,9 +196,13 @@ class MirrorFiles:
             return 0
 
     def is_directory(self, path: bytes) -> bool:
-        if self.staged and self._parent is not None and self._parent[0] == path:
-            return True  # it is held open, and in the workshop nobody else moves it
-        return self.kind(path) == stat.S_IFDIR
+        if not self.staged:
+            return self.kind(path) == stat.S_IFDIR
+        try:
+            self._enter(path)  # as who asks does next
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def names(self, path: bytes) -> list[bytes]:
         return os.listdir(self._absolute(path))
@@ -300,9 +304,17 @@ class MirrorFiles:
         finally:
             os.close(fd)
 
-    def set_perms(self, path: bytes, perms: bytes) -> None:
-        """Set a directory's permissions, where they are others; nothing takes them away."""
-        if not self.has_perms or self.perms(path) == perms:
+    def set_perms(self, path: bytes, perms: bytes, *, new: bool = False) -> None:
+        """Set a directory's permissions, where they are others; nothing takes them away.
+
+        new     it was made just now, and has none
+        """
+        if not self.has_perms:
+            return
+        if new and self.staged and not self._unlock:
+            os.setxattr(self._absolute(path), PERMS_ATTRIBUTE, perms, follow_symlinks=False)
+            return
+        if not new and self.perms(path) == perms:
             return
         if perms:
             os.setxattr(self._enter(path), PERMS_ATTRIBUTE, perms)
@@ -347,7 +359,8 @@ class MirrorFiles:
         absolute = self._absolute(path)
         fd = os.open(absolute, _DIRECTORY)
         try:
-            if os.readlink(b"/proc/self/fd/%d" % fd) != absolute:
+            # In the workshop nobody else moves it.
+            if not self.staged and os.readlink(b"/proc/self/fd/%d" % fd) != absolute:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), absolute)
             if self._unlock:
                 os.fchmod(fd, 0o700)

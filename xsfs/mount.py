@@ -122,6 +122,9 @@ def _ready_of(background: Background | None) -> Callable[[], None]:
 
 async def _serve(options: Options, ready: Callable[[], None]) -> bool:
     """Whether it was ever ready."""
+    # What there is by now stays: the collector need not look at it again.
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
     was_ready = False
     with (
         trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals,
@@ -141,9 +144,6 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                         ready()
                         notify(READY, status(_description(options, view)))
                         was_ready = True
-                        # What there is by now stays: the collector need not look at it again.
-                        gc.freeze()
-                        gc.set_threshold(GC_THRESHOLD)
                         sys.setswitchinterval(SWITCH_SECONDS)
                         with trio.CancelScope() as serving:
                             ended.append(serving)

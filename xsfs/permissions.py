@@ -79,6 +79,15 @@ def decode_perms(payload: bytes) -> Permissions:
     return _decode_usual(payload) if len(payload) <= USUAL_MAX else _decode(payload)
 
 
+def perms_text(payload: bytes) -> bytes:
+    """The same as `n0,r7`."""
+    return _text_of_usual(payload) if len(payload) <= USUAL_MAX else _text_of(payload)
+
+
+def _text_of(payload: bytes) -> bytes:
+    return format_permissions(decode_perms(payload)).encode()
+
+
 def _decode(payload: bytes) -> Permissions:
     try:
         perms = tuple(parse_permission(entry.decode("ascii")) for entry in strings(payload))
@@ -94,3 +103,4 @@ USUAL_MAX: Final = 64
 of a broken store may be very long, and are not kept."""
 
 _decode_usual = lru_cache(maxsize=1024)(_decode)
+_text_of_usual = lru_cache(maxsize=1024)(_text_of)

@@ -110,12 +110,18 @@ class Unanswered:
         Who waits for a batch that is complete is woken.  Raises WireError for what nobody asked.
         """
         batches = self._batches
+        batch: Batch | None = None
+        number = -1
         for op, req_id, _, payload in messages:
             # Events first: the kernel's device leaves rubbish in their req_id.
             if op == _EVENT:
                 on_event(payload)
+                batch = None  # who was told may have ended everything
                 continue
-            batch = batches.get(req_id >> PLACE_BITS)
+            # Mostly that of the message before.
+            if batch is None or req_id >> PLACE_BITS != number:
+                number = req_id >> PLACE_BITS
+                batch = batches.get(number)
             place = req_id & _PLACE
             if (
                 batch is None
@@ -134,6 +140,7 @@ class Unanswered:
             batch.missing -= 1
             if not batch.missing:
                 # Not before: what raises above is woken with all others that are in the table.
-                del batches[req_id >> PLACE_BITS]
+                del batches[number]
                 if batch.task is not None:
                     batch.wake(outcome.Value(batch.replies))
+                batch = None

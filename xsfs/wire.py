@@ -154,9 +154,13 @@ class Parser:
         """Their fields alone, which cost less.  Not to be gone on with after a `feed`."""
         buffer, start = self._buffer, self._start
         size = len(buffer)
-        # _wanted spares a long message that comes in small pieces a look at its header each time.
-        while size - start >= self._wanted:
-            op, req_id, tx_id, length = HEADER.unpack_from(buffer, start)
+        # This spares a long message that comes in small pieces a look at its header each time.
+        if size - start < self._wanted:
+            return
+        self._wanted = HEADER_SIZE
+        unpack, copied = HEADER.unpack_from, isinstance(buffer, bytes)
+        while size - start >= HEADER_SIZE:
+            op, req_id, tx_id, length = unpack(buffer, start)
             if length > self._payload_max:
                 raise WireError(
                     f"a message of {length} bytes, over the limit of {self._payload_max}"
@@ -167,9 +171,8 @@ class Parser:
                 self._wanted = end - start
                 return
             self._start = start = end
-            self._wanted = HEADER_SIZE
             payload = buffer[body:end]
-            yield op, req_id, tx_id, bytes(payload) if isinstance(payload, bytearray) else payload
+            yield op, req_id, tx_id, payload if copied else bytes(payload)
 
     @property
     def partial(self) -> bool:
