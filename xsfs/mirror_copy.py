@@ -110,7 +110,7 @@ class Copy:
         if wanted == stat.S_IFDIR:
             yield from self._show_directory(path, place, look, sight, new=new, renew=renew)
         else:
-            self._show_file(place, look, sight, renew=renew or new)
+            self._show_file(place, look, sight, renew=renew, new=new)
             self.nodes += new
             yield b""
 
@@ -182,7 +182,7 @@ class Copy:
             self.nodes += 1
         value_place = self._in(place, VALUE_NAME)
         if self._view.has_dot_value(path, look):
-            self._show_file(value_place, look, sight, renew=renew or new)
+            self._show_file(value_place, look, sight, renew=renew, new=new)
         elif not new and self._files.kind(value_place):
             self._files.remove_file(value_place)
         perms = self._perms(sight)
@@ -199,15 +199,16 @@ class Copy:
             self.again[join(path, name)] = None
         yield place
 
-    def _show_file(self, place: bytes, look: Look, sight: Sight, *, renew: bool) -> None:
+    def _show_file(self, place: bytes, look: Look, sight: Sight, *, renew: bool, new: bool) -> None:
         content = self._view.content.render(look.value)
         perms = self._perms(sight)
         if (
-            renew
+            new
+            or renew
             or self._files.content(place) != content
             or (perms and self._files.perms(place) != perms)
         ):
-            self._files.put(place, content, perms)
+            self._files.put(place, content, perms, new=new)
 
     def _perms(self, sight: Sight) -> bytes:
         if self._files.has_perms and isinstance(sight.perms, bytes) and sight.perms:

@@ -242,11 +242,14 @@ class MirrorFiles:
             with suppress(OSError):
                 self._new = self._make(_NEW, self._workshop.fd)
 
-    def put(self, path: bytes, content: bytes, perms: bytes) -> None:
-        """Make the file, or replace it by a new one."""
+    def put(self, path: bytes, content: bytes, perms: bytes, *, new: bool = False) -> None:
+        """Make the file, or replace it by a new one.
+
+        new     none is there; FileExistsError in the workshop if that is not so
+        """
         parent, name = _split(path)
         directory = self._enter(parent)
-        if self.staged:
+        if new and self.staged:
             self._fill(self._make(name, directory), content, perms)
             return
         fd, self._new = self._new, -1

@@ -158,7 +158,7 @@ class Parser:
         if size - start < self._wanted:
             return
         self._wanted = HEADER_SIZE
-        unpack, copied = HEADER.unpack_from, isinstance(buffer, bytes)
+        unpack = HEADER.unpack_from
         while size - start >= HEADER_SIZE:
             op, req_id, tx_id, length = unpack(buffer, start)
             if length > self._payload_max:
@@ -172,7 +172,7 @@ class Parser:
                 return
             self._start = start = end
             payload = buffer[body:end]
-            yield op, req_id, tx_id, payload if copied else bytes(payload)
+            yield op, req_id, tx_id, payload if isinstance(payload, bytes) else bytes(payload)
 
     @property
     def partial(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,8 +15,8 @@ from typing import Final
 from tests.xenstored.harness import XsClient
 
 from .errors import BenchmarkError
-from .kinds import batch, find, grep, listing, open_read_close
-from .mounting import xsfs
+from .kinds import batch, execute, find, grep, listing, names_below, open_read_close
+from .mounting import compiled, xsfs
 from .stores import HOME, NAME, SCRATCH, Store
 from .timing import Comparison, Contender
 from .works import LINE, LOOP, Stage, pyxs_read, shell_reads, tool_reads
@@ -41,6 +42,7 @@ def comparisons(stage: Stage, copy: str) -> list[Comparison]:
     ls = listing(whole)
     top = copy if whole.top == "/" else f"{copy}{whole.top}"
     read = shell_reads(whole, "read < FILE", f"{copy}{SCRATCH}")
+    start, copier = starting(whole), copying(whole, top)
     change, event, least = changing(whole, copy), told(whole), followed(whole)
     return [
         Comparison("mirror: open, read, close", value, pyxs_read(stage), 0.02, each=True),
@@ -49,7 +51,9 @@ def comparisons(stage: Stage, copy: str) -> list[Comparison]:
         Comparison(f"mirror: {LOOP} times read < FILE", read, tool_reads(whole), 0.05),
         Comparison("mirror: find", find(whole, "find", top), ls, 0.05),
         Comparison("mirror: grep -r", grep(whole, "grep -r", top), ls, 0.1),
-        Comparison("mirror: from start to complete", starting(whole), ls, 1.0),
+        Comparison("mirror: from start to complete", start, ls, 1.0),
+        Comparison("mirror: from start to complete", start, copier),
+        Comparison("the same of the least that copies", copier, ls),
         Comparison("mirror: a change until it is read", change, event, 4.0, each=True),
         Comparison("mirror: a change until it is read", change, least, each=True),
         Comparison("the same of the least that follows", least, event, each=True),
@@ -79,6 +83,26 @@ def starting(store: Store) -> Contender:
         return taken
 
     return Contender("xsfs -o mirror", run, store.read)
+
+
+def copying(store: Store, copy: str) -> Contender:
+    """The same where the least that can be done is.  `copy`: what there is in the end."""
+    expected = names_below(copy)
+
+    def run() -> float:
+        directory = place()
+        try:
+            command = [sys.executable, "-m", f"{__package__}.copier", store.socket, store.top]
+            start = time.perf_counter()
+            execute([*command, directory], compiled())
+            taken = time.perf_counter() - start
+            if names_below(directory) != expected:
+                raise BenchmarkError("the least that copies has copied something else")
+            return taken
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    return Contender("the least that copies", run, store.read)
 
 
 def changing(store: Store, copy: str) -> Contender:

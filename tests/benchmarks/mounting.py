@@ -44,6 +44,11 @@ class Mount:
         raise BenchmarkError(f"the file system at {self.path} has ended")
 
 
+def compiled() -> dict[str, str]:
+    """An environment in which Python keeps what it has compiled, as where xsfs is installed."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def xsfs(socket: str, *options: str) -> contextlib.AbstractContextManager[Mount]:
     """The whole of a store, from / on, unless the options say otherwise."""
     return mounted("xsfs", ["-f", "-o", ",".join(("root=/", *options)), socket])
@@ -79,6 +84,7 @@ def mounted(module: str, arguments: Sequence[str]) -> Iterator[Mount]:
         with subprocess.Popen(
             [sys.executable, "-m", module, *arguments, path],
             cwd=PROJECT,
+            env=compiled(),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         ) as process:
