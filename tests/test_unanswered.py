@@ -30,12 +30,18 @@ def take(table: Unanswered, op: int, req_id: int, payload: bytes) -> None:
     assert events == []
 
 
+def unexpected(payload: bytes) -> None:
+    pytest.fail(f"an event: {payload!r}")
+
+
 def requests(count: int) -> list[Request]:
     return [wire.read(b"/%d" % number) for number in range(count)]
 
 
-@given(st.lists(st.integers(1, BATCH_MAX), min_size=1, max_size=5), st.randoms())
-def test_replies_in_any_order_come_to_their_requests(counts: list[int], random: Random) -> None:
+@given(st.lists(st.integers(1, BATCH_MAX), min_size=1, max_size=5), st.randoms(), st.data())
+def test_replies_in_any_order_come_to_their_requests(
+    counts: list[int], random: Random, data: st.DataObject
+) -> None:
     table = Unanswered()
     batches = [table.enter(requests(count)) for count in counts]
     due = [
@@ -44,9 +50,13 @@ def test_replies_in_any_order_come_to_their_requests(counts: list[int], random: 
         for place, req_id in enumerate(req_ids(batch))
     ]
     assert len({req_id for req_id, _ in due}) == sum(counts) == table.outstanding
-    random.shuffle(due)
-    for done, (req_id, payload) in enumerate(due, 1):
-        take(table, Op.READ, req_id, payload)
+    if data.draw(st.booleans(), "shuffled"):
+        random.shuffle(due)
+    done = 0
+    while done < len(due):
+        together = due[done : done + data.draw(st.integers(1, len(due)), "received together")]
+        table.take([(Op.READ, req_id, 0, payload) for req_id, payload in together], unexpected)
+        done += len(together)
         assert table.outstanding == sum(counts) - done
     for number, batch in enumerate(batches):
         assert batch.replies == [b"%d of %d" % (place, number) for place in range(counts[number])]
@@ -76,6 +86,23 @@ def test_events_are_told_among_replies_whatever_their_number() -> None:
     table.take([event, (Op.READ, number, 0, b"x"), event], events.append)
     assert events == [b"/a\0t\0"] * 2
     assert batch.replies == [b"x"]
+
+
+def test_who_is_told_of_an_event_may_end_everything() -> None:
+    table = Unanswered()
+    batch = table.enter(requests(2))
+    first, second = req_ids(batch)
+    ended: list[Batch] = []
+    messages = [
+        (int(Op.READ), first, 0, b"x"),
+        (int(Op.WATCH_EVENT), 0, 0, b"/a\0t\0"),
+        (int(Op.READ), second, 0, b"y"),
+    ]
+    with pytest.raises(WireError):
+        table.take(messages, lambda _: ended.extend(table.take_all()))
+    assert ended == [batch]
+    assert batch.missing == 1
+    assert table.outstanding == 0
 
 
 @pytest.mark.parametrize(
