@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Final, NamedTuple, cast
@@ -37,6 +38,7 @@ SEEN: Final = {
     "an empty file": seen(b""),
     "a directory": seen(b"", b"child"),
     "a directory with other perms": seen(b"", b"child", perms=b"n0\0r7\0"),
+    "a directory of unknown perms": seen(b"", b"child", perms=b""),
     "a directory with a value": seen(b"value", b"child"),
 }
 
@@ -61,7 +63,11 @@ def shown(top: Path, *, has_perms: bool) -> Shown:
     attributes = paths if has_perms else []
     return Shown(
         contents,
-        {os.path.relpath(path, top): os.getxattr(path, PERMS_ATTRIBUTE) for path in attributes},
+        {
+            os.path.relpath(path, top): os.getxattr(path, PERMS_ATTRIBUTE)
+            for path in attributes
+            if PERMS_ATTRIBUTE in os.listxattr(path)
+        },
     )
 
 
@@ -77,7 +83,38 @@ def expected(sight: Sight, *, has_perms: bool) -> Shown:
             contents["node/.value"] = TEXT.render(look.value)
     perms = cast(bytes, sight.perms).rstrip(b"\0").replace(b"\0", b",")
     of_all = {name: b"n0" if name == child else perms for name in contents}
+    of_all = {name: text for name, text in of_all.items() if text}
     return Shown(contents, of_all if has_perms else {})
+
+
+class Copied(NamedTuple):
+    files: MirrorFiles
+    copy: Copy
+
+    def look(self, path: bytes, sight: Sight) -> None:
+        self.copy.again.pop(path, None)
+        for _ in self.copy.apply(path, sight, renew=False):
+            pass
+
+    def publish(self) -> None:
+        for _ in self.files.publish():
+            pass
+
+
+@contextmanager
+def copied(directory: Path) -> Iterator[Copied]:
+    """A copy in the workshop, of a root with one node that was not looked at."""
+    view = View(cast(Store, None), 0, b"/", TEXT, KnownDirectories())
+    files = MirrorFiles(str(directory), Ownership(0, 0, 0o077))
+    files.open()
+    try:
+        it = Copied(files, Copy(view, files))
+        files.begin()
+        it.copy.begin()
+        it.look(b"/", seen(b"", b"node"))
+        yield it
+    finally:
+        files.close()
 
 
 @pytest.fixture
@@ -91,36 +128,38 @@ def shm() -> Iterator[Path]:
 def test_a_node_is_shown_as_it_was_seen_last(
     first: str, second: str, staged: bool, shm: Path
 ) -> None:
-    view = View(cast(Store, None), 0, b"/", TEXT, KnownDirectories())
-    files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o077))
-    files.open()
-    try:
-        copy = Copy(view, files)
-
-        def look(path: bytes, sight: Sight) -> None:
-            copy.again.pop(path, None)
-            for _ in copy.apply(path, sight, renew=False):
-                pass
-
-        def publish() -> None:
-            for _ in files.publish():
-                pass
-
-        files.begin()
-        copy.begin()
-        look(b"/", seen(b"", b"node"))
+    with copied(shm / "mirror") as it:
         if not staged:
-            publish()
+            it.publish()
         for sight in (SEEN[first], SEEN[second]):
-            look(NODE, sight)
-            assert (CHILD in copy.again) == bool(sight.names)
+            it.look(NODE, sight)
+            assert (CHILD in it.copy.again) == bool(sight.names)
             if sight.names:
-                look(CHILD, seen(b"of the child"))
+                it.look(CHILD, seen(b"of the child"))
         if staged:
-            publish()
-        result = shown(shm / "mirror", has_perms=files.has_perms)
-        assert result == expected(SEEN[second], has_perms=files.has_perms)
+            it.publish()
+        has_perms = it.files.has_perms
+        result = shown(shm / "mirror", has_perms=has_perms)
+        assert result == expected(SEEN[second], has_perms=has_perms)
         nodes = [name for name in result.contents if not name.endswith(".value")]
-        assert copy.nodes == len(nodes)
-    finally:
-        files.close()
+        assert it.copy.nodes == len(nodes)
+
+
+@pytest.mark.parametrize("staged", [True, False], ids=["in the workshop", "seen by readers"])
+@pytest.mark.parametrize("parent", ["nothing", "a file"])
+def test_a_child_waits_for_its_parent(parent: str, staged: bool, shm: Path) -> None:
+    """Where it cannot be shown, the way down to it begins at the parent."""
+    with copied(shm / "mirror") as it:
+        if not staged:
+            it.publish()
+        it.look(NODE, SEEN[parent])
+        it.look(CHILD, seen(b"of the child"))
+        assert list(it.copy.again) == [NODE]
+        it.look(NODE, SEEN["a directory"])
+        it.look(CHILD, seen(b"of the child"))
+        assert not it.copy.again
+        if staged:
+            it.publish()
+        has_perms = it.files.has_perms
+        result = shown(shm / "mirror", has_perms=has_perms)
+        assert result == expected(SEEN["a directory"], has_perms=has_perms)

@@ -13,6 +13,7 @@ from xsfs.permissions import (
     format_permissions,
     parse_permission,
     parse_permissions,
+    perms_text,
     set_perms,
 )
 
@@ -58,6 +59,7 @@ def test_permissions_survive_text_and_wire(perms: list[Permission]) -> None:
     assert list(parse_permissions(format_permissions(perms))) == perms
     payload = set_perms(b"/a", perms).payload
     assert list(decode_perms(payload.removeprefix(b"/a\0"))) == perms
+    assert perms_text(payload.removeprefix(b"/a\0")).decode() == format_permissions(perms)
 
 
 @pytest.mark.parametrize(

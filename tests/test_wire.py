@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from xsfs import wire
-from xsfs.permissions import Permission, decode_perms, set_perms
+from xsfs.permissions import Permission, decode_perms, perms_text, set_perms
 from xsfs.wire import Message, Op, Parser, Request, WireError
 
 # ------------------------------------------------------------------------------ numbers and names
@@ -286,6 +286,8 @@ LONG_NUMBER = b"1" * 5000
         (decode_perms, b""),
         (decode_perms, b"n0"),
         (decode_perms, b"\0"),
+        (perms_text, b"n0"),
+        (perms_text, b"n0\0" * 100 + b"x\0"),
         (decode_perms, b"n0\0\0"),
         (decode_perms, b"x0\0"),
         (decode_perms, b"r-1\0"),

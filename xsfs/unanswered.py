@@ -143,4 +143,3 @@ class Unanswered:
                 del batches[number]
                 if batch.task is not None:
                     batch.wake(outcome.Value(batch.replies))
-                batch = None
