@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsfs.permissions import (
+    USUAL_MAX,
     Permission,
     access_of,
     decode_perms,
     format_permissions,
+    once_if_usual,
     parse_permission,
     parse_permissions,
     perms_text,
@@ -82,3 +84,17 @@ def test_permissions_survive_text_and_wire(perms: list[Permission]) -> None:
 )
 def test_who_may_do_what(text: str, domid: int, access: str) -> None:
     assert access_of(parse_permissions(text), domid) == ACCESS[access]
+
+
+def test_only_usual_replies_are_kept() -> None:
+    decoded = []
+
+    @once_if_usual
+    def decode(payload: bytes) -> int:
+        decoded.append(payload)
+        return len(payload)
+
+    usual, long = b"x" * USUAL_MAX, b"x" * (USUAL_MAX + 1)
+    for payload in (usual, usual, long, long):
+        assert decode(payload) == len(payload)
+    assert decoded == [usual, long, long]

@@ -5,9 +5,9 @@ they are understood.  Pure functions and tables.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from functools import lru_cache
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable
+from functools import lru_cache, wraps
+from typing import Final, NamedTuple, TypeVar
 
 from xsfs.wire import Op, Request, WireError, strings
 
@@ -74,21 +74,27 @@ def set_perms(path: bytes, perms: Iterable[Permission]) -> Request:
     return Request(Op.SET_PERMS, path + b"\0" + b"".join(b"%s\0" % str(p).encode() for p in perms))
 
 
+USUAL_MAX: Final = 64
+"""Bytes of a reply that is taken apart once only: a host has few different ones, for many nodes.  Those
+of a broken store may be very long, and are not kept."""
+
+Result = TypeVar("Result")
+
+
+def once_if_usual(decode: Callable[[bytes], Result]) -> Callable[[bytes], Result]:
+    """The same function, which keeps what it made of usual replies."""
+    decode_usual = lru_cache(maxsize=1024)(decode)
+
+    @wraps(decode)
+    def decode_once(payload: bytes) -> Result:
+        return decode_usual(payload) if len(payload) <= USUAL_MAX else decode(payload)
+
+    return decode_once
+
+
+@once_if_usual
 def decode_perms(payload: bytes) -> Permissions:
     """The permissions in a GET_PERMS reply; WireError for anything else."""
-    return _decode_usual(payload) if len(payload) <= USUAL_MAX else _decode(payload)
-
-
-def perms_text(payload: bytes) -> bytes:
-    """The same as `n0,r7`."""
-    return _text_of_usual(payload) if len(payload) <= USUAL_MAX else _text_of(payload)
-
-
-def _text_of(payload: bytes) -> bytes:
-    return format_permissions(decode_perms(payload)).encode()
-
-
-def _decode(payload: bytes) -> Permissions:
     try:
         perms = tuple(parse_permission(entry.decode("ascii")) for entry in strings(payload))
     except ValueError as error:
@@ -98,9 +104,7 @@ def _decode(payload: bytes) -> Permissions:
     return perms
 
 
-USUAL_MAX: Final = 64
-"""Bytes of a reply that is taken apart once only: a host has few different ones, for many nodes.  Those
-of a broken store may be very long, and are not kept."""
-
-_decode_usual = lru_cache(maxsize=1024)(_decode)
-_text_of_usual = lru_cache(maxsize=1024)(_text_of)
+@once_if_usual
+def perms_text(payload: bytes) -> bytes:
+    """The same as `n0,r7`."""
+    return format_permissions(decode_perms(payload)).encode()
