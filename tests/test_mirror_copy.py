@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
+from operator import add
 from pathlib import Path
 from typing import Final, NamedTuple, cast
 
@@ -15,7 +18,7 @@ from tests.mirroring import scratch
 from xsfs.client import Store
 from xsfs.known import KnownDirectories
 from xsfs.looks import Look
-from xsfs.mirror_copy import Copy
+from xsfs.mirror_copy import READY_SECONDS, Copy
 from xsfs.mirror_files import PERMS_ATTRIBUTE, MirrorFiles
 from xsfs.names import TEXT
 from xsfs.ownership import Ownership
@@ -163,3 +166,58 @@ def test_a_child_waits_for_its_parent(parent: str, staged: bool, shm: Path) -> N
         has_perms = it.files.has_perms
         result = shown(shm / "mirror", has_perms=has_perms)
         assert result == expected(SEEN["a directory"], has_perms=has_perms)
+
+
+# ----------------------------------------------------------------- what is made ready meanwhile
+
+
+@pytest.mark.parametrize(("first", "second"), list(product(SEEN, SEEN)))
+def test_a_change_whose_file_was_made_ready(first: str, second: str, shm: Path) -> None:
+    """Whatever it turns out to be, and whatever was there."""
+    with copied(shm / "mirror") as it:
+        it.publish()
+        it.look(NODE, SEEN[first])
+        if SEEN[first].names:
+            it.look(CHILD, seen(b"of the child"))
+        assert it.copy.make_ready(NODE)
+        for _ in it.copy.apply(NODE, SEEN[second], renew=True):
+            pass
+        if SEEN[second].names:
+            it.look(CHILD, seen(b"of the child"))
+        it.files.rest()
+        has_perms = it.files.has_perms
+        result = shown(shm / "mirror", has_perms=has_perms)
+        assert result == expected(SEEN[second], has_perms=has_perms)
+        assert "new" not in os.listdir(shm / ".mirror.xsfs")
+
+
+def test_what_cannot_be_shown_is_not_made_ready(shm: Path) -> None:
+    with copied(shm / "mirror") as it:
+        it.publish()
+        it.look(NODE, SEEN["a file"])
+        assert not it.copy.make_ready(CHILD)
+        assert list(it.copy.again) == [NODE]
+        assert "new" not in os.listdir(shm / ".mirror.xsfs")
+
+
+def test_what_is_ready_is_of_one_node_and_of_a_moment(
+    shm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the place is looked at anew: what was a file may be a directory by now."""
+    with copied(shm / "mirror") as it:
+        it.publish()
+        it.look(NODE, SEEN["a file"])
+
+        def becomes_a_directory() -> None:
+            assert it.copy.make_ready(NODE)
+            (shm / "mirror" / "node").unlink()
+            (shm / "mirror" / "node").mkdir()
+
+        becomes_a_directory()
+        it.look(b"/", seen(b"", b"node"))
+        it.look(NODE, SEEN["another file"])
+        assert (shm / "mirror" / "node").read_bytes() == b"other\n"
+        becomes_a_directory()
+        monkeypatch.setattr(time, "perf_counter", partial(add, time.perf_counter(), READY_SECONDS))
+        it.look(NODE, SEEN["a file"])
+        assert (shm / "mirror" / "node").read_bytes() == b"value\n"

@@ -303,8 +303,7 @@ class Mirror:
             # Not the time that the store takes, or other processes: it is none that we took.
             start = time.thread_time()
             if self._events:
-                paths = self._copy.within_reach(_next(self._events))
-                await self._apply(paths, await self._survey(paths, expects=True), renew=True)
+                await self._look_at_changed(_next(self._events))
             if again:
                 # Even while there are always events.
                 paths = _next(again)
@@ -313,6 +312,19 @@ class Mirror:
             if owed > PAUSE_SECONDS:
                 spare = await self._rest(owed, spare)
                 owed = 0.0
+
+    async def _look_at_changed(self, paths: Sequence[bytes]) -> None:
+        if len(paths) > 1:
+            paths = self._copy.within_reach(paths)
+            sights = await self._survey(paths, self._files.expect)
+            await self._apply(paths, sights, renew=True)
+            return
+        # One is asked for at once: whether it can be shown is found out meanwhile.
+        shown: list[bytes] = []
+        ready = self._copy.make_ready
+        sights = await self._survey(paths, lambda: shown.extend(filter(ready, paths)))
+        self._in_sight.difference_update(paths)
+        await self._apply(shown, sights[: len(shown)], renew=True)
 
     async def _rest(self, owed: float, spare: float) -> float:
         """Rest as long as was worked; or no longer, once no more events come, if there is that much
@@ -353,17 +365,17 @@ class Mirror:
 
     def _known_changed(self, path: bytes) -> None:
         """The mount has learned, or forgotten, that a node is a directory."""
-        if path in self._in_sight:
-            return
-        if self._is_inside(path) and self._copy.contradicts(path):
+        if path not in self._in_sight and self._is_inside(path) and self._copy.contradicts(path):
             self._copy.again[path] = None
             self._wake()
 
-    async def _survey(self, paths: Sequence[bytes], *, expects: bool = False) -> list[Sight]:
-        """Look at nodes.  `expects`: one is probably a changed file, so get ready for it meanwhile."""
+    async def _survey(
+        self, paths: Sequence[bytes], meanwhile: Callable[[], None] | None = None
+    ) -> list[Sight]:
+        """Look at nodes.  `meanwhile`: as in Session.burst."""
         self._in_sight.update(paths)
         try:
-            sights = await self._view.survey(paths, self._files.expect if expects else None)
+            sights = await self._view.survey(paths, meanwhile)
         except wire.WireError as error:
             self.store.distrust(str(error))
             raise ConnectionLost(f"the store answers nonsense: {error}") from error

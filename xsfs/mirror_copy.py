@@ -7,14 +7,28 @@ be looked at before the copy can be true; whoever looks brings what was seen to 
 from __future__ import annotations
 
 import stat
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Final, NamedTuple
 
 from xsfs.looks import NOTHING, Look
 from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
 from xsfs.permissions import perms_text
 from xsfs.view import Sight, View
+
+READY_SECONDS: Final = 0.002
+"""How long what was found out about a node's place is good: others could have changed it then."""
+
+
+class _Ready(NamedTuple):
+    """What was found out about a node's place while the store was asked for the node."""
+
+    path: bytes
+    place: bytes
+    kind: int
+    until: float
 
 
 class Copy:
@@ -26,6 +40,7 @@ class Copy:
         self.again: dict[bytes, None] = {}
         self.nodes = 0
         """How many files and directories there are, `.value` and the root not counted."""
+        self._ready: _Ready | None = None
         self._missing: set[bytes] = set()
         """Those shown that last, but were not there, or not to be read, when they were looked at."""
 
@@ -34,6 +49,7 @@ class Copy:
         self.again.clear()
         self.again[self._view.root] = None
         self.nodes = 0
+        self._ready = None
         self._missing.clear()
 
     def place(self, path: bytes) -> bytes:
@@ -81,15 +97,19 @@ class Copy:
         if look is None and self._lasts(path):
             look = NOTHING
             self._missing.add(path)
-        if not self._can_be_shown(path):
-            return
-        place = self.place(path)
-        if look is not None and self._files.staged and place:
-            # Each node is new there, but for the root, and the few that are looked at twice.
-            with suppress(FileExistsError):
-                yield from self._show(path, place, look, sight, 0, renew=renew)
+        ready, self._ready = self._ready, None
+        if ready is not None and ready.path == path and time.perf_counter() < ready.until:
+            place, kind = ready.place, ready.kind
+        else:
+            if not self._can_be_shown(path):
                 return
-        kind = self._files.kind(place)
+            place = self.place(path)
+            if look is not None and self._files.staged and place:
+                # Each node is new there, but for the root, and the few that are looked at twice.
+                with suppress(FileExistsError):
+                    yield from self._show(path, place, look, sight, 0, renew=renew)
+                    return
+            kind = self._files.kind(place)
         if look is not None:
             yield from self._show(path, place, look, sight, kind, renew=renew)
             return
@@ -139,6 +159,17 @@ class Copy:
         return [
             path for path in paths if not self._look_at_missing(path) and self._can_be_shown(path)
         ]
+
+    def make_ready(self, path: bytes) -> bool:
+        """While the store is asked for a node: whether it can be shown.  If so, get ready for a file
+        that has changed."""
+        if not self.within_reach((path,)):
+            return False
+        place = self.place(path)
+        until = time.perf_counter() + READY_SECONDS
+        self._ready = _Ready(path, place, self._files.kind(place), until)
+        self._files.expect(place)
+        return True
 
     def _can_be_shown(self, path: bytes) -> bool:
         """Whether its parent is shown as a directory.

@@ -233,13 +233,15 @@ class MirrorFiles:
 
     # ---------------------------------------------------------------------------- to change
 
-    def expect(self) -> None:
-        """A file is probably put next: make it before it is known which, and with what.
+    def expect(self, path: bytes | None = None) -> None:
+        """A file is probably put next: make it before it is known with what, and perhaps which.
 
         What fails now is met, and told, when it is.
         """
-        if self._new < 0:
-            with suppress(OSError):
+        with suppress(OSError):
+            if path is not None:
+                self._enter(_split(path)[0])
+            if self._new < 0:
                 self._new = self._make(_NEW, self._workshop.fd)
 
     def put(self, path: bytes, content: bytes, perms: bytes, *, new: bool = False) -> None:
