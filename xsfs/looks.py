@@ -55,10 +55,11 @@ _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 def questions(path: bytes, *, perms: bool, value: bool = True) -> Sequence[Request]:
     """What to ask in order to know all about a node; without its value, of which kind it is."""
     payload = path + b"\0"
-    asked: tuple[Request, ...] = (Request(Op.DIRECTORY, payload),)
     if value:
-        asked = Request(Op.READ, payload), *asked
-    return (*asked, Request(Op.GET_PERMS, payload)) if perms else asked
+        asked = Request(Op.READ, payload), Request(Op.DIRECTORY, payload)
+        return (*asked, Request(Op.GET_PERMS, payload)) if perms else asked
+    of_kind = Request(Op.DIRECTORY, payload)
+    return (of_kind, Request(Op.GET_PERMS, payload)) if perms else (of_kind,)
 
 
 def questions_of_kind(path: bytes, names: Iterable[bytes], *, perms: bool) -> list[Request]:
@@ -78,11 +79,15 @@ def understand(answers: Answers, domid: int) -> Look | None:
     Raises XenstoreError for a verdict that says neither.
     """
     value, children = answers[0], answers[1]
-    if len(answers) == 2 and type(children) is bytes:
-        if value is None:
-            return PARENT if children else LEAF
-        if type(value) is bytes:
+    perms = answers[2] if len(answers) > 2 else None
+    if type(children) is bytes and (value is None or type(value) is bytes):
+        # Of most nodes everything is told.
+        if len(answers) == 2:
+            if value is None:
+                return PARENT if children else LEAF
             return Look(value, bool(children), True, True)
+        if type(perms) is bytes:
+            return _told(value, bool(children), perms, domid)
     has_children = bool(children)
     if isinstance(value, XenstoreError) or isinstance(children, XenstoreError):
         if isinstance(children, XenstoreError) and children.name == "E2BIG":
@@ -97,10 +102,11 @@ def understand(answers: Answers, domid: int) -> Look | None:
                     raise reply
         if isinstance(value, XenstoreError):
             raise value
-    writable = True
-    if len(answers) > 2:
-        perms = answers[2]
-        if not isinstance(perms, bytes):
-            return None if perms is not None and perms.name == "ENOENT" else HIDDEN
-        writable = access_of(decode_perms(perms), domid)[1]
-    return Look(value or b"", has_children, True, writable, whole=value is not None)
+    if isinstance(perms, XenstoreError):
+        return None if perms.name == "ENOENT" else HIDDEN
+    return _told(value, has_children, perms, domid)
+
+
+def _told(value: bytes | None, has_children: bool, perms: bytes | None, domid: int) -> Look:
+    writable = perms is None or access_of(decode_perms(perms), domid)[1]
+    return Look(value or b"", has_children, True, writable, value is not None)

@@ -278,28 +278,29 @@ class View:
         replies = await self.session.burst(
             [q for path in paths for q in questions(path, perms=self.asks_perms)], meanwhile
         )
-        return [
-            await self._sight(path, answers, asked)
-            for path, answers in zip(paths, _each(replies, len(paths)), strict=True)
-        ]
+        sights = []
+        for path, answers in zip(paths, _each(replies, len(paths)), strict=True):
+            look, listing = self._learn(path, answers, asked), answers[1]
+            perms = answers[2] if len(answers) > 2 else b""
+            names: Names = []
+            if look is not None and look.has_children:
+                if isinstance(listing, bytes):
+                    names = shown_names(path, wire.decode_names(listing), listing)
+                elif (found := await self._long_listing(path)) is None:
+                    look, perms = None, b""
+                else:
+                    names = found
+            sights.append(Sight(look, names, perms))
+        return sights
 
-    async def _sight(self, path: bytes, answers: Sequence[Reply], asked: int) -> Sight:
-        look = self._learn(path, answers, asked)
-        perms = answers[2] if len(answers) > 2 else b""
-        if look is None or not look.has_children:
-            return Sight(look, [], perms)
-        listing = answers[1]
+    async def _long_listing(self, path: bytes) -> Names | None:
+        """The names of those children that a listing shows; None if there is no such node any more."""
         try:
-            names = (
-                wire.decode_names(listing)
-                if isinstance(listing, bytes)
-                else await self.session.list(path)
-            )
+            return shown_names(path, await self.session.list(path))
         except XenstoreError as error:
             if error.name in ("ENOENT", "EACCES"):
-                return Sight(None, [], b"")
+                return None
             raise
-        return Sight(look, shown_names(path, names), perms)
 
     def lasting_children(self, path: bytes) -> Collection[bytes]:
         """The names of directories that are there even while their nodes are not: in the root of a
