@@ -61,7 +61,10 @@ guesses looks
     workshop
     mirror_files        ownership workshop
     mirror_copy         permissions wire names looks view mirror_files
-    mirror              wire errors servants watches client view mirror_files mirror_copy
+    mirror_window       view
+    mirror_pace
+    mirror              wire errors servants watches client view mirror_files mirror_copy \
+mirror_window mirror_pace
     node                names view ownership prefetched
     mirror_link         node
     xattrs              permissions wire names looks view node

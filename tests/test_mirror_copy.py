@@ -179,7 +179,8 @@ def test_a_change_whose_file_was_made_ready(first: str, second: str, shm: Path) 
         it.look(NODE, SEEN[first])
         if SEEN[first].names:
             it.look(CHILD, seen(b"of the child"))
-        assert it.copy.make_ready(NODE)
+        it.copy.make_ready(NODE)
+        assert it.copy.is_ready(NODE)
         for _ in it.copy.apply(NODE, SEEN[second], renew=True):
             pass
         if SEEN[second].names:
@@ -195,7 +196,8 @@ def test_what_cannot_be_shown_is_not_made_ready(shm: Path) -> None:
     with copied(shm / "mirror") as it:
         it.publish()
         it.look(NODE, SEEN["a file"])
-        assert not it.copy.make_ready(CHILD)
+        it.copy.make_ready(CHILD)
+        assert not it.copy.is_ready(CHILD)
         assert list(it.copy.again) == [NODE]
         assert "new" not in os.listdir(shm / ".mirror.xsfs")
 
@@ -209,7 +211,8 @@ def test_what_is_ready_is_of_one_node_and_of_a_moment(
         it.look(NODE, SEEN["a file"])
 
         def becomes_a_directory() -> None:
-            assert it.copy.make_ready(NODE)
+            it.copy.make_ready(NODE)
+            assert it.copy.is_ready(NODE)
             (shm / "mirror" / "node").unlink()
             (shm / "mirror" / "node").mkdir()
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
-
 import pytest
 import trio
 from trio.testing import MockClock
 
-from xsfs.mirror import REST_SECONDS, SPARE_SECONDS, Mirror
+from xsfs.mirror_pace import REST_SECONDS, SPARE_SECONDS, Pace
 
 
 def rested(owed: float, spare: float, busy: float) -> tuple[float, float]:
@@ -17,22 +14,24 @@ def rested(owed: float, spare: float, busy: float) -> tuple[float, float]:
 
     busy    for how many seconds from the start on events come, all the time
     """
-    mirror = SimpleNamespace(_told=busy > 0)
+    pace = Pace()
+    pace.owed, pace.spare, pace.told = owed, spare, busy > 0
 
     async def events() -> None:
         end = trio.current_time() + busy
         while trio.current_time() < end:
-            mirror._told = True
+            pace.told = True
             await trio.sleep(REST_SECONDS / 10)
 
     async def run() -> tuple[float, float]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(events)
             start = trio.current_time()
-            left = await Mirror._rest(cast(Any, mirror), owed, spare)
+            await pace.rest()
             taken = trio.current_time() - start
             nursery.cancel_scope.cancel()
-        return taken, left
+        assert pace.owed == 0.0
+        return taken, pace.spare
 
     return trio.run(run, clock=MockClock(autojump_threshold=0))
 

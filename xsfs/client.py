@@ -111,6 +111,22 @@ class Store(Session):
         self.outage.answered()
         return batch.replies
 
+    def at_once(
+        self, requests: Sequence[Request], meanwhile: Callable[[], None]
+    ) -> list[Reply] | None:
+        """As `burst`, from a plain function; None, whatever was sent, if not all is answered within a
+        moment.  For what only reads."""
+        connection = self._link.connection
+        if connection is None or not connection.prompt or self.outage.error is not None:
+            return None
+        self.requests += len(requests)
+        with suppress(ConnectionLost, RequestTimeout):
+            batch = connection.ask(requests, 0, meanwhile)
+            if not batch.missing:
+                self.outage.answered()
+                return batch.replies
+        return None
+
     async def burst_and(
         self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
     ) -> tuple[list[Reply], Rest]:

@@ -25,7 +25,9 @@ that changed it:
 
 Looks are applied by one task, one burst after the other in the order in which they were asked, so
 that no reply is applied after a later one (while a whole copy is made the next burst is asked before
-the last one is applied); an event that comes meanwhile waits, and its look follows.  What a node that
+the last one is applied); an event that comes meanwhile waits, and its look follows.  While that task
+waits for something to do, a single changed value is looked at and shown by whoever tells of it, from
+the question to the file without a break.  What a node that
 was looked at becomes does not depend on when the other nodes of the burst were: where its parent is
 not as it should be, the parent is looked at first (xsfs/mirror_copy.py).
 
@@ -37,21 +39,19 @@ What a guest may not be told cannot be followed: the nodes of others that vanish
 they lie in its tree.
 
 No wait is unbounded, and nothing is done while the store rests.  Under load the mirror rests as long
-as it works, so that it never takes more than half a processor, and events merge meanwhile; what is
-left when no more come is done without a rest, as far as it has rested before.  And after each burst of
-what events tell of comes one of what must only be looked at again, so that neither waits for the
-other's end.
+as it works (xsfs/mirror_pace.py).  And after each burst of what events tell of comes one of what must
+only be looked at again, so that neither waits for the other's end.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Final
 
-import outcome
 import trio
 
 from xsfs import wire
@@ -59,27 +59,16 @@ from xsfs.client import Store
 from xsfs.errors import ConnectionLost, RequestTimeout, StoreError
 from xsfs.mirror_copy import Copy
 from xsfs.mirror_files import MirrorFiles, Steps
+from xsfs.mirror_pace import Pace
+from xsfs.mirror_window import Window, next_window
 from xsfs.servants import open_servants
 from xsfs.view import Sight, View
 from xsfs.watches import Subscription
 
 log = logging.getLogger(__name__)
 
-WINDOW: Final = 128
-"""How many nodes one burst looks at."""
-
 SLICE_SECONDS: Final = 0.001
 """How long files are changed before other tasks have their turn."""
-
-PAUSE_SECONDS: Final = 0.002
-"""How much work is done before the mirror pauses: sleeping takes a millisecond at least."""
-
-SPARE_SECONDS: Final = 0.1
-"""How much work may be done without a pause once no more events come: what is left of a storm.  It is
-earned by resting."""
-
-REST_SECONDS: Final = 0.01
-"""How long it rests before it looks whether more events have come."""
 
 EVENTS_MAX: Final = 16384
 """How many paths may wait to be looked at.  Past it everything is."""
@@ -93,36 +82,6 @@ RELEASE: Final = b"@releaseDomain"
 
 class _Lost(ConnectionLost):
     """Events may have been missed: the copy can't be true any more."""
-
-
-Survey = Callable[[Sequence[bytes]], Awaitable[list[Sight]]]
-
-
-def _next(queue: dict[bytes, None]) -> list[bytes]:
-    """The latest first: a walk that goes down before it goes on has the shortest queue."""
-    return [queue.popitem()[0] for _ in range(min(WINDOW, len(queue)))]
-
-
-class _Window:
-    """Nodes that are looked at by a task of its own, while the one who wants to know is at work."""
-
-    def __init__(self, paths: Sequence[bytes]) -> None:
-        self.paths = paths
-        self._seen = trio.Event()
-        self._outcome: outcome.Outcome[list[Sight]] | None = None
-
-    async def look(self, survey: Survey) -> None:
-        try:
-            self._outcome = outcome.Value(await survey(self.paths))
-        except Exception as error:
-            self._outcome = outcome.Error(error)
-        self._seen.set()
-
-    async def sights(self) -> list[Sight]:
-        """What was seen.  Raises what the survey raised."""
-        await self._seen.wait()
-        assert self._outcome is not None
-        return self._outcome.unwrap()
 
 
 class Mirror:
@@ -150,8 +109,9 @@ class Mirror:
         self._in_sight: set[bytes] = set()
         """Nodes being looked at: what they become depends on what is known of them afterwards."""
         self._work = trio.lowlevel.ParkingLot()
-        self._told = False
-        """Whether an event has come since that was last asked."""
+        self._waits = False
+        """Whether the task waits for something to do."""
+        self._pace = Pace()
         self._true_of: int | None = None
         """The count of interruptions that the published copy is of."""
         self.looks = 0
@@ -173,7 +133,9 @@ class Mirror:
         return self._copy.nodes if self.true else 0
 
     def _wake(self) -> None:
-        self._told = True
+        if self._waits and self._show_at_once():
+            return
+        self._pace.told = True
         self._work.unpark_all()
 
     # ----------------------------------------------------------------------------------- life
@@ -256,10 +218,10 @@ class Mirror:
         again = self._copy.again
         async with open_servants() as servants:
 
-            def begin() -> _Window | None:
+            def begin() -> Window | None:
                 if not again:
                     return None
-                window = _Window(_next(again))
+                window = Window(next_window(again))
                 servants.start_soon(window.look, self._survey)
                 return window
 
@@ -286,32 +248,65 @@ class Mirror:
     # --------------------------------------------------------------------------------- follow
 
     async def _follow(self) -> None:
-        again = self._copy.again
-        owed, spare = 0.0, SPARE_SECONDS
+        again, pace = self._copy.again, self._pace
         while True:
             if not self.true:
                 raise _Lost("the connection was lost")
             self._take_events()
             if not (self._events or again):
                 self._files.rest()
-                start = time.perf_counter()
-                await self._work.park()
-                rested = time.perf_counter() - start
-                owed = max(0.0, owed - rested)
-                spare = min(SPARE_SECONDS, spare + rested)
+                await self._wait()
                 continue
-            # Not the time that the store takes, or other processes: it is none that we took.
-            start = time.thread_time()
+            pace.begin_work()
             if self._events:
-                await self._look_at_changed(_next(self._events))
+                await self._look_at_changed(next_window(self._events))
             if again:
                 # Even while there are always events.
-                paths = _next(again)
+                paths = next_window(again)
                 await self._apply(paths, await self._survey(paths), renew=False)
-            owed += time.thread_time() - start
-            if owed > PAUSE_SECONDS:
-                spare = await self._rest(owed, spare)
-                owed = 0.0
+            pace.end_work()
+            if pace.is_tired:
+                await pace.rest()
+
+    async def _wait(self) -> None:
+        """Until there is something to do for the task."""
+        self._pace.begin_wait()
+        self._waits = True
+        try:
+            await self._work.park()
+        finally:
+            self._waits = False
+        self._pace.has_waited()
+
+    def _show_at_once(self) -> bool:
+        """While the task waits: look at what has changed, and show it, if it is one value, and the
+        store answers within a moment.  If not, nothing was done, and the task has to."""
+        path = self._changes.only()
+        self._pace.has_waited()
+        if path is None or self._copy.again or self._pace.is_tired or not self.true:
+            return False
+        if not self._is_inside(path):
+            return False
+        self._waits = False  # or what is learned now would come here, too
+        self._pace.begin_work()
+        self._in_sight.add(path)
+        try:
+            sight = self._view.glance(path, partial(self._copy.make_ready, path))
+            if sight is None or not self._copy.is_one_file(path, sight):
+                return False
+            for _ in self._copy.apply(path, sight, renew=True):
+                pass
+            self._files.rest()
+        except Exception:
+            return False  # the task meets it, too, and tells
+        finally:
+            self._in_sight.discard(path)
+            self._pace.end_work()
+            self._pace.begin_wait()
+            self._waits = True
+        self.looks += 1
+        self._changes.take()
+        return True
 
     async def _look_at_changed(self, paths: Sequence[bytes]) -> None:
         if len(paths) > 1:
@@ -320,27 +315,14 @@ class Mirror:
             await self._apply(paths, sights, renew=True)
             return
         # One is asked for at once: whether it can be shown is found out meanwhile.
-        shown: list[bytes] = []
-        ready = self._copy.make_ready
-        sights = await self._survey(paths, lambda: shown.extend(filter(ready, paths)))
-        self._in_sight.difference_update(paths)
-        await self._apply(shown, sights[: len(shown)], renew=True)
-
-    async def _rest(self, owed: float, spare: float) -> float:
-        """Rest as long as was worked; or no longer, once no more events come, if there is that much
-        work to spare.  Returns what is left of it."""
-        while owed > 0:
-            if not self._told and spare >= owed:
-                return spare - owed
-            rest = min(owed, REST_SECONDS)
-            self._told = False
-            await trio.sleep(rest)
-            owed -= rest
-            spare = min(SPARE_SECONDS, spare + rest)
-        return spare
+        (path,) = paths
+        sights = await self._survey(paths, partial(self._copy.make_ready, path))
+        if self._copy.is_ready(path):
+            await self._apply(paths, sights, renew=True)
+        self._in_sight.discard(path)
 
     def _take_events(self) -> None:
-        self._told = False
+        self._pace.told = False
         if not self._events:
             self._events = dict.fromkeys(filter(self._is_inside, self._changes.take()))
         if self._releases.take():

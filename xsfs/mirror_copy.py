@@ -160,16 +160,30 @@ class Copy:
             path for path in paths if not self._look_at_missing(path) and self._can_be_shown(path)
         ]
 
-    def make_ready(self, path: bytes) -> bool:
-        """While the store is asked for a node: whether it can be shown.  If so, get ready for a file
-        that has changed."""
-        if not self.within_reach((path,)):
-            return False
-        place = self.place(path)
-        until = time.perf_counter() + READY_SECONDS
-        self._ready = _Ready(path, place, self._files.kind(place), until)
-        self._files.expect(place)
-        return True
+    def make_ready(self, path: bytes) -> None:
+        """While the store is asked for a node: find out whether it can be shown, and get ready for a
+        file that has changed."""
+        self._ready = None
+        if self.within_reach((path,)):
+            place = self.place(path)
+            until = time.perf_counter() + READY_SECONDS
+            self._ready = _Ready(path, place, self._files.kind(place), until)
+            self._files.expect(place)
+
+    def is_ready(self, path: bytes) -> bool:
+        """Whether it was found that the node can be shown."""
+        return self._ready is not None and self._ready.path == path
+
+    def is_one_file(self, path: bytes, sight: Sight) -> bool:
+        """Whether all that has to be done about a node is to put the file that was made ready."""
+        ready, look = self._ready, sight.look
+        return (
+            ready is not None
+            and (ready.path, ready.kind) == (path, stat.S_IFREG)
+            and look is not None
+            and not look.hidden
+            and self._wanted(path, look) == stat.S_IFREG
+        )
 
     def _can_be_shown(self, path: bytes) -> bool:
         """Whether its parent is shown as a directory.

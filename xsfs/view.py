@@ -280,27 +280,37 @@ class View:
         )
         sights = []
         for path, answers in zip(paths, _each(replies, len(paths)), strict=True):
-            look, listing = self._learn(path, answers, asked), answers[1]
-            perms = answers[2] if len(answers) > 2 else b""
-            names: Names = []
-            if look is not None and look.has_children:
-                if isinstance(listing, bytes):
-                    names = shown_names(path, wire.decode_names(listing), listing)
-                elif (found := await self._long_listing(path)) is None:
-                    look, perms = None, b""
-                else:
-                    names = found
-            sights.append(Sight(look, names, perms))
+            sight = self._sight(path, answers, asked)
+            if sight is None:
+                sight = await self._long_sight(path, answers, asked)
+            sights.append(sight)
         return sights
 
-    async def _long_listing(self, path: bytes) -> Names | None:
-        """The names of those children that a listing shows; None if there is no such node any more."""
+    def glance(self, path: bytes, meanwhile: Callable[[], None]) -> Sight | None:
+        """The same of one node, if the store tells all within a moment."""
+        asked = self.known.moment
+        answers = self.store.at_once(questions(path, perms=self.asks_perms), meanwhile)
+        return None if answers is None else self._sight(path, answers, asked)
+
+    def _sight(self, path: bytes, answers: Sequence[Reply], asked: int) -> Sight | None:
+        """None where the listing is too long for an answer."""
+        look, listing = self._learn(path, answers, asked), answers[1]
+        perms = answers[2] if len(answers) > 2 else b""
+        if look is None or not look.has_children:
+            return Sight(look, [], perms)
+        if not isinstance(listing, bytes):
+            return None
+        return Sight(look, shown_names(path, wire.decode_names(listing), listing), perms)
+
+    async def _long_sight(self, path: bytes, answers: Sequence[Reply], asked: int) -> Sight:
         try:
-            return shown_names(path, await self.session.list(path))
+            names = shown_names(path, await self.session.list(path))
         except XenstoreError as error:
             if error.name in ("ENOENT", "EACCES"):
-                return None
+                return Sight(None, [], b"")
             raise
+        look = understand(answers, self.domid)
+        return Sight(look, names, answers[2] if len(answers) > 2 else b"")
 
     def lasting_children(self, path: bytes) -> Collection[bytes]:
         """The names of directories that are there even while their nodes are not: in the root of a

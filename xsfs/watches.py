@@ -94,6 +94,10 @@ class Subscription:
         self._events.clear()
         return events
 
+    def only(self) -> bytes | None:
+        """The path that changed, if it is one; it stays to be taken."""
+        return next(iter(self._events)) if len(self._events) == 1 else None
+
     def __bool__(self) -> bool:
         """Whether there is an event to take."""
         return bool(self._events)
