@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import count
 
 import pytest
 import trio
 
 from tests.mirroring import Live, await_true, live
 from tests.mounting import LIMIT, Place, each_place
+from tests.test_mirror_failures import FOREIGN
 from tests.xenstored.harness import XsClient
 from xsfs.client import open_store
 from xsfs.mirror_pace import PAUSE_SECONDS
@@ -75,7 +79,9 @@ def test_a_value(watched: Watched) -> None:
         return not watched.change(str(number))
 
     looks = watched.alive.mirror.looks
+    descriptors = os.listdir("/proc/self/fd")
     await_true(without_the_task)
+    assert os.listdir("/proc/self/fd") == descriptors
     assert watched.alive.mirror.looks >= looks + number
     watched.alive.settle()
 
@@ -113,6 +119,16 @@ def test_a_directory_whose_value_changes_is_left_to_the_task(watched: Watched) -
     assert watched.by_task == [NODE.encode()]
 
 
+@pytest.mark.parametrize("path", FOREIGN)
+def test_an_event_of_another_place_changes_nothing(watched: Watched, path: bytes) -> None:
+    """Even if it comes alone, while the task waits."""
+    watched.rest()
+    watched.alive.tell(partial(watched.alive.mirror._changes.put, path))
+    watched.alive.settle()
+    watched.rest()
+    watched.alive.settle()
+
+
 def test_who_has_worked_much_rests_first(watched: Watched) -> None:
     watched.rest()
 
@@ -121,6 +137,24 @@ def test_who_has_worked_much_rests_first(watched: Watched) -> None:
         watched.alive.mirror._pace.owed = PAUSE_SECONDS + LIMIT
 
     watched.alive.tell(has_worked)
+    assert watched.change("after")
+
+
+def test_what_is_done_without_the_task_is_work(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it took a second each time."""
+    ticks = count()
+    monkeypatch.setattr(time, "thread_time", lambda: float(next(ticks)))
+    number = 0
+
+    def without_the_task() -> bool:
+        nonlocal number
+        number += 1
+        watched.rest()
+        return not watched.change(str(number))
+
+    await_true(without_the_task)
     assert watched.change("after")
 
 

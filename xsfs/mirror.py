@@ -287,9 +287,8 @@ class Mirror:
             return False
         if not self._is_inside(path):
             return False
-        self._waits = False  # or what is learned now would come here, too
         self._pace.begin_work()
-        self._in_sight.add(path)
+        self._in_sight.add(path)  # or what is learned now would wake the task
         try:
             sight = self._view.glance(path, partial(self._copy.make_ready, path))
             if sight is None or not self._copy.is_one_file(path, sight):
@@ -303,7 +302,6 @@ class Mirror:
             self._in_sight.discard(path)
             self._pace.end_work()
             self._pace.begin_wait()
-            self._waits = True
         self.looks += 1
         self._changes.take()
         return True
