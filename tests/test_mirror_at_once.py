@@ -86,6 +86,17 @@ def test_a_value(watched: Watched) -> None:
     watched.alive.settle()
 
 
+def test_what_is_known_later(watched: Watched) -> None:
+    """A node that was looked at without the task is looked at again when more is known of it."""
+    watched.rest()
+    watched.change("v")
+    watched.store.write(NODE, "")
+    watched.alive.settle()
+    watched.alive.tell(partial(watched.alive.known.add, NODE.encode()))
+    watched.alive.settle()
+    assert watched.alive.path("node").is_dir()
+
+
 def test_permissions(watched: Watched) -> None:
     watched.rest()
     watched.store.set_perms(NODE, ("n0", "r7"))
