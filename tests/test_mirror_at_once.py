@@ -120,6 +120,19 @@ def test_what_is_more_than_a_value_is_left_to_the_task(watched: Watched, change:
     assert watched.by_task
 
 
+def test_what_is_a_directory_by_now_is_left_to_the_task(watched: Watched) -> None:
+    """Its children are to be looked at, too."""
+    watched.rest()
+
+    def becomes_a_directory() -> None:
+        watched.store.write(f"{NODE}/child", "v")
+        watched.alive.mirror._changes.put(NODE.encode())
+
+    watched.alive.tell(becomes_a_directory)
+    watched.alive.settle()
+    assert watched.by_task[0] == NODE.encode()
+
+
 def test_a_directory_whose_value_changes_is_left_to_the_task(watched: Watched) -> None:
     watched.store.write(f"{NODE}/child", "v")
     watched.alive.settle()

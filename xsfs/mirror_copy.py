@@ -175,13 +175,13 @@ class Copy:
         return self._ready is not None and self._ready.path == path
 
     def is_one_file(self, path: bytes, sight: Sight) -> bool:
-        """Whether all that has to be done about a node is to put the file that was made ready."""
+        """Whether all that has to be done about a node is to put the file that was made ready.  (One
+        that may not be read is no file.)"""
         ready, look = self._ready, sight.look
         return (
             ready is not None
             and (ready.path, ready.kind) == (path, stat.S_IFREG)
             and look is not None
-            and not look.hidden
             and self._wanted(path, look) == stat.S_IFREG
         )
 
