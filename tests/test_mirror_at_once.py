@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 
@@ -16,6 +18,8 @@ from tests.mounting import LIMIT, Place, each_place
 from tests.test_mirror_failures import FOREIGN
 from tests.xenstored.harness import XsClient
 from xsfs.client import open_store
+from xsfs.mirror import BREAK_SECONDS
+from xsfs.mirror_copy import READY_SECONDS
 from xsfs.mirror_pace import PAUSE_SECONDS
 from xsfs.view import Sight
 from xsfs.wire import directory, read
@@ -97,6 +101,16 @@ def test_what_is_known_later(watched: Watched) -> None:
     assert watched.alive.path("node").is_dir()
 
 
+def test_a_removal(watched: Watched) -> None:
+    """What is left to be seen about its parent is the task's."""
+    watched.store.write(f"{ROOT}/parent/child", "v")
+    watched.alive.settle()
+    for path in (NODE, f"{ROOT}/parent/child"):
+        watched.rest()
+        watched.store.rm(path)
+        watched.alive.settle()
+
+
 def test_permissions(watched: Watched) -> None:
     watched.rest()
     watched.store.set_perms(NODE, ("n0", "r7"))
@@ -106,13 +120,12 @@ def test_permissions(watched: Watched) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(lambda store: store.rm(NODE), id="a removal"),
         pytest.param(lambda store: store.write(f"{NODE}/child", "v"), id="a child"),
         pytest.param(lambda store: store.write(f"{ROOT}/new", "v"), id="a new node"),
         pytest.param(lambda store: store.mkdir(f"{ROOT}/a/b/c"), id="new directories"),
     ],
 )
-def test_what_is_more_than_a_value_is_left_to_the_task(watched: Watched, change: object) -> None:
+def test_what_is_more_than_a_file_is_left_to_the_task(watched: Watched, change: object) -> None:
     assert callable(change)
     watched.rest()
     change(watched.store)
@@ -130,7 +143,92 @@ def test_what_is_a_directory_by_now_is_left_to_the_task(watched: Watched) -> Non
 
     watched.alive.tell(becomes_a_directory)
     watched.alive.settle()
-    assert watched.by_task[0] == NODE.encode()
+    assert NODE.encode() in watched.by_task
+
+
+def test_what_is_in_the_way_is_looked_at_by_the_task(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files' owner puts a file where the directory was, and takes his time."""
+    directory = watched.alive.path("parent")
+    watched.store.write(f"{ROOT}/parent/child", "v")
+    watched.alive.settle()
+    glance = watched.alive.view.glance
+    seen: list[Sight] = []
+
+    def replaced(path: bytes, meanwhile: Callable[[], None]) -> Sight | None:
+        sight = glance(path, meanwhile)
+        if sight is not None and not seen:
+            seen.append(sight)
+            time.sleep(1.5 * READY_SECONDS)
+            shutil.rmtree(directory)
+            directory.write_text("in the way")
+        return sight
+
+    monkeypatch.setattr(watched.alive.view, "glance", replaced)
+
+    number = 0
+
+    def is_shown() -> bool:
+        with suppress(OSError):
+            return (directory / "child").read_text() == f"{number}\n"
+        return False
+
+    def is_replaced() -> bool:
+        nonlocal number
+        number += 1
+        watched.rest()
+        watched.store.write(f"{ROOT}/parent/child", str(number))
+        await_true(is_shown)
+        return bool(seen)
+
+    await_true(is_replaced)
+
+
+def test_events_that_come_together_are_asked_for_once(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched.rest()
+    glances: list[bytes] = []
+
+    def fails(path: bytes, meanwhile: object) -> Sight | None:
+        glances.append(path)
+        return None
+
+    def tell() -> None:
+        for _ in range(100):
+            watched.alive.mirror._changes.put(NODE.encode())
+
+    monkeypatch.setattr(watched.alive.view, "glance", fails)
+    watched.alive.tell(tell)
+    watched.alive.settle()
+    assert glances == [NODE.encode()]
+
+
+def test_a_second_event_without_a_break_is_left_to_the_task(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only the test moves on."""
+    now = time.perf_counter()
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    by_task: list[int] = []
+
+    def tell() -> None:
+        nonlocal now
+        for seconds in (LIMIT, BREAK_SECONDS / 2):
+            now += seconds
+            watched.alive.mirror._waits = True
+            watched.alive.mirror._changes.put(NODE.encode())
+            by_task.append(bool(watched.alive.mirror._changes))
+
+    def shown_first() -> bool:
+        by_task.clear()
+        watched.alive.tell(tell)
+        return by_task[0] == 0
+
+    await_true(shown_first)
+    assert by_task == [False, True]
+    watched.alive.settle()
 
 
 def test_a_directory_whose_value_changes_is_left_to_the_task(watched: Watched) -> None:
@@ -153,7 +251,7 @@ def test_an_event_of_another_place_changes_nothing(watched: Watched, path: bytes
     watched.alive.settle()
 
 
-def test_who_has_worked_much_rests_first(watched: Watched) -> None:
+def test_who_has_worked_much_leaves_it_to_the_task(watched: Watched) -> None:
     watched.rest()
 
     def has_worked() -> None:

@@ -379,6 +379,34 @@ def test_the_owner_leads_nobody_outside(place: Place, tmp_path: Path, shm: Path)
         assert os.listxattr(outside / "d") == []
 
 
+def test_the_owner_leads_nobody_outside_when_a_copy_is_given_up(shm: Path) -> None:
+    """What was put into DIR meanwhile is moved out and removed, while its owner still has it open."""
+    precious = shm / "outside" / "y" / "precious"
+    precious.parent.mkdir(parents=True)
+    precious.touch()
+    files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o077))
+    files.open()
+    files.begin()
+    (shm / "mirror" / "D" / "x" / "y").mkdir(parents=True)
+    for name in ("x/b", "x/y/precious"):
+        (shm / "mirror" / "D" / name).touch()
+    directory = os.open(shm / "mirror" / "D", os.O_RDONLY)
+    try:
+        steps = files.clear()
+        for step in steps:
+            if step.endswith(b"/x/b"):
+                os.rename("x", "gone", src_dir_fd=directory, dst_dir_fd=directory)
+                os.symlink(shm / "outside", "x", dir_fd=directory)
+                break
+        with pytest.raises(NotADirectoryError):
+            list(steps)
+        assert precious.exists()
+    finally:
+        os.close(directory)
+        files.close()
+    assert precious.exists()
+
+
 def test_a_directory_that_was_taken_away_is_none(shm: Path) -> None:
     """Even one that is held open, since something was just put into it."""
     files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o077))

@@ -15,7 +15,7 @@ def rested(owed: float, spare: float, busy: float) -> tuple[float, float]:
     busy    for how many seconds from the start on events come, all the time
     """
     pace = Pace()
-    pace.owed, pace.spare, pace.told = owed, spare, busy > 0
+    pace.owed, pace.spare = owed, spare
 
     async def events() -> None:
         end = trio.current_time() + busy

@@ -114,8 +114,10 @@ class Store(Session):
     def at_once(
         self, requests: Sequence[Request], meanwhile: Callable[[], None]
     ) -> list[Reply] | None:
-        """As `burst`, from a plain function; None, whatever was sent, if not all is answered within a
-        moment.  For what only reads."""
+        """As `burst`, from a plain function; None if not all is answered within a moment.
+
+        For what only reads: it may have been sent, and what is answered later is dropped.
+        """
         connection = self._link.connection
         if connection is None or not connection.prompt or self.outage.error is not None:
             return None

@@ -7,7 +7,7 @@ watchdog (idle unless something is unanswered).  Any task of the same trio loop 
 What always holds:
 
 - The reader reads, whoever else waits: an oxenstored whose events are not read stops answering other
-  clients.  So what is done with an event (`on_event`) must not wait.
+  clients.  So what is done with an event (`on_event`) must not wait, but for a moment.
 - Who sends a batch sleeps until the whole of it is answered, timed out, or the connection has ended.
   When `run` ends, every sender has been woken.
 - Any violation of the protocol ends the connection; nothing after it is believed.

@@ -26,7 +26,7 @@ that changed it:
 Looks are applied by one task, one burst after the other in the order in which they were asked, so
 that no reply is applied after a later one (while a whole copy is made the next burst is asked before
 the last one is applied); an event that comes meanwhile waits, and its look follows.  While that task
-waits for something to do, a single changed value is looked at and shown by whoever tells of it, from
+waits for something to do, a single changed file is looked at and shown by whoever tells of it, from
 the question to the file without a break.  What a node that
 was looked at becomes does not depend on when the other nodes of the burst were: where its parent is
 not as it should be, the parent is looked at first (xsfs/mirror_copy.py).
@@ -66,6 +66,9 @@ from xsfs.view import Sight, View
 from xsfs.watches import Subscription
 
 log = logging.getLogger(__name__)
+
+BREAK_SECONDS: Final = 20e-6
+"""How far apart events must come to be looked at one by one.  Those that come together merge."""
 
 SLICE_SECONDS: Final = 0.001
 """How long files are changed before other tasks have their turn."""
@@ -135,6 +138,7 @@ class Mirror:
     def _wake(self) -> None:
         if self._waits and self._show_at_once():
             return
+        self._waits = False
         self._pace.told = True
         self._work.unpark_all()
 
@@ -279,13 +283,13 @@ class Mirror:
         self._pace.has_waited()
 
     def _show_at_once(self) -> bool:
-        """While the task waits: look at what has changed, and show it, if it is one value, and the
-        store answers within a moment.  If not, nothing was done, and the task has to."""
+        """While the task waits: look at what has changed, and show it, if it is one file that was
+        there, and the store answers within a moment.  Whether that is all that there is to do."""
         path = self._changes.only()
-        self._pace.has_waited()
-        if path is None or self._copy.again or self._pace.is_tired or not self.true:
+        waited, tired = self._pace.has_waited(), self._pace.is_tired
+        if waited < BREAK_SECONDS or tired or path is None or not self.true:
             return False
-        if not self._is_inside(path):
+        if not (self._is_inside(path) and self._copy.shows_file(path)):
             return False
         self._pace.begin_work()
         self._in_sight.add(path)  # or what is learned now would wake the task
@@ -304,7 +308,7 @@ class Mirror:
             self._pace.begin_wait()
         self.looks += 1
         self._changes.take()
-        return True
+        return not self._copy.again
 
     async def _look_at_changed(self, paths: Sequence[bytes]) -> None:
         if len(paths) > 1:

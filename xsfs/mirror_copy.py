@@ -175,15 +175,14 @@ class Copy:
         return self._ready is not None and self._ready.path == path
 
     def is_one_file(self, path: bytes, sight: Sight) -> bool:
-        """Whether all that has to be done about a node is to put the file that was made ready.  (One
+        """Whether only one file, for which all was made ready, has to be changed, or removed.  (A node
         that may not be read is no file.)"""
-        ready, look = self._ready, sight.look
-        return (
-            ready is not None
-            and (ready.path, ready.kind) == (path, stat.S_IFREG)
-            and look is not None
-            and self._wanted(path, look) == stat.S_IFREG
-        )
+        if self._ready is None or (self._ready.path, self._ready.kind) != (path, stat.S_IFREG):
+            return False
+        return sight.look is None or self._wanted(path, sight.look) == stat.S_IFREG
+
+    def shows_file(self, path: bytes) -> bool:
+        return self._files.kind(self.place(path)) == stat.S_IFREG
 
     def _can_be_shown(self, path: bytes) -> bool:
         """Whether its parent is shown as a directory.

@@ -1,7 +1,7 @@
 """The files of a live mirror: a directory that holds a copy of a tree, and the place where it is made.
 
 What `MirrorFiles` owns: a directory DIR, whose content is the copy, and the workshop beside it
-(xsfs/workshop.py).  Only one task may use it.
+(xsfs/workshop.py).  Only the mirror's task may use it, and what works in its place while it waits.
 
 What always holds:
 
@@ -129,6 +129,8 @@ class MirrorFiles:
     def clear(self) -> Steps:
         """Remove all copies, finished or not.  The one that is seen goes first."""
         self.rest()
+        # What is moved out of DIR into the workshop may still be open for the files' owner.
+        self.staged = False
         old = self._workshop.inside(_OLD)
         if os.path.isdir(old):
             yield from self._move_all(self.directory, old)
@@ -142,7 +144,6 @@ class MirrorFiles:
             # It was entered like a directory of the copy.
             os.fchmod(self._workshop.fd, 0o700)
             self._base = self.directory
-            self.staged = False
 
     # ----------------------------------------------------------------------- the whole copy
 
@@ -364,7 +365,7 @@ class MirrorFiles:
         absolute = self._absolute(path)
         fd = os.open(absolute, _DIRECTORY)
         try:
-            # In the workshop nobody else moves it.
+            # The copy that is being made nobody else can reach.
             if not self.staged and os.readlink(b"/proc/self/fd/%d" % fd) != absolute:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), absolute)
             if self._unlock:
@@ -380,6 +381,8 @@ class MirrorFiles:
             return
         fd = self._parent[1]
         self._parent = None
-        if self._unlock:
-            os.fchmod(fd, self._directory_mode)
-        os.close(fd)
+        try:
+            if self._unlock:
+                os.fchmod(fd, self._directory_mode)
+        finally:
+            os.close(fd)

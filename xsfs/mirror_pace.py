@@ -33,25 +33,27 @@ class Pace:
         self.owed = 0.0
         """How many seconds it has worked and not rested."""
         self.spare = SPARE_SECONDS
-        self._since = 0.0
+        self._works_since = 0.0
+        self._waits_since = 0.0
 
     def begin_work(self) -> None:
         # Not the time that the store takes, or other processes: it is none that we took.
-        self._since = time.thread_time()
+        self._works_since = time.thread_time()
 
     def end_work(self) -> None:
-        self.owed += time.thread_time() - self._since
+        self.owed += time.thread_time() - self._works_since
 
     def begin_wait(self) -> None:
         """There is nothing to do."""
-        self._since = time.perf_counter()
+        self._waits_since = time.perf_counter()
 
-    def has_waited(self) -> None:
-        """Until now; perhaps it goes on."""
+    def has_waited(self) -> float:
+        """Until now, for so many seconds; perhaps it goes on."""
         now = time.perf_counter()
-        rested, self._since = now - self._since, now
+        rested, self._waits_since = now - self._waits_since, now
         self.owed = max(0.0, self.owed - rested)
         self.spare = min(SPARE_SECONDS, self.spare + rested)
+        return rested
 
     @property
     def is_tired(self) -> bool:
@@ -60,6 +62,9 @@ class Pace:
     async def rest(self) -> None:
         """Rest as long as was worked; or no longer, once no more events come, if there is that much
         work to spare."""
+        # Who tells has had no turn since the work began.  One turn may come before theirs.
+        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
         while self.owed > 0:
             if not self.told and self.spare >= self.owed:
                 self.spare -= self.owed

@@ -55,7 +55,7 @@ class Subscription:
     """The events of one path for one reader.  Iterate over it, or use `take` and `wait`.
 
     `on_event`, if given, is called at each event, and when the watch was lost or has been set again,
-    in the connection's task: it must not wait.
+    in the connection's task: it must not wait, but for a moment (PROMPT_SECONDS).
     """
 
     def __init__(
