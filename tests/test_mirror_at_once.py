@@ -101,7 +101,29 @@ def test_what_is_known_later(watched: Watched) -> None:
     assert watched.alive.path("node").is_dir()
 
 
+def test_what_is_left_to_the_task_is_asked_once(watched: Watched) -> None:
+    requests = watched.alive.mirror.store.requests
+    watched.rest()
+    watched.store.write(f"{ROOT}/new", "v")
+    watched.alive.settle()
+    assert watched.by_task == [f"{ROOT}/new".encode()]
+    assert watched.alive.mirror.store.requests - requests == 2 + watched.alive.view.asks_perms
+
+
 def test_a_removal(watched: Watched) -> None:
+    def without_the_task() -> bool:
+        watched.store.write(NODE, "v")
+        watched.alive.settle()
+        watched.rest()
+        before = len(watched.by_task)
+        watched.store.rm(NODE)
+        watched.alive.settle()
+        return len(watched.by_task) == before
+
+    await_true(without_the_task)
+
+
+def test_a_removal_of_the_last_child(watched: Watched) -> None:
     """What is left to be seen about its parent is the task's."""
     watched.store.write(f"{ROOT}/parent/child", "v")
     watched.alive.settle()
