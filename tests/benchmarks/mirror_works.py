@@ -54,6 +54,7 @@ def comparisons(stage: Stage, copy: str) -> list[Comparison]:
         Comparison("mirror: from start to complete", start, ls, 1.0),
         Comparison("mirror: from start to complete", start, copier),
         Comparison("the same of the least that copies", copier, ls),
+        Comparison("the same of a mount alone", mounting(whole), ls),
         Comparison("mirror: a change until it is read", change, event, 4.0, each=True),
         Comparison("mirror: a change until it is read", change, least, each=True),
         Comparison("the same of the least that follows", least, event, each=True),
@@ -83,6 +84,17 @@ def starting(store: Store) -> Contender:
         return taken
 
     return Contender("xsfs -o mirror", run, store.read)
+
+
+def mounting(store: Store) -> Contender:
+    """The same without a mirror: what a mount takes before and after there is one."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        with xsfs(store.socket, f"root={store.top}"):
+            return time.perf_counter() - start
+
+    return Contender("xsfs without a mirror", run, 1)
 
 
 def copying(store: Store, copy: str) -> Contender:
