@@ -56,6 +56,20 @@ class Watched:
         await_true(lambda: shown.read_text() == f"{value}\n")
         return len(self.by_task) > before
 
+    def change_without_the_task(self) -> int:
+        """Change it until the task has not looked at it; how many changes that took.  On a busy machine
+        the store sometimes does not answer within a moment."""
+        number = 0
+
+        def without_the_task() -> bool:
+            nonlocal number
+            number += 1
+            self.rest()
+            return not self.change(str(number))
+
+        await_true(without_the_task)
+        return number
+
     def rest(self) -> None:
         """Until the task waits."""
         await_true(lambda: self.alive.mirror._waits)
@@ -73,18 +87,9 @@ def watched(place: Place) -> Iterator[Watched]:
 
 
 def test_a_value(watched: Watched) -> None:
-    """Where the store answers within a moment, which on a busy machine it sometimes does not."""
-    number = 0
-
-    def without_the_task() -> bool:
-        nonlocal number
-        number += 1
-        watched.rest()
-        return not watched.change(str(number))
-
     looks = watched.alive.mirror.looks
     descriptors = os.listdir("/proc/self/fd")
-    await_true(without_the_task)
+    number = watched.change_without_the_task()
     assert os.listdir("/proc/self/fd") == descriptors
     assert watched.alive.mirror.looks >= looks + number
     watched.alive.settle()
@@ -290,15 +295,7 @@ def test_what_is_done_without_the_task_is_work(
     """As if it took a second each time."""
     ticks = count()
     monkeypatch.setattr(time, "thread_time", lambda: float(next(ticks)))
-    number = 0
-
-    def without_the_task() -> bool:
-        nonlocal number
-        number += 1
-        watched.rest()
-        return not watched.change(str(number))
-
-    await_true(without_the_task)
+    watched.change_without_the_task()
     assert watched.change("after")
 
 
