@@ -33,7 +33,7 @@ place = each_place("C", "ocaml")
 class Watched:
     """A mirror, and what its task has looked at."""
 
-    def __init__(self, alive: Live) -> None:
+    def __init__(self, alive: Live, patch: pytest.MonkeyPatch) -> None:
         self.alive = alive
         self.by_task: list[bytes] = []
         look = alive.mirror._look_at_changed
@@ -42,7 +42,7 @@ class Watched:
             self.by_task += paths
             await look(paths)
 
-        alive.mirror._look_at_changed = recorded  # type: ignore[method-assign]
+        patch.setattr(alive.mirror, "_look_at_changed", recorded)
 
     @property
     def store(self) -> XsClient:
@@ -72,17 +72,17 @@ class Watched:
 
     def rest(self) -> None:
         """Until the task waits."""
-        await_true(lambda: self.alive.mirror._waits)
+        await_true(lambda: self.alive.mirror.true and bool(self.alive.mirror._work))
 
 
 @pytest.fixture
-def watched(place: Place) -> Iterator[Watched]:
+def watched(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     with place.witness() as witness:
         witness.mkdir(ROOT)
         witness.write(NODE, "before")
         with live(place.socket, witness, root=ROOT) as alive:
             alive.settle()
-            yield Watched(alive)
+            yield Watched(alive, monkeypatch)
         witness.rm(ROOT)
 
 
@@ -244,12 +244,12 @@ def test_a_second_event_without_a_break_is_left_to_the_task(
         nonlocal now
         for seconds in (LIMIT, BREAK_SECONDS / 2):
             now += seconds
-            watched.alive.mirror._waits = True
             watched.alive.mirror._changes.put(NODE.encode())
             by_task.append(bool(watched.alive.mirror._changes))
 
     def shown_first() -> bool:
         by_task.clear()
+        watched.rest()
         watched.alive.tell(tell)
         return by_task[0] == 0
 
@@ -310,6 +310,20 @@ def test_what_goes_wrong_is_left_to_the_task(
     assert watched.change("after")
     assert watched.alive.mirror.true
     watched.alive.settle()
+
+
+def test_a_link_that_leads_nowhere_is_left_to_the_task(watched: Watched) -> None:
+    """The files' owner puts one where the directory was: what is in it cannot even be looked at."""
+    watched.store.write(f"{ROOT}/parent/child", "v")
+    watched.alive.settle()
+    watched.rest()
+    directory = watched.alive.path("parent")
+    shutil.rmtree(directory)
+    directory.symlink_to("parent")
+    watched.store.write(f"{ROOT}/parent/child", "w")
+    await_true(lambda: not directory.is_symlink() and (directory / "child").is_file())
+    assert (directory / "child").read_text() == "w\n"
+    assert watched.alive.mirror.true
 
 
 def test_what_is_asked_at_once_is_not_waited_for(place: Place) -> None:

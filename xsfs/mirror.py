@@ -27,9 +27,9 @@ Looks are applied by one task, one burst after the other in the order in which t
 that no reply is applied after a later one (while a whole copy is made the next burst is asked before
 the last one is applied); an event that comes meanwhile waits, and its look follows.  While that task
 waits for something to do, a single changed file is looked at and shown by whoever tells of it, from
-the question to the file without a break.  What a node that
-was looked at becomes does not depend on when the other nodes of the burst were: where its parent is
-not as it should be, the parent is looked at first (xsfs/mirror_copy.py).
+the question to the file without a break.  What a node that was looked at becomes does not depend on
+when the other nodes of the burst were: where its parent is not as it should be, the parent is looked at
+first (xsfs/mirror_copy.py).
 
 Whether a node is a file or a directory depends on its value, its children, and on what the mount knows
 (`KnownDirectories`), which tells us of each change.  A node whose last shown child goes is looked at
@@ -112,8 +112,6 @@ class Mirror:
         self._in_sight: set[bytes] = set()
         """Nodes being looked at: what they become depends on what is known of them afterwards."""
         self._work = trio.lowlevel.ParkingLot()
-        self._waits = False
-        """Whether the task waits for something to do."""
         self._pace = Pace()
         self._true_of: int | None = None
         """The count of interruptions that the published copy is of."""
@@ -136,9 +134,8 @@ class Mirror:
         return self._copy.nodes if self.true else 0
 
     def _wake(self) -> None:
-        if self._waits and self._show_at_once():
+        if self._work and self._show_at_once():
             return
-        self._waits = False
         self._pace.told = True
         self._work.unpark_all()
 
@@ -259,7 +256,9 @@ class Mirror:
             self._take_events()
             if not (self._events or again):
                 self._files.rest()
-                await self._wait()
+                pace.begin_wait()
+                await self._work.park()
+                pace.has_waited()
                 continue
             pace.begin_work()
             if self._events:
@@ -272,28 +271,22 @@ class Mirror:
             if pace.is_tired:
                 await pace.rest()
 
-    async def _wait(self) -> None:
-        """Until there is something to do for the task."""
-        self._pace.begin_wait()
-        self._waits = True
-        try:
-            await self._work.park()
-        finally:
-            self._waits = False
-        self._pace.has_waited()
-
     def _show_at_once(self) -> bool:
-        """While the task waits: look at what has changed, and show it, if it is one file that was
+        """While the task is parked: look at what has changed, and show it, if it is one file that was
         there, and the store answers within a moment.  Whether that is all that there is to do."""
         path = self._changes.only()
-        waited, tired = self._pace.has_waited(), self._pace.is_tired
-        if waited < BREAK_SECONDS or tired or path is None or not self.true:
+        if path is None or not self.true:
             return False
-        if not (self._is_inside(path) and self._copy.shows_file(path)):
+        waited = self._pace.has_waited()
+        if waited < BREAK_SECONDS or self._pace.is_tired:
+            return False
+        if not self._is_inside(path):
             return False
         self._pace.begin_work()
         self._in_sight.add(path)  # or what is learned now would wake the task
         try:
+            if not self._copy.shows_file(path):
+                return False
             sight = self._view.glance(path, partial(self._copy.make_ready, path))
             if sight is None or not self._copy.is_one_file(path, sight):
                 return False

@@ -10,9 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Final
 
+from tests.mirroring import has_user_attributes
 from tests.xenstored.harness import XsClient
+from xsfs.mirror_files import PERMS_ATTRIBUTE
+from xsfs.mirror_window import WINDOW
 
 from .errors import BenchmarkError
 from .kinds import batch, execute, find, grep, listing, names_below, open_read_close
@@ -103,9 +107,10 @@ def copying(store: Store, copy: str) -> Contender:
     def run() -> float:
         directory = place()
         try:
-            command = [sys.executable, "-m", f"{__package__}.copier", store.socket, store.top]
+            perms = PERMS_ATTRIBUTE if has_user_attributes(Path(directory).parent) else ""
+            arguments = [store.socket, store.top, directory, str(WINDOW), perms]
             start = time.perf_counter()
-            execute([*command, directory], compiled())
+            execute([sys.executable, "-m", f"{__package__}.copier", *arguments], compiled())
             taken = time.perf_counter() - start
             if names_below(directory) != names_below(copy):
                 raise BenchmarkError("the least that copies has copied something else")
