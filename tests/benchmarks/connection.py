@@ -1,42 +1,74 @@
-"""A connection to Xenstore that does no more than what a single reader needs."""
+"""A connection to Xenstore for a program that does nothing while it waits for a reply.
+
+Each reply finds its request by its number, so that several may ask.  Of what xsfs's client does besides
+nothing is here: nobody else gets a turn meanwhile, and the first mistake is the end.
+"""
 
 from __future__ import annotations
 
 import socket
+import time
+from collections.abc import Iterable
+from typing import Final
 
 from xsfs.linger import LINGER_SECONDS, Linger
-from xsfs.wire import HEADER, Op, encode
+from xsfs.wire import HEADER, Op
 
+Asked = range
+"""The numbers of requests that were sent together."""
 
-def message(op: Op, path: bytes) -> bytes:
-    return encode(op, 0, 0, (path or b"/") + b"\0")
+SECONDS: Final = 10.0
+"""How long a reply may take."""
 
 
 class Connection:
-    """Replies come in the order of the requests; None is one for an error."""
-
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
+        self._socket.settimeout(SECONDS)
         self._linger = Linger(self._socket.fileno())
         self._data = b""
-        self._replies: list[bytes | None] = []
-        self.send = self._socket.sendall
+        self._next = 0
+        self._open: dict[int, int] = {}
+        """What was asked for by the requests that are not answered, by number."""
+        self._replies: dict[int, bytes | None] = {}
+        """Those that nobody has taken."""
 
-    def replies(self, count: int) -> list[bytes | None]:
-        while len(self._replies) < count:
+    def ask(self, op_of_each: Iterable[tuple[int, bytes]]) -> Asked:
+        """Send requests for nodes."""
+        pack, asked, first = HEADER.pack, self._open, self._next
+        messages, number = [], first
+        for op, path in op_of_each:
+            payload = (path or b"/") + b"\0"
+            messages.append(pack(op, number, 0, len(payload)) + payload)
+            asked[number] = op
+            number += 1
+        self._next = number
+        self._socket.sendall(b"".join(messages))
+        return range(first, number)
+
+    def replies(self, asked: Asked) -> list[bytes | None]:
+        """In order; None is one for an error.  Raises OSError."""
+        replies = self._replies
+        late = time.perf_counter() + SECONDS
+        while asked and asked[-1] not in replies:
             self._linger.comes(LINGER_SECONDS)
-            self._parse(self._data + self._socket.recv(65536))
-        taken, self._replies = self._replies[:count], self._replies[count:]
-        return taken
+            data = self._socket.recv(65536)
+            if not data or time.perf_counter() > late:
+                raise ConnectionError("no reply")
+            self._parse(self._data + data)
+        return [replies.pop(number) for number in asked]
 
     def _parse(self, data: bytes) -> None:
-        start = 0
+        start, asked = 0, self._open
         while len(data) - start >= HEADER.size:
-            op, _, _, length = HEADER.unpack_from(data, start)
+            op, number, _, length = HEADER.unpack_from(data, start)
             end = start + HEADER.size + length
             if len(data) < end:
                 break
-            self._replies.append(None if op == Op.ERROR else data[start + HEADER.size : end])
+            expected = asked.pop(number, None)
+            if expected is None or op not in (expected, Op.ERROR):
+                raise ConnectionError("a reply that nobody asked for")
+            self._replies[number] = data[start + HEADER.size : end] if op == expected else None
             start = end
         self._data = data[start:]

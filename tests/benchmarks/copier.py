@@ -15,7 +15,7 @@ from importlib import import_module
 
 from xsfs.wire import Op
 
-from .connection import Connection, message
+from .connection import Asked, Connection
 
 
 def main(socket: str, top: str, target: str, window: str, attribute: str) -> None:
@@ -25,21 +25,21 @@ def main(socket: str, top: str, target: str, window: str, attribute: str) -> Non
     due: list[bytes] = [above]
     ops = (Op.READ, Op.DIRECTORY, Op.GET_PERMS) if attribute else (Op.READ, Op.DIRECTORY)
 
-    def ask() -> Sequence[bytes]:
-        paths = [due.pop() for _ in range(min(int(window), len(due)))]
-        connection.send(b"".join([message(op, path) for path in paths for op in ops]))
-        return paths
+    def ask() -> tuple[Sequence[bytes], Asked]:
+        nodes = [due.pop() for _ in range(min(int(window), len(due)))]
+        return nodes, connection.ask([(op, path) for path in nodes for op in ops])
 
-    asked = ask()
-    while asked:
-        replies = connection.replies(len(ops) * len(asked))
-        paths, asked = asked, ask()
-        for number, path in enumerate(paths):
+    nodes, asked = ask()
+    while nodes:
+        replies, looked_at = connection.replies(asked), nodes
+        nodes, asked = ask()
+        for number, path in enumerate(looked_at):
             value, names, *perms = replies[number * len(ops) : (number + 1) * len(ops)]
             place = os.fsencode(target) + path[len(above) :]
             text = b",".join((perms[0] or b"")[:-1].split(b"\0")) if perms else b""
             due += make(path, place, value or b"", names or b"", text, attribute)
-        asked = asked or ask()
+        if not nodes:
+            nodes, asked = ask()
 
 
 def make(

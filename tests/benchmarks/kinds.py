@@ -26,6 +26,9 @@ PROGRAMS: Final = {
 BATCH: Final = 500
 """Calls in one run where a single one is too short to be measured."""
 
+LONG_BATCH: Final = 20 * BATCH
+"""The same of those that take a few microseconds: one that is interrupted must not count."""
+
 NOWHERE: Final = "a string that is nowhere"
 
 PROGRAM_SECONDS: Final = 600.0
@@ -40,17 +43,17 @@ def open_read_close(path: str) -> bytes:
         os.close(descriptor)
 
 
-def batch(name: str, call: Callable[[], bytes], expected: bytes) -> Contender:
+def batch(name: str, call: Callable[[], bytes], expected: bytes, count: int = BATCH) -> Contender:
     """Something within this process."""
     got = call()
     if got != expected:
         raise BenchmarkError(f"{name} has read {got!r} instead of {expected!r}")
 
     def run() -> None:
-        for _ in itertools.repeat(None, BATCH):
+        for _ in itertools.repeat(None, count):
             call()
 
-    return Contender(name, run, BATCH)
+    return Contender(name, run, count)
 
 
 def bash(store: Store, name: str, script: str, argument: str, items: int) -> Contender:

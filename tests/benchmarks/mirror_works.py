@@ -19,7 +19,16 @@ from xsfs.mirror_files import PERMS_ATTRIBUTE
 from xsfs.mirror_window import WINDOW
 
 from .errors import BenchmarkError
-from .kinds import batch, execute, find, grep, listing, names_below, open_read_close
+from .kinds import (
+    LONG_BATCH,
+    batch,
+    execute,
+    find,
+    grep,
+    listing,
+    names_below,
+    open_read_close,
+)
 from .mounting import compiled, xsfs
 from .stores import HOME, NAME, SCRATCH, Store
 from .timing import Comparison, Contender
@@ -41,8 +50,8 @@ def comparisons(stage: Stage, copy: str) -> list[Comparison]:
     """`copy`: the directory of a mirror of the whole store."""
     whole = stage.whole
     path = f"{copy}{NAME}"
-    value = batch("mirror", lambda: open_read_close(path), LINE)
-    tmpfs = batch("tmpfs", lambda: open_read_close(stage.tmpfs), LINE)
+    value = batch("mirror", lambda: open_read_close(path), LINE, LONG_BATCH)
+    tmpfs = batch("tmpfs", lambda: open_read_close(stage.tmpfs), LINE, LONG_BATCH)
     ls = listing(whole)
     top = copy if whole.top == "/" else f"{copy}{whole.top}"
     read = shell_reads(whole, "read < FILE", f"{copy}{SCRATCH}")
@@ -59,6 +68,7 @@ def comparisons(stage: Stage, copy: str) -> list[Comparison]:
         Comparison("mirror: from start to complete", start, copier),
         Comparison("the same of the least that copies", copier, ls),
         Comparison("the same of a mount alone", mounting(whole), ls),
+        Comparison("the same of loading pyfuse3", loading(), ls),
         Comparison("mirror: a change until it is read", change, event, 4.0, each=True),
         Comparison("mirror: a change until it is read", change, least, each=True),
         Comparison("the same of the least that follows", least, event, each=True),
@@ -99,6 +109,12 @@ def mounting(store: Store) -> Contender:
             return time.perf_counter() - start
 
     return Contender("xsfs without a mirror", run, 1)
+
+
+def loading() -> Contender:
+    """What is in both: to start Python, and load trio and pyfuse3."""
+    command = [sys.executable, "-c", "import pyfuse3"]
+    return Contender("import pyfuse3", lambda: execute(command, compiled()), 1)
 
 
 def copying(store: Store, copy: str) -> Contender:

@@ -1,10 +1,11 @@
-"""The least that a tree can be in pyfuse3 that believes what Xenstore answers:
-`python3 -m tests.benchmarks.plain_tree SOCKET TOP MOUNTPOINT`.
+"""The least that a tree can be in pyfuse3 that believes what Xenstore answers, and serves several
+programs: `python3 -m tests.benchmarks.plain_tree SOCKET TOP MOUNTPOINT`.
 
 It asks what the bare tree asks, in the same order, and is made of the answers: names, which of them
-are directories, values.  It is for one program at a time, which only reads, in domain 0, while the
-store always answers at once: no rights, transactions, watches, long names, restarts or limits, no
-inode that is ever forgotten.  That is the floor under every truthful Xenstore file system in Python.
+are directories, values.  What is open has a handle, what the kernel forgets goes, and what fails is
+an errno.  But it only reads, in domain 0, and while the store does not answer it stands still; there
+are no rights, transactions, watches, long names, restarts or limits.  That is the floor under every
+truthful Xenstore file system in Python.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from __future__ import annotations
 import errno
 import stat
 import sys
+import time
 from collections.abc import Sequence
+from functools import partial
+from itertools import count
 
 import pyfuse3
 from pyfuse3 import (
@@ -30,14 +34,63 @@ from pyfuse3 import (
 
 from xsfs.containers import is_container
 from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
+from xsfs.prefetched import PREFETCH_MAX, PREFETCH_SECONDS
 from xsfs.session_loop import install
 from xsfs.wire import Op
 
 from .bare import Least, serve
-from .connection import Connection, message
+from .connection import Asked, Connection
+
+READ, DIRECTORY = int(Op.READ), int(Op.DIRECTORY)
 
 Answers = Sequence[bytes | None]
 """None: an error."""
+
+
+class Node:
+    __slots__ = ("inode", "listing", "lookups", "path")
+
+    def __init__(self, path: bytes, inode: int) -> None:
+        self.path = path
+        """Of / nothing."""
+        self.inode = InodeT(inode)
+        self.lookups = 0
+        self.listing = b""
+        """What it had in it when its parent was listed."""
+
+
+class OpenDirectory:
+    __slots__ = ("behind", "children", "names", "node")
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.names: list[bytes] = []
+        self.behind: Asked = range(0)
+        """What was asked of the children behind the opening, until its answers are taken."""
+        self.children: Answers = ()
+        """What they have for children."""
+
+
+def failure(error: Exception) -> FUSEError:
+    return error if isinstance(error, FUSEError) else FUSEError(errno.EIO)
+
+
+def names_of(listing: bytes) -> list[bytes]:
+    return listing[:-1].split(b"\0") if listing else []
+
+
+def attributes(inode: InodeT, value: bytes, *, directory: bool) -> EntryAttributes:
+    entry = EntryAttributes()
+    entry.st_ino = inode
+    entry.st_mode = stat.S_IFDIR | 0o700 if directory else stat.S_IFREG | 0o600
+    entry.st_size = len(value) + 1 if value else 0
+    entry.entry_timeout = DIRECTORY_ENTRY_TIMEOUT if directory else 0
+    entry.attr_timeout = ATTRIBUTES_TIMEOUT
+    return entry
+
+
+LEAF = attributes(InodeT(0), b"", directory=False)
+PARENT = attributes(InodeT(0), b"", directory=True)
 
 
 class PlainTree(Least):
@@ -45,133 +98,153 @@ class PlainTree(Least):
 
     def __init__(self, top: str) -> None:
         super().__init__()
-        self.paths = {ROOT_INODE: top.rstrip("/").encode()}
-        """Of / nothing."""
-        self.inodes: dict[bytes, int] = {}
-        self.listings: dict[int, bytes] = {}
-        """What directories had in them when their parents were listed."""
-        self.values: dict[int, bytes] = {}
-        """Of the files that are open."""
-        self.looked_up = (0, b"")
-        self.names: list[bytes] = []
-        """Of the children of the directory that was opened."""
-        self.behind: list[bytes] = []
-        """Those that were asked for with it, and whose answers are not read yet."""
-        self.children: Answers = ()
-        """What they have for children."""
+        root = Node(top.rstrip("/").encode(), ROOT_INODE)
+        self.nodes = {root.inode: root}
+        self.by_path = {root.path: root}
+        self.inodes = count(ROOT_INODE + 1)
+        self.files: dict[int, bytes] = {}
+        """The contents of those that are open."""
+        self.directories: dict[int, OpenDirectory] = {}
+        self.handles = count(1)
+        self.ready: dict[int, tuple[InodeT, bytes, float]] = {}
+        """What LOOKUPs have found for the OPEN of the same thread: the inode, the value, until when."""
         self.waiter = install()
 
-    def inode(self, path: bytes) -> int:
-        inode = self.inodes.get(path)
-        if inode is None:
-            inode = self.inodes[path] = ROOT_INODE + 1 + len(self.inodes)
-            self.paths[inode] = path
-        return inode
+    # ------------------------------------------------------------------------- what the store is asked
 
-    def attributes(self, inode: int, value: bytes, *, directory: bool) -> EntryAttributes:
-        entry = EntryAttributes()
-        entry.st_ino = InodeT(inode)
-        entry.st_mode = stat.S_IFDIR | 0o700 if directory else stat.S_IFREG | 0o600
-        entry.st_size = len(value) + 1 if value else 0
-        entry.entry_timeout = DIRECTORY_ENTRY_TIMEOUT if directory else 0
-        entry.attr_timeout = ATTRIBUTES_TIMEOUT
-        return entry
+    async def ask(self, path: bytes) -> Answers:
+        """A node's value and children."""
+        return self.connection.replies(self.connection.ask(((READ, path), (DIRECTORY, path))))
 
-    async def ask(self, path: bytes, behind: list[bytes]) -> Answers:
-        """A node's value and children; and behind them, not waited for, those of some children."""
-        connection = self.connection
-        if self.behind:
-            connection.replies(len(self.behind))
-        connection.send(message(Op.READ, path) + message(Op.DIRECTORY, path))
-        self.behind = behind
-        if behind:
-            connection.send(self.questions(path, behind))
-        return connection.replies(2)
+    async def ask_and(self, opened: OpenDirectory, names: list[bytes]) -> Answers:
+        """The same; and behind it, not waited for, the children of some children."""
+        path = opened.node.path
+        asked = self.connection.ask(((READ, path), (DIRECTORY, path)))
+        if names:
+            opened.behind = self.connection.ask([(DIRECTORY, b"%s/%s" % (path, n)) for n in names])
+        return self.connection.replies(asked)
 
-    def prepare(self) -> None:
-        """Read the latter, in the time that the one who opens takes until he lists."""
-        if self.behind and self.behind == self.names:
-            self.children = self.connection.replies(len(self.behind))
-            self.behind = []
+    def take(self, opened: OpenDirectory) -> None:
+        """Read the latter's answers, in the time that the one who opens takes until he lists."""
+        behind, opened.behind = opened.behind, range(0)
+        opened.children = self.connection.replies(behind)
 
     async def ask_children(self, path: bytes, names: list[bytes]) -> Answers:
-        """The same where not all of them were guessed."""
-        connection = self.connection
-        connection.replies(len(self.behind))
-        self.behind = []
-        connection.send(self.questions(path, names))
-        return connection.replies(len(names))
+        """The children of a node's children."""
+        asked = self.connection.ask([(DIRECTORY, b"%s/%s" % (path, name)) for name in names])
+        return self.connection.replies(asked)
 
-    def questions(self, path: bytes, names: list[bytes]) -> bytes:
-        below = path + b"/"
-        return b"".join([message(Op.DIRECTORY, below + name) for name in names])
+    # -------------------------------------------------------------------------------------- inodes
 
-    async def look(self, inode: int, path: bytes) -> tuple[bytes, EntryAttributes]:
-        value, children = await self.ask(path, [])
+    def node(self, path: bytes) -> Node:
+        return self.by_path.get(path) or Node(path, next(self.inodes))
+
+    def remember(self, node: Node) -> None:
+        node.lookups += 1
+        self.nodes[node.inode] = self.by_path[node.path] = node
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, lookups in inode_list:
+            node = self.nodes[inode]
+            node.lookups -= lookups
+            if node.lookups <= 0 and inode != ROOT_INODE:
+                del self.nodes[inode], self.by_path[node.path]
+
+    async def look(self, node: Node, missing: int) -> tuple[bytes, EntryAttributes]:
+        value, children = await self.ask(node.path)
         if value is None or children is None:
-            raise FUSEError(errno.ENOENT)
-        directory = bool(children) or (not value and is_container(path))
-        return value, self.attributes(inode, value, directory=directory)
+            raise FUSEError(missing)
+        directory = bool(children) or (not value and is_container(node.path))
+        return value, attributes(node.inode, value, directory=directory)
+
+    # ---------------------------------------------------------------------------------- operations
 
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        path = self.paths[parent_inode] + b"/" + name
-        inode = self.inode(path)
-        value, entry = await self.look(inode, path)
-        self.looked_up = inode, value
-        return entry
+        try:
+            node = self.node(b"%s/%s" % (self.nodes[parent_inode].path, name))
+            value, entry = await self.look(node, errno.ENOENT)
+            self.remember(node)
+            self.ready[ctx.pid] = node.inode, value, time.monotonic() + PREFETCH_SECONDS
+            if len(self.ready) > PREFETCH_MAX:
+                del self.ready[next(iter(self.ready))]
+            return entry
+        except Exception as error:
+            raise failure(error) from None
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return (await self.look(inode, self.paths[inode]))[1]
+        try:
+            return (await self.look(self.nodes[inode], errno.ESTALE))[1]
+        except Exception as error:
+            raise failure(error) from None
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        guess = self.listings.get(inode)
-        names = guess[:-1].split(b"\0") if guess else []
-        value, children = await self.ask(self.paths[inode], names)
-        if value is None or children is None:
-            raise FUSEError(errno.ESTALE)
-        self.names = children[:-1].split(b"\0") if children else []
-        self.children = ()
-        self.waiter.put_off(self.prepare)
-        return FileHandleT(inode)
+        try:
+            opened = OpenDirectory(self.nodes[inode])
+            guess = names_of(opened.node.listing)
+            value, children = await self.ask_and(opened, guess)
+            if value is None or children is None:
+                raise FUSEError(errno.ESTALE)
+            opened.names = names_of(children)
+            if guess and guess == opened.names:
+                self.waiter.put_off(partial(self.take, opened))
+            elif guess:
+                self.take(opened)
+                opened.children = ()
+            fh = next(self.handles)
+            self.directories[fh] = opened
+            return FileHandleT(fh)
+        except Exception as error:
+            raise failure(error) from None
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        names = self.names
-        if start_id >= len(names):
-            return
-        path = self.paths[fh]
-        below = path + b"/"
-        custom = is_container(path or b"/")
-        children = self.children
-        if len(children) < len(names):
-            children = self.children = await self.ask_children(path, names)
-        leaf = self.attributes(0, b"", directory=False)
-        parent = self.attributes(0, b"", directory=True)
-        for number, name in enumerate(names[start_id:], start_id):
-            child = children[number]
-            if child is None:
-                continue
-            above = child or (custom and is_container(below + name))
-            entry = parent if above else leaf
-            entry.st_ino = InodeT(self.inode(below + name))
-            if child:
-                self.listings[entry.st_ino] = child
-            if not pyfuse3.readdir_reply(token, name, entry, number + 1):
+        try:
+            opened = self.directories[fh]
+            names = opened.names
+            if start_id >= len(names):
                 return
+            path = opened.node.path
+            children = opened.children
+            if len(children) < len(names):
+                children = opened.children = await self.ask_children(path, names)
+            custom = is_container(path or b"/")
+            for number, name in enumerate(names[start_id:], start_id):
+                child = children[number]
+                if child is None:
+                    continue
+                node = self.node(b"%s/%s" % (path, name))
+                node.listing = child
+                entry = PARENT if child or (custom and is_container(node.path)) else LEAF
+                entry.st_ino = node.inode
+                if not pyfuse3.readdir_reply(token, name, entry, number + 1):
+                    return
+                self.remember(node)
+        except Exception as error:
+            raise failure(error) from None
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        looked_up, value = self.looked_up
-        if looked_up != inode:
-            value, _ = await self.look(inode, self.paths[inode])
-        self.values[inode] = value + b"\n" if value else b""
-        return FileInfo(fh=FileHandleT(inode), direct_io=True)
+        try:
+            looked_up, value, until = self.ready.pop(ctx.pid, (None, b"", 0.0))
+            if looked_up != inode or until < time.monotonic():
+                value, _ = await self.look(self.nodes[inode], errno.ESTALE)
+            fh = next(self.handles)
+            self.files[fh] = value + b"\n" if value else b""
+            return FileInfo(fh=FileHandleT(fh), direct_io=True)
+        except Exception as error:
+            raise failure(error) from None
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return self.values[fh][off : off + size]
+        try:
+            return self.files[fh][off : off + size]
+        except Exception as error:
+            raise failure(error) from None
 
     async def release(self, fh: FileHandleT) -> None:
-        self.values.pop(fh, None)
+        self.files.pop(fh, None)
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        self.directories.pop(fh, None)
 
 
 def main(socket: str, top: str, mountpoint: str) -> None:

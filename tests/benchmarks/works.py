@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .kinds import BATCH, bash, batch, find, grep, listing, open_read_close
+from .kinds import BATCH, LONG_BATCH, bash, batch, find, grep, listing, open_read_close
 from .libxenstore import Reader
 from .mounting import Mount
 from .stores import DOMAINS_MIN, NAME, NAME_VALUE, SCRATCH, Store
@@ -71,7 +71,7 @@ def one_value(stage: Stage) -> list[Comparison]:
     pyxs, library = pyxs_read(stage), stage.libxenstore.contender()
     bare = batch("bare pyfuse3", lambda: open_read_close(bare_path), LINE)
     asking = batch("bare, asks once", lambda: open_read_close(asking_path), LINE)
-    tmpfs = batch("tmpfs", lambda: open_read_close(stage.tmpfs), LINE)
+    tmpfs = batch("tmpfs", lambda: open_read_close(stage.tmpfs), LINE, LONG_BATCH)
     work = "open, read, close a value"
     return [
         Comparison(work, ours, pyxs, 2.5, each=True),
