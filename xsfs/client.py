@@ -28,6 +28,7 @@ import trio
 from xsfs import wire
 from xsfs.connection import PROMPT_MAX, WINDOW, Connection
 from xsfs.errors import (
+    DEFAULT_TIMEOUT,
     ConnectionLost,
     RequestTimeout,
     StoreError,
@@ -42,8 +43,6 @@ from xsfs.transport import Transport, find_store, open_transport
 from xsfs.unanswered import Batch, Reply
 from xsfs.watches import Subscription, Watches
 from xsfs.wire import Request
-
-DEFAULT_TIMEOUT: Final = 10.0
 
 ATOMIC_MAX: Final = 4
 """How many short transactions run at once: a guest is let to have 10 in all, its mounts' own and
@@ -128,6 +127,11 @@ class Store(Session):
                 self.outage.answered()
                 return batch.replies
         return None
+
+    def receive(self) -> None:
+        """As in Connection."""
+        if (connection := self._link.connection) is not None:
+            connection.receive()
 
     async def burst_and(
         self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]

@@ -286,6 +286,20 @@ class Connection:
                 return
             self._digest(data)
 
+    def receive(self) -> None:
+        """Take the replies that have come, if any are awaited.
+
+        For who is at work for a while without a turn for the reader: a daemon that cannot get rid of
+        its replies stops.
+        """
+        if not (self.alive and self._unanswered.outstanding):
+            return
+        try:
+            data = self._transport.receive()
+        except OSError:
+            return  # there is nothing, or the reader meets it, too
+        self._digest(data)
+
     def _digest(self, data: bytes) -> None:
         """Take what was received; nothing means the end."""
         if not data:

@@ -24,7 +24,7 @@ that changed it:
   lost.  Then there is no mirror until all has been copied anew.
 
 Looks are applied by one task, one burst after the other in the order in which they were asked, so
-that no reply is applied after a later one (while a whole copy is made the next burst is asked before
+that no reply is applied after a later one (while a whole copy is made the next bursts are asked before
 the last one is applied); an event that comes meanwhile waits, and its look follows.  While that task
 waits for something to do, a single changed file is looked at and shown by whoever tells of it, from
 the question to the file without a break.  What a node that was looked at becomes does not depend on
@@ -47,6 +47,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -73,8 +74,16 @@ BREAK_SECONDS: Final = 20e-6
 SLICE_SECONDS: Final = 0.001
 """How long files are changed before other tasks have their turn."""
 
+RECEIVE_SECONDS: Final = 0.0003
+"""How long until replies to what is asked ahead are taken: a socket has room for some 140 of them from
+xenstored, which then sleeps until most of that is free again."""
+
 EVENTS_MAX: Final = 16384
 """How many paths may wait to be looked at.  Past it everything is."""
+
+WINDOWS_AHEAD: Final = 2
+"""How many bursts of a whole copy are asked before the last one is applied: the store is never at rest,
+not even while its answers are understood."""
 
 RETRY_FIRST: Final = 1.0
 RETRY_MAX: Final = 60.0
@@ -218,21 +227,21 @@ class Mirror:
         """Look at the next nodes while the files of the last are made: the store is another process."""
         again = self._copy.again
         async with open_servants() as servants:
+            asked: deque[Window] = deque()
 
-            def begin() -> Window | None:
-                if not again:
-                    return None
-                window = Window(next_window(again))
-                servants.start_soon(window.look, self._survey)
-                return window
+            def ask() -> None:
+                if again and len(asked) < WINDOWS_AHEAD:
+                    asked.append(Window(next_window(again)))
+                    servants.start_soon(asked[-1].look, self._survey)
 
-            window = begin()
-            while window is not None:
+            ask()
+            while asked:
+                window = asked.popleft()
                 sights = await window.sights()
-                ahead = begin()
-                await trio.lowlevel.checkpoint()  # in which it asks
+                ask()
+                await trio.lowlevel.checkpoint()  # in which it is sent
                 await self._apply(window.paths, sights, renew=False)
-                window = ahead or begin()
+                ask()
 
     async def _armed(self) -> None:
         """Return when both watches are set at the store, and have said so."""
@@ -370,8 +379,12 @@ class Mirror:
     async def _carry_out(self, steps: Steps) -> None:
         """Change files, with a turn for other tasks after each slice."""
         with closing(steps):
-            since = time.perf_counter()
+            since = received = time.perf_counter()
             for _ in steps:
-                if time.perf_counter() - since > SLICE_SECONDS:
+                now = time.perf_counter()
+                if now - since > SLICE_SECONDS:
                     await trio.lowlevel.checkpoint()
-                    since = time.perf_counter()
+                    since = received = time.perf_counter()
+                elif now - received > RECEIVE_SECONDS:
+                    self.store.receive()
+                    received = time.perf_counter()
