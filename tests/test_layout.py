@@ -85,7 +85,7 @@ listing watch_files
 
     background
     tasks
-    options             wire client ownership
+    options             wire errors ownership
     statuses
     notify
     mount               errors transport drain servants link client embedded names known view node \

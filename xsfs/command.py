@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import logging
 import os
@@ -11,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, NoReturn
 
 from xsfs import __version__
-from xsfs.mount import MountError, mount
 from xsfs.notify import JournalFormatter, in_journal, notify, status
 from xsfs.options import FLAGS, MOUNT_FLAGS, Options, UsageError, help_lines, parse, source_of
 from xsfs.statuses import EXIT_BUG, EXIT_MOUNTED, EXIT_USAGE, STATUSES
@@ -135,6 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if in_journal(2):
         logging.getLogger().handlers[0].setFormatter(JournalFormatter())
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
+    # It takes a tenth of a second to load, for which nobody need wait who asks for help; and what is
+    # made meanwhile stays, so that the collector need not look at it again and again.
+    gc.disable()
+    from xsfs.mount import MountError, mount
+
+    gc.enable()
     try:
         mount(options)
     except MountError as error:

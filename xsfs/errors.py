@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from xsfs.wire import Request
+
+DEFAULT_TIMEOUT: Final = 10.0
+"""The time limit of a request, in seconds, where nobody names another."""
 
 
 class StoreError(Exception):

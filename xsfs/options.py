@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from xsfs.client import DEFAULT_TIMEOUT
+from xsfs.errors import DEFAULT_TIMEOUT
 from xsfs.ownership import Ownership
 from xsfs.wire import check_path
 
