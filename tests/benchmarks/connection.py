@@ -59,6 +59,11 @@ class Connection:
             self._parse(self._data + data)
         return [replies.pop(number) for number in asked]
 
+    def receive(self) -> None:
+        """Take the replies that have come."""
+        if self._linger.comes(0):
+            self._parse(self._data + self._socket.recv(65536))
+
     def _parse(self, data: bytes) -> None:
         start, asked = 0, self._open
         while len(data) - start >= HEADER.size:

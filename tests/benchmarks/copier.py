@@ -1,7 +1,7 @@
 """The least that copies a tree: `python3 -m tests.benchmarks.copier SOCKET TOP DIRECTORY WINDOW PERMS`.
 
 It loads what every file system on pyfuse3 loads, asks what the mirror asks, WINDOW nodes at once and
-the next ones while it makes the files of the last.  PERMS is the attribute for permissions, empty where
+two such bursts ahead of the files that it makes.  PERMS is the attribute for permissions, empty where
 DIRECTORY can have none.  It mounts nothing, watches nothing and checks nothing: the floor under the
 start of every mirror in Python.
 """
@@ -10,12 +10,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import deque
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Final
 
 from xsfs.wire import Op
 
 from .connection import Asked, Connection
+
+AHEAD: Final = 2
+"""How many bursts are asked ahead."""
+
+RECEIVE_NODES: Final = 16
+"""After how many nodes the replies that have come are taken, that xenstored can go on."""
 
 
 def main(socket: str, top: str, target: str, window: str, attribute: str) -> None:
@@ -23,23 +31,27 @@ def main(socket: str, top: str, target: str, window: str, attribute: str) -> Non
     connection = Connection(socket)
     above = os.fsencode(top).rstrip(b"/")
     due: list[bytes] = [above]
+    bursts: deque[tuple[Sequence[bytes], Asked]] = deque()
     ops = (Op.READ, Op.DIRECTORY, Op.GET_PERMS) if attribute else (Op.READ, Op.DIRECTORY)
 
-    def ask() -> tuple[Sequence[bytes], Asked]:
-        nodes = [due.pop() for _ in range(min(int(window), len(due)))]
-        return nodes, connection.ask([(op, path) for path in nodes for op in ops])
+    def ask() -> None:
+        while due and len(bursts) < AHEAD:
+            nodes = [due.pop() for _ in range(min(int(window), len(due)))]
+            bursts.append((nodes, connection.ask([(op, path) for path in nodes for op in ops])))
 
-    nodes, asked = ask()
-    while nodes:
-        replies, looked_at = connection.replies(asked), nodes
-        nodes, asked = ask()
-        for number, path in enumerate(looked_at):
+    ask()
+    while bursts:
+        nodes, asked = bursts.popleft()
+        replies = connection.replies(asked)
+        ask()
+        for number, path in enumerate(nodes):
+            if number % RECEIVE_NODES == 0:
+                connection.receive()
             value, names, *perms = replies[number * len(ops) : (number + 1) * len(ops)]
             place = os.fsencode(target) + path[len(above) :]
             text = b",".join((perms[0] or b"")[:-1].split(b"\0")) if perms else b""
             due += make(path, place, value or b"", names or b"", text, attribute)
-        if not nodes:
-            nodes, asked = ask()
+        ask()
 
 
 def make(
