@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import io
 import logging
 import os
@@ -135,12 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if in_journal(2):
         logging.getLogger().handlers[0].setFormatter(JournalFormatter())
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
-    # It takes a tenth of a second to load, for which nobody need wait who asks for help; and what is
-    # made meanwhile stays, so that the collector need not look at it again and again.
-    gc.disable()
+    # It takes a tenth of a second to load, for which nobody need wait who asks for help.
     from xsfs.mount import MountError, mount
 
-    gc.enable()
     try:
         mount(options)
     except MountError as error:
