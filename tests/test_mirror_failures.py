@@ -251,7 +251,7 @@ def test_no_mirror_of_nonsense(place: Place, liar: LyingStore, tmp_path: Path, l
 
 
 MANY = 400
-"""Nodes: the mirror looks at the next 128 while it makes the files of the last."""
+"""Nodes: the mirror looks at the next ones while it makes the files of the last."""
 
 
 def many(store: XsClient, directory: str) -> None:

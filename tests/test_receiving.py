@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ import trio
 from trio.testing import trio_test, wait_all_tasks_blocked
 
 from tests.clients import LIMIT, TIMEOUT
-from tests.lying_store import LyingStore, hang_up, on, silence
+from tests.lying_store import Gate, Lie, LyingStore, hang_up, honest, on, says
 from tests.mirroring import Live, live
 from tests.mounting import Place, each_place
 from tests.xenstored.harness import RealXenstored, XsClient
@@ -48,32 +52,97 @@ def outstanding(store: Store) -> int:
     return connection_of(store)._unanswered.outstanding
 
 
-def work_until_all_is_there(store: Store) -> None:
-    """No other task has a turn meanwhile."""
-    end = time.monotonic() + LIMIT
-    while outstanding(store):
-        assert time.monotonic() < end, "the replies do not come"
-        store.receive()
+@dataclass
+class Asked:
+    """A burst whose sender sleeps, as its answers are held back."""
+
+    store: Store
+    liar: LyingStore
+    gate: Gate
+    replies: list[Reply]
+
+    def work_until(self, done: Callable[[], bool]) -> None:
+        """No other task has a turn meanwhile."""
+        end = time.monotonic() + LIMIT
+        while not done():
+            assert time.monotonic() < end, "it does not come"
+            self.store.receive()
+
+
+@asynccontextmanager
+async def asked(socket: str, above: Path, lie: Lie) -> AsyncIterator[Asked]:
+    """`lie`: what is done to the requests when the gate is open."""
+    gate = Gate()
+    with LyingStore(above / "liar", socket) as liar:
+        async with open_store(liar.path, timeout=TIMEOUT) as store:
+            await store.write("/receiving-value", "v")
+            burst = Asked(store, liar, gate, [])
+            liar.lie = on(Op.READ, gate.before(lie))
+
+            async def ask() -> None:
+                burst.replies += await store.burst([read(b"/receiving-value")] * MANY)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                await wait_all_tasks_blocked()
+                assert outstanding(store) == MANY
+                try:
+                    yield burst
+                finally:
+                    gate.open()
+                    liar.behave()
+            await store.delete("/receiving-value")
 
 
 @trio_test
-async def test_replies_come_without_a_turn(place: Place) -> None:
-    async with open_store(place.socket, timeout=TIMEOUT) as store:
-        await store.write("/receiving-value", "v")
-        replies: list[Reply] = []
+async def test_replies_come_without_a_turn(place: Place, tmp_path: Path) -> None:
+    async with asked(place.socket, tmp_path, honest) as burst:
+        burst.store.receive()  # nothing has come
+        assert outstanding(burst.store) == MANY
+        burst.gate.open()
+        burst.work_until(lambda: not outstanding(burst.store))
+        assert burst.replies == []
+    assert burst.replies == [b"v"] * MANY
 
-        async def ask() -> None:
-            replies.extend(await store.burst([read(b"/receiving-value")] * MANY))
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask)
-            while not outstanding(store):
-                await trio.lowlevel.checkpoint()
-            work_until_all_is_there(store)
-            assert replies == []
-        assert replies == [b"v"] * MANY
-        assert await store.read("/receiving-value") == b"v"
-        await store.delete("/receiving-value")
+@trio_test
+async def test_the_end_of_the_connection(daemon: RealXenstored, tmp_path: Path) -> None:
+    async with asked(daemon.socket, tmp_path, hang_up) as burst:
+        connection = connection_of(burst.store)
+        burst.gate.open()
+        burst.work_until(lambda: not connection.alive)
+        burst.liar.behave()
+    assert burst.replies == [b"v"] * MANY  # asked again by a new connection
+    assert burst.store.reconnects == 1
+
+
+@trio_test
+async def test_nonsense(daemon: RealXenstored, tmp_path: Path) -> None:
+    async with asked(daemon.socket, tmp_path, says(b"", Op.WRITE)) as burst:
+        connection = connection_of(burst.store)
+        burst.gate.open()
+        burst.work_until(lambda: not connection.alive)
+        burst.liar.behave()
+    assert burst.replies == [b"v"] * MANY
+
+
+@trio_test
+async def test_what_fails_ends_the_connection(
+    daemon: RealXenstored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader would not meet it: the device's transport has lost what it was about to write."""
+
+    def receive() -> bytes:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    async with asked(daemon.socket, tmp_path, honest) as burst:
+        connection = connection_of(burst.store)
+        with monkeypatch.context() as patch:
+            patch.setattr(connection._transport, "receive", receive)
+            connection.receive()
+        assert not connection.alive
+        burst.gate.open()
+    assert burst.replies == [b"v"] * MANY
 
 
 @trio_test
@@ -81,52 +150,13 @@ async def test_nothing_is_taken_where_nothing_is_awaited(
     daemon: RealXenstored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_store(daemon.socket, timeout=TIMEOUT) as store:
-        transport = connection_of(store)._transport
-        monkeypatch.setattr(transport, "receive", lambda: pytest.fail("it was asked for"))
-        store.receive()
-        monkeypatch.undo()
-        connection_of(store).close()
+        connection = connection_of(store)
+        with monkeypatch.context() as patch:
+            patch.setattr(connection._transport, "receive", lambda: pytest.fail("it was asked"))
+            store.receive()
+        connection.close()
         store.receive()
         assert b"tool" in await store.list("/")
-
-
-@trio_test
-async def test_nothing_has_come_yet(daemon: RealXenstored, tmp_path: Path) -> None:
-    with LyingStore(tmp_path / "liar", daemon.socket) as liar:
-        async with open_store(liar.path, timeout=TIMEOUT) as store:
-            liar.lie = on(Op.READ, silence)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(store.burst, [read(b"/tool")] * MANY)
-                await wait_all_tasks_blocked()
-                for _ in range(3):
-                    store.receive()
-                assert outstanding(store) == MANY
-                assert connection_of(store).alive
-                nursery.cancel_scope.cancel()
-
-
-@trio_test
-async def test_the_end_of_the_connection(daemon: RealXenstored, tmp_path: Path) -> None:
-    with LyingStore(tmp_path / "liar", daemon.socket) as liar:
-        async with open_store(liar.path, timeout=TIMEOUT) as store:
-            connection = connection_of(store)
-            liar.lie = on(Op.READ, hang_up)
-            replies: list[Reply] = []
-
-            async def ask() -> None:
-                replies.extend(await store.burst([read(b"/tool")] * MANY))
-
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(ask)
-                while not outstanding(store):
-                    await trio.lowlevel.checkpoint()
-                end = time.monotonic() + LIMIT
-                while connection.alive:
-                    assert time.monotonic() < end, "the end is not seen"
-                    connection.receive()
-                liar.behave()
-            assert replies == [b""] * MANY  # asked again by a new connection
-            assert store.reconnects == 1
 
 
 # ------------------------------------------------------------------------------- the whole copy

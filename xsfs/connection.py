@@ -6,8 +6,9 @@ watchdog (idle unless something is unanswered).  Any task of the same trio loop 
 
 What always holds:
 
-- The reader reads, whoever else waits: an oxenstored whose events are not read stops answering other
-  clients.  So what is done with an event (`on_event`) must not wait, but for a moment.
+- The reader reads, whoever else waits, or is at work (and may read, too): an oxenstored whose events
+  are not read stops answering other clients.  So what is done with an event (`on_event`) must not wait,
+  but for a moment.
 - Who sends a batch sleeps until the whole of it is answered, timed out, or the connection has ended.
   When `run` ends, every sender has been woken.
 - Any violation of the protocol ends the connection; nothing after it is believed.
@@ -274,17 +275,13 @@ class Connection:
         self._transport.close()
 
     async def _read(self) -> None:
-        transport = self._transport
         while self.alive:
             try:
-                await trio.lowlevel.wait_readable(transport.fileno())
-                data = transport.receive()
-            except BlockingIOError:
-                continue
+                await trio.lowlevel.wait_readable(self._transport.fileno())
             except OSError as error:
                 self.close(f"cannot receive: {error.strerror}")
                 return
-            self._digest(data)
+            self._receive()
 
     def receive(self) -> None:
         """Take the replies that have come, if any are awaited.
@@ -292,12 +289,18 @@ class Connection:
         For who is at work for a while without a turn for the reader: a daemon that cannot get rid of
         its replies stops.
         """
-        if not (self.alive and self._unanswered.outstanding):
-            return
+        if self.alive and self._unanswered.outstanding:
+            self._receive()
+
+    def _receive(self) -> None:
+        """Take what there is, if anything."""
         try:
             data = self._transport.receive()
-        except OSError:
-            return  # there is nothing, or the reader meets it, too
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.close(f"cannot receive: {error.strerror}")
+            return
         self._digest(data)
 
     def _digest(self, data: bytes) -> None:

@@ -24,8 +24,9 @@ that changed it:
   lost.  Then there is no mirror until all has been copied anew.
 
 Looks are applied by one task, one burst after the other in the order in which they were asked, so
-that no reply is applied after a later one (while a whole copy is made the next bursts are asked before
-the last one is applied); an event that comes meanwhile waits, and its look follows.  While that task
+that no reply is applied after a later one; an event that comes meanwhile waits, and its look follows.
+(While a whole copy is made bursts overlap, and may change places where the connection is lost: the
+events since its beginning wait until it is complete, and are looked at then.)  While that task
 waits for something to do, a single changed file is looked at and shown by whoever tells of it, from
 the question to the file without a break.  What a node that was looked at becomes does not depend on
 when the other nodes of the burst were: where its parent is not as it should be, the parent is looked at
@@ -239,7 +240,8 @@ class Mirror:
                 window = asked.popleft()
                 sights = await window.sights()
                 ask()
-                await trio.lowlevel.checkpoint()  # in which it is sent
+                for _ in range(2):  # it is sent in one of them, before this task or after
+                    await trio.lowlevel.checkpoint()
                 await self._apply(window.paths, sights, renew=False)
                 ask()
 

@@ -41,7 +41,7 @@ OPTIONS: Final = {"fsname=bare", "ro", "nosuid", "nodev", "noexec"}
 
 
 class Least(pyfuse3.Operations):
-    """What is no work to any of them."""
+    """What is no work where nothing is kept."""
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         pass

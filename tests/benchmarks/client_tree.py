@@ -39,7 +39,7 @@ class ClientTree(PlainTree):
         replies, rest = await self.store.burst_and(
             questions(path, perms=False), lambda: questions_of_kind(path, names, perms=False)
         )
-        if names:
+        if names and isinstance(replies[1], bytes):
             self.rests[opened] = rest
         return answers(replies)
 

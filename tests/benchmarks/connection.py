@@ -7,6 +7,7 @@ nothing is here: nobody else gets a turn meanwhile, and the first mistake is the
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from collections.abc import Iterable
 from typing import Final
@@ -17,7 +18,7 @@ from xsfs.wire import HEADER, Op
 Asked = range
 """The numbers of requests that were sent together."""
 
-SECONDS: Final = 10.0
+SECONDS: Final = 10
 """How long a reply may take."""
 
 
@@ -25,7 +26,10 @@ class Connection:
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
-        self._socket.settimeout(SECONDS)
+        # Not settimeout(2): each call would look before it waits.
+        limit = struct.pack("ll", SECONDS, 0)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
         self._linger = Linger(self._socket.fileno())
         self._data = b""
         self._next = 0

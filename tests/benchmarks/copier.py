@@ -1,9 +1,10 @@
-"""The least that copies a tree: `python3 -m tests.benchmarks.copier SOCKET TOP DIRECTORY WINDOW PERMS`.
+"""The least that copies a tree: `python3 -m tests.benchmarks.copier`
+with SOCKET TOP DIRECTORY WINDOW AHEAD PERMS.
 
 It loads what every file system on pyfuse3 loads, asks what the mirror asks, WINDOW nodes at once and
-two such bursts ahead of the files that it makes.  PERMS is the attribute for permissions, empty where
-DIRECTORY can have none.  It mounts nothing, watches nothing and checks nothing: the floor under the
-start of every mirror in Python.
+AHEAD such bursts before the files of the last are made.  PERMS is the attribute for permissions, empty
+where DIRECTORY can have none.  It mounts nothing, watches nothing and checks nothing: the floor under
+the start of every mirror in Python.
 """
 
 from __future__ import annotations
@@ -19,14 +20,11 @@ from xsfs.wire import Op
 
 from .connection import Asked, Connection
 
-AHEAD: Final = 2
-"""How many bursts are asked ahead."""
-
 RECEIVE_NODES: Final = 16
 """After how many nodes the replies that have come are taken, that xenstored can go on."""
 
 
-def main(socket: str, top: str, target: str, window: str, attribute: str) -> None:
+def main(socket: str, top: str, target: str, window: str, ahead: str, attribute: str) -> None:
     import_module("pyfuse3")  # to load it, and trio, is part of the work
     connection = Connection(socket)
     above = os.fsencode(top).rstrip(b"/")
@@ -35,7 +33,7 @@ def main(socket: str, top: str, target: str, window: str, attribute: str) -> Non
     ops = (Op.READ, Op.DIRECTORY, Op.GET_PERMS) if attribute else (Op.READ, Op.DIRECTORY)
 
     def ask() -> None:
-        while due and len(bursts) < AHEAD:
+        while due and len(bursts) < int(ahead):
             nodes = [due.pop() for _ in range(min(int(window), len(due)))]
             bursts.append((nodes, connection.ask([(op, path) for path in nodes for op in ops])))
 

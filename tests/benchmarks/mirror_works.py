@@ -15,6 +15,7 @@ from typing import Final
 
 from tests.mirroring import has_user_attributes
 from tests.xenstored.harness import XsClient
+from xsfs.mirror import WINDOWS_AHEAD
 from xsfs.mirror_files import PERMS_ATTRIBUTE
 from xsfs.mirror_window import WINDOW
 
@@ -112,8 +113,8 @@ def mounting(store: Store) -> Contender:
 
 
 def loading() -> Contender:
-    """What is in both: to start Python, and load trio and pyfuse3."""
-    command = [sys.executable, "-c", "import pyfuse3"]
+    """What is in both: to start Python, and load trio and pyfuse3.  Without Python's end."""
+    command = [sys.executable, "-c", "import os, pyfuse3; os._exit(0)"]
     return Contender("import pyfuse3", lambda: execute(command, compiled()), 1)
 
 
@@ -124,7 +125,8 @@ def copying(store: Store, copy: str) -> Contender:
         directory = place()
         try:
             perms = PERMS_ATTRIBUTE if has_user_attributes(Path(directory).parent) else ""
-            arguments = [store.socket, store.top, directory, str(WINDOW), perms]
+            ahead = str(WINDOWS_AHEAD)
+            arguments = [store.socket, store.top, directory, str(WINDOW), ahead, perms]
             start = time.perf_counter()
             execute([sys.executable, "-m", f"{__package__}.copier", *arguments], compiled())
             taken = time.perf_counter() - start

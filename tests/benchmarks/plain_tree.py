@@ -150,12 +150,13 @@ class PlainTree(Least):
             if node.lookups <= 0 and inode != ROOT_INODE:
                 del self.nodes[inode], self.by_path[node.path]
 
-    async def look(self, node: Node, missing: int) -> tuple[bytes, EntryAttributes]:
-        value, children = await self.ask(node.path)
+    async def look(self, path: bytes, missing: int) -> tuple[Node, bytes, EntryAttributes]:
+        value, children = await self.ask(path)
         if value is None or children is None:
             raise FUSEError(missing)
-        directory = bool(children) or (not value and is_container(node.path))
-        return value, attributes(node.inode, value, directory=directory)
+        node = self.node(path)
+        directory = bool(children) or (not value and is_container(path))
+        return node, value, attributes(node.inode, value, directory=directory)
 
     # ---------------------------------------------------------------------------------- operations
 
@@ -163,8 +164,8 @@ class PlainTree(Least):
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         try:
-            node = self.node(b"%s/%s" % (self.nodes[parent_inode].path, name))
-            value, entry = await self.look(node, errno.ENOENT)
+            path = b"%s/%s" % (self.nodes[parent_inode].path, name)
+            node, value, entry = await self.look(path, errno.ENOENT)
             self.remember(node)
             self.ready[ctx.pid] = node.inode, value, time.monotonic() + PREFETCH_SECONDS
             if len(self.ready) > PREFETCH_MAX:
@@ -175,7 +176,7 @@ class PlainTree(Least):
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         try:
-            return (await self.look(self.nodes[inode], errno.ESTALE))[1]
+            return (await self.look(self.nodes[inode].path, errno.ESTALE))[2]
         except Exception as error:
             raise failure(error) from None
 
@@ -227,7 +228,7 @@ class PlainTree(Least):
         try:
             looked_up, value, until = self.ready.pop(ctx.pid, (None, b"", 0.0))
             if looked_up != inode or until < time.monotonic():
-                value, _ = await self.look(self.nodes[inode], errno.ESTALE)
+                _, value, _ = await self.look(self.nodes[inode].path, errno.ESTALE)
             fh = next(self.handles)
             self.files[fh] = value + b"\n" if value else b""
             return FileInfo(fh=FileHandleT(fh), direct_io=True)

@@ -34,7 +34,7 @@ class Stage:
     tree: Mount
     """The names of all nodes that are read: each listing asks the store, as xsfs has to."""
     plain: Mount
-    """The same, made of what the store answers, for one reader while nothing goes wrong."""
+    """The same, made of what the store answers, while nothing goes wrong."""
     by_client: Mount
     """The same, asking by xsfs's client."""
     tmpfs: str
