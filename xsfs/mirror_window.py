@@ -11,8 +11,8 @@ import trio
 from xsfs.view import Sight
 
 WINDOW: Final = 64
-"""How many nodes one burst looks at.  While a whole copy is made a burst also waits, within its own time
-limit, for the one before it."""
+"""How many nodes one burst looks at.  While a whole copy is made a burst also waits, within its own
+time limit, for the one before it."""
 
 Survey = Callable[[Sequence[bytes]], Awaitable[list[Sight]]]
 
