@@ -6,6 +6,7 @@ import faulthandler
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,3 +91,11 @@ def pipe() -> Iterator[tuple[int, int]]:
     yield reader, writer
     os.close(reader)
     os.close(writer)
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "m"
+    path.mkdir()
+    yield path
+    subprocess.run(["umount", "-l", path], stderr=subprocess.DEVNULL, check=False)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.commands import let_others_reach, process_at, refused, wait_for_end, xsfs
 from tests.mounting import GUEST, LIMIT, Mount, mounted
 from tests.xenstored.harness import RealXenstored, XsClient
 
@@ -25,68 +25,6 @@ def daemon() -> Iterator[RealXenstored]:
     with RealXenstored("C", guests=(GUEST,)) as daemon:
         daemon.populate()
         yield daemon
-
-
-@pytest.fixture
-def mountpoint(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "m"
-    path.mkdir()
-    yield path
-    subprocess.run(["umount", "-l", path], stderr=subprocess.DEVNULL, check=False)
-
-
-def xsfs(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "xsfs", *map(str, arguments)],
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-
-
-def refused(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
-    """It failed with this status, and one clear line that has these words."""
-    assert done.returncode == status, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("xsfs: ")
-    for word in words:
-        assert word in done.stderr
-
-
-def process_at(mountpoint: Path) -> int:
-    """The process that serves a mount made in the background."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"xsfs" in words and bytes(mountpoint) in words:
-                return int(entry.name)
-    raise AssertionError("no such process")
-
-
-def wait_for_end(process: int) -> None:
-    """It is no child of ours, and may be nobody's who would bury it: a zombie has ended, too."""
-    deadline = time.monotonic() + LIMIT
-    pidfd = os.pidfd_open(process)
-    try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        assert poll.poll((deadline - time.monotonic()) * 1000), "xsfs goes on"
-    finally:
-        os.close(pidfd)
-
-
-def let_others_reach(path: Path) -> None:
-    """pytest's temporary directories are closed to other users."""
-    for parent in path.parents:
-        if parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o001:
-            parent.chmod(0o755)
 
 
 # ------------------------------------------------------------------------------------- mounting
@@ -358,107 +296,3 @@ def test_embedded_as_a_guest(mountpoint: Path) -> None:
         assert mount.bash("cat .domid domid; echo 1 > data/x; cat data/x") == "5\n5\n1\n"
         assert "Permission denied" in mount.run("echo 1 > name").stderr
         assert "Permission denied" in mount.run("ls .root/local/domain").stderr
-
-
-# --------------------------------------------------------------------------------------- refusals
-
-
-def test_usage(daemon: RealXenstored, mountpoint: Path) -> None:
-    for arguments, word in (
-        ((), "required"),
-        (("a", "b", "c"), "too many"),
-        (("-o", "nonsense", mountpoint), "nonsense"),
-        (("-o", "umask=9", mountpoint), "umask"),
-        (("-o", "root=relative", mountpoint), "root"),
-        (("-o", "root", mountpoint), "root=PATH"),
-        (("-o", "ro=1", mountpoint), "takes no value"),
-        (("-o", "timeout=0", mountpoint), "timeout"),
-        (("-o", "uid=1_0", mountpoint), "number"),
-        (("-o", "uid=4294967295", mountpoint), "number"),
-        (("-o", "domid=3", daemon.socket, mountpoint), "embedded"),
-        (("--nonsense", mountpoint), "--nonsense"),
-    ):
-        refused(xsfs(*arguments), 2, word, "--help")
-
-
-@pytest.mark.parametrize("arguments", [("--help",), ("--nonsense",), ("-f", "x", "/m")])
-def test_what_mounts_nothing_loads_nothing(arguments: Sequence[str]) -> None:
-    """Nobody waits for trio and pyfuse3 who asks for help.  (mount -f only pretends.)"""
-    name = "mount.xsfs" if "-f" in arguments else "xsfs"
-    program = f"import sys; sys.argv[0] = {name!r}; from xsfs.command import main\n"
-    loaded = "[name for name in ('trio', 'pyfuse3') if name in sys.modules]"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{program}try: main()\nfinally: print({loaded})", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert done.stdout.endswith("[]\n"), done.stderr
-
-
-def test_help_and_version() -> None:
-    from xsfs import __version__
-    from xsfs.options import OPTIONS
-
-    helped = xsfs("--help")
-    assert helped.returncode == 0
-    for name in OPTIONS:
-        assert f"\n  {name}" in helped.stdout
-    assert xsfs("--version").stdout == f"xsfs {__version__}\n"
-
-
-def test_no_xenstore(tmp_path: Path, mountpoint: Path) -> None:
-    nowhere = {"XENSTORED_RUNDIR": str(tmp_path / "none"), "XENSTORED_PATH": ""}
-    if not os.path.exists("/dev/xen/xenbus"):
-        refused(xsfs(mountpoint, **nowhere), 3, "no Xenstore found", "embedded")
-    gone = tmp_path / "gone.sock"
-    refused(xsfs(gone, mountpoint), 3, f"cannot connect to Xenstore at {gone}: No such file")
-    (tmp_path / "file").write_text("")
-    refused(xsfs(tmp_path / "file", mountpoint), 3, "neither a socket nor a device")
-
-
-def test_a_daemon_that_has_gone(mountpoint: Path) -> None:
-    with RealXenstored("C") as daemon:
-        daemon.kill()
-        start = time.monotonic()
-        refused(xsfs(daemon.socket, mountpoint), 3, f"at {daemon.socket}: Connection refused")
-        assert time.monotonic() - start < 5  # it is not waited for
-
-
-def test_a_daemon_that_does_not_answer(mountpoint: Path) -> None:
-    with RealXenstored("C") as daemon:
-        daemon.pause()
-        refused(xsfs("-o", "timeout=1", daemon.socket, mountpoint), 3, "did not answer")
-        daemon.resume()
-
-
-def test_no_right_to_connect(daemon: RealXenstored, mountpoint: Path) -> None:
-    # Root may connect to everything by CAP_DAC_OVERRIDE: without it, and for another's socket.
-    os.chown(daemon.socket, 99, 99)
-    try:
-        done = subprocess.run(
-            [
-                *("setpriv", "--bounding-set=-dac_override,-dac_read_search"),
-                *(sys.executable, "-m", "xsfs", daemon.socket, str(mountpoint)),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-            check=False,
-        )
-    finally:
-        os.chown(daemon.socket, 0, 0)
-    refused(done, 4, "no right", "root")
-
-
-def test_wrong_mountpoints(daemon: RealXenstored, tmp_path: Path, mountpoint: Path) -> None:
-    refused(xsfs(daemon.socket, tmp_path / "missing"), 5, "does not exist", "mkdir")
-    (tmp_path / "file").write_text("")
-    refused(xsfs(daemon.socket, tmp_path / "file"), 5, "not a directory")
-
-
-def test_mounting_twice(daemon: RealXenstored, mountpoint: Path) -> None:
-    with mounted([daemon.socket], mountpoint) as mount:
-        refused(xsfs(daemon.socket, mountpoint), 5, "busy", "umount")
-        assert mount.bash("cat name") == "Domain-0\n"

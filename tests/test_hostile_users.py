@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import let_others_reach
 from tests.mounting import LIMIT, Mount, mounted, refusal
 from tests.programs import program
-from tests.test_command import let_others_reach
 from tests.test_mount_values import fails
 from tests.test_watch_files import wait_for
 from tests.xenstored.harness import RealXenstored

@@ -1,4 +1,5 @@
-"""Ring: replies that are taken by who is at work, without a turn for the task that reads them."""
+"""Ring: replies that are taken by who is at work, without a turn for the task that reads them; and the
+mirror, which does so while it makes a whole copy, and asks ahead."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ MANY = PROMPT_MAX + 1
 """More requests than are waited for on the spot."""
 
 ROOT = "/receiving"
-NODES = 5 * WINDOW
+NODES = 8 * WINDOW
+"""Enough for the mirror to be as far ahead as it may be."""
 
 
 @pytest.fixture

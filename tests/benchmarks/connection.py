@@ -1,7 +1,7 @@
 """A connection to Xenstore for a program that does nothing while it waits for a reply.
 
-Each reply finds its request by its number, so that several may ask.  Of what xsfs's client does besides
-nothing is here: nobody else gets a turn meanwhile, and the first mistake is the end.
+Each reply finds its request by its number, so that several may ask.  Nobody else gets a turn meanwhile,
+and the first mistake is the end.
 """
 
 from __future__ import annotations

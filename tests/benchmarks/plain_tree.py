@@ -36,7 +36,7 @@ from xsfs.containers import is_container
 from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
 from xsfs.prefetched import PREFETCH_MAX, PREFETCH_SECONDS
 from xsfs.session_loop import install
-from xsfs.wire import Op
+from xsfs.wire import Op, decode_names
 
 from .bare import Least, serve
 from .connection import Asked, Connection
@@ -73,10 +73,6 @@ class OpenDirectory:
 
 def failure(error: Exception) -> FUSEError:
     return error if isinstance(error, FUSEError) else FUSEError(errno.EIO)
-
-
-def names_of(listing: bytes) -> list[bytes]:
-    return listing[:-1].split(b"\0") if listing else []
 
 
 def attributes(inode: InodeT, value: bytes, *, directory: bool) -> EntryAttributes:
@@ -183,11 +179,11 @@ class PlainTree(Least):
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         try:
             opened = OpenDirectory(self.nodes[inode])
-            guess = names_of(opened.node.listing)
+            guess = decode_names(opened.node.listing)
             value, children = await self.ask_and(opened, guess)
             if value is None or children is None:
                 raise FUSEError(errno.ESTALE)
-            opened.names = names_of(children)
+            opened.names = decode_names(children)
             if guess and guess == opened.names:
                 self.waiter.put_off(partial(self.take, opened))
             elif guess:
