@@ -2,7 +2,7 @@
 client and of the mount.
 
     with LyingStore(tmp_path / "sock", upstream=daemon.socket) as liar:
-        ...                             # relays everything, byte for byte
+        ...                             # relays everything, message for message
         liar.lie = on(Op.READ, says(Op.WRITE, b"OK"))
         ...                             # answers READ itself, wrongly
         liar.lie = honest               # behaves again
@@ -43,6 +43,7 @@ class Talk:
         self.client = client
         self.upstream = upstream
         self._parser = Parser()
+        self._answers = Parser()
 
     def send(self, data: bytes) -> None:
         self.client.sendall(data)
@@ -62,26 +63,30 @@ class Talk:
         """
         self.upstream.sendall(encode(*request))
         found = b""
-        parser = Parser()
         while True:
-            data = self.upstream.recv(65536)
-            if not data:
-                raise HangUp
-            found += data
-            parser.feed(data)
-            while (message := parser.next()) is not None:
+            for message in self._hear():
+                found += encode(*message)
                 if message.req_id == request.req_id and message.op != Op.WATCH_EVENT:
                     return found
+
+    def _hear(self) -> list[Message]:
+        """What the daemon has said, in whole messages.
+
+        C xenstored writes a reply in two parts.  Were the first relayed by itself, what a lie sends
+        next would stand in the middle of a message, which is not the lie that was asked for.
+        """
+        data = self.upstream.recv(65536)
+        if not data:
+            raise HangUp
+        self._answers.feed(data)
+        return [Message(*fields) for fields in self._answers.messages()]
 
     def relay(self, lie: Callable[[], Lie]) -> None:
         """Serve the connection until either side ends it."""
         while True:
             ready = select.select((self.client, self.upstream), (), ())[0]
             if self.upstream in ready:
-                data = self.upstream.recv(65536)
-                if not data:
-                    return
-                self.client.sendall(data)
+                self.client.sendall(b"".join(encode(*message) for message in self._hear()))
             if self.client in ready:
                 data = self.client.recv(65536)
                 if not data:
