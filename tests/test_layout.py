@@ -61,7 +61,7 @@ guesses looks
     workshop
     mirror_files        ownership workshop
     mirror_copy         permissions wire names looks view mirror_files
-    mirror_window       view
+    mirror_window       client view
     mirror_pace
     mirror              wire errors servants watches client view mirror_files mirror_copy \
 mirror_window mirror_pace

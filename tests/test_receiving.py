@@ -16,17 +16,17 @@ import trio
 from trio.testing import trio_test, wait_all_tasks_blocked
 
 from tests.clients import LIMIT, TIMEOUT
-from tests.lying_store import Gate, Lie, LyingStore, hang_up, honest, on, says
+from tests.lying_store import Gate, HangUp, Lie, LyingStore, Talk, hang_up, honest, on, says
 from tests.mirroring import Live, live
 from tests.mounting import Place, each_place
 from tests.xenstored.harness import RealXenstored, XsClient
 from xsfs.client import Store, open_store
 from xsfs.connection import PROMPT_MAX, Connection
-from xsfs.mirror import WINDOWS_AHEAD, Mirror
-from xsfs.mirror_window import WINDOW
+from xsfs.mirror import Mirror
+from xsfs.mirror_window import WINDOW, WINDOWS_AHEAD
 from xsfs.unanswered import Reply
 from xsfs.view import Sight
-from xsfs.wire import Op, read
+from xsfs.wire import Message, Op, read
 
 place = each_place("C", "ocaml", "embedded")
 
@@ -169,19 +169,32 @@ class Course:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.asked: list[Sequence[bytes]] = []
+        self.stores: list[Store | None] = []
         self.applied: list[Sequence[bytes]] = []
         self.ahead: list[int] = []
         self.received = 0
         survey, apply, receive = Mirror._survey, Mirror._apply, Store.receive
 
-        async def recorded_survey(mirror: Mirror, paths: Sequence[bytes]) -> list[Sight]:
+        async def recorded_survey(
+            mirror: Mirror,
+            paths: Sequence[bytes],
+            meanwhile: Callable[[], None] | None = None,
+            *,
+            store: Store | None = None,
+        ) -> list[Sight]:
             self.asked.append(paths)
-            return await survey(mirror, paths)
+            self.stores.append(store)
+            return await survey(mirror, paths, meanwhile, store=store)
 
         async def recorded_apply(
-            mirror: Mirror, paths: Sequence[bytes], sights: Sequence[Sight], *, renew: bool
+            mirror: Mirror,
+            paths: Sequence[bytes],
+            sights: Sequence[Sight],
+            *,
+            renew: bool,
+            meanwhile: Callable[[], None] | None = None,
         ) -> None:
-            await apply(mirror, paths, sights, renew=renew)
+            await apply(mirror, paths, sights, renew=renew, meanwhile=meanwhile)
             self.applied.append(paths)
             self.ahead.append(len(self.asked) - len(self.applied))
 
@@ -221,3 +234,39 @@ def test_bursts_are_asked_ahead_and_applied_in_order(alive: Live, course: Course
 
 def test_replies_are_taken_while_files_are_made(alive: Live, course: Course) -> None:
     assert course.received >= NODES // WINDOW
+
+
+def test_two_connections_ask_in_turn(alive: Live, course: Course) -> None:
+    own, second = course.stores[:2]
+    assert own is alive.mirror.store
+    assert second is not None
+    assert second is not own
+    assert all(store is own for store in course.stores[::2])
+    assert all(store is second for store in course.stores[1::2])
+    assert not connection_of(second).alive
+    # READ, DIRECTORY and, for permissions in files, GET_PERMS of each node.
+    questions = (2 + alive.view.asks_perms) * (NODES + 1)
+    assert own.requests == 1 + questions  # the first one is that by which the store was opened
+    assert 0 < second.requests < questions
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_second_connection_is_lost(place: Place, tmp_path: Path, times: int) -> None:
+    """It comes back, and what was asked by it is asked again."""
+    lost: list[int] = []
+
+    def lie(talk: Talk, request: Message) -> bool:
+        # The first is the mirror's own, and one of the others its watches', which carries no READ.
+        if talk.number > 1 and len(lost) < times:
+            lost.append(talk.number)
+            raise HangUp
+        return False
+
+    with place.witness() as witness, LyingStore(tmp_path / "liar", place.socket) as liar:
+        _make_nodes(witness)
+        liar.lie = on(Op.READ, lie)
+        with live(liar.path, witness, root=ROOT) as alive:
+            assert len(set(lost)) == times
+            assert alive.mirror.store.reconnects == 0
+            assert alive.differences() == []
+        witness.rm(ROOT)

@@ -25,8 +25,8 @@ that changed it:
 
 Looks are applied by one task, one burst after the other in the order in which they were asked, so
 that no reply is applied after a later one; an event that comes meanwhile waits, and its look follows.
-(While a whole copy is made bursts overlap, and may change places where the connection is lost: the
-events since its beginning wait until it is complete, and are looked at then.)  While that task
+(While a whole copy is made bursts overlap, on two connections, and may be answered in another order:
+the events since its beginning wait until it is complete, and are looked at then.)  While that task
 waits for something to do, a single changed file is looked at and shown by whoever tells of it, from
 the question to the file without a break.  What a node that was looked at becomes does not depend on
 when the other nodes of the burst were: where its parent is not as it should be, the parent is looked at
@@ -48,8 +48,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Final
@@ -62,7 +61,7 @@ from xsfs.errors import ConnectionLost, RequestTimeout, StoreError
 from xsfs.mirror_copy import Copy
 from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.mirror_pace import Pace
-from xsfs.mirror_window import Window, next_window
+from xsfs.mirror_window import Windows, next_window
 from xsfs.servants import open_servants
 from xsfs.view import Sight, View
 from xsfs.watches import Subscription
@@ -81,10 +80,6 @@ xenstored, which then sleeps until most of that is free again."""
 
 EVENTS_MAX: Final = 16384
 """How many paths may wait to be looked at.  Past it everything is."""
-
-WINDOWS_AHEAD: Final = 2
-"""How many bursts of a whole copy are asked before the last one is applied: the store is never at rest,
-not even while its answers are understood."""
 
 RETRY_FIRST: Final = 1.0
 RETRY_MAX: Final = 60.0
@@ -226,24 +221,14 @@ class Mirror:
 
     async def _look_at_all(self) -> None:
         """Look at the next nodes while the files of the last are made: the store is another process."""
-        again = self._copy.again
-        async with open_servants() as servants:
-            asked: deque[Window] = deque()
 
-            def ask() -> None:
-                if again and len(asked) < WINDOWS_AHEAD:
-                    asked.append(Window(next_window(again)))
-                    servants.start_soon(asked[-1].look, self._survey)
+        def survey(paths: Sequence[bytes], store: Store) -> Awaitable[list[Sight]]:
+            return self._survey(paths, store=store)
 
-            ask()
-            while asked:
-                window = asked.popleft()
-                sights = await window.sights()
-                ask()
-                for _ in range(2):  # it is sent in one of them, before this task or after
-                    await trio.lowlevel.checkpoint()
-                await self._apply(window.paths, sights, renew=False)
-                ask()
+        async with self.store.beside() as second, open_servants() as servants:
+            windows = Windows(self._copy.again, (self.store, second), survey, servants)
+            while (seen := await windows.next()) is not None:
+                await self._apply(*seen, renew=False, meanwhile=windows.receive)
 
     async def _armed(self) -> None:
         """Return when both watches are set at the store, and have said so."""
@@ -358,27 +343,40 @@ class Mirror:
             self._wake()
 
     async def _survey(
-        self, paths: Sequence[bytes], meanwhile: Callable[[], None] | None = None
+        self,
+        paths: Sequence[bytes],
+        meanwhile: Callable[[], None] | None = None,
+        *,
+        store: Store | None = None,
     ) -> list[Sight]:
-        """Look at nodes.  `meanwhile`: as in Session.burst."""
+        """Look at nodes.  `meanwhile`: as in Session.burst.  `store`: another one to ask."""
         self._in_sight.update(paths)
         try:
-            sights = await self._view.survey(paths, meanwhile)
+            sights = await self._view.survey(paths, meanwhile, store)
         except wire.WireError as error:
-            self.store.distrust(str(error))
+            (store or self.store).distrust(str(error))
             raise ConnectionLost(f"the store answers nonsense: {error}") from error
         self.looks += len(paths)
         return sights
 
-    async def _apply(self, paths: Sequence[bytes], sights: Sequence[Sight], *, renew: bool) -> None:
+    async def _apply(
+        self,
+        paths: Sequence[bytes],
+        sights: Sequence[Sight],
+        *,
+        renew: bool,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
+        """Show what was seen of nodes.  `meanwhile`: called now and then."""
         self._in_sight.difference_update(paths)
-        await self._carry_out(
+        steps = (
             step
             for path, sight in zip(paths, sights, strict=True)
             for step in self._copy.apply(path, sight, renew=renew)
         )
+        await self._carry_out(steps, meanwhile)
 
-    async def _carry_out(self, steps: Steps) -> None:
+    async def _carry_out(self, steps: Steps, meanwhile: Callable[[], None] | None = None) -> None:
         """Change files, with a turn for other tasks after each slice."""
         with closing(steps):
             since = received = time.perf_counter()
@@ -387,6 +385,6 @@ class Mirror:
                 if now - since > SLICE_SECONDS:
                     await trio.lowlevel.checkpoint()
                     since = received = time.perf_counter()
-                elif now - received > RECEIVE_SECONDS:
-                    self.store.receive()
+                elif meanwhile is not None and now - received > RECEIVE_SECONDS:
+                    meanwhile()
                     received = time.perf_counter()

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from xsfs.looks import NOTHING, Look
@@ -90,6 +89,9 @@ class Copy:
         A file that is to be renewed is replaced even by an equal one.  The children of a directory
         are to be looked at `again`, whether they were shown or not.
         """
+        if self._files.staged and self._make(path, sight):
+            yield b""
+            return
         look = sight.look
         if look is not None and look.hidden:
             look = None
@@ -104,11 +106,6 @@ class Copy:
             if not self._can_be_shown(path):
                 return
             place = self.place(path)
-            if look is not None and self._files.staged and place:
-                # Each node is new there, but for the root, and the few that are looked at twice.
-                with suppress(FileExistsError):
-                    yield from self._show(path, place, look, sight, 0, renew=renew)
-                    return
             kind = self._files.kind(place)
         if look is not None:
             yield from self._show(path, place, look, sight, kind, renew=renew)
@@ -118,21 +115,54 @@ class Copy:
         if kind or renew:
             self._look_at_parent(path)
 
+    def _make(self, path: bytes, sight: Sight) -> bool:
+        """In the workshop nodes are new, but for the root, and the few that are looked at twice: make
+        this one.  Whether that could be done; if not, nothing has changed."""
+        look = sight.look
+        if look is None or look.hidden:
+            return False
+        try:
+            self._show_new(path, self.place(path), look, sight, self._wanted(path, look))
+        except (FileExistsError, FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
     def _show(
         self, path: bytes, place: bytes, look: Look, sight: Sight, kind: int, *, renew: bool
     ) -> Steps:
-        """`kind`: what is shown there now.  In the workshop FileExistsError, before anything has
-        changed, if that is 0 and not so."""
+        """`kind`: what is shown there now."""
         wanted = self._wanted(path, look)
         if kind not in (0, wanted):
             yield from self._remove(place, kind)
-        new = kind != wanted
-        if wanted == stat.S_IFDIR:
-            yield from self._show_directory(path, place, look, sight, new=new, renew=renew)
+        if kind != wanted:
+            self._show_new(path, place, look, sight, wanted)
+        elif wanted == stat.S_IFDIR:
+            yield from self._show_directory(path, place, look, sight, renew=renew)
         else:
-            self._show_file(place, look, sight, renew=renew, new=new)
-            self.nodes += new
-            yield b""
+            self._show_file(place, look, sight, renew=renew)
+        yield place
+
+    def _show_new(self, path: bytes, place: bytes, look: Look, sight: Sight, kind: int) -> None:
+        """Nothing is shown there."""
+        perms = self._perms(sight)
+        if kind == stat.S_IFREG:
+            self._files.put(place, self._view.content.render(look.value), perms, new=True)
+            self.nodes += 1
+            return
+        self._files.make_directory(place)
+        self.nodes += 1
+        if self._view.has_dot_value(path, look):
+            content = self._view.content.render(look.value)
+            self._files.put(self._in(place, VALUE_NAME), content, perms, new=True)
+        if perms:
+            self._files.set_perms(place, perms, new=True)
+        self._look_at_children(path, sight)
+
+    def _look_at_children(self, path: bytes, sight: Sight) -> Iterable[bytes]:
+        names = dict.fromkeys((*sight.names, *self._view.lasting_children(path)))
+        above = join(path, b"")
+        self.again.update(dict.fromkeys([above + name for name in names]))
+        return names
 
     def _look_at_missing(self, path: bytes) -> bool:
         """Whether a directory above, which is shown all the time, was missing.  It has been made
@@ -219,40 +249,29 @@ class Copy:
             yield removed
 
     def _show_directory(
-        self, path: bytes, place: bytes, look: Look, sight: Sight, *, new: bool, renew: bool
+        self, path: bytes, place: bytes, look: Look, sight: Sight, *, renew: bool
     ) -> Steps:
-        if new:
-            self._files.make_directory(place)
-            self.nodes += 1
         value_place = self._in(place, VALUE_NAME)
         if self._view.has_dot_value(path, look):
-            self._show_file(value_place, look, sight, renew=renew, new=new)
-        elif not new and self._files.kind(value_place):
+            self._show_file(value_place, look, sight, renew=renew)
+        elif self._files.kind(value_place):
             self._files.remove_file(value_place)
-        perms = self._perms(sight)
-        if perms or not new:
-            self._files.set_perms(place, perms, new=new)
-        names = dict.fromkeys((*sight.names, *self._view.lasting_children(path)))
-        if not new:
-            kept = {VALUE_NAME, *map(file_name, names)}
-            for name in self._files.names(place):
-                if name not in kept:
-                    child = self._in(place, name)
-                    yield from self._remove(child, self._files.kind(child))
-        for name in names:
-            self.again[join(path, name)] = None
-        yield place
+        self._files.set_perms(place, self._perms(sight))
+        kept = {VALUE_NAME, *map(file_name, self._look_at_children(path, sight))}
+        for name in self._files.names(place):
+            if name not in kept:
+                child = self._in(place, name)
+                yield from self._remove(child, self._files.kind(child))
 
-    def _show_file(self, place: bytes, look: Look, sight: Sight, *, renew: bool, new: bool) -> None:
+    def _show_file(self, place: bytes, look: Look, sight: Sight, *, renew: bool) -> None:
         content = self._view.content.render(look.value)
         perms = self._perms(sight)
         if (
-            new
-            or renew
+            renew
             or self._files.content(place) != content
             or (perms and self._files.perms(place) != perms)
         ):
-            self._files.put(place, content, perms, new=new)
+            self._files.put(place, content, perms)
 
     def _perms(self, sight: Sight) -> bytes:
         if self._files.has_perms and isinstance(sight.perms, bytes) and sight.perms:

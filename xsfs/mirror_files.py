@@ -250,11 +250,11 @@ class MirrorFiles:
 
         new     none is there; FileExistsError in the workshop if that is not so
         """
+        if new and self.staged:
+            self._fill(self._make(*self._reach(path)), content, perms)
+            return
         parent, name = _split(path)
         directory = self._enter(parent)
-        if new and self.staged:
-            self._fill(self._make(name, directory), content, perms)
-            return
         fd, self._new = self._new, -1
         if fd < 0:
             fd = self._make(_NEW, self._workshop.fd)
@@ -267,7 +267,7 @@ class MirrorFiles:
             os.unlink(_NEW, dir_fd=self._workshop.fd)
             raise
 
-    def _make(self, name: bytes, directory: int) -> int:
+    def _make(self, name: bytes, directory: int | None) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(name, flags, self._new_file_mode, dir_fd=directory)
 
@@ -295,8 +295,7 @@ class MirrorFiles:
     def make_directory(self, path: bytes) -> None:
         # It may have the last inode.
         self._give_up_new()
-        parent, name = _split(path)
-        directory = self._enter(parent)
+        name, directory = self._reach(path)
         os.mkdir(name, self._directory_mode, dir_fd=directory)
         if not (self._chmod or self._chown):
             return
@@ -355,6 +354,13 @@ class MirrorFiles:
             yield path
 
     # --------------------------------------------------------------------------- directories
+
+    def _reach(self, path: bytes) -> tuple[bytes, int | None]:
+        """By which name, in which directory, what is there, or is made there, can be changed."""
+        if self.staged and not self._unlock:
+            return self._absolute(path), None
+        parent, name = _split(path)
+        return name, self._enter(parent)
 
     def _enter(self, path: bytes) -> int:
         """A descriptor of the directory, which is in its place.  The last one is kept open."""

@@ -1,20 +1,33 @@
-"""Nodes that a live mirror looks at in one burst."""
+"""Nodes that a live mirror looks at in one burst, and how it looks at all of them.
+
+`Windows` owns the bursts of one whole copy: which are asked, and by which connection.  Several ask in
+turn, as events come by one of their own anyway: a reply says what a node was at some moment since it
+was asked for, and what changes later has an event.  Bursts are taken in the order in which they were
+asked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 import outcome
 import trio
 
+from xsfs.client import Store
 from xsfs.view import Sight
 
 WINDOW: Final = 64
 """How many nodes one burst looks at.  While a whole copy is made a burst also waits, within its own
 time limit, for the one before it."""
 
-Survey = Callable[[Sequence[bytes]], Awaitable[list[Sight]]]
+WINDOWS_AHEAD: Final = 2
+"""How many bursts of a whole copy are asked before the last one is applied: the store is never at rest,
+not even while its answers are understood."""
+
+Survey = Callable[[Sequence[bytes], Store], Awaitable[list[Sight]]]
+"""Looks at nodes by one of the stores."""
 
 
 def next_window(queue: dict[bytes, None]) -> list[bytes]:
@@ -22,7 +35,7 @@ def next_window(queue: dict[bytes, None]) -> list[bytes]:
     return [queue.popitem()[0] for _ in range(min(WINDOW, len(queue)))]
 
 
-class Window:
+class _Window:
     """Nodes that are looked at by a task of its own, while the one who wants to know is at work."""
 
     def __init__(self, paths: Sequence[bytes]) -> None:
@@ -30,9 +43,9 @@ class Window:
         self._seen = trio.Event()
         self._outcome: outcome.Outcome[list[Sight]] | None = None
 
-    async def look(self, survey: Survey) -> None:
+    async def look(self, survey: Survey, store: Store) -> None:
         try:
-            self._outcome = outcome.Value(await survey(self.paths))
+            self._outcome = outcome.Value(await survey(self.paths, store))
         except Exception as error:
             self._outcome = outcome.Error(error)
         self._seen.set()
@@ -42,3 +55,52 @@ class Window:
         await self._seen.wait()
         assert self._outcome is not None
         return self._outcome.unwrap()
+
+
+class Windows:
+    """See the module's text.
+
+    queue       the nodes, to which whoever takes what was seen adds others
+    stores      by whom is asked
+    servants    where the asking tasks run
+    """
+
+    def __init__(
+        self,
+        queue: dict[bytes, None],
+        stores: Iterable[Store],
+        survey: Survey,
+        servants: trio.Nursery,
+    ) -> None:
+        self._queue = queue
+        self._stores = deque(stores)
+        self._survey = survey
+        self._servants = servants
+        self._asked: deque[_Window] = deque()
+
+    async def next(self) -> tuple[Sequence[bytes], list[Sight]] | None:
+        """The next nodes, and what was seen of them; None at the end.  Raises what the survey raised.
+
+        To be called when the last ones have been applied.  More is asked before this returns.
+        """
+        self._ask()
+        if not self._asked:
+            return None
+        window = self._asked.popleft()
+        sights = await window.sights()
+        self._ask()
+        for _ in range(2):  # it is sent in one of them, before this task or after
+            await trio.lowlevel.checkpoint()
+        return window.paths, sights
+
+    def _ask(self) -> None:
+        if self._queue and len(self._asked) < WINDOWS_AHEAD:
+            window = _Window(next_window(self._queue))
+            self._asked.append(window)
+            self._servants.start_soon(window.look, self._survey, self._stores[0])
+            self._stores.rotate()
+
+    def receive(self) -> None:
+        """Take the replies that have come: for who is at work for a while."""
+        for store in self._stores:
+            store.receive()

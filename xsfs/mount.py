@@ -24,7 +24,6 @@ import trio
 from xsfs.background import Background
 from xsfs.client import Store, open_store
 from xsfs.drain import SWITCH_SECONDS
-from xsfs.embedded import EmbeddedStore
 from xsfs.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.known import KnownDirectories
 from xsfs.link import Connect
@@ -219,6 +218,9 @@ async def _connect(options: Options) -> AsyncIterator[Connect | None]:
     if not options.embedded:
         yield None
         return
+    # Not needed where Xen is, and a thirtieth of all that is loaded before a mount answers.
+    from xsfs.embedded import EmbeddedStore
+
     embedded = EmbeddedStore()
     async with open_servants() as nursery:
         await nursery.start(embedded.serve)

@@ -266,16 +266,20 @@ class View:
         ]
 
     async def survey(
-        self, paths: Sequence[bytes], meanwhile: Callable[[], None] | None = None
+        self,
+        paths: Sequence[bytes],
+        meanwhile: Callable[[], None] | None = None,
+        session: Session | None = None,
     ) -> list[Sight]:
         """All about many nodes, in one round trip but for listings too long for one reply.
 
         meanwhile   as in Session.burst
+        session     another one than the view's, to ask by
 
         Raises XenstoreError `E2BIG` for a node whose children there is no way to list.
         """
         asked = self.known.moment
-        replies = await self.session.burst(
+        replies = await (session or self.session).burst(
             [q for path in paths for q in questions(path, perms=self.asks_perms)], meanwhile
         )
         sights = []

@@ -15,9 +15,8 @@ from typing import Final
 
 from tests.mirroring import has_user_attributes
 from tests.xenstored.harness import XsClient
-from xsfs.mirror import WINDOWS_AHEAD
 from xsfs.mirror_files import PERMS_ATTRIBUTE
-from xsfs.mirror_window import WINDOW
+from xsfs.mirror_window import WINDOW, WINDOWS_AHEAD
 
 from .errors import BenchmarkError
 from .kinds import (
