@@ -2,9 +2,9 @@
 with SOCKET TOP DIRECTORY WINDOW AHEAD PERMS.
 
 It loads what every file system on pyfuse3 loads, asks what the mirror asks, WINDOW nodes at once and
-AHEAD such bursts before the files of the last are made.  PERMS is the attribute for permissions, empty
-where DIRECTORY can have none.  It mounts nothing, watches nothing and checks nothing: the floor under
-the start of every mirror in Python.
+AHEAD such bursts before the files of the last are made, by two connections in turn.  PERMS is the
+attribute for permissions, empty where DIRECTORY can have none.  It mounts nothing, watches nothing and
+checks nothing: the floor under the start of every mirror in Python.
 """
 
 from __future__ import annotations
@@ -26,25 +26,29 @@ RECEIVE_NODES: Final = 16
 
 def main(socket: str, top: str, target: str, window: str, ahead: str, attribute: str) -> None:
     import_module("pyfuse3")  # to load it, and trio, is part of the work
-    connection = Connection(socket)
+    connections = deque((Connection(socket), Connection(socket)))
     above = os.fsencode(top).rstrip(b"/")
     due: list[bytes] = [above]
-    bursts: deque[tuple[Sequence[bytes], Asked]] = deque()
+    bursts: deque[tuple[Sequence[bytes], Connection, Asked]] = deque()
     ops = (Op.READ, Op.DIRECTORY, Op.GET_PERMS) if attribute else (Op.READ, Op.DIRECTORY)
 
     def ask() -> None:
         while due and len(bursts) < int(ahead):
             nodes = [due.pop() for _ in range(min(int(window), len(due)))]
-            bursts.append((nodes, connection.ask([(op, path) for path in nodes for op in ops])))
+            connection = connections[0]
+            connections.rotate()
+            asked = connection.ask([(op, path) for path in nodes for op in ops])
+            bursts.append((nodes, connection, asked))
 
     ask()
     while bursts:
-        nodes, asked = bursts.popleft()
+        nodes, connection, asked = bursts.popleft()
         replies = connection.replies(asked)
         ask()
         for number, path in enumerate(nodes):
             if number % RECEIVE_NODES == 0:
-                connection.receive()
+                for each in connections:
+                    each.receive()
             value, names, *perms = replies[number * len(ops) : (number + 1) * len(ops)]
             place = os.fsencode(target) + path[len(above) :]
             text = b",".join((perms[0] or b"")[:-1].split(b"\0")) if perms else b""
