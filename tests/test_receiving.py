@@ -34,7 +34,7 @@ MANY = PROMPT_MAX + 1
 """More requests than are waited for on the spot."""
 
 ROOT = "/receiving"
-NODES = 8 * WINDOW
+NODES = 16 * WINDOW
 """Enough for the mirror to be as far ahead as it may be."""
 
 
@@ -236,23 +236,24 @@ def test_replies_are_taken_while_files_are_made(alive: Live, course: Course) -> 
     assert course.received >= NODES // WINDOW
 
 
-def test_two_connections_ask_in_turn(alive: Live, course: Course) -> None:
-    own, second = course.stores[:2]
+def test_connections_ask_in_turn(alive: Live, course: Course) -> None:
+    own, *others = stores = course.stores[:WINDOWS_AHEAD]
     assert own is alive.mirror.store
-    assert second is not None
-    assert second is not own
-    assert all(store is own for store in course.stores[::2])
-    assert all(store is second for store in course.stores[1::2])
-    assert not connection_of(second).alive
+    assert len(set(stores)) == WINDOWS_AHEAD
+    for number, store in enumerate(course.stores):
+        assert store is stores[number % WINDOWS_AHEAD]
     # READ, DIRECTORY and, for permissions in files, GET_PERMS of each node.
     questions = (2 + alive.view.asks_perms) * (NODES + 1)
     assert own.requests == 1 + questions  # the first one is that by which the store was opened
-    assert 0 < second.requests < questions
+    for other in others:
+        assert other is not None
+        assert 0 < other.requests < questions
+        assert not connection_of(other).alive
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_the_second_connection_is_lost(place: Place, tmp_path: Path, times: int) -> None:
-    """It comes back, and what was asked by it is asked again."""
+def test_other_connections_are_lost(place: Place, tmp_path: Path, times: int) -> None:
+    """They come back, and what was asked by them is asked again."""
     lost: list[int] = []
 
     def lie(talk: Talk, request: Message) -> bool:

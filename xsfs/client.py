@@ -226,18 +226,18 @@ class Store(Session):
         return names
 
     @asynccontextmanager
-    async def beside(self) -> AsyncIterator[Store]:
-        """The same store by one more connection, for who asks so much that the daemon's pace counts.
+    async def beside(self, count: int) -> AsyncIterator[Sequence[Store]]:
+        """The same store by `count` more connections: for who asks more than it can soon answer.
 
-        Between two parts of a request oxenstored looks at all its connections, which takes as long as
-        what it then does for each: two are served almost as fast as one.
+        A daemon looks at all its connections before each request that it takes, oxenstored even between
+        the parts of one, and then does something for each: several are served almost as fast as one.
         """
         async with open_servants() as nursery:
-            store = Store(nursery, self._connect, self.timeout)
+            stores = [Store(nursery, self._connect, self.timeout) for _ in range(count)]
             try:
-                yield store
+                yield stores
             finally:
-                self.requests += store.requests
+                self.requests += sum(store.requests for store in stores)
 
     # -------------------------------------------------------------------------- transactions
 

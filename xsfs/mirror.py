@@ -25,7 +25,7 @@ that changed it:
 
 Looks are applied by one task, one burst after the other in the order in which they were asked, so
 that no reply is applied after a later one; an event that comes meanwhile waits, and its look follows.
-(While a whole copy is made bursts overlap, on two connections, and may be answered in another order:
+(While a whole copy is made bursts overlap, on several connections, and may be answered in any order:
 the events since its beginning wait until it is complete, and are looked at then.)  While that task
 waits for something to do, a single changed file is looked at and shown by whoever tells of it, from
 the question to the file without a break.  What a node that was looked at becomes does not depend on
@@ -61,7 +61,7 @@ from xsfs.errors import ConnectionLost, RequestTimeout, StoreError
 from xsfs.mirror_copy import Copy
 from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.mirror_pace import Pace
-from xsfs.mirror_window import Windows, next_window
+from xsfs.mirror_window import WINDOWS_AHEAD, Windows, next_window
 from xsfs.servants import open_servants
 from xsfs.view import Sight, View
 from xsfs.watches import Subscription
@@ -225,8 +225,8 @@ class Mirror:
         def survey(paths: Sequence[bytes], store: Store) -> Awaitable[list[Sight]]:
             return self._survey(paths, store=store)
 
-        async with self.store.beside() as second, open_servants() as servants:
-            windows = Windows(self._copy.again, (self.store, second), survey, servants)
+        async with self.store.beside(WINDOWS_AHEAD - 1) as others, open_servants() as servants:
+            windows = Windows(self._copy.again, (self.store, *others), survey, servants)
             while (seen := await windows.next()) is not None:
                 await self._apply(*seen, renew=False, meanwhile=windows.receive)
 

@@ -19,12 +19,11 @@ from xsfs.client import Store
 from xsfs.view import Sight
 
 WINDOW: Final = 64
-"""How many nodes one burst looks at.  While a whole copy is made a burst also waits, within its own
-time limit, for the one before it."""
+"""How many nodes one burst looks at."""
 
-WINDOWS_AHEAD: Final = 2
-"""How many bursts of a whole copy are asked before the last one is applied: the store is never at rest,
-not even while its answers are understood."""
+WINDOWS_AHEAD: Final = 4
+"""How many bursts of a whole copy are asked before the last one is applied, each by a connection of its
+own: the store is never at rest, not even while its answers are understood."""
 
 Survey = Callable[[Sequence[bytes], Store], Awaitable[list[Sight]]]
 """Looks at nodes by one of the stores."""

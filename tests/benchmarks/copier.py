@@ -2,9 +2,9 @@
 with SOCKET TOP DIRECTORY WINDOW AHEAD PERMS.
 
 It loads what every file system on pyfuse3 loads, asks what the mirror asks, WINDOW nodes at once and
-AHEAD such bursts before the files of the last are made, by two connections in turn.  PERMS is the
-attribute for permissions, empty where DIRECTORY can have none.  It mounts nothing, watches nothing and
-checks nothing: the floor under the start of every mirror in Python.
+AHEAD such bursts before the files of the last are made, by as many connections.  PERMS is the attribute
+for permissions, empty where DIRECTORY can have none.  It mounts nothing, watches nothing and checks
+nothing: the floor under the start of every mirror in Python.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECEIVE_NODES: Final = 16
 
 def main(socket: str, top: str, target: str, window: str, ahead: str, attribute: str) -> None:
     import_module("pyfuse3")  # to load it, and trio, is part of the work
-    connections = deque((Connection(socket), Connection(socket)))
+    connections = deque(Connection(socket) for _ in range(int(ahead)))
     above = os.fsencode(top).rstrip(b"/")
     due: list[bytes] = [above]
     bursts: deque[tuple[Sequence[bytes], Connection, Asked]] = deque()

@@ -104,7 +104,7 @@ def _await(process: subprocess.Popen[bytes], module: str, path: str) -> None:
             raise BenchmarkError(f"{module} could not mount, exit status {process.returncode}")
         if time.monotonic() > deadline:
             raise BenchmarkError(f"{module} has not mounted within {MOUNT_SECONDS:g} s")
-        time.sleep(0.01)
+        time.sleep(0.001)
 
 
 def _end(process: subprocess.Popen[bytes], path: str) -> None:
