@@ -57,17 +57,17 @@ class Talk:
         self.send(encode(Op.WATCH_EVENT, 0, 0, path + b"\0" + token + b"\0"))
 
     def ask(self, request: Message) -> bytes:
-        """What the daemon says: the bytes of the messages up to the reply.
+        """What the daemon says: the bytes of the messages up to the reply, and of what came with it.
 
         Only while no other request is on its way to the daemon.
         """
         self.upstream.sendall(encode(*request))
-        found = b""
-        while True:
+        found, answered = b"", False
+        while not answered:
             for message in self._hear():
                 found += encode(*message)
-                if message.req_id == request.req_id and message.op != Op.WATCH_EVENT:
-                    return found
+                answered |= message.req_id == request.req_id and message.op != Op.WATCH_EVENT
+        return found
 
     def _hear(self) -> list[Message]:
         """What the daemon has said, in whole messages.

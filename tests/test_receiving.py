@@ -23,7 +23,7 @@ from tests.xenstored.harness import RealXenstored, XsClient
 from xsfs.client import Store, open_store
 from xsfs.connection import PROMPT_MAX, Connection
 from xsfs.mirror import Mirror
-from xsfs.mirror_window import WINDOW, WINDOWS_AHEAD
+from xsfs.mirror_window import WINDOW, WINDOWS_AHEAD, Windows
 from xsfs.unanswered import Reply
 from xsfs.view import Sight
 from xsfs.wire import Message, Op, read
@@ -173,7 +173,7 @@ class Course:
         self.applied: list[Sequence[bytes]] = []
         self.ahead: list[int] = []
         self.received = 0
-        survey, apply, receive = Mirror._survey, Mirror._apply, Store.receive
+        survey, apply, receive = Mirror._survey, Mirror._apply, Windows.receive
 
         async def recorded_survey(
             mirror: Mirror,
@@ -198,13 +198,13 @@ class Course:
             self.applied.append(paths)
             self.ahead.append(len(self.asked) - len(self.applied))
 
-        def recorded_receive(store: Store) -> None:
+        def recorded_receive(windows: Windows) -> None:
             self.received += 1
-            receive(store)
+            receive(windows)
 
         patch.setattr(Mirror, "_survey", recorded_survey)
         patch.setattr(Mirror, "_apply", recorded_apply)
-        patch.setattr(Store, "receive", recorded_receive)
+        patch.setattr(Windows, "receive", recorded_receive)
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_bursts_are_asked_ahead_and_applied_in_order(alive: Live, course: Course
 
 
 def test_replies_are_taken_while_files_are_made(alive: Live, course: Course) -> None:
-    assert course.received >= NODES // WINDOW
+    assert course.received >= NODES // WINDOW // 4  # a fast machine makes many in 0.3 ms
 
 
 def test_connections_ask_in_turn(alive: Live, course: Course) -> None:
@@ -245,9 +245,10 @@ def test_connections_ask_in_turn(alive: Live, course: Course) -> None:
     # READ, DIRECTORY and, for permissions in files, GET_PERMS of each node.
     questions = (2 + alive.view.asks_perms) * (NODES + 1)
     assert own.requests == 1 + questions  # the first one is that by which the store was opened
-    for other in others:
+    for number, other in enumerate(others, 1):
+        asked = sum(map(len, course.asked[number::WINDOWS_AHEAD]))
         assert other is not None
-        assert 0 < other.requests < questions
+        assert other.requests == (2 + alive.view.asks_perms) * asked
         assert not connection_of(other).alive
 
 
@@ -258,7 +259,7 @@ def test_other_connections_are_lost(place: Place, tmp_path: Path, times: int) ->
 
     def lie(talk: Talk, request: Message) -> bool:
         # The first is the mirror's own, and one of the others its watches', which carries no READ.
-        if talk.number > 1 and len(lost) < times:
+        if talk.number > 1 and talk.requests > WINDOW and len(lost) < times:
             lost.append(talk.number)
             raise HangUp
         return False
@@ -267,7 +268,22 @@ def test_other_connections_are_lost(place: Place, tmp_path: Path, times: int) ->
         _make_nodes(witness)
         liar.lie = on(Op.READ, lie)
         with live(liar.path, witness, root=ROOT) as alive:
-            assert len(set(lost)) == times
+            assert len(lost) == times
+            assert alive.mirror.store.reconnects == times
+            assert alive.differences() == []
+        witness.rm(ROOT)
+
+
+def test_there_are_no_other_connections(place: Place, tmp_path: Path) -> None:
+    def welcome(talk: Talk) -> None:
+        if talk.number > 2:
+            raise HangUp
+
+    with place.witness() as witness, LyingStore(tmp_path / "liar", place.socket) as liar:
+        _make_nodes(witness)
+        liar.welcome = welcome
+        with live(liar.path, witness, root=ROOT) as alive:
+            assert liar.connections == 3  # none was tried for twice, and no more than one
             assert alive.mirror.store.reconnects == 0
             assert alive.differences() == []
         witness.rm(ROOT)

@@ -64,6 +64,7 @@ class Store(Session):
         self.watches = Watches(nursery, connect, timeout, self.outage)
         self.requests = 0
         """How many requests were sent, those of transactions and watches apart."""
+        self._reconnects_beside = 0
         self.transactions = 0
         """How many transactions with a connection of their own are open."""
 
@@ -74,7 +75,7 @@ class Store(Session):
 
     @property
     def reconnects(self) -> int:
-        return max(0, self._link.made - 1)
+        return max(0, self._link.made - 1) + self._reconnects_beside
 
     async def open(self) -> None:
         """Connect for the first time, and see that the store answers.
@@ -231,13 +232,27 @@ class Store(Session):
 
         A daemon looks at all its connections before each request that it takes, oxenstored even between
         the parts of one, and then does something for each: several are served almost as fast as one.
+        There are fewer where no more can be had.
         """
         async with open_servants() as nursery:
-            stores = [Store(nursery, self._connect, self.timeout) for _ in range(count)]
+            stores: list[Store] = []
+            with suppress(StoreError, OSError):
+                for _ in range(count):
+                    stores.append(await self._another(nursery))
             try:
                 yield stores
             finally:
                 self.requests += sum(store.requests for store in stores)
+                self._reconnects_beside += sum(store.reconnects for store in stores)
+
+    async def _another(self, nursery: trio.Nursery) -> Store:
+        """Raises StoreError, OSError if it can't be had at once."""
+        store = Store(nursery, self._connect, self.timeout)
+        store.outage = self.outage
+        deadline = trio.current_time() + self.timeout
+        transport = await open_connection(self._connect, deadline, patient=False)
+        await store._link.adopt(transport).burst((wire.directory(b"/"),))
+        return store
 
     # -------------------------------------------------------------------------- transactions
 

@@ -89,7 +89,7 @@ class Copy:
         A file that is to be renewed is replaced even by an equal one.  The children of a directory
         are to be looked at `again`, whether they were shown or not.
         """
-        if self._files.staged and self._make(path, sight):
+        if self._files.staged and self._show_at_first(path, sight):
             yield b""
             return
         look = sight.look
@@ -115,9 +115,9 @@ class Copy:
         if kind or renew:
             self._look_at_parent(path)
 
-    def _make(self, path: bytes, sight: Sight) -> bool:
+    def _show_at_first(self, path: bytes, sight: Sight) -> bool:
         """In the workshop nodes are new, but for the root, and the few that are looked at twice: make
-        this one.  Whether that could be done; if not, nothing has changed."""
+        this one.  Whether that could be done; if not, it was there, or what is above it was not."""
         look = sight.look
         if look is None or look.hidden:
             return False
@@ -142,10 +142,10 @@ class Copy:
             self._show_file(place, look, sight, renew=renew)
         yield place
 
-    def _show_new(self, path: bytes, place: bytes, look: Look, sight: Sight, kind: int) -> None:
+    def _show_new(self, path: bytes, place: bytes, look: Look, sight: Sight, wanted: int) -> None:
         """Nothing is shown there."""
         perms = self._perms(sight)
-        if kind == stat.S_IFREG:
+        if wanted == stat.S_IFREG:
             self._files.put(place, self._view.content.render(look.value), perms, new=True)
             self.nodes += 1
             return

@@ -10,7 +10,8 @@ What always holds:
   an old one is moved out before it is removed (`clear`).  DIR itself stays, and whoever watches it.
 - Nothing outside DIR and the workshop is ever changed, whatever the owner of the files does to them
   (`uid=` makes one who may put a symbolic link where a directory was): each change is made relative
-  to an open directory, whose place is looked at after it was opened.
+  to an open directory, whose place is looked at after it was opened; or to the workshop, which is open
+  all the time, and nobody else's.
 - Paths are bytes, relative to the copy's root, which is b"".  File names, not Xenstore names.
 """
 
@@ -150,10 +151,10 @@ class MirrorFiles:
     def begin(self) -> None:
         """What is made from now on is not seen before `publish`."""
         self._let_go()
-        self._base = self._workshop.inside(_TREE)
+        self._base = b"/proc/self/fd/%d/%s" % (self._workshop.fd, _TREE)
         os.mkdir(self._base, 0o700)
         # Made now, since it is wanted when the file system may be full.
-        os.mkdir(self._workshop.inside(_OLD), 0o700)
+        os.mkdir(_OLD, 0o700, dir_fd=self._workshop.fd)
         self.staged = True
 
     def publish(self) -> Steps:
@@ -267,7 +268,7 @@ class MirrorFiles:
             os.unlink(_NEW, dir_fd=self._workshop.fd)
             raise
 
-    def _make(self, name: bytes, directory: int | None) -> int:
+    def _make(self, name: bytes, directory: int) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(name, flags, self._new_file_mode, dir_fd=directory)
 
@@ -355,10 +356,10 @@ class MirrorFiles:
 
     # --------------------------------------------------------------------------- directories
 
-    def _reach(self, path: bytes) -> tuple[bytes, int | None]:
-        """By which name, in which directory, what is there, or is made there, can be changed."""
+    def _reach(self, path: bytes) -> tuple[bytes, int]:
+        """By which name, relative to which directory, what is to be made there is reached."""
         if self.staged and not self._unlock:
-            return self._absolute(path), None
+            return _TREE + b"/" + path, self._workshop.fd
         parent, name = _split(path)
         return name, self._enter(parent)
 

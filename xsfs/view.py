@@ -286,7 +286,7 @@ class View:
         for path, answers in zip(paths, _each(replies, len(paths)), strict=True):
             sight = self._sight(path, answers, asked)
             if sight is None:
-                sight = await self._long_sight(path, answers, asked)
+                sight = await self._long_sight(path, answers, session or self.session)
             sights.append(sight)
         return sights
 
@@ -306,9 +306,9 @@ class View:
             return None
         return Sight(look, shown_names(path, wire.decode_names(listing), listing), perms)
 
-    async def _long_sight(self, path: bytes, answers: Sequence[Reply], asked: int) -> Sight:
+    async def _long_sight(self, path: bytes, answers: Sequence[Reply], session: Session) -> Sight:
         try:
-            names = shown_names(path, await self.session.list(path))
+            names = shown_names(path, await session.list(path))
         except XenstoreError as error:
             if error.name in ("ENOENT", "EACCES"):
                 return Sight(None, [], b"")

@@ -5,7 +5,7 @@ something that does the same work on the same machine in the same second: the Xe
 and a bare pyfuse3 file system, which is what FUSE itself costs from Python.
 
     works       what is measured, against what, and how fast it should be: one table
-    timing      rounds in which every contender runs once, so that noise hits all of them alike
+    timing      rounds in which every contender runs, so that noise hits all of them alike
     stores      real daemons with as many nodes as asked for
     mounting    file systems in processes of their own, and their certain end
     bare        the bare pyfuse3 file system
