@@ -48,6 +48,28 @@ def test_the_owner_leads_nobody_outside_when_a_copy_is_given_up(shm: Path) -> No
     assert precious.exists()
 
 
+def test_the_workshop_is_exchanged(shm: Path) -> None:
+    """By the owner of the directory above, while a copy is made in it."""
+    outside = shm / "outside"
+    (outside / "tree").mkdir(parents=True)
+    files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o022))
+    files.open()
+    files.begin()
+    workshop = shm / ".mirror.xsfs"
+    workshop.rename(shm / "gone")
+    workshop.symlink_to(outside)
+    try:
+        files.make_directory(b"d")
+        files.set_perms(b"d", b"n0", new=True)
+        files.put(b"d/f", b"v", b"", new=True)
+        assert files.content(b"d/f") == b"v"
+        assert os.listdir(outside / "tree") == []
+    finally:
+        workshop.unlink()
+        (shm / "gone").rename(workshop)
+        files.close()
+
+
 def test_a_directory_that_was_taken_away_is_none(shm: Path) -> None:
     """Even one that is held open, since something was just put into it."""
     files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o077))
