@@ -1,5 +1,5 @@
 """Ring: replies that are taken by who is at work, without a turn for the task that reads them; and the
-mirror, which does so while it makes a whole copy, and asks ahead."""
+mirror, which does so while it makes a whole copy, and asks ahead by several connections."""
 
 from __future__ import annotations
 
@@ -287,3 +287,24 @@ def test_there_are_no_other_connections(place: Place, tmp_path: Path) -> None:
             assert alive.mirror.store.reconnects == 0
             assert alive.differences() == []
         witness.rm(ROOT)
+
+
+def test_a_long_listing_goes_on_by_the_connection_that_asked(
+    daemon: RealXenstored, tmp_path: Path
+) -> None:
+    asked: dict[int, set[int]] = {Op.DIRECTORY: set(), Op.DIRECTORY_PART: set()}
+    long = f"{ROOT}/long"
+
+    def lie(talk: Talk, request: Message) -> bool:
+        if request.op in asked and request.payload.startswith(long.encode() + b"\0"):
+            asked[request.op].add(talk.number)
+        return False
+
+    with daemon.client() as witness, LyingStore(tmp_path / "liar", daemon.socket) as liar:
+        names = [f"{'n' * 40}{number}" for number in range(200)]
+        witness.pipeline(("WRITE", f"{long}/{name}\0v".encode()) for name in names)
+        liar.lie = lie
+        with live(liar.path, witness, root=ROOT) as alive:
+            assert len(os.listdir(alive.path("long"))) == len(names)
+    # It is in the second burst; by the first connection the root was asked for.
+    assert asked[Op.DIRECTORY_PART] == asked[Op.DIRECTORY] != {1}

@@ -65,6 +65,7 @@ class Store(Session):
         self.requests = 0
         """How many requests were sent, those of transactions and watches apart."""
         self._reconnects_beside = 0
+        """Those of stores beside it, which have ended."""
         self.transactions = 0
         """How many transactions with a connection of their own are open."""
 
@@ -82,9 +83,12 @@ class Store(Session):
 
         A daemon that is not there is an error at once: it is only waited for after it was seen.
         """
-        deadline = trio.current_time() + self.timeout
-        self._link.adopt(await open_connection(self._connect, deadline, patient=False))
+        await self._connect_now()
         await self.burst((wire.directory(b"/"),))
+
+    async def _connect_now(self) -> Connection:
+        deadline = trio.current_time() + self.timeout
+        return self._link.adopt(await open_connection(self._connect, deadline, patient=False))
 
     def distrust(self, reason: str) -> None:
         """End the connection of a store that answers nonsense; the next request makes a new one."""
@@ -249,9 +253,9 @@ class Store(Session):
         """Raises StoreError, OSError if it can't be had at once."""
         store = Store(nursery, self._connect, self.timeout)
         store.outage = self.outage
-        deadline = trio.current_time() + self.timeout
-        transport = await open_connection(self._connect, deadline, patient=False)
-        await store._link.adopt(transport).burst((wire.directory(b"/"),))
+        connection = await store._connect_now()
+        # By the connection itself: the store would try again and again.
+        await connection.burst((wire.directory(b"/"),))
         return store
 
     # -------------------------------------------------------------------------- transactions
