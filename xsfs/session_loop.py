@@ -23,7 +23,7 @@ What always holds:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace, TracebackType
@@ -39,6 +39,20 @@ TURN_SECONDS: Final = 0.002
 _IGNORED: Final = suppress(Exception)  # one will do for all: it keeps nothing
 
 
+class _AtOnce:
+    """What is awaited without waiting.
+
+    A coroutine that ends at once would do, but costs several times as much, and two of them are awaited
+    before each request.
+    """
+
+    __slots__ = ()
+    __await__ = staticmethod(().__iter__)
+
+
+AT_ONCE: Final = cast(Awaitable[None], _AtOnce())
+
+
 class Turn:
     """A lock of the kind described above.
 
@@ -50,26 +64,39 @@ class Turn:
         self._taken = False
         self._waiting = trio.lowlevel.ParkingLot()
         self._woken = False
+        self._sleepers = 0
+        """How many there are in _waiting, or were before they gave up."""
 
-    async def __aenter__(self) -> None:
+    def __aenter__(self) -> Awaitable[None]:
         # A worker comes here right after its answer.
         if self._waiter.chore is not None:
             self._waiter.do_chore()
+        if self._taken:
+            return self._acquire()
+        self._taken = True
+        return AT_ONCE
+
+    async def _acquire(self) -> None:
         while self._taken:
-            await self._waiting.park()
+            self._sleepers += 1
+            try:
+                await self._waiting.park()
+            finally:
+                self._sleepers -= 1
             self._woken = False
         self._taken = True
 
-    async def __aexit__(
+    def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
+    ) -> Awaitable[None]:
         self._taken = False
-        if self._waiting and not self._woken:
-            self._woken = True
-            self._waiting.unpark()
+        if self._sleepers and not self._woken:
+            # None, where the one who slept has given up and has not run since.
+            self._woken = bool(self._waiting.unpark())
+        return AT_ONCE
 
 
 class Waiter:
@@ -96,17 +123,25 @@ class Waiter:
             with _IGNORED:
                 chore()
 
-    async def wait_readable(self, descriptor: int) -> None:
+    def wait_readable(self, descriptor: int) -> Awaitable[None]:
         linger = self._linger
         if linger is None or linger.descriptor != descriptor:
             self._linger = linger = Linger(descriptor)
+        if time.perf_counter() < self._turn_ends and self._comes(linger):
+            return AT_ONCE
+        return self._wait(linger)
+
+    def _comes(self, linger: Linger) -> bool:
+        # Not while a request is under way, whose reply from Xenstore would have to wait.
+        return linger.comes(0 if self.under_way else LINGER_SECONDS)
+
+    async def _wait(self, linger: Linger) -> None:
         if time.perf_counter() >= self._turn_ends:
             await trio.lowlevel.checkpoint()
             self._turn_ends = time.perf_counter() + TURN_SECONDS
-        # Not while a request is under way, whose reply from Xenstore would have to wait.
-        if linger.comes(0 if self.under_way else LINGER_SECONDS):
-            return
-        await trio.lowlevel.wait_readable(descriptor)
+            if self._comes(linger):
+                return
+        await trio.lowlevel.wait_readable(linger.descriptor)
         self.do_chore()
         self._turn_ends = time.perf_counter() + TURN_SECONDS
 
