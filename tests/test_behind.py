@@ -20,8 +20,10 @@ from tests.lying_store import HangUp, LyingStore, Talk, silence
 from tests.xenstored.harness import DAEMONS, RealXenstored
 from xsfs import connection as module
 from xsfs import wire
+from xsfs.children import LookInside
 from xsfs.client import Store, open_store
 from xsfs.errors import RequestTimeout
+from xsfs.eventual import result_of
 from xsfs.known import KnownDirectories
 from xsfs.looks import LEAF, PARENT
 from xsfs.names import TEXT
@@ -103,7 +105,7 @@ class Held:
 
 async def ask(store: Store, answers: list[object]) -> None:
     """Put there what comes to both questions."""
-    own, rest = await store.burst_and(OWN, children)
+    own, rest = await result_of(store.ask_and(OWN, children))
     answers.extend((in_order(own), list(rest())))
 
 
@@ -131,7 +133,7 @@ def in_order(own: Sequence[Reply]) -> list[Reply]:
 async def test_what_comes_late_is_not_waited_for(liar: LyingStore) -> None:
     held = liar.lie = Held(CHILD)
     async with opened(liar) as store:
-        own, rest = await store.burst_and(OWN, children)
+        own, rest = await result_of(store.ask_and(OWN, children))
         assert in_order(own) == ANSWERS[0]
         assert list(rest()) == []
         held.let_go()
@@ -178,7 +180,7 @@ async def test_very_much_is_waited_for_at_once(
 ) -> None:
     many = CHILDREN * (module.PROMPT_MAX // 2 + 1)
     async with opened(liar) as store:
-        own, rest = await store.burst_and(OWN, lambda: many)
+        own, rest = await result_of(store.ask_and(OWN, lambda: many))
         assert in_order(own) == ANSWERS[0]
         monkeypatch.setattr(module, "PROMPT_SECONDS", 0.0)
         assert list(rest()) == ANSWERS[1] * (module.PROMPT_MAX // 2 + 1)
@@ -226,7 +228,7 @@ async def test_so_is_one_that_is_slow_with_the_rest_alone(
             held = liar.lie = Held(CHILD)
             connection._skip_prompt = 0
             monkeypatch.setattr(module, "PROMPT_SECONDS", LIMIT)
-            own, rest = await store.burst_and(OWN, children)
+            own, rest = await result_of(store.ask_and(OWN, children))
             assert in_order(own) == ANSWERS[0]
             monkeypatch.setattr(module, "PROMPT_SECONDS", 0.0)
             assert list(rest()) == []
@@ -245,7 +247,7 @@ async def test_whoever_takes_replies_may_take_his_time(
         connection = store._link.connection
         assert connection is not None
         held = liar.lie = Held(CHILDREN[1].path)
-        _, rest = await store.burst_and(OWN, children)
+        _, rest = await result_of(store.ask_and(OWN, children))
         taken = rest()
         replies = [next(taken)]
         held.let_go()
@@ -271,7 +273,7 @@ async def test_a_lost_connection(liar: LyingStore) -> None:
 
     async with opened(liar) as store:
         liar.lie = once
-        own, rest = await store.burst_and(OWN, more)
+        own, rest = await result_of(store.ask_and(OWN, more))
         assert in_order(own) == ANSWERS[0]
         assert list(rest()) == []
         assert calls == 1
@@ -284,7 +286,7 @@ async def test_a_silent_store(liar: LyingStore) -> None:
     async with opened(liar, timeout=0.3) as store:
         liar.lie = silence
         with pytest.raises(RequestTimeout):
-            await store.burst_and(OWN, children)
+            await result_of(store.ask_and(OWN, children))
 
 
 @pytest.mark.usefixtures("prompt")
@@ -293,11 +295,12 @@ async def test_a_directory_is_opened_before_its_children_are_known(liar: LyingSt
     """Who reads it asks for what has not come."""
     async with opened(liar) as store:
         view = View(store, 0, b"/", TEXT, KnownDirectories())
-        view._guesses.saw(b"/test", await store.call(wire.directory(b"/test")))
+        view.guesses.saw(b"/test", await store.call(wire.directory(b"/test")))
         held = liar.lie = Held(CHILD)
-        look, digest = await view.look_into(b"/test")
+        inside = LookInside(view, b"/test")
+        look = await result_of(inside.ask())
         assert look == PARENT._replace(whole=True)
-        found = digest()
+        found = inside.digest()
         assert sorted(found.names) == [b"leaf", b"parent"]
         assert b"parent" not in dict(found.kinds)
         assert not found.doubtful
@@ -312,11 +315,12 @@ async def test_a_directory_is_opened_before_its_children_are_known(liar: LyingSt
 async def test_what_has_come_is_not_asked_again(liar: LyingStore) -> None:
     async with opened(liar) as store:
         view = View(store, 0, b"/", TEXT, KnownDirectories())
-        view._guesses.saw(b"/test", await store.call(wire.directory(b"/test")))
+        view.guesses.saw(b"/test", await store.call(wire.directory(b"/test")))
         before = store.requests
-        _, digest = await view.look_into(b"/test")
+        inside = LookInside(view, b"/test")
+        await result_of(inside.ask())
         assert store.requests - before == len(OWN) + len(CHILDREN)
         # By then all has come: the store answers in order.
         assert await store.read("/test/leaf") == b"1"
         for _ in range(2):
-            assert dict(digest().kinds) == {b"leaf": LEAF, b"parent": PARENT}
+            assert dict(inside.digest().kinds) == {b"leaf": LEAF, b"parent": PARENT}

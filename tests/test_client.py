@@ -24,6 +24,7 @@ from xsfs.client import Store, open_store
 from xsfs.connection import WINDOW
 from xsfs.embedded import EmbeddedStore
 from xsfs.errors import TransactionEnded, XenstoreError
+from xsfs.eventual import result_of
 from xsfs.permissions import Permission
 from xsfs.transaction import Transaction
 from xsfs.watches import EVENTS_MAX, Subscription
@@ -412,7 +413,7 @@ async def test_what_is_asked_behind_a_burst(place: Place) -> None:
             calls.append(1)
             return [wire.get_domain_path(5), wire.read(path + b"/missing")]
 
-        first, rest = await store.burst_and([wire.read(path), wire.directory(path)], more)
+        first, rest = await result_of(store.ask_and([wire.read(path), wire.directory(path)], more))
         assert first == [b"7", b""]
         for replies in (list(rest()), list(rest())):
             assert len(replies) <= 2
@@ -421,7 +422,7 @@ async def test_what_is_asked_behind_a_burst(place: Place) -> None:
                 assert isinstance(error, XenstoreError)
                 assert error.name == "ENOENT"
         assert calls == [1]
-        first, rest = await store.burst_and([wire.read(path)], list)
+        first, rest = await result_of(store.ask_and([wire.read(path)], list))
         assert first == [b"7"]
         assert not list(rest())
         assert store.reconnects == 0

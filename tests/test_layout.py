@@ -30,15 +30,16 @@ LAYERS = """
     drain               transport
     servants
     threads
+    eventual
     unanswered          wire errors
     connection          wire errors transport threads unanswered
     link                errors transport connection
-    session             permissions wire errors unanswered
+    session             permissions wire errors eventual unanswered
     outage              errors
     transaction         wire errors unanswered connection session outage
     watches             wire errors drain connection link outage
-    client              wire errors transport servants unanswered connection transaction link \
-session outage watches
+    client              wire errors transport servants eventual unanswered connection transaction \
+link session outage watches
 
     store_node
     store_domains       store_node
@@ -56,8 +57,9 @@ session outage watches
     ownership
     prefetched
     looks               permissions wire errors unanswered names
-    view                wire errors unanswered session transaction client names containers known \
-guesses looks
+    view                wire errors eventual unanswered session transaction client names containers \
+known guesses looks
+    children            wire errors eventual unanswered session names looks view
     workshop
     mirror_files        ownership workshop
     mirror_copy         permissions wire names looks view mirror_files
@@ -65,23 +67,23 @@ guesses looks
     mirror_pace
     mirror              wire errors servants watches client view mirror_files mirror_copy \
 mirror_window mirror_pace
-    node                names view ownership prefetched
+    node                eventual names view ownership prefetched
     mirror_link         node
     xattrs              permissions wire names looks view node
     changes             permissions wire errors session names view node
-    values              wire errors session names looks view node xattrs changes
-    listing             wire names looks view node xattrs
+    values              wire errors eventual session names looks view node xattrs changes
+    listing             wire eventual names looks view children node xattrs
     watch_files         wire errors watches names view node xattrs
     generated           node
-    directories         wire errors session names looks view node xattrs changes values generated \
-listing watch_files
+    directories         wire errors eventual session names looks view node xattrs changes values \
+generated listing watch_files
     transactions        wire errors unanswered session transaction view known node
     transaction_files   wire names view node generated directories transactions mirror_link
     verdicts            wire errors
     handles             node
     session_loop        linger
-    answering           session_loop wire errors verdicts
-    operations          handles answering names node
+    answering           session_loop wire errors eventual verdicts
+    operations          handles answering eventual names node
 
     background
     tasks

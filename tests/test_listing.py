@@ -23,12 +23,13 @@ from tests.operating import (
     listed,
     refused,
 )
+from xsfs.children import Children, LookInside
 from xsfs.client import open_store
 from xsfs.listing import DirectoryHandle
 from xsfs.looks import Look
 from xsfs.names import join
 from xsfs.node import FORGOTTEN
-from xsfs.view import LOOK_WINDOW, Children
+from xsfs.view import LOOK_WINDOW
 from xsfs.wire import WireError
 
 
@@ -280,13 +281,14 @@ async def test_a_listing_that_is_begun_at_its_end(w: World) -> None:
 async def test_a_listing_that_makes_no_sense_is_met_by_who_reads_it(w: World) -> None:
     data = (await w.lookup(b"data")).st_ino
 
-    def nonsense() -> Children:
-        raise WireError("a listing that makes no sense")
+    class Nonsense(LookInside):
+        def digest(self) -> Children:
+            raise WireError("a listing that makes no sense")
 
     fh = await w.operations.opendir(data, ctx())
     handle = w.operations._handles.get(fh)
     assert isinstance(handle, DirectoryHandle)
-    handle.digest = nonsense
+    handle.inside = Nonsense(w.view, b"/")
     w.operations.waiter.do_chore()
     await refused(errno.EIO, listed(w, fh))
     # It was met; from the start on it is asked again.

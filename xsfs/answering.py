@@ -10,8 +10,9 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from functools import wraps
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from functools import partial, wraps
+from types import CoroutineType
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast, overload
 
 import pyfuse3
 from pyfuse3 import FUSEError
@@ -24,6 +25,7 @@ from xsfs.errors import (
     TransactionEnded,
     XenstoreError,
 )
+from xsfs.eventual import Eventual, result_of
 from xsfs.session_loop import install
 from xsfs.verdicts import errno_of
 from xsfs.wire import WireError
@@ -42,31 +44,47 @@ _FAILURES: Final[Sequence[tuple[type[StoreError], int]]] = (
     (StoreUnavailable, errno.EIO),
 )
 
-Handler = Callable[Concatenate[S, P], Coroutine[Any, Any, R]]
+Handler = Callable[Concatenate[S, P], Eventual[R]]
+"""What mostly is answered at once is a plain function."""
+
+Operation = Callable[Concatenate[S, P], Coroutine[Any, Any, R]]
 
 
-def answered(handler: Handler[S, P, R]) -> Handler[S, P, R]:
+@overload
+def answered(handler: Operation[S, P, R]) -> Operation[S, P, R]: ...
+
+
+@overload
+def answered(handler: Handler[S, P, R]) -> Operation[S, P, R]: ...
+
+
+def answered(handler: Handler[S, P, R]) -> Operation[S, P, R]:
     """An operation that raises FUSEError and nothing else."""
-    operation = handler.__name__.lstrip("_")
+    operation = handler.__name__
     # pyfuse3 names no argument, and what is not allowed for need not be looked for at each call.
-    call = cast(Callable[..., Coroutine[Any, Any, R]], handler)
+    call = cast(Callable[..., Eventual[R]], handler)
 
     @wraps(handler)
-    async def answer(self: S, *args: Any) -> R:
+    async def answer(self: S, *args: Any) -> Any:
         self.answered += 1
-        self.waiter.under_way += 1
         try:
             if self.traces:
-                return await self.traced(operation, call(self, *args), args)
-            return await call(self, *args)
+                result: Any = self.traced(operation, partial(call, self, *args), args)
+            else:
+                result = call(self, *args)
+            if type(result) is not CoroutineType:
+                return result
+            self.waiter.under_way += 1
+            try:
+                return await result
+            finally:
+                self.waiter.under_way -= 1
         except FUSEError:
             raise
         except Exception as error:
             raise self.failure(operation, error) from None
-        finally:
-            self.waiter.under_way -= 1
 
-    return cast("Handler[S, P, R]", answer)
+    return cast("Operation[S, P, R]", answer)
 
 
 class Answering(pyfuse3.Operations):
@@ -108,14 +126,14 @@ class Answering(pyfuse3.Operations):
         return FUSEError(errno.EIO)
 
     async def traced(
-        self, operation: str, answer: Coroutine[Any, Any, R], args: Sequence[object]
+        self, operation: str, answer: Callable[[], Eventual[R]], args: Sequence[object]
     ) -> R:
         """Carry out an operation, and log it in one line."""
         start = time.perf_counter()
         described, outcome = operation, "ok"
         try:
             described = self.describe(operation, args)
-            return await answer
+            return await result_of(answer())
         except Exception as error:
             failure = self.failure(operation, error)
             outcome = errno.errorcode.get(failure.errno, str(failure.errno))

@@ -26,7 +26,7 @@ from typing import Final, TypeVar
 import trio
 
 from xsfs import wire
-from xsfs.connection import PROMPT_MAX, WINDOW, Connection
+from xsfs.connection import WINDOW, Connection
 from xsfs.errors import (
     DEFAULT_TIMEOUT,
     ConnectionLost,
@@ -34,10 +34,11 @@ from xsfs.errors import (
     StoreError,
     XenstoreError,
 )
+from xsfs.eventual import Eventual, result_of
 from xsfs.link import Connect, Link, open_connection
 from xsfs.outage import Outage
 from xsfs.servants import open_servants
-from xsfs.session import NamesOfEach, Path, Rest, Session, encode_path
+from xsfs.session import Answers, NamesOfEach, Path, Session, encode_path
 from xsfs.transaction import Transaction
 from xsfs.transport import Transport, find_store, open_transport
 from xsfs.unanswered import Batch, Reply
@@ -98,22 +99,30 @@ class Store(Session):
         self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
     ) -> list[Reply]:
         """As in Session.  What only reads is asked again when the connection is lost meanwhile."""
+        return await result_of(self.ask(requests, meanwhile))
+
+    def ask(
+        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
+    ) -> Eventual[list[Reply]]:
+        """As in Session."""
         self.requests += len(requests)
-        connection = self._link.connection
-        if (
-            connection is None
-            or not connection.alive
-            or self.outage.error is not None
-            or not 0 < len(requests) <= WINDOW
-        ):
+        connection = self._at_hand(requests)
+        if connection is None:
             if meanwhile is not None:
                 meanwhile()
-            return await self._replies(requests, None)
+            return self._replies(requests, None)
         batch = connection.ask(requests, 0, meanwhile)
         if batch.missing:
-            return await self._replies(requests, batch)
+            return self._replies(requests, batch)
         self.outage.answered()
         return batch.replies
+
+    def _at_hand(self, requests: Sequence[Request]) -> Connection | None:
+        """The connection, where these can be sent by it just so."""
+        connection = self._link.connection
+        if connection is None or not connection.alive or self.outage.error is not None:
+            return None
+        return connection if 0 < len(requests) <= WINDOW else None
 
     def at_once(
         self, requests: Sequence[Request], meanwhile: Callable[[], None]
@@ -122,15 +131,14 @@ class Store(Session):
 
         For what only reads: it may have been sent, and what is answered later is dropped.
         """
-        connection = self._link.connection
-        if connection is None or not connection.prompt or self.outage.error is not None:
+        connection = self._at_hand(requests)
+        if connection is None or not connection.prompt:
             return None
-        self.requests += len(requests)
         with suppress(ConnectionLost, RequestTimeout):
-            batch = connection.ask(requests, 0, meanwhile)
-            if not batch.missing:
-                self.outage.answered()
-                return batch.replies
+            replies = self.ask(requests, meanwhile)
+            if isinstance(replies, list):
+                return replies
+            replies.close()
         return None
 
     def receive(self) -> None:
@@ -138,30 +146,30 @@ class Store(Session):
         if (connection := self._link.connection) is not None:
             connection.receive()
 
-    async def burst_and(
+    def ask_and(
         self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
-    ) -> tuple[list[Reply], Rest]:
+    ) -> Eventual[Answers]:
         """As in Session.  Where each reply must be slept for, all of it is one burst."""
-        connection = self._link.connection
-        if (
-            connection is None
-            or not connection.prompt
-            or self.outage.error is not None
-            or not 0 < len(requests) <= WINDOW
-        ):
-            return await super().burst_and(requests, more)
+        connection = self._at_hand(requests)
+        if connection is None or not connection.prompt:
+            return self._burst_and(requests, more)
         batch, rest = connection.ask_both(requests, more)
-        self.requests += len(requests)
+        self.requests += len(requests) + (0 if rest is None else len(rest.requests))
+        if batch.missing or not connection.comes_soon(rest):
+            return self._replies_and(requests, connection, batch, rest)
+        self.outage.answered()
+        return batch.replies, partial(connection.replies_in_turn, rest)
+
+    async def _replies_and(
+        self, requests: Sequence[Request], connection: Connection, batch: Batch, rest: Batch | None
+    ) -> Answers:
+        """Both, where one has to be slept for."""
         replies = batch.replies
         if batch.missing:
             replies = await self._replies(requests, batch)
         else:
             self.outage.answered()
-        if rest is None:
-            return replies, lambda: iter(())
-        self.requests += len(rest.requests)
-        if rest.missing and (len(rest.requests) > PROMPT_MAX or not connection.prompt):
-            # Too many, or from a slow daemon: they would not come within a moment.
+        if rest is not None and not connection.comes_soon(rest):
             with suppress(ConnectionLost, RequestTimeout):
                 await connection.replies(rest)
         return replies, partial(connection.replies_in_turn, rest)

@@ -177,18 +177,30 @@ class Connection:
         replies: list[Reply] = await wait_task_rescheduled(abort)
         return replies
 
-    def replies_in_turn(self, batch: Batch) -> Iterator[Reply]:
+    def comes_soon(self, batch: Batch | None) -> bool:
+        """Whether all of it can be expected within a moment: not too much, or of a slow daemon."""
+        if batch is None or not batch.missing:
+            return True
+        return len(batch.requests) <= PROMPT_MAX and self.prompt
+
+    def replies_in_turn(self, batch: Batch | None) -> Iterator[Reply]:
         """In order, each as soon as it is there: who takes them is at work while the store is.
 
         They are waited for on the spot, for a moment in all.  Ends where one has not come by then.
         """
+        if batch is None:
+            return
         seconds = PROMPT_SECONDS
         replies = batch.replies
         for place in range(len(replies)):
             while replies[place] is UNANSWERED:
-                missing = batch.missing
-                seconds = self._receive_promptly(batch, missing - 1, seconds)
-                if batch.missing == missing:
+                if not self.prompt:
+                    return
+                start = time.perf_counter()
+                came = self._receive_soon()
+                seconds -= time.perf_counter() - start
+                self._took(seconds)
+                if not came:
                     return
             yield replies[place]
 
@@ -212,40 +224,45 @@ class Connection:
             raise XenstoreError(name, batch.requests[0]) from error
         return batch
 
-    def _receive_promptly(self, batch: Batch, left: int = 0, seconds: float | None = None) -> float:
+    def _receive_promptly(self, batch: Batch) -> None:
         """Wait for the replies right here, for a moment, without a trip through the event loop.
 
         A daemon on another core answers within some 20 microseconds, which is less than it takes
         to go to sleep and be woken.  Done only for a few requests while nothing else is under way,
         and not again for a while after a daemon has let us wait: the whole loop stands still.
-
-        left        how many of them need not have come
-        seconds     how long the moment is, if part of it is over
-        Returns what is left of it.
         """
-        if seconds is None:
-            seconds = PROMPT_SECONDS
         if self._unanswered.outstanding > PROMPT_MAX or self._unsent:
-            return seconds
+            return
         if self._skip_prompt:
             self._skip_prompt -= 1
-            return seconds
+            return
         clock = time.perf_counter
-        late = clock() + seconds
-        while batch.missing > left and self.alive and clock() < late:
-            try:
-                data = self._transport.receive_soon()
-            except OSError:
-                return seconds  # the reader meets it, too
-            if data is None:
+        late = clock() + PROMPT_SECONDS
+        left = PROMPT_SECONDS
+        while batch.missing and left > 0 and self.alive:
+            came = self._receive_soon()
+            left = late - clock()
+            if not came:
                 break
-            self._digest(data)
-        seconds = late - clock()
-        if seconds < 0:
+        self._took(left)
+
+    def _receive_soon(self) -> bool:
+        """Wait for what comes within a moment, and take it.  Whether anything came."""
+        try:
+            data = self._transport.receive_soon()
+        except OSError:
+            return False  # the reader meets it, too
+        if data is None:
+            return False
+        self._digest(data)
+        return True
+
+    def _took(self, left: float) -> None:
+        """Replies were waited for, and so much of the moment is left."""
+        if left <= 0:
             self._skip_prompt = self._skips = min(2 * self._skips or 1, PROMPT_SKIPS_MAX)
         elif not self._unanswered.outstanding:
             self._skips = 0
-        return seconds
 
     # --------------------------------------------------------------------------------- tasks
 

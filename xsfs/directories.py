@@ -20,6 +20,7 @@ from pyfuse3 import EntryAttributes
 
 from xsfs import changes, wire
 from xsfs.errors import XenstoreError
+from xsfs.eventual import Eventual, result_of
 from xsfs.generated import DomidFile, StatsFile
 from xsfs.listing import ListedNode
 from xsfs.looks import LEAF, NOTHING, Look
@@ -81,28 +82,43 @@ class Directory(ListedNode):
 
     # --------------------------------------------------------------------------------- lookup
 
-    async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
+    def lookup(self, name: bytes, pid: int) -> Eventual[EntryAttributes]:
         if len(name) > NAME_MAX:
             refuse(errno.ENAMETOOLONG)
-        kind = self.own.get(name)
-        if kind is not None:
-            self.require()
+        if (kind := self.own.get(name)) is not None:
+            return self._lookup_own(kind, name, pid)
+        if name.isalnum() or wire.is_name(name):  # the former costs less
+            return self._lookup_child(name, pid)
+        if (forced := forced_name(name)) is not None:
+            return self._lookup_forced(forced)
+        return self._lookup_alias(name, pid)
+
+    async def _lookup_own(self, kind: type[Node], name: bytes, pid: int) -> EntryAttributes:
+        self.require()
+        node = self.tree.node(kind, self, name)
+        entry = await node.looked_up(pid)
+        if not self.tree.stands(node, self, name):
             node = self.tree.node(kind, self, name)
-            entry = await node.looked_up(pid)
-            if not self.tree.stands(node, self, name):
-                node = self.tree.node(kind, self, name)
-                entry.st_ino = node.inode
-            return self._found(node, entry)
-        child = name
-        if not (name.isalnum() or wire.is_name(name)):  # the former costs less
-            if (forced := forced_name(name)) is not None:
-                return await self._lookup_forced(forced)
-            child = await self._child_name(name)
+            entry.st_ino = node.inode
+        return self._found(node, entry)
+
+    async def _lookup_alias(self, name: bytes, pid: int) -> EntryAttributes:
+        return await result_of(self._lookup_child(await self._child_name(name), pid))
+
+    def _lookup_child(self, child: bytes, pid: int) -> Eventual[EntryAttributes]:
         path = join(self.path, child)
-        expected = ExpectedFile(self, child)
-        look = None
-        if len(path) <= wire.PATH_MAX:
-            look = await self.view.look(path, expected.make)
+        expected = ExpectedFile(self, child, path)
+        if len(path) > wire.PATH_MAX:
+            return self._understand(expected, None, pid)
+        look = self.view.look_at_once(path, expected.make)
+        if type(look) is Look and not self.view.is_directory(path, look):
+            return expected.found(look, pid)
+        return self._understand(expected, look, pid)
+
+    async def _understand(
+        self, expected: ExpectedFile, seen: Eventual[Look | None], pid: int
+    ) -> EntryAttributes:
+        look, child = await result_of(seen), expected.name
         if look is None and child in self.lasting_children():
             look = NOTHING
         if look is None:
@@ -111,7 +127,7 @@ class Directory(ListedNode):
             # A cached entry may have led here: is the directory itself still there?
             await self.require_present()
             refuse(errno.ENOENT)
-        if self.view.is_directory(path, look):
+        if self.view.is_directory(expected.path, look):
             directory = self.tree.node(Directory, self, child)
             return self._found(directory, directory.attributes(look))
         return expected.found(look, pid)
@@ -306,10 +322,9 @@ class Directory(ListedNode):
 
         async def work(session: Session) -> None:
             nonlocal is_directory
-            replace = not flags & pyfuse3.RENAME_NOREPLACE
             is_directory = await changes.rename(
                 *(self.view, session, source_path, target_path),
-                replace=replace,
+                replace=not flags & pyfuse3.RENAME_NOREPLACE,
                 in_present=not target.lasting,
             )
 
@@ -325,7 +340,6 @@ class Directory(ListedNode):
         for kind in (Directory, ValueFile):
             if (replaced := self.tree.find(kind, target, new_name)) is not None:
                 replaced.gone = True
-        for kind in (Directory, ValueFile):
             if (node := self.tree.find(kind, self, old_name)) is not None:
                 self.tree.move(node, target, new_name)
         self.view.known.move(source_path, target_path)

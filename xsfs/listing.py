@@ -10,10 +10,12 @@ from typing import Final
 import pyfuse3
 from pyfuse3 import EntryAttributes, InodeT
 
+from xsfs.children import LookInside
+from xsfs.eventual import Eventual, result_of
 from xsfs.looks import LEAF, NOTHING, PARENT, Look
 from xsfs.names import NAME_MAX, VALUE_NAME
 from xsfs.node import Handle, refuse
-from xsfs.view import LOOK_WINDOW, Digest
+from xsfs.view import LOOK_WINDOW
 from xsfs.xattrs import XenstoreNode
 
 OWN_ENTRIES: Final = (b".", b"..")
@@ -51,9 +53,13 @@ class ListedNode(XenstoreNode):
             tree.alike = leaf.attributes(LEAF), parent.attributes(PARENT)
         return tree.alike
 
-    async def opendir(self) -> Handle:
+    def opendir(self) -> Eventual[Handle]:
         handle = DirectoryHandle(self)
-        await handle.fetch()
+        fetching = handle.fetch()
+        return handle if fetching is None else self._opendir(handle, fetching)
+
+    async def _opendir(self, handle: Handle, fetching: Eventual[None]) -> Handle:
+        await result_of(fetching)
         return handle
 
 
@@ -68,10 +74,10 @@ class DirectoryHandle(Handle):
     whose names could be guessed it was asked with the names.  `fetch` comes before all else.
     """
 
-    __slots__ = ("digest", "doubtful", "entries", "look", "made", "path", "used")
+    __slots__ = ("doubtful", "entries", "inside", "look", "made", "path", "used")
 
     node: ListedNode
-    digest: Digest | None
+    inside: LookInside | None
     """The store's answers, until entries are made of them."""
     path: bytes
     """The node's when the names were asked for; a rename may have changed that since."""
@@ -87,23 +93,33 @@ class DirectoryHandle(Handle):
         """Those that must be asked for once more."""
         self.used = False
 
-    async def fetch(self) -> None:
+    def fetch(self) -> Eventual[None]:
         """Ask for the names."""
         node = self.node
         node.require()
-        self.path = node.path
-        seen, digest = await node.view.look_into(self.path)
-        look = node.still(seen)
+        self.path = path = node.path
+        inside = LookInside(node.view, path)
+        seen = inside.ask()
+        if type(seen) is Look:
+            self._fetched(inside, seen)
+            return None
+        return self._fetch(inside, seen)
+
+    async def _fetch(self, inside: LookInside, seen: Eventual[Look | None]) -> None:
+        self._fetched(inside, await result_of(seen))
+
+    def _fetched(self, inside: LookInside, seen: Look | None) -> None:
+        look = self.node.still(seen)
         if look.hidden:
             refuse(errno.EACCES)
-        self.look, self.digest = look, digest
+        self.look, self.inside = look, inside
 
     def prepare(self) -> None:
         """Make entries of the answers.  `.value` is among them if there is a value."""
-        if self.digest is None:
+        if self.inside is None:
             return
         node = self.node
-        names, kinds, self.doubtful = self.digest()
+        names, kinds, self.doubtful = self.inside.digest()
         self.entries = list(dict.fromkeys((*names, *node.lasting_children())))
         self.made = {}
         if node.view.has_dot_value(self.path, self.look):
@@ -111,7 +127,7 @@ class DirectoryHandle(Handle):
             self.made[VALUE_NAME] = self._make(VALUE_NAME, self.look)
         # The store is at work on the next while one is made: nothing is left to the end.
         self._make_all(kinds)
-        self.digest = None
+        self.inside = None
 
     def _make_all(self, kinds: Iterable[tuple[bytes, Look | None]]) -> None:
         made, leaf = self.made, self.node.leaves()
@@ -130,34 +146,44 @@ class DirectoryHandle(Handle):
             return look, node, of_parent
         return look, node, node.attributes(look)
 
-    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
+    def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> Eventual[None]:
         if self.used:
             if start >= len(OWN_ENTRIES) + len(self.entries):
-                return  # the end, which whoever reads is told once more
+                return None  # the end, which whoever reads is told once more
             if start == 0:
-                await self.fetch()
+                return self._read_anew(token)
+        return self._read(start, token)
+
+    async def _read_anew(self, token: pyfuse3.ReaddirToken) -> None:
+        await result_of(self.fetch())
+        await result_of(self._read(0, token))
+
+    def _read(self, start: int, token: pyfuse3.ReaddirToken) -> Eventual[None]:
         self.used = True
         try:
             self.prepare()
         finally:
             # An error is met once: from the start on it is asked again.
-            self.digest = None
+            self.inside = None
         if start < len(OWN_ENTRIES) and not self._reply_own(token, start):
-            return
+            return None
         first = max(0, start - len(OWN_ENTRIES))
-        if first >= len(self.entries):
-            return
-        if self.doubtful:
-            looks = await self.node.view.look_closer(self.node.path, self.doubtful)
-            self._make_all(looks.items())
-            self.doubtful = []
-        tree = self.node.tree
+        if first < len(self.entries) and self.doubtful:
+            return self._look_and_reply(first, token)
+        unknown = self._reply(first, token)
+        return None if unknown is None else self._look_and_reply(unknown, token)
+
+    def _reply(self, first: int, token: pyfuse3.ReaddirToken) -> int | None:
+        """Put the entries from one on into the reply: up to one of which nothing is known yet, which
+        is returned, or till the reply is full or the end is reached."""
+        directory, made_of = self.node, self.made
+        tree = directory.tree
         for index in range(first, len(self.entries)):
             name = self.entries[index]
-            if name not in self.made:
-                await self._look_from(index)
-            made = self.made[name]
-            if made is not None and not tree.stands(made[1], self.node, name):
+            if name not in made_of:
+                return index
+            made = made_of[name]
+            if made is not None and not tree.stands(made[1], directory, name):
                 made = self._make(name, made[0])
             if made is None:
                 continue
@@ -165,8 +191,20 @@ class DirectoryHandle(Handle):
             entry.st_ino = InodeT(node.inode)
             shown = name if len(name) <= NAME_MAX else tree.aliases.file_name(name)
             if not pyfuse3.readdir_reply(token, shown, entry, len(OWN_ENTRIES) + index + 1):
-                return  # it is full
+                return None
             tree.remember(node)
+        return None
+
+    async def _look_and_reply(self, first: int, token: pyfuse3.ReaddirToken) -> None:
+        """The same, after asking for what is not known."""
+        if self.doubtful:
+            looks = await self.node.view.look_closer(self.node.path, self.doubtful)
+            self._make_all(looks.items())
+            self.doubtful = []
+        unknown = self._reply(first, token)
+        while unknown is not None:
+            await self._look_from(unknown)
+            unknown = self._reply(unknown, token)
 
     def _reply_own(self, token: pyfuse3.ReaddirToken, start: int) -> bool:
         """Put the directory's own entries from `start` on into the reply; False if it is full."""

@@ -48,6 +48,11 @@ NOTHING: Final = Look(b"", False, True, True)
 Answers = Sequence[Reply | None]
 """To READ, DIRECTORY and, where they are asked for, GET_PERMS of a node.  None: not asked."""
 
+_READ: Final = Op.READ
+_DIRECTORY: Final = Op.DIRECTORY
+_new: Final = tuple.__new__
+"""Makes a Request or a Look without the Python function that a NamedTuple's own constructor is."""
+
 _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 """EINVAL: a path longer than the store takes, so that there can be no such node."""
 
@@ -56,7 +61,7 @@ def questions(path: bytes, *, perms: bool, value: bool = True) -> Sequence[Reque
     """What to ask in order to know all about a node; without its value, of which kind it is."""
     payload = path + b"\0"
     if value:
-        asked = Request(Op.READ, payload), Request(Op.DIRECTORY, payload)
+        asked = _new(Request, (_READ, payload)), _new(Request, (_DIRECTORY, payload))
         return (*asked, Request(Op.GET_PERMS, payload)) if perms else asked
     of_kind = Request(Op.DIRECTORY, payload)
     return (of_kind, Request(Op.GET_PERMS, payload)) if perms else (of_kind,)
@@ -68,7 +73,7 @@ def questions_of_kind(path: bytes, names: Iterable[bytes], *, perms: bool) -> li
     above = join(path, b"")
     payloads = [b"%s%s\0" % (above, name) for name in names]
     if not perms:
-        return [Request(Op.DIRECTORY, payload) for payload in payloads]
+        return [_new(Request, (_DIRECTORY, payload)) for payload in payloads]
     ops = (Op.DIRECTORY, Op.GET_PERMS)
     return [Request(op, payload) for payload in payloads for op in ops]
 
@@ -85,7 +90,7 @@ def understand(answers: Answers, domid: int) -> Look | None:
         if len(answers) == 2:
             if value is None:
                 return PARENT if children else LEAF
-            return Look(value, bool(children), True, True)
+            return _new(Look, (value, children != b"", True, True, True))
         if type(perms) is bytes:
             return _told(value, bool(children), perms, domid)
     has_children = bool(children)

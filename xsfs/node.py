@@ -35,6 +35,7 @@ from typing import ClassVar, Final, NamedTuple, NoReturn, Protocol, TypeVar, cas
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
 
+from xsfs.eventual import Eventual
 from xsfs.names import Aliases, join
 from xsfs.ownership import Ownership
 from xsfs.prefetched import Prefetched
@@ -96,7 +97,7 @@ class Handle:
     def __init__(self, node: Node) -> None:
         self.node = node
 
-    async def read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> Eventual[bytes]:
         refuse(errno.EINVAL)
 
     async def write(self, offset: int, data: bytes) -> int:
@@ -108,8 +109,9 @@ class Handle:
     async def fsync(self) -> None:
         """Carry out what is still due, and report its failure."""
 
-    async def release(self) -> None:
+    def release(self) -> Eventual[None]:
         """The last descriptor was closed."""
+        return None
 
     def prepare(self) -> None:
         """Do what is left of the opening once it was answered.
@@ -117,7 +119,7 @@ class Handle:
         Where it raises, whoever reads must meet the same.
         """
 
-    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
+    def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> Eventual[None]:
         refuse(errno.ENOTDIR)
 
     async def poll(self, poll_handle: pyfuse3.PollHandle | None) -> int:
@@ -199,7 +201,7 @@ class Node(ABC):
 
     # ------------------------------------------------------------------------------- entries
 
-    async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
+    def lookup(self, name: bytes, pid: int) -> Eventual[EntryAttributes]:
         refuse(errno.ENOTDIR)
 
     async def create(self, name: bytes, flags: int) -> tuple[Handle, EntryAttributes]:
@@ -225,10 +227,10 @@ class Node(ABC):
 
     # ------------------------------------------------------------------------------- handles
 
-    async def open(self, flags: int, caller: Caller) -> Handle:
+    def open(self, flags: int, caller: Caller) -> Eventual[Handle]:
         refuse(errno.EISDIR)
 
-    async def opendir(self) -> Handle:
+    def opendir(self) -> Eventual[Handle]:
         refuse(errno.ENOTDIR)
 
     # ---------------------------------------------------------------------------- attributes

@@ -28,6 +28,7 @@ from pyfuse3 import (
 )
 
 from xsfs.answering import Answering, answered
+from xsfs.eventual import Eventual, result_of
 from xsfs.handles import Handles
 from xsfs.names import NAME_MAX
 from xsfs.node import Caller, Handle, Tree, refuse
@@ -62,7 +63,7 @@ class Operations(Answering):
         """The mount ends: carry out what open files still owe the store."""
         for handle in self._handles.pop_all():
             try:
-                await handle.release()
+                await result_of(handle.release())
             except Exception as error:
                 self.failure("release", error)
 
@@ -98,10 +99,10 @@ class Operations(Answering):
     # -------------------------------------------------------------------------------- entries
 
     @answered
-    async def lookup(
+    def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
-    ) -> EntryAttributes:
-        return await self.tree.get(parent_inode).lookup(name, ctx.pid)
+    ) -> Eventual[EntryAttributes]:
+        return self.tree.get(parent_inode).lookup(name, ctx.pid)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, lookups in inode_list:
@@ -225,25 +226,20 @@ class Operations(Answering):
 
     # ------------------------------------------------------------------------------- handles
 
-    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+    @answered
+    def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> Eventual[FileInfo]:
         # What the LOOKUP of this open(2) has made ready, before anything else is done: the one who
         # waits for it is still awake (see ExpectedFile).
-        try:
-            if not (flags & _CHANGES or self.traces):
-                handle = self.tree.prefetched.take(ctx.pid, inode)
-                if handle is not None and not handle.node.view.ended:
-                    self.answered += 1
-                    foreign = self._handles.admit(ctx.uid)
-                    return self._file_info(handle, foreign)
-        except Exception as error:
-            raise self.failure("open", error) from None
-        return await self._open(inode, flags, ctx)
+        if not flags & _CHANGES:
+            handle = self.tree.prefetched.take(ctx.pid, inode)
+            if handle is not None and not handle.node.view.ended:
+                return self._file_info(handle, self._handles.admit(ctx.uid))
+        return self._open(inode, flags, ctx)
 
-    @answered
     async def _open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         foreign = self._handles.admit(ctx.uid)
-        handle = await self.tree.get(inode).open(flags, Caller(ctx.pid, ctx.uid, foreign))
-        return self._file_info(handle, foreign)
+        opening = self.tree.get(inode).open(flags, Caller(ctx.pid, ctx.uid, foreign))
+        return self._file_info(await result_of(opening), foreign)
 
     @answered
     async def create(
@@ -259,8 +255,8 @@ class Operations(Answering):
         return self._file_info(handle, foreign), entry
 
     @answered
-    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return await self._handle(fh).read(off, size)
+    def read(self, fh: FileHandleT, off: int, size: int) -> Eventual[bytes]:
+        return self._handle(fh).read(off, size)
 
     @answered
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
@@ -275,8 +271,8 @@ class Operations(Answering):
         await self._handle(fh).fsync()
 
     @answered
-    async def release(self, fh: FileHandleT) -> None:
-        await self._handles.pop(fh).release()
+    def release(self, fh: FileHandleT) -> Eventual[None]:
+        return self._handles.pop(fh).release()
 
     @answered
     async def poll(
@@ -289,19 +285,29 @@ class Operations(Answering):
         return await self._handle(fh).poll(poll_handle)
 
     @answered
-    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+    def opendir(self, inode: InodeT, ctx: RequestContext) -> Eventual[FileHandleT]:
         foreign = self._handles.admit(ctx.uid)
-        handle = await self.tree.get(inode).opendir()
+        opening = self.tree.get(inode).opendir()
+        if isinstance(opening, Handle):
+            return self._opened(opening, foreign)
+        return self._opendir(opening, foreign)
+
+    async def _opendir(self, opening: Eventual[Handle], foreign: bool) -> FileHandleT:
+        return self._opened(await result_of(opening), foreign)
+
+    def _opened(self, handle: Handle, foreign: bool) -> FileHandleT:
         self.waiter.put_off(handle.prepare)
         return self._handles.add(handle, foreign)
 
     @answered
-    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        await self._handle(fh).readdir(start_id, token)
+    def readdir(
+        self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
+    ) -> Eventual[None]:
+        return self._handle(fh).readdir(start_id, token)
 
     @answered
-    async def releasedir(self, fh: FileHandleT) -> None:
-        await self._handles.pop(fh).release()
+    def releasedir(self, fh: FileHandleT) -> Eventual[None]:
+        return self._handles.pop(fh).release()
 
     @answered
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:

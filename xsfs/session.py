@@ -13,6 +13,7 @@ from typing import Final
 
 from xsfs import wire
 from xsfs.errors import XenstoreError
+from xsfs.eventual import Eventual
 from xsfs.permissions import Permission, Permissions, decode_perms, parse_permissions, set_perms
 from xsfs.unanswered import Reply
 from xsfs.wire import Request
@@ -25,6 +26,9 @@ Replies = list[Reply]
 Rest = Callable[[], Iterator[Reply]]
 """Gives replies in order, as they come.  They are waited for no longer than a moment: it ends where one
 has not come by then.  To be called again for the same ones."""
+
+Answers = tuple[Replies, Rest]
+"""To what was asked, and to what was asked behind it."""
 
 LISTING_RESTARTS: Final = 20
 """How often a listing is begun anew because the node changed meanwhile, before it is EAGAIN."""
@@ -52,13 +56,24 @@ class Session(ABC):
         Raises StoreError where no reply came at all.
         """
 
-    async def burst_and(
+    def ask(
+        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
+    ) -> Eventual[Replies]:
+        """The same, from a plain function: the replies themselves where they come within a moment."""
+        return self.burst(requests, meanwhile)
+
+    def ask_and(
         self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
-    ) -> tuple[Replies, Rest]:
+    ) -> Eventual[Answers]:
         """The same, with what `more` gives asked behind it, whose replies may come later.
 
         Where nothing is gained by that, all of it is one burst.  `more` is called once.
         """
+        return self._burst_and(requests, more)
+
+    async def _burst_and(
+        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
+    ) -> Answers:
         replies = await self.burst([*requests, *more()])
         count = len(requests)
         return replies[:count], lambda: iter(replies[count:])

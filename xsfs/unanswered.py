@@ -80,16 +80,18 @@ class Unanswered:
 
     def enter(self, requests: Sequence[Request]) -> Batch:
         """A batch of BATCH_MAX requests at most.  Raises RequestTimeout where there is no room."""
-        if not 0 < len(requests) <= BATCH_MAX:
-            raise ValueError(f"a batch of {len(requests)} requests")
-        if self.outstanding + len(requests) > OUTSTANDING_MAX:
+        count = len(requests)
+        if not 0 < count <= BATCH_MAX:
+            raise ValueError(f"a batch of {count} requests")
+        outstanding = self.outstanding + count
+        if outstanding > OUTSTANDING_MAX:
             raise RequestTimeout("Xenstore does not answer, and too much is asked of it already")
         number = self._next
         while number in self._batches:  # it has been waiting since the numbers began anew
             number = (number + 1) % _NUMBERS
         self._next = (number + 1) % _NUMBERS
         batch = self._batches[number] = Batch(requests, number)
-        self.outstanding += len(requests)
+        self.outstanding = outstanding
         return batch
 
     def leave(self, batch: Batch) -> None:

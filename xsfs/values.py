@@ -17,6 +17,7 @@ from pyfuse3 import EntryAttributes
 
 from xsfs import changes, wire
 from xsfs.errors import StoreError
+from xsfs.eventual import Eventual
 from xsfs.looks import NOTHING, Look
 from xsfs.names import join
 from xsfs.node import Caller, Handle, Node, Tree, refuse
@@ -179,12 +180,17 @@ class ReadHandle(Handle):
         self.fetched = fetched
         self.was_read = False
 
-    async def read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> Eventual[bytes]:
         # From the start again is a new reading, as with sysfs.
         if self.fetched is None or (offset == 0 and self.was_read):
-            self.fetched = await self._fetch()
+            return self._read_anew(offset, size)
         self.was_read = True
         return self.fetched[offset : offset + size]
+
+    async def _read_anew(self, offset: int, size: int) -> bytes:
+        self.fetched = fetched = await self._fetch()
+        self.was_read = True
+        return fetched[offset : offset + size]
 
     async def _fetch(self) -> bytes:
         self.node.require()
@@ -199,21 +205,23 @@ class ExpectedFile:
     longer than some five microseconds has let his processor go, and to get it back takes ten more.
     """
 
-    __slots__ = ("_directory", "_entry", "_file", "_handle", "_name")
+    __slots__ = ("_directory", "_entry", "_file", "_handle", "name", "path")
 
-    def __init__(self, directory: Node, name: bytes) -> None:
+    def __init__(self, directory: Node, name: bytes, path: bytes) -> None:
         self._directory = directory
-        self._name = name
+        self.name = name
+        self.path = path
+        """As it was asked for: a rename may change it meanwhile."""
 
     def make(self) -> None:
-        self._file = self._directory.tree.node(ValueFile, self._directory, self._name)
+        self._file = self._directory.tree.node(ValueFile, self._directory, self.name)
         self._entry = self._file.entry(0)
         self._handle = ReadHandle(self._file, None)
 
     def found(self, look: Look, pid: int) -> EntryAttributes:
         """It is one, and looks so: the answer to the LOOKUP, of thread `pid`."""
         tree = self._directory.tree
-        if not tree.stands(self._file, self._directory, self._name):
+        if not tree.stands(self._file, self._directory, self.name):
             self.make()
         file = self._file
         entry = self._entry if look.writable else file.entry(0, look.readable, look.writable)

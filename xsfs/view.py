@@ -9,7 +9,6 @@ answer.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -19,16 +18,15 @@ from xsfs import wire
 from xsfs.client import Store
 from xsfs.containers import EMPTY, container_at, is_container
 from xsfs.errors import XenstoreError
+from xsfs.eventual import Eventual, result_of
 from xsfs.guesses import Guesses
 from xsfs.known import KnownDirectories
 from xsfs.looks import LEAF, PARENT, Answers, Look, questions, questions_of_kind, understand
-from xsfs.names import Format, is_shown, join, shown_names
+from xsfs.names import Format, join, shown_names
 from xsfs.session import Names, Session
 from xsfs.transaction import Transaction
 from xsfs.unanswered import Reply
 from xsfs.wire import Request
-
-log = logging.getLogger(__name__)
 
 Work = Callable[[Session], Awaitable[Request | None]]
 
@@ -42,22 +40,6 @@ LOOK_WINDOW: Final = 256
 
 Kinds = Iterator[tuple[bytes, Look | None]]
 """What children are, by name, in the order of the answers."""
-
-
-class Children(NamedTuple):
-    """What the answers to a listing's questions tell of a node's children."""
-
-    names: Names
-    """Of those that a listing shows."""
-    kinds: Kinds
-    """Of as many as the answers tell, as these come."""
-    doubtful: list[bytes]
-    """The names of those whose kind the answers leave in doubt, once all kinds were told."""
-
-
-Digest = Callable[[], Children]
-"""Draws that from the answers, and asks nothing.  To be called before anything else is done with the
-view, since it learns from the answers; again where it raised."""
 
 
 class Sight(NamedTuple):
@@ -81,16 +63,6 @@ def _each(replies: Sequence[Reply], count: int) -> list[Sequence[Reply]]:
     return [replies[start : start + step] for start in range(0, len(replies), step)]
 
 
-def _listed(path: bytes, names: Names) -> Names:
-    """Those to be shown of the names in a listing; of the others the log tells."""
-    shown = shown_names(path, names)
-    if len(shown) < len(names):
-        for name in names:
-            if not is_shown(path, name) and not name.startswith(b"@"):
-                log.warning("left out of %r: a child named %r", path, name[:80])
-    return shown
-
-
 class View:
     """See the module's text."""
 
@@ -109,7 +81,7 @@ class View:
         self.known = known
         self.asks_perms = domid != 0
         """Whether each look asks for the permissions, too: domain 0 may do everything anyway."""
-        self._guesses = Guesses()
+        self.guesses = Guesses()
         self._requests_max: int | None = None
         self._probed = domid == 0
         self.at_end: dict[object, Callable[[], None]] = {}
@@ -128,9 +100,22 @@ class View:
 
         meanwhile   as in Session.burst
         """
+        return await result_of(self.look_at_once(path, meanwhile))
+
+    def look_at_once(
+        self, path: bytes, meanwhile: Callable[[], None] | None = None
+    ) -> Eventual[Look | None]:
+        """The same, from a plain function: the look itself where the store tells within a moment."""
         asked = self.known.moment
-        replies = await self.session.burst(questions(path, perms=self.asks_perms), meanwhile)
-        return self._learn(path, replies, asked)
+        replies = self.session.ask(questions(path, perms=self.asks_perms), meanwhile)
+        if type(replies) is list:
+            return self.learn(path, replies, asked)
+        return self._learn_later(path, replies, asked)
+
+    async def _learn_later(
+        self, path: bytes, replies: Eventual[Sequence[Reply]], asked: int
+    ) -> Look | None:
+        return self.learn(path, await result_of(replies), asked)
 
     async def look_all(self, paths: Sequence[bytes]) -> list[Look | None]:
         """The same for many nodes, still one round trip."""
@@ -141,24 +126,24 @@ class View:
     ) -> dict[bytes, Look | None]:
         """Of which kind children are, by name, with the value only of those where that depends on it.
 
-        Of those that have children it is kept which, as guesses for `look_into`.
+        Of those that have children it is kept which, as guesses for who looks into it.
         """
         asked = self.known.moment
         replies = await self.session.burst(questions_of_kind(path, names, perms=self.asks_perms))
         doubtful: list[bytes] = []
-        looks = dict(self._kinds(path, names, replies, asked, doubtful))
+        looks = dict(self.kinds(path, names, replies, asked, doubtful))
         return looks | await self.look_closer(path, doubtful)
 
     async def look_at_kind(self, path: bytes) -> Look | None:
         """The same of one node."""
         asked = self.known.moment
         replies = await self.session.burst(questions(path, perms=self.asks_perms, value=False))
-        look = self._learn(path, (None, *replies), asked)
+        look = self.learn(path, (None, *replies), asked)
         if look is None or not look.readable:
             return look
         if look.has_children:
             if isinstance(replies[0], bytes):
-                self._guesses.saw(path, replies[0])
+                self.guesses.saw(path, replies[0])
             return look
         in_doubt = self.known.get(path) is not None or is_container(path)
         return await self.look(path) if in_doubt else look
@@ -170,7 +155,7 @@ class View:
         looks = await self.look_all([join(path, name) for name in doubtful])
         return dict(zip(doubtful, looks, strict=True))
 
-    def _kinds(
+    def kinds(
         self,
         above: bytes,
         names: Iterable[bytes],
@@ -193,18 +178,18 @@ class View:
             if asks_perms:
                 if (perms := next(answers, None)) is None:
                     return
-                look = self._learn(path, (None, children, perms), asked)
+                look = self.learn(path, (None, children, perms), asked)
             elif type(children) is bytes:  # what most answers are, and mean, without more ado
                 if children:
                     known.seen(path)
                 look = PARENT if children else LEAF
             else:
-                look = self._learn(path, (None, children), asked)
+                look = self.learn(path, (None, children), asked)
             if look is None:
                 pass
             elif look.has_children:
                 if isinstance(children, bytes):
-                    self._guesses.saw(path, children)
+                    self.guesses.saw(path, children)
             elif look.readable and (
                 known.get(path) is not None
                 or (container is not None and container.get(name) is not None)
@@ -212,47 +197,6 @@ class View:
                 doubtful.append(name)
                 continue
             yield name, look
-
-    async def look_into(self, path: bytes) -> tuple[Look | None, Digest]:
-        """What the node is now, and what tells of its children.
-
-        One round trip for short listings, and none for what the children are whose names were guessed.
-        All answers are of now: a wrong guess is only a question too many.
-        """
-        guess = b""
-        guessed: list[bytes] = []
-
-        def of_children() -> Sequence[Request]:
-            nonlocal guess
-            guess = self._guesses.take(path)
-            if not guess:
-                return ()
-            guessed[:] = shown_names(path, wire.decode_names(guess), guess)
-            return questions_of_kind(path, guessed, perms=self.asks_perms)
-
-        asked = self.known.moment
-        own, rest = await self.session.burst_and(
-            questions(path, perms=self.asks_perms), of_children
-        )
-        look = self._learn(path, own, asked)
-        if look is None or not look.has_children:
-            return look, lambda: Children([], iter(()), [])
-        listing = own[1]
-        if isinstance(listing, XenstoreError):
-            long = await self.session.list(path)
-            return look, lambda: Children(_listed(path, long), iter(()), [])
-
-        def digest() -> Children:
-            if listing == guess and len(guessed) == guess.count(b"\0"):
-                shown = guessed
-            else:
-                shown = _listed(path, wire.decode_names(listing))
-            self._guesses.was_listed(path, listing)
-            doubtful: list[bytes] = []
-            kinds = self._kinds(path, guessed, rest(), asked, doubtful)
-            return Children(shown, kinds, doubtful)
-
-        return look, digest
 
     async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
         """The same by another session: one of a transaction's own."""
@@ -262,7 +206,7 @@ class View:
         )
         answers = _each(replies, len(paths))
         return [
-            self._learn(path, answer, asked) for path, answer in zip(paths, answers, strict=True)
+            self.learn(path, answer, asked) for path, answer in zip(paths, answers, strict=True)
         ]
 
     async def survey(
@@ -298,7 +242,7 @@ class View:
 
     def _sight(self, path: bytes, answers: Sequence[Reply], asked: int) -> Sight | None:
         """None where the listing is too long for an answer."""
-        look, listing = self._learn(path, answers, asked), answers[1]
+        look, listing = self.learn(path, answers, asked), answers[1]
         perms = answers[2] if len(answers) > 2 else b""
         if look is None or not look.has_children:
             return Sight(look, [], perms)
@@ -321,7 +265,7 @@ class View:
         mount of the home, `data`, which the toolstack makes for guests but not for dom0."""
         return (b"data",) if path == self.root == self.home else ()
 
-    def _learn(self, path: bytes, answers: Answers, asked: int) -> Look | None:
+    def learn(self, path: bytes, answers: Answers, asked: int) -> Look | None:
         """What was seen of the node, when the store was `asked`."""
         look = understand(answers, self.domid)
         if look is None:

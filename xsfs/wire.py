@@ -188,10 +188,12 @@ def encode(op: int, req_id: int, tx_id: int, payload: bytes) -> bytes:
 def encode_all(requests: Sequence[Request], first: int, tx_id: int) -> list[bytes]:
     """The messages of requests, numbered from `first` on."""
     pack = HEADER.pack
-    return [
-        pack(op, req_id, tx_id, len(payload)) + payload
-        for req_id, (op, payload) in enumerate(requests, first)
-    ]
+    messages = []
+    req_id = first
+    for op, payload in requests:
+        messages.append(pack(op, req_id, tx_id, len(payload)) + payload)
+        req_id += 1
+    return messages
 
 
 # ---------------------------------------------------------------------------------------- paths

@@ -13,6 +13,7 @@ import pyfuse3
 import trio
 
 from xsfs.client import Store, open_store
+from xsfs.eventual import result_of
 from xsfs.looks import questions, questions_of_kind
 from xsfs.session import Rest
 from xsfs.unanswered import Reply
@@ -36,8 +37,10 @@ class ClientTree(PlainTree):
 
     async def ask_and(self, opened: OpenDirectory, names: list[bytes]) -> Answers:
         path = opened.node.path or b"/"
-        replies, rest = await self.store.burst_and(
-            questions(path, perms=False), lambda: questions_of_kind(path, names, perms=False)
+        replies, rest = await result_of(
+            self.store.ask_and(
+                questions(path, perms=False), lambda: questions_of_kind(path, names, perms=False)
+            )
         )
         if names and isinstance(replies[1], bytes):
             self.rests[opened] = rest

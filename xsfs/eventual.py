@@ -1,0 +1,26 @@
+"""What mostly is there at once and has to be waited for only now and then.
+
+A coroutine costs as much as all else that a short operation does, and an operation is made of layers:
+one that asks the next for an `Eventual` needs none of its own where nothing has to be waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from types import CoroutineType
+from typing import Any, TypeAlias, TypeVar, cast
+
+R = TypeVar("R")
+
+Eventual: TypeAlias = R | Coroutine[Any, Any, R]
+"""The result itself, or the coroutine that gives it, which must be awaited.
+
+No result is itself a coroutine: `type(...) is CoroutineType` tells.
+"""
+
+
+async def result_of(eventual: Eventual[R]) -> R:
+    """The result, waited for if need be."""
+    if type(eventual) is CoroutineType:
+        return cast(R, await eventual)
+    return cast(R, eventual)
