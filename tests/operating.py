@@ -95,6 +95,13 @@ class World:
         return self.store.requests - before
 
 
+def operations_on(view: View, nursery: trio.Nursery) -> Operations:
+    """Those of a mount that shows this."""
+    tree = Tree(Ownership(0, 0, 0o077), lambda: {"requests": view.store.requests})
+    tree.add_root(MountRoot(tree, view, Transactions(nursery, view, IDLE_SECONDS)))
+    return Operations(tree, view.store.distrust)
+
+
 @asynccontextmanager
 async def world(domid: int = 0) -> AsyncIterator[World]:
     embedded = EmbeddedStore()
@@ -106,9 +113,7 @@ async def world(domid: int = 0) -> AsyncIterator[World]:
 
         async with open_store(connect=connect) as store:
             view = View(store, domid, b"/local/domain/%d" % domid, TEXT, KnownDirectories())
-            tree = Tree(Ownership(0, 0, 0o077), lambda: {"requests": store.requests})
-            tree.add_root(MountRoot(tree, view, Transactions(nursery, view, IDLE_SECONDS)))
-            yield World(embedded, Operations(tree, store.distrust), store, view)
+            yield World(embedded, operations_on(view, nursery), store, view)
 
 
 Test = Callable[[World], Awaitable[None]]

@@ -128,6 +128,7 @@ def test_verdicts() -> None:
     assert errno_of(XenstoreError("EWHATEVER", read(b"/x"))) == errno.EIO
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize(
     ("error", "number"),
     [
@@ -143,12 +144,21 @@ def test_verdicts() -> None:
     ],
 )
 def test_every_exception_becomes_an_errno(
-    error: Exception, number: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    number: int,
+    at_once: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An exception in a handler is EIO and a logged traceback, never a dead mount."""
 
-    async def fail(self: Directory, name: bytes, pid: int) -> pyfuse3.EntryAttributes:
+    def fail_at_once(self: Directory, name: bytes, pid: int) -> pyfuse3.EntryAttributes:
         raise error
+
+    async def fail_later(self: Directory, name: bytes, pid: int) -> pyfuse3.EntryAttributes:
+        raise error
+
+    fail = fail_at_once if at_once else fail_later
 
     @in_world
     async def test(w: World) -> None:
@@ -158,7 +168,10 @@ def test_every_exception_becomes_an_errno(
             w.operations.traces = True
             await refused(number, w.operations.lookup(ROOT, b"name", ctx()))
             w.operations.traces = False
+        answered = w.operations.answered
         assert (await w.lookup(b"name")).st_size == 9
+        assert w.operations.answered == answered + 1
+        assert w.operations.waiter.under_way == 0
 
     with caplog.at_level(logging.WARNING):
         test()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine
 from types import CoroutineType
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast, overload
 
 R = TypeVar("R")
 
@@ -17,6 +17,14 @@ Eventual: TypeAlias = R | Coroutine[Any, Any, R]
 
 No result is itself a coroutine: `type(...) is CoroutineType` tells.
 """
+
+
+@overload
+async def result_of(eventual: Coroutine[Any, Any, R]) -> R: ...
+
+
+@overload
+async def result_of(eventual: Eventual[R]) -> R: ...
 
 
 async def result_of(eventual: Eventual[R]) -> R:
