@@ -27,6 +27,7 @@ from xsfs import connection as module
 from xsfs.client import Store
 from xsfs.eventual import Eventual, result_of
 from xsfs.known import KnownDirectories
+from xsfs.listing import DirectoryHandle
 from xsfs.names import TEXT
 from xsfs.node import Handle, Node
 from xsfs.operations import Operations
@@ -144,14 +145,21 @@ async def test_a_directory_that_comes_late_is_the_same(liar: LyingStore) -> None
         held = liar.lie = Held(b"/top")
         answer = root.opendir()
         assert type(answer) is CoroutineType
+        handles: list[Handle] = []
+
+        async def wait() -> None:
+            handles.append(await result_of(answer))
+
         async with trio.open_nursery() as nursery:
-
-            async def wait() -> None:
-                assert isinstance(await result_of(answer), Handle)
-
             nursery.start_soon(wait)
             await wait_all_tasks_blocked()
+            assert handles == []
             held.let_go()
+        (handle,) = handles
+        assert isinstance(handle, DirectoryHandle)
+        assert handle.look.has_children
+        handle.prepare()
+        assert sorted(handle.entries) == sorted(LEAVES)
 
 
 @trio_test

@@ -127,7 +127,7 @@ class Store(Session):
     def at_once(
         self, requests: Sequence[Request], meanwhile: Callable[[], None]
     ) -> list[Reply] | None:
-        """As `burst`, from a plain function; None if not all is answered within a moment.
+        """As `ask`, but None if not all is answered within a moment.
 
         For what only reads: it may have been sent, and what is answered later is dropped.
         """

@@ -227,7 +227,7 @@ class Node(ABC):
 
     # ------------------------------------------------------------------------------- handles
 
-    def open(self, flags: int, caller: Caller) -> Eventual[Handle]:
+    async def open(self, flags: int, caller: Caller) -> Handle:
         refuse(errno.EISDIR)
 
     def opendir(self) -> Eventual[Handle]:

@@ -238,8 +238,8 @@ class Operations(Answering):
 
     async def _open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         foreign = self._handles.admit(ctx.uid)
-        opening = self.tree.get(inode).open(flags, Caller(ctx.pid, ctx.uid, foreign))
-        return self._file_info(await result_of(opening), foreign)
+        handle = await self.tree.get(inode).open(flags, Caller(ctx.pid, ctx.uid, foreign))
+        return self._file_info(handle, foreign)
 
     @answered
     async def create(

@@ -42,8 +42,8 @@ _IGNORED: Final = suppress(Exception)  # one will do for all: it keeps nothing
 class _AtOnce:
     """What is awaited without waiting.
 
-    A coroutine that ends at once would do, but costs several times as much, and two of them are awaited
-    before each request.
+    A coroutine that ends at once would do, but costs several times as much, and three such things are
+    awaited before each request.
     """
 
     __slots__ = ()
