@@ -415,6 +415,29 @@ def test_one_who_writes_without_end_does_not_keep_new_directories_out(
     alive.settle()
 
 
+def test_nor_is_the_rest_kept_from_being_looked_at(alive: Live, store: XsClient) -> None:
+    """When a domain ends, while the children of a changed directory must always be looked at, too."""
+    ends = False
+
+    def event() -> None:
+        alive.mirror._changes.put(b"/test/many")
+        if not ends:
+            alive.token.run_sync_soon(event)
+
+    store.pipeline(("WRITE", strings(f"/test/many/{n}") + b"v") for n in range(100))
+    store.write("/test/far", "v")
+    alive.settle()
+    alive.tell(event)
+    try:
+        for _ in range(3):
+            alive.path("far").write_bytes(b"what no event tells of")
+            alive.tell(lambda: alive.mirror._releases.put(b"@releaseDomain"))
+            await_true(lambda: alive.path("far").read_bytes() == b"v\n", 5)
+    finally:
+        ends = True
+    alive.settle()
+
+
 def test_more_changes_than_can_be_remembered(alive: Live, store: XsClient) -> None:
     alive.mirror._changes._events_max = 20
     store.pipeline(("WRITE", strings(f"/test/{n % 10}/{n}") + b"v") for n in range(1000))

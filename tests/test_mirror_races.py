@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +29,38 @@ SEEDS = int(os.environ.get("XSFS_TEST_SEEDS", "2"))
 
 
 place = each_place(*STORES)
+
+
+# --------------------------------------------------------------------------------- at once
+
+
+def test_what_has_changed_together_is_looked_at_once(place: Place) -> None:
+    """However many events lead to it: its own, and those of all above it."""
+    with place.witness() as store, live(place.socket, store, root="/late") as alive:
+        children = [f"/late/a/{number}" for number in range(150)]  # more than are asked together
+        below = [*children, *(f"{path}/x" for path in children)]
+        store.pipeline(("WRITE", strings(path) + b"v") for path in below)
+        alive.settle()
+        mirror = alive.mirror
+
+        def at_rest() -> bool:
+            return bool(mirror._work)  # its task is parked there
+
+        def looks_after(paths: Iterable[str]) -> int:
+            def tell() -> None:
+                for path in paths:
+                    mirror._changes.put(path.encode())
+
+            await_true(at_rest)
+            before = mirror.looks
+            alive.tell(tell)
+            await_true(lambda: mirror.looks > before and at_rest())
+            return mirror.looks - before
+
+        # A directory comes first: a file would be looked at on the spot.
+        for others in ([], below, below[::-1]):
+            assert looks_after(["/late/a", *others]) == 1 + len(below)
+        store.rm("/late")
 
 
 # ------------------------------------------------------------------------------- at random

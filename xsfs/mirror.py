@@ -39,9 +39,14 @@ again, since it may be a file now.
 What a guest may not be told cannot be followed: the nodes of others that vanish without an event, if
 they lie in its tree.
 
+A look serves all who wanted it before it was asked for.  So events that came together are gone through
+from the top down, and a node that has one is left out of what must only be looked at again: what is
+below several changed nodes is looked at once.  Of two of these in one burst the one above is asked for
+first: what it wants of the other, the other's answer tells.
+
 No wait is unbounded, and nothing is done while the store rests.  Under load the mirror rests as long
-as it works (xsfs/mirror_pace.py).  And after each burst of what events tell of comes one of what must
-only be looked at again, so that neither waits for the other's end.
+as it works (xsfs/mirror_pace.py).  And after each burst of what events tell of comes one, of twice the
+length, of what must only be looked at again, so that neither waits for the other's end.
 """
 
 from __future__ import annotations
@@ -61,7 +66,7 @@ from xsfs.errors import ConnectionLost, RequestTimeout, StoreError
 from xsfs.mirror_copy import Copy
 from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.mirror_pace import Pace
-from xsfs.mirror_window import WINDOWS_AHEAD, Windows, next_window
+from xsfs.mirror_window import WINDOW, WINDOWS_AHEAD, Windows, next_window
 from xsfs.servants import open_servants
 from xsfs.view import Sight, View
 from xsfs.watches import Subscription
@@ -259,9 +264,8 @@ class Mirror:
             pace.begin_work()
             if self._events:
                 await self._look_at_changed(next_window(self._events))
-            if again:
-                # Even while there are always events.
-                paths = next_window(again)
+            # Even while there are always events, and most often more than those have left here.
+            if paths := next_window(again, self._events, size=2 * WINDOW):
                 await self._apply(paths, await self._survey(paths), renew=False)
             pace.end_work()
             if pace.is_tired:
@@ -315,7 +319,9 @@ class Mirror:
     def _take_events(self) -> None:
         self._pace.told = False
         if not self._events:
-            self._events = dict.fromkeys(filter(self._is_inside, self._changes.take()))
+            inside = filter(self._is_inside, self._changes.take())
+            # The last is taken first: from the top down.
+            self._events = dict.fromkeys(sorted(inside, key=len, reverse=True))
         if self._releases.take():
             self._all_again = True
         if self._all_again and not self._copy.again:

@@ -87,8 +87,12 @@ class Copy:
         """Make the files agree with what was just seen of a node.
 
         A file that is to be renewed is replaced even by an equal one.  The children of a directory
-        are to be looked at `again`, whether they were shown or not.
+        are to be looked at `again`, whether they were shown or not.  Of nodes to be renewed that were
+        asked for together those above come first.
         """
+        if renew:
+            # Whoever wanted it since it was asked for is above it, and was asked for before it.
+            self.again.pop(path, None)
         if self._files.staged and self._show_at_first(path, sight):
             yield b""
             return

@@ -16,7 +16,7 @@ import trio
 PAUSE_SECONDS: Final = 0.002
 """How much work is done before the mirror pauses: sleeping takes a millisecond at least."""
 
-SPARE_SECONDS: Final = 0.1
+SPARE_SECONDS: Final = 0.25
 """How much work may be done without a pause once no more events come: what is left of a storm.  It is
 earned by resting."""
 

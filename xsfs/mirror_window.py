@@ -9,7 +9,7 @@ asked.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from typing import Final
 
 import outcome
@@ -29,9 +29,19 @@ Survey = Callable[[Sequence[bytes], Store], Awaitable[list[Sight]]]
 """Looks at nodes by one of the stores."""
 
 
-def next_window(queue: dict[bytes, None]) -> list[bytes]:
-    """The latest first: a walk that goes down before it goes on has the shortest queue."""
-    return [queue.popitem()[0] for _ in range(min(WINDOW, len(queue)))]
+def next_window(
+    queue: dict[bytes, None], others: Container[bytes] = (), *, size: int = WINDOW
+) -> list[bytes]:
+    """The latest first: a walk that goes down before it goes on has the shortest queue.
+
+    others      those that will be looked at anyway, which are left out
+    """
+    window: list[bytes] = []
+    while queue and len(window) < size:
+        path, _ = queue.popitem()
+        if path not in others:
+            window.append(path)
+    return window
 
 
 class _Window:
