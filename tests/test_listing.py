@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import stat
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pyfuse3
@@ -25,6 +26,7 @@ from tests.operating import (
 )
 from xsfs.children import Children, LookInside
 from xsfs.client import open_store
+from xsfs.errors import ConnectionLost
 from xsfs.listing import DirectoryHandle
 from xsfs.looks import Look
 from xsfs.names import join
@@ -315,6 +317,34 @@ async def test_a_listing_in_parts(w: World) -> None:
         name: entry for name, entry in (first | rest).items() if name not in (b".", b"..")
     }
     assert first[b"."].inode == first[b".."].inode == data
+
+
+@in_world
+async def test_a_reply_that_fails_in_the_middle_tells_the_kernel_of_nothing(w: World) -> None:
+    for number in range(LOOK_WINDOW + 50):
+        await w.store.write(f"data/{number}", b"1")
+    data = (await w.lookup(b"data")).st_ino
+    known = await w.lookup(b"data", b"7")
+    look_at_children = w.view.look_at_children
+    asked = 0
+
+    async def look(path: bytes, names: Sequence[bytes]) -> dict[bytes, Look | None]:
+        nonlocal asked
+        asked += 1
+        if asked % 2 == 0:
+            raise ConnectionLost("in the middle")
+        return await look_at_children(path, names)
+
+    fh = await w.operations.opendir(data, ctx())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w.view, "look_at_children", look)
+        for times in (1, 2):
+            await refused(errno.EIO, listed(w, fh))
+            assert asked == 2 * times
+            assert len(w.tree) == 3, "the root, data, and what was looked up"
+            assert w.tree.get(known.st_ino).lookups == 1
+    assert len(await listed(w, fh)) == 2 + LOOK_WINDOW + 50
+    assert w.tree.get(known.st_ino).lookups == 2
 
 
 @in_world

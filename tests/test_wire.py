@@ -347,10 +347,18 @@ def pieces_of(data: bytes, at: Iterable[int]) -> list[bytes]:
     return [data[start:end] for start, end in pairwise(places)]
 
 
-def parse(pieces: Iterable[bytes], parser: Parser) -> tuple[list[Message], bool]:
-    """All messages, and whether garbage came after them."""
+def parse(
+    pieces: Iterable[bytes], parser: Parser, *, whole: bool = False
+) -> tuple[list[Message], bool]:
+    """All messages, and whether garbage came after them.
+
+    whole       what is one message is taken so
+    """
     found: list[Message] = []
     for piece in pieces:
+        if whole and (fields := parser.whole(piece)) is not None:
+            found.append(Message(*fields))
+            continue
         parser.feed(piece)
         try:
             while (message := parser.next()) is not None:
@@ -389,43 +397,67 @@ def test_all_at_once() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(messages, max_size=8), cuts)
-def test_messages_come_out_however_they_were_cut(sent: list[Message], at: list[int]) -> None:
+@given(st.lists(messages, max_size=8), cuts, st.booleans())
+def test_messages_come_out_however_they_were_cut(
+    sent: list[Message], at: list[int], whole: bool
+) -> None:
     parser = Parser()
-    assert parse(pieces_of(as_bytes(sent), at), parser) == (sent, False)
+    assert parse(pieces_of(as_bytes(sent), at), parser, whole=whole) == (sent, False)
     assert parser.next() is None
     assert not parser.partial
 
 
+@given(st.lists(messages, min_size=1, max_size=8), st.binary(min_size=1, max_size=20))
+def test_one_message_is_known_as_such(sent: list[Message], more: bytes) -> None:
+    parser = Parser(payload_max=200)
+    assert [parser.whole(as_bytes([message])) for message in sent] == sent
+    for data in (b"", as_bytes(sent)[:-1], as_bytes(sent[:1]) + more):
+        assert parser.whole(data) is None
+    too_long = Message(Op.READ, 1, 0, bytes(201))
+    assert parser.whole(as_bytes([too_long])) is None
+    parser.feed(as_bytes(sent)[:-1])
+    assert parser.whole(as_bytes(sent[:1])) is None
+    parser.feed(as_bytes(sent)[-1:])
+    assert parse([b""], parser) == (sent, False)
+    assert parser.whole(as_bytes(sent[:1])) == sent[0]
+
+
 @settings(deadline=None)
-@given(st.lists(messages, max_size=8), st.binary(max_size=15), cuts)
+@given(st.lists(messages, max_size=8), st.binary(max_size=15), cuts, st.booleans())
 def test_an_unfinished_message_is_known_as_such(
-    sent: list[Message], rest: bytes, at: list[int]
+    sent: list[Message], rest: bytes, at: list[int], whole: bool
 ) -> None:
     parser = Parser()
-    assert parse(pieces_of(as_bytes(sent) + rest, at), parser) == (sent, False)
+    assert parse(pieces_of(as_bytes(sent) + rest, at), parser, whole=whole) == (sent, False)
     assert parser.partial == bool(rest)
 
 
 @settings(deadline=None)
-@given(st.lists(messages, max_size=8), st.integers(201, 2**32 - 1), st.binary(max_size=40), cuts)
+@given(
+    st.lists(messages, max_size=8),
+    st.integers(201, 2**32 - 1),
+    st.binary(max_size=40),
+    cuts,
+    st.booleans(),
+)
 def test_messages_before_garbage_are_still_given(
-    sent: list[Message], length: int, rest: bytes, at: list[int]
+    sent: list[Message], length: int, rest: bytes, at: list[int], whole: bool
 ) -> None:
     garbage = struct.pack("=IIII", Op.READ, 1, 0, length) + rest
     parser = Parser(payload_max=200)
-    assert parse(pieces_of(as_bytes(sent) + garbage, at), parser) == (sent, True)
+    assert parse(pieces_of(as_bytes(sent) + garbage, at), parser, whole=whole) == (sent, True)
     # Nothing that follows is believed.
+    assert parser.whole(as_bytes(EXAMPLES[:1])) is None
     parser.feed(as_bytes(EXAMPLES))
     with pytest.raises(WireError):
         parser.next()
 
 
 @settings(deadline=None)
-@given(st.lists(st.binary(max_size=400)), st.integers(0, 5000))
-def test_garbage_is_messages_or_a_wire_error(pieces: list[bytes], limit: int) -> None:
+@given(st.lists(st.binary(max_size=400)), st.integers(0, 5000), st.booleans())
+def test_garbage_is_messages_or_a_wire_error(pieces: list[bytes], limit: int, whole: bool) -> None:
     parser = Parser(payload_max=limit)
-    found, _ = parse(pieces, parser)
+    found, _ = parse(pieces, parser, whole=whole)
     data = b"".join(pieces)
     assert data.startswith(as_bytes(found))
     assert all(len(message.payload) <= limit for message in found)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import outcome
@@ -30,7 +30,7 @@ from xsfs.errors import ConnectionLost, RequestTimeout, XenstoreError
 from xsfs.threads import run_abandonable
 from xsfs.transport import Transport
 from xsfs.unanswered import BATCH_MAX, UNANSWERED, Batch, Reply, Unanswered
-from xsfs.wire import Op, Parser, Request, WireError, decode_event, encode_all
+from xsfs.wire import Fields, Op, Parser, Request, WireError, decode_event, encode_all
 
 log = logging.getLogger(__name__)
 
@@ -326,9 +326,14 @@ class Connection:
             middle = " in the middle of a message" if self._parser.partial else ""
             self.close(f"Xenstore closed the connection{middle}")
             return
-        self._parser.feed(data)
+        # Mostly one reply comes at a time.
+        if (one := self._parser.whole(data)) is not None:
+            messages: Iterable[Fields] = (one,)
+        else:
+            self._parser.feed(data)
+            messages = self._parser.messages()
         try:
-            self._unanswered.take(self._parser.messages(), self._event)
+            self._unanswered.take(messages, self._event)
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)
             self.close(f"Xenstore broke the protocol: {error}")

@@ -169,13 +169,19 @@ class DirectoryHandle(Handle):
             return None
         first = max(0, start - len(OWN_ENTRIES))
         if first < len(self.entries) and self.doubtful:
-            return self._look_and_reply(first, token)
-        unknown = self._reply(first, token)
-        return None if unknown is None else self._look_and_reply(unknown, token)
+            return self._look_and_reply(first, token, [])
+        told: list[XenstoreNode] = []
+        unknown = self._reply(first, token, told)
+        return None if unknown is None else self._look_and_reply(unknown, token, told)
 
-    def _reply(self, first: int, token: pyfuse3.ReaddirToken) -> int | None:
+    def _reply(
+        self, first: int, token: pyfuse3.ReaddirToken, told: list[XenstoreNode]
+    ) -> int | None:
         """Put the entries from one on into the reply: up to one of which nothing is known yet, which
-        is returned, or till the reply is full or the end is reached."""
+        is returned, or till the reply is full or the end is reached.
+
+        told    gets the nodes of which the kernel will know by it
+        """
         directory, made_of = self.node, self.made
         tree = directory.tree
         for index in range(first, len(self.entries)):
@@ -193,18 +199,27 @@ class DirectoryHandle(Handle):
             if not pyfuse3.readdir_reply(token, shown, entry, len(OWN_ENTRIES) + index + 1):
                 return None
             tree.remember(node)
+            told.append(node)
         return None
 
-    async def _look_and_reply(self, first: int, token: pyfuse3.ReaddirToken) -> None:
+    async def _look_and_reply(
+        self, first: int, token: pyfuse3.ReaddirToken, told: list[XenstoreNode]
+    ) -> None:
         """The same, after asking for what is not known."""
-        if self.doubtful:
-            looks = await self.node.view.look_closer(self.node.path, self.doubtful)
-            self._make_all(looks.items())
-            self.doubtful = []
-        unknown = self._reply(first, token)
-        while unknown is not None:
-            await self._look_from(unknown)
-            unknown = self._reply(unknown, token)
+        try:
+            if self.doubtful:
+                looks = await self.node.view.look_closer(self.node.path, self.doubtful)
+                self._make_all(looks.items())
+                self.doubtful = []
+            unknown = self._reply(first, token, told)
+            while unknown is not None:
+                await self._look_from(unknown)
+                unknown = self._reply(unknown, token, told)
+        except BaseException:
+            # The kernel gets an error, and nothing of the reply.
+            for node in told:
+                self.node.tree.forget(node.inode, 1)
+            raise
 
     def _reply_own(self, token: pyfuse3.ReaddirToken, start: int) -> bool:
         """Put the directory's own entries from `start` on into the reply; False if it is full."""

@@ -305,9 +305,10 @@ class Tree:
         found, number, displaced = self._search(kind, parent, name)
         if found is not None:
             return found
-        node = kind(parent.tree, parent.view, parent, name)
+        node = kind(self, parent.view, parent, name)
         node.inode = number
-        node.displaced = displaced
+        if displaced:
+            node.displaced = True
         return node
 
     def find(self, kind: type[N], parent: Node, name: bytes) -> N | None:
@@ -341,6 +342,9 @@ class Tree:
             return False
         if node.lookups > 0:  # it is in the table, where no other has its place
             return node.parent is parent and node.name == name
+        if not (node.lookups or node.displaced or self._moved):
+            # Its number is its position's hash: who took the one has the other.
+            return node.inode not in self._nodes
         known, number, _ = self._search(type(node), parent, name)
         return known is None and number == node.inode and node.lookups != FORGOTTEN
 

@@ -146,6 +146,16 @@ class Parser:
             self._buffer += data
         self._start = 0
 
+    def whole(self, data: bytes) -> Fields | None:
+        """The fields of the one message that these bytes are, if they are that and nothing is held: what
+        `feed` and `messages` would give, for less.  None has no effect."""
+        if self._start != len(self._buffer) or len(data) < HEADER_SIZE:
+            return None
+        op, req_id, tx_id, length = HEADER.unpack_from(data)
+        if HEADER_SIZE + length != len(data) or length > self._payload_max:
+            return None
+        return op, req_id, tx_id, data[HEADER_SIZE:]
+
     def next(self) -> Message | None:
         fields = next(self.messages(), None)
         return None if fields is None else Message(*fields)
