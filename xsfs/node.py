@@ -114,10 +114,7 @@ class Handle:
         return None
 
     def prepare(self) -> None:
-        """Do what is left of the opening once it was answered.
-
-        Where it raises, whoever reads must meet the same.
-        """
+        """Do what is left of the opening once it was answered.  What it raises, who reads must meet."""
 
     def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> Eventual[None]:
         refuse(errno.ENOTDIR)
@@ -307,8 +304,7 @@ class Tree:
             return found
         node = kind(self, parent.view, parent, name)
         node.inode = number
-        if displaced:
-            node.displaced = True
+        node.displaced = displaced
         return node
 
     def find(self, kind: type[N], parent: Node, name: bytes) -> N | None:
@@ -338,15 +334,14 @@ class Tree:
     def stands(self, node: Node, parent: Node, name: bytes) -> bool:
         """Whether a node that was made for this position before a wait may still be remembered: the
         kernel knows it, here; or it never knew one here, and the node's number is still the next."""
-        if node.gone or node.view.ended:
+        if node.gone or node.view.ended or node.lookups == FORGOTTEN:
             return False
-        if node.lookups > 0:  # it is in the table, where no other has its place
+        if node.lookups:  # it is in the table, where no other has its place
             return node.parent is parent and node.name == name
-        if not (node.lookups or node.displaced or self._moved):
-            # Its number is its position's hash: who took the one has the other.
+        if not (node.displaced or self._moved):  # who had its place would have its number
             return node.inode not in self._nodes
         known, number, _ = self._search(type(node), parent, name)
-        return known is None and number == node.inode and node.lookups != FORGOTTEN
+        return known is None and number == node.inode
 
     def move(self, node: Node, parent: Node, name: bytes) -> None:
         """The node has been renamed: it keeps its number, which is not its new position's hash."""

@@ -147,8 +147,10 @@ class Parser:
         self._start = 0
 
     def whole(self, data: bytes) -> Fields | None:
-        """The fields of the one message that these bytes are, if they are that and nothing is held: what
-        `feed` and `messages` would give, for less.  None has no effect."""
+        """The fields of the one message that these bytes are, if they are that and nothing is held.
+
+        It is what `feed` and `messages` would give, for less.  None: the bytes were not taken.
+        """
         if self._start != len(self._buffer) or len(data) < HEADER_SIZE:
             return None
         op, req_id, tx_id, length = HEADER.unpack_from(data)
