@@ -168,6 +168,49 @@ def test_a_child_waits_for_its_parent(parent: str, staged: bool, shm: Path) -> N
         assert result == expected(SEEN["a directory"], has_perms=has_perms)
 
 
+EMPTY: Final = SEEN["an empty file"]
+
+
+@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("becomes", ["a directory", "a file"])
+def test_what_is_learned_of_a_node_while_its_children_go(
+    becomes: str, moment: int, shm: Path
+) -> None:
+    """It is empty now: whether it is a directory is a matter of what is known."""
+    with copied(shm / "mirror") as it:
+        it.publish()
+        known = it.copy._view.known
+
+        def changed(path: bytes) -> None:  # as the mirror does
+            if it.copy.contradicts(path):
+                it.copy.again[path] = None
+
+        known.on_change = changed
+        names = [b"%d" % number for number in range(5)]
+        it.look(NODE, seen(b"", *names))
+        for name in names:
+            it.look(NODE + b"/" + name, seen(b"value"))
+        if becomes == "a file":
+            known.add(NODE)
+        assert not it.copy.again
+
+        steps = it.copy.apply(NODE, EMPTY, renew=True)
+        for _ in range(moment):
+            next(steps, None)
+        if becomes == "a file":
+            known.discard(NODE)
+        else:
+            known.add(NODE)
+        for _ in steps:
+            pass
+        while it.copy.again:
+            assert list(it.copy.again) == [NODE]
+            it.look(NODE, EMPTY)
+        assert list((shm / "mirror").iterdir()) == [shm / "mirror/node"]
+        assert (shm / "mirror/node").is_dir() == (becomes == "a directory")
+        assert list(it.files.names(b"node") if becomes == "a directory" else []) == []
+
+
 # ----------------------------------------------------------------- what is made ready meanwhile
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -415,8 +415,10 @@ def test_one_who_writes_without_end_does_not_keep_new_directories_out(
     alive.settle()
 
 
-def test_nor_is_the_rest_kept_from_being_looked_at(alive: Live, store: XsClient) -> None:
-    """When a domain ends, while the children of a changed directory must always be looked at, too."""
+@pytest.mark.parametrize("many", [50, 100, 300])
+def test_nor_is_the_rest_kept_from_being_looked_at(alive: Live, store: XsClient, many: int) -> None:
+    """When a domain ends, or the mount learns something, while the children of a directory that changes
+    must always be looked at, too: perhaps more of them each time than are looked at."""
     ends = False
 
     def event() -> None:
@@ -424,15 +426,22 @@ def test_nor_is_the_rest_kept_from_being_looked_at(alive: Live, store: XsClient)
         if not ends:
             alive.token.run_sync_soon(event)
 
-    store.pipeline(("WRITE", strings(f"/test/many/{n}") + b"v") for n in range(100))
+    demands: list[Callable[[], None]] = [
+        lambda: alive.mirror._releases.put(b"@releaseDomain"),
+        lambda: alive.mirror._copy.again.update({b"/test/far": None}),
+    ]
+    store.pipeline(("WRITE", strings(f"/test/many/{n}") + b"v") for n in range(many))
     store.write("/test/far", "v")
     alive.settle()
     alive.tell(event)
     try:
-        for _ in range(3):
-            alive.path("far").write_bytes(b"what no event tells of")
-            alive.tell(lambda: alive.mirror._releases.put(b"@releaseDomain"))
-            await_true(lambda: alive.path("far").read_bytes() == b"v\n", 5)
+        for demand in demands * 2:
+            for place in ("far", "many/0", f"many/{many - 1}"):
+                alive.path(place).write_bytes(b"what no event tells of")
+            alive.tell(demand)
+            for place in ("far", "many/0", f"many/{many - 1}"):
+                path = alive.path(place)
+                await_true(lambda: path.read_bytes() == b"v\n", 5)  # noqa: B023
     finally:
         ends = True
     alive.settle()

@@ -420,6 +420,7 @@ def test_one_message_is_known_as_such(sent: list[Message], more: bytes) -> None:
     parser.feed(as_bytes(sent)[-1:])
     assert parse([b""], parser) == (sent, False)
     assert parser.whole(as_bytes(sent[:1])) == sent[0]
+    assert not parser._buffer, "what was held before is kept"
 
 
 @settings(deadline=None)

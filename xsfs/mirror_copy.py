@@ -91,7 +91,8 @@ class Copy:
         asked for together those above come first.
         """
         if renew:
-            # Whoever wanted it since it was asked for is above it, and was asked for before it.
+            # Who has wanted it since it was asked for is above it, and was asked for before it; or has
+            # learned something of it, which counts from here on.
             self.again.pop(path, None)
         if self._files.staged and self._show_at_first(path, sight):
             yield b""
@@ -145,6 +146,9 @@ class Copy:
         else:
             self._show_file(place, look, sight, renew=renew)
         yield place
+        if self._wanted(path, look) != wanted:
+            # It was learned when not enough was shown to be contradicted.
+            self.again[path] = None
 
     def _show_new(self, path: bytes, place: bytes, look: Look, sight: Sight, wanted: int) -> None:
         """Nothing is shown there."""

@@ -156,6 +156,8 @@ class Parser:
         op, req_id, tx_id, length = HEADER.unpack_from(data)
         if HEADER_SIZE + length != len(data) or length > self._payload_max:
             return None
+        if self._start:
+            self._buffer, self._start = b"", 0  # or what was long would be kept
         return op, req_id, tx_id, data[HEADER_SIZE:]
 
     def next(self) -> Message | None:
