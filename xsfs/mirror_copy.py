@@ -61,6 +61,8 @@ class Copy:
 
     def contradicts(self, path: bytes) -> bool:
         """Whether what is shown of a node may not be what is known of it as a directory."""
+        if self._files.staged:
+            return True  # it may be on its way to where it is shown
         place = self.place(path)
         kind = self._files.kind(place)
         known = self._view.known.get(path)
