@@ -112,7 +112,7 @@ class History:
         while paths := mirror_window.next_window(self.mirror._copy.again):
             sights = await self.mirror._survey(paths)
             await self.mirror._apply(paths, sights, renew=False)
-        await self.mirror._carry_out(self.files.publish())
+        await self.mirror._carry_out(self.mirror._copy.publish())
         self.mirror._true_of = self.mirror._interruptions
         await self.mirror._follow()
 

@@ -221,7 +221,7 @@ class Mirror:
         await self._look_at_all()
         if self._interruptions != interruptions:
             raise _Lost("the connection was lost while the copy was made")
-        await self._carry_out(self._files.publish())
+        await self._carry_out(self._copy.publish())
         self._true_of = interruptions
 
     async def _look_at_all(self) -> None:

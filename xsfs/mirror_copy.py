@@ -40,6 +40,8 @@ class Copy:
         self.nodes = 0
         """How many files and directories there are, `.value` and the root not counted."""
         self._ready: _Ready | None = None
+        self._moves = False
+        """Whether all of it is on its way to where it is shown."""
         self._missing: set[bytes] = set()
         """Those shown that last, but were not there, or not to be read, when they were looked at."""
 
@@ -51,6 +53,14 @@ class Copy:
         self._ready = None
         self._missing.clear()
 
+    def publish(self) -> Steps:
+        """Show all of it."""
+        self._moves = True
+        try:
+            yield from self._files.publish()
+        finally:
+            self._moves = False
+
     def place(self, path: bytes) -> bytes:
         """Where a node's file is."""
         root = self._view.root
@@ -61,8 +71,8 @@ class Copy:
 
     def contradicts(self, path: bytes) -> bool:
         """Whether what is shown of a node may not be what is known of it as a directory."""
-        if self._files.staged:
-            return True  # it may be on its way to where it is shown
+        if self._moves:
+            return True  # it may be on its way
         place = self.place(path)
         kind = self._files.kind(place)
         known = self._view.known.get(path)
