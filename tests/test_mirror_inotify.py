@@ -129,6 +129,7 @@ def test_directories(alive: Mirrored) -> None:
         watched.await_lines("MOVED_TO n")
         alive.witness.write("/watched/n/m", "v")
         await_true((alive.directory / "n/m").exists)
+        await_true(lambda: len(watched.lines) >= 2)  # what is said comes a moment later
         assert watched.lines[:2] == ["DELETE n", "CREATE n"]
         alive.settle()
         watched.lines.clear()
