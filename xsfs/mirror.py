@@ -45,8 +45,8 @@ below several changed nodes is looked at once.  Of two in one burst the one abov
 what it wants of the other, the other's answer tells.
 
 No wait is unbounded, and nothing is done while the store rests.  Under load the mirror rests as long
-as it works (xsfs/mirror_pace.py).  And after each burst of what events tell of come two of what must
-only be looked at again, of the latest and of what has waited longest: none waits for the others' end.
+as it works (xsfs/mirror_pace.py).  And after each burst of what events tell of comes one, of twice the
+length, of what must only be looked at again, so that neither waits for the other's end.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from xsfs.errors import ConnectionLost, RequestTimeout, StoreError
 from xsfs.mirror_copy import Copy
 from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.mirror_pace import Pace
-from xsfs.mirror_window import WINDOWS_AHEAD, Windows, next_window, oldest_window
+from xsfs.mirror_window import WINDOW, WINDOWS_AHEAD, Windows, next_window
 from xsfs.servants import open_servants
 from xsfs.view import Sight, View
 from xsfs.watches import Subscription
@@ -262,13 +262,11 @@ class Mirror:
                 pace.has_waited()
                 continue
             pace.begin_work()
-            windows = [next_window]
             if self._events:
                 await self._look_at_changed(next_window(self._events))
-                windows.append(oldest_window)  # there may always be more of the latest
-            for window in windows:
-                if paths := window(again, self._events):
-                    await self._apply(paths, await self._survey(paths), renew=False)
+            # Even while there are always events, and most often more than those have left here.
+            if paths := next_window(again, self._events, size=2 * WINDOW):
+                await self._apply(paths, await self._survey(paths), renew=False)
             pace.end_work()
             if pace.is_tired:
                 await pace.rest()
@@ -326,9 +324,8 @@ class Mirror:
             self._events = dict.fromkeys(sorted(inside, key=len, reverse=True))
         if self._releases.take():
             self._all_again = True
-        if self._all_again and (self._events or not self._copy.again):
-            # Not earlier: domains may die faster than everything is looked at.  But among events that
-            # may be never, and what has waited has a turn of its own there.
+        if self._all_again and not self._copy.again:
+            # Not earlier: domains may die faster than everything is looked at.
             self._all_again = False
             self._copy.again[self._view.root] = None
 

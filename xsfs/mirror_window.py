@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
-from itertools import islice
 from typing import Final
 
 import outcome
@@ -30,25 +29,19 @@ Survey = Callable[[Sequence[bytes], Store], Awaitable[list[Sight]]]
 """Looks at nodes by one of the stores."""
 
 
-def next_window(queue: dict[bytes, None], others: Container[bytes] = ()) -> list[bytes]:
+def next_window(
+    queue: dict[bytes, None], others: Container[bytes] = (), *, size: int = WINDOW
+) -> list[bytes]:
     """The latest first: a walk that goes down before it goes on has the shortest queue.
 
     others      those that will be looked at anyway, which are left out
     """
     window: list[bytes] = []
-    while queue and len(window) < WINDOW:
+    while queue and len(window) < size:
         path, _ = queue.popitem()
         if path not in others:
             window.append(path)
     return window
-
-
-def oldest_window(queue: dict[bytes, None], others: Container[bytes] = ()) -> list[bytes]:
-    """Those that have waited longest, of WINDOW at most."""
-    oldest = list(islice(queue, WINDOW))
-    for path in oldest:
-        del queue[path]
-    return [path for path in oldest if path not in others]
 
 
 class _Window:
