@@ -430,18 +430,21 @@ def test_nor_is_the_rest_kept_from_being_looked_at(alive: Live, store: XsClient,
         lambda: alive.mirror._releases.put(b"@releaseDomain"),
         lambda: alive.mirror._copy.again.update({b"/test/far": None}),
     ]
+    files = [alive.path(place) for place in ("far", "many/0", f"many/{many - 1}")]
+
+    def are_right() -> bool:
+        return all(file.read_bytes() == b"v\n" for file in files)
+
     store.pipeline(("WRITE", strings(f"/test/many/{n}") + b"v") for n in range(many))
     store.write("/test/far", "v")
     alive.settle()
     alive.tell(event)
     try:
         for demand in demands * 2:
-            for place in ("far", "many/0", f"many/{many - 1}"):
-                alive.path(place).write_bytes(b"what no event tells of")
+            for file in files:
+                file.write_bytes(b"what no event tells of")
             alive.tell(demand)
-            for place in ("far", "many/0", f"many/{many - 1}"):
-                path = alive.path(place)
-                await_true(lambda: path.read_bytes() == b"v\n", 5)  # noqa: B023
+            await_true(are_right, 5)
     finally:
         ends = True
     alive.settle()

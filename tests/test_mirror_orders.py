@@ -27,6 +27,7 @@ from xsfs.known import KnownDirectories
 from xsfs.looks import Look
 from xsfs.mirror import RELEASE, Mirror
 from xsfs.mirror_files import MirrorFiles
+from xsfs.mirror_pace import Pace
 from xsfs.names import TEXT, join
 from xsfs.ownership import Ownership
 from xsfs.permissions import perms_text
@@ -41,6 +42,21 @@ HISTORIES: Final = 100 * int(os.environ.get("XSFS_TEST_SEEDS", "2"))
 
 GUEST: Final = 5
 """A domain that owns nodes, which vanish with it."""
+
+CHANGES: Final = (
+    *("write", "write", "write", "rm", "rm", "perms", "give", "destroy", "mkdir", "rmdir", "look"),
+    *(".value", "rm .value", "overflow"),
+)
+"""What may happen; the likelier the oftener it is named."""
+
+PACES: Final = (
+    (0.3, 0.3, 0.3),
+    (0.1, 0.05, 0.3),
+    (0.5, 0.1, 0.2),
+    (0.05, 0.3, 0.1),
+    (0.2, 0.02, 0.5),
+)
+"""How likely it is that a change comes next, an event, and something that the mount learns."""
 
 STEPS_MAX: Final = 20_000
 """When the mirror is taken not to come to rest."""
@@ -70,6 +86,14 @@ class Parked:
             await pause("parked")
 
 
+class PaceByHand(Pace):
+    """No clock tells how long a rest is."""
+
+    async def rest(self) -> None:
+        await pause("rest")
+        self.owed = 0.0
+
+
 class History:
     """A store, its mirror, and a mount that learns; `store` and `watches` to the mirror.
 
@@ -85,7 +109,7 @@ class History:
         self.data = Data(self._changed)
         self.events: list[bytes] = []
         """Those that have not come yet."""
-        self.lessons: list[Callable[[], None]] = []
+        self.lessons: list[Callable[[], object]] = []
         """What the mount is about to learn."""
         self.watches = self
         self.files = MirrorFiles(str(directory), Ownership(os.getuid(), os.getgid(), 0o077))
@@ -98,7 +122,7 @@ class History:
         self.files.open()
         self.mirror = Mirror(cast(Store, self), self.view, self.files)
         self.mirror._work = cast(trio.lowlevel.ParkingLot, Parked())
-        self.mirror._pace.rest = self._rest  # type: ignore[method-assign]
+        self.mirror._pace = PaceByHand()
         self.view.known.on_change = self.mirror._known_changed
         self._run = cast(Coroutine[str, None, None], self._make_and_follow())
 
@@ -115,10 +139,6 @@ class History:
         await self.mirror._carry_out(self.mirror._copy.publish())
         self.mirror._true_of = self.mirror._interruptions
         await self.mirror._follow()
-
-    async def _rest(self) -> None:
-        await pause("rest")
-        self.mirror._pace.owed = 0.0
 
     def step(self) -> str:
         """The mirror does the next thing; what it waits for then."""
@@ -187,7 +207,7 @@ class History:
             elif what == "look":
                 asked = known.moment
                 answers = [self._answer(ask(path)) for ask in (wire.read, wire.directory)]
-                self.lessons.append(lambda: self._learn(path, answers, asked))
+                self.lessons.append(lambda: self.view.learn(path, answers, asked))
             elif what == ".value":
                 known.add(path, with_value=True)
             elif what == "rm .value":
@@ -195,9 +215,6 @@ class History:
                 self.lessons.append(lambda: known.discard_value(path))
             elif what == "overflow":  # the oldest of too many are forgotten
                 known.discard(path)
-
-    def _learn(self, path: bytes, answers: list[Reply], asked: int) -> None:
-        self.view.learn(path, answers, asked)
 
     def event(self) -> None:
         path = self.events.pop(0)
@@ -215,8 +232,6 @@ class History:
             elif self.lessons and self.chance.random() < 0.3:
                 self.lesson()
             elif self.step() == "parked" and not (self.events or self.lessons):
-                if not self.mirror._work:
-                    continue
                 return
         pytest.fail("the mirror does not come to rest")
 
@@ -251,12 +266,6 @@ class History:
         names = dict.fromkeys((*listing.split(b"\0")[:-1], *self.view.lasting_children(path)))
         for name in names:
             self._expect(join(path, name), f"{place}/{name.decode()}".lstrip("/"), tree)
-
-
-CHANGES: Final = (
-    *("write", "write", "write", "rm", "rm", "perms", "give", "destroy", "mkdir", "rmdir", "look"),
-    *(".value", "rm .value", "overflow"),
-)
 
 
 @pytest.fixture
@@ -315,13 +324,3 @@ def test_it_is_exact_at_rest(
         finally:
             history.end()
     assert changed > HISTORIES / 2
-
-
-PACES: Final = (
-    (0.3, 0.3, 0.3),
-    (0.1, 0.05, 0.3),
-    (0.5, 0.1, 0.2),
-    (0.05, 0.3, 0.1),
-    (0.2, 0.02, 0.5),
-)
-"""How likely it is that a change comes next, an event, and something that the mount learns."""

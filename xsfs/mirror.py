@@ -44,9 +44,10 @@ from the top down, and a node that has one is left out of what must only be look
 below several changed nodes is looked at once.  Of two in one burst the one above is asked for first:
 what it wants of the other, the other's answer tells.
 
-No wait is unbounded, and nothing is done while the store rests.  Under load the mirror rests as long
-as it works (xsfs/mirror_pace.py).  And after each burst of what events tell of comes one, of twice the
-length, of what must only be looked at again, so that neither waits for the other's end.
+Nothing is done while the store rests.  Under load the mirror rests as long as it works
+(xsfs/mirror_pace.py).  And after each burst of what events tell of comes one, of twice the length, of
+what must only be looked at again, so that neither waits for the other's end; but where events bring
+more than that each time, what has waited longest waits until they bring less.
 """
 
 from __future__ import annotations
@@ -320,8 +321,9 @@ class Mirror:
         self._pace.told = False
         if not self._events:
             inside = filter(self._is_inside, self._changes.take())
-            # The last is taken first: from the top down.
-            self._events = dict.fromkeys(sorted(inside, key=len, reverse=True))
+            self._events = dict.fromkeys(
+                sorted(inside, key=len, reverse=True)
+            )  # the top is the last
         if self._releases.take():
             self._all_again = True
         if self._all_again and not self._copy.again:
