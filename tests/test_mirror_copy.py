@@ -211,6 +211,21 @@ def test_what_is_learned_of_a_node_while_its_children_go(
         assert list(it.files.names(b"node") if becomes == "a directory" else []) == []
 
 
+@pytest.mark.parametrize("moment", range(3))
+def test_what_is_learned_while_the_copy_moves_to_its_place(moment: int, shm: Path) -> None:
+    with copied(shm / "mirror") as it:
+        it.look(NODE, EMPTY)
+        steps = it.copy.publish()
+        for _ in range(moment):
+            next(steps, None)
+        it.copy._view.known.add(NODE)
+        assert it.copy.contradicts(NODE)
+        for _ in steps:
+            pass
+        it.look(NODE, EMPTY)
+        assert (shm / "mirror/node").is_dir()
+
+
 # ----------------------------------------------------------------- what is made ready meanwhile
 
 
