@@ -114,8 +114,6 @@ class Mirror:
         self._copy = Copy(view, files)
         self._events: dict[bytes, None] = {}
         """Nodes that events told of, to be looked at and renewed."""
-        self._all_again = False
-        """Whether everything is to be looked at again, when that is done which is under way."""
         self._changes = Subscription(view.root, self._wake, EVENTS_MAX)
         self._releases = Subscription(RELEASE, self._wake)
         self._heard: set[Subscription] = set()
@@ -325,10 +323,10 @@ class Mirror:
                 sorted(inside, key=len, reverse=True)
             )  # the top is the last
         if self._releases.take():
-            self._all_again = True
-        if self._all_again and not self._copy.again:
+            self._copy.all_again = True
+        if self._copy.all_again and not self._copy.again:
             # Not earlier: domains may die faster than everything is looked at.
-            self._all_again = False
+            self._copy.all_again = False
             self._copy.again[self._view.root] = None
 
     def _is_inside(self, path: bytes) -> bool:

@@ -37,6 +37,8 @@ class Copy:
         self._view = view
         self._files = files
         self.again: dict[bytes, None] = {}
+        self.all_again = False
+        """Whether everything is to be looked at again, when that is done which is under way."""
         self.nodes = 0
         """How many files and directories there are, `.value` and the root not counted."""
         self._ready: _Ready | None = None
@@ -49,6 +51,7 @@ class Copy:
         """There are no files: all must be looked at."""
         self.again.clear()
         self.again[self._view.root] = None
+        self.all_again = False
         self.nodes = 0
         self._ready = None
         self._missing.clear()
@@ -179,10 +182,13 @@ class Copy:
         self._look_at_children(path, sight)
 
     def _look_at_children(self, path: bytes, sight: Sight) -> Iterable[bytes]:
-        names = dict.fromkeys((*sight.names, *self._view.lasting_children(path)))
         above = join(path, b"")
+        names = self._children(path, sight)
         self.again.update(dict.fromkeys([above + name for name in names]))
         return names
+
+    def _children(self, path: bytes, sight: Sight) -> Iterable[bytes]:
+        return dict.fromkeys((*sight.names, *self._view.lasting_children(path)))
 
     def _look_at_missing(self, path: bytes) -> bool:
         """Whether a directory above, which is shown all the time, was missing.  It has been made
@@ -206,8 +212,11 @@ class Copy:
     def within_reach(self, paths: Sequence[bytes]) -> list[bytes]:
         """Those of them that can be shown.  For the others nobody need be asked: what is to be looked
         at instead may be one node for very many."""
+        shown: dict[bytes, bool] = {}
         return [
-            path for path in paths if not self._look_at_missing(path) and self._can_be_shown(path)
+            path
+            for path in paths
+            if not self._look_at_missing(path) and self._can_be_shown(path, shown)
         ]
 
     def make_ready(self, path: bytes) -> None:
@@ -234,16 +243,23 @@ class Copy:
     def shows_file(self, path: bytes) -> bool:
         return self._files.kind(self.place(path)) == stat.S_IFREG
 
-    def _can_be_shown(self, path: bytes) -> bool:
+    def _can_be_shown(self, path: bytes, shown: dict[bytes, bool] | None = None) -> bool:
         """Whether its parent is shown as a directory.
 
         Where it isn't, the highest ancestor of which that is so is to be looked at instead: the way
         down from there leads to the node.
+
+        shown       what this call, and others right before it, found of directories
         """
+        if shown is None:
+            shown = {}
         top = path
         while top != self._view.root:
             parent = parent_path(top)
-            if parent == self._view.root or self._files.is_directory(self.place(parent)):
+            if parent not in shown:
+                is_root = parent == self._view.root
+                shown[parent] = is_root or self._files.is_directory(self.place(parent))
+            if shown[parent]:
                 break
             top = parent
         if top != path:
@@ -277,7 +293,9 @@ class Copy:
         elif self._files.kind(value_place):
             self._files.remove_file(value_place)
         self._files.set_perms(place, self._perms(sight))
-        kept = {VALUE_NAME, *map(file_name, self._look_at_children(path, sight))}
+        # An event need not lead further down on the eve of a look at everything.
+        further = self._children if renew and self.all_again else self._look_at_children
+        kept = {VALUE_NAME, *map(file_name, further(path, sight))}
         for name in self._files.names(place):
             if name not in kept:
                 child = self._in(place, name)
