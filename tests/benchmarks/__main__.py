@@ -44,6 +44,7 @@ def _arguments() -> argparse.Namespace:
     add("--nodes", type=_positive, default=10_000, help="how many nodes it has, at least")
     add("--read", type=_positive, metavar="N", help="how many of them are read (default: all)")
     add("--rounds", type=_positive, default=7, help="how often everything is run")
+    add("--only", metavar="PROGRAM", help="measure only this, as find, and whom it stands against")
     add("--json", metavar="FILE", help="write the figures there, too")
     add("--svg", metavar="FILE", help="draw the ratios there")
     return parser.parse_args()
@@ -85,7 +86,7 @@ def _see_the_same(stage: works.Stage) -> None:
 
 
 def _run(
-    kind: str, nodes: int, read: int | None, rounds: int
+    kind: str, nodes: int, read: int | None, rounds: int, only: str | None
 ) -> tuple[Circumstances, list[Result], Memory]:
     domains = max(DOMAINS_MIN, domains_for(nodes))
     part = 0 if read is None else max(DOMAINS_MIN, domains_for(read))
@@ -115,7 +116,7 @@ def _run(
             enter(reader(NAME, works.LINE, whole.environment)),
         )
         _see_the_same(stage)
-        results = _phase(works.comparisons(stage), rounds)
+        results = _phase(works.comparisons(stage), rounds, only)
         finished = whole.mount.resident()
         _progress("visiting all nodes")
         execute(["find", whole.mount.path], whole.environment)
@@ -123,7 +124,7 @@ def _run(
         # The mirror follows each change: it is not there while anything else is measured.
         copy = mirror_works.place()
         mirror = enter(xsfs(whole.socket, f"mirror={copy}"))
-        results += _phase(mirror_works.comparisons(stage, copy), rounds)
+        results += _phase(mirror_works.comparisons(stage, copy), rounds, only)
         memory = Memory(stage.bare.resident(), mounted, visited, finished, mirror.resident())
         _progress("")
     cpus = os.cpu_count() or 1
@@ -131,7 +132,8 @@ def _run(
     return circumstances, results, memory
 
 
-def _phase(comparisons: list[Comparison], rounds: int) -> list[Result]:
+def _phase(comparisons: list[Comparison], rounds: int, only: str | None) -> list[Result]:
+    comparisons = [it for it in comparisons if it.ours.name.startswith(only or "")]
     _progress("warming up")
     warm_up(comparisons)
     return measure(comparisons, rounds, _progress)
@@ -154,7 +156,11 @@ def main() -> int:
         signal.signal(number, _terminated)
     try:
         _check()
-        figures = _run(arguments.kind, arguments.nodes, arguments.read, arguments.rounds)
+        figures = _run(
+            *(arguments.kind, arguments.nodes, arguments.read), arguments.rounds, arguments.only
+        )
+        if not figures[1]:
+            raise BenchmarkError(f"nothing is measured that begins with {arguments.only}")
         for line in lines(*figures):
             print(line)
         if arguments.json:
