@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -391,63 +391,6 @@ def test_a_large_directory_that_changes_all_the_time(place: Place) -> None:
             stop = True
             thread.join()
         store.rm("/large")
-
-
-def test_one_who_writes_without_end_does_not_keep_new_directories_out(
-    alive: Live, store: XsClient
-) -> None:
-    """There is always an event, whenever the mirror looks."""
-    ends = False
-
-    def event() -> None:
-        alive.mirror._changes.put(b"/test/counter")
-        if not ends:
-            alive.token.run_sync_soon(event)
-
-    store.write("/test/counter", "v")
-    alive.tell(event)
-    try:
-        for number in range(5):
-            store.write(f"/test/new/{number}/a/b", "v")
-            await_true(alive.path(f"new/{number}/a/b").exists, 5)
-    finally:
-        ends = True
-    alive.settle()
-
-
-@pytest.mark.parametrize("many", [50, 100])
-def test_nor_is_the_rest_kept_from_being_looked_at(alive: Live, store: XsClient, many: int) -> None:
-    """When a domain ends, or the mount learns something, while the children of a directory that changes
-    must always be looked at, too."""
-    ends = False
-
-    def event() -> None:
-        alive.mirror._changes.put(b"/test/many")
-        if not ends:
-            alive.token.run_sync_soon(event)
-
-    demands: list[Callable[[], None]] = [
-        lambda: alive.mirror._releases.put(b"@releaseDomain"),
-        lambda: alive.mirror._copy.again.update({b"/test/far": None}),
-    ]
-    files = [alive.path(place) for place in ("far", "many/0", f"many/{many - 1}")]
-
-    def are_right() -> bool:
-        return all(file.read_bytes() == b"v\n" for file in files)
-
-    store.pipeline(("WRITE", strings(f"/test/many/{n}") + b"v") for n in range(many))
-    store.write("/test/far", "v")
-    alive.settle()
-    alive.tell(event)
-    try:
-        for demand in demands * 2:
-            for file in files:
-                file.write_bytes(b"what no event tells of")
-            alive.tell(demand)
-            await_true(are_right, 5)
-    finally:
-        ends = True
-    alive.settle()
 
 
 def test_more_changes_than_can_be_remembered(alive: Live, store: XsClient) -> None:

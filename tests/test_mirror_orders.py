@@ -290,7 +290,9 @@ def shm() -> Iterator[Path]:
 def test_it_is_exact_at_rest(
     root: bytes, window: int, shm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror_window.next_window, "__kwdefaults__", {"size": window})
+    monkeypatch.setattr(
+        mirror_window.next_window, "__kwdefaults__", {"size": window, "fair": False}
+    )
     monkeypatch.setattr(mirror, "WINDOW", window)
     changed = 0
     for seed in range(HISTORIES):

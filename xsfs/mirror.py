@@ -46,14 +46,15 @@ what it wants of the other, the other's answer tells.
 
 Nothing is done while the store rests.  Under load the mirror rests as long as it works
 (xsfs/mirror_pace.py).  And after each burst of what events tell of comes one, of twice the length, of
-what must only be looked at again, so that neither waits for the other's end; but where events bring
-more than that each time, what has waited longest waits until they bring less.
+what must only be looked at again, a quarter of them those that have waited longest: so that neither
+waits for the other's end, nor anything for ever.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -112,7 +113,7 @@ class Mirror:
         self._view = view
         self._files = files
         self._copy = Copy(view, files)
-        self._events: dict[bytes, None] = {}
+        self._events: OrderedDict[bytes, None] = OrderedDict()
         """Nodes that events told of, to be looked at and renewed."""
         self._changes = Subscription(view.root, self._wake, EVENTS_MAX)
         self._releases = Subscription(RELEASE, self._wake)
@@ -264,7 +265,7 @@ class Mirror:
             if self._events:
                 await self._look_at_changed(next_window(self._events))
             # Even while there are always events, and most often more than those have left here.
-            if paths := next_window(again, self._events, size=2 * WINDOW):
+            if paths := next_window(again, self._events, size=2 * WINDOW, fair=True):
                 await self._apply(paths, await self._survey(paths), renew=False)
             pace.end_work()
             if pace.is_tired:
@@ -319,9 +320,8 @@ class Mirror:
         self._pace.told = False
         if not self._events:
             inside = filter(self._is_inside, self._changes.take())
-            self._events = dict.fromkeys(
-                sorted(inside, key=len, reverse=True)
-            )  # the top is the last
+            # The top is the last.
+            self._events = OrderedDict.fromkeys(sorted(inside, key=len, reverse=True))
         if self._releases.take():
             self._copy.all_again = True
         if self._copy.all_again and not self._copy.again:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import stat
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
@@ -36,7 +37,7 @@ class Copy:
     def __init__(self, view: View, files: MirrorFiles) -> None:
         self._view = view
         self._files = files
-        self.again: dict[bytes, None] = {}
+        self.again: OrderedDict[bytes, None] = OrderedDict()
         self.all_again = False
         """Whether everything is to be looked at again, when that is done which is under way."""
         self.nodes = 0

@@ -8,7 +8,7 @@ asked.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from typing import Final
 
@@ -21,6 +21,9 @@ from xsfs.view import Sight
 WINDOW: Final = 64
 """How many nodes one burst looks at."""
 
+OLDEST_SHARE: Final = 4
+"""Where all are to have their turn, one in so many of a burst is one that has waited longest."""
+
 WINDOWS_AHEAD: Final = 4
 """How many bursts of a whole copy are asked before the last one is applied, each by a connection of its
 own: the store is never at rest, not even while its answers are understood."""
@@ -30,15 +33,21 @@ Survey = Callable[[Sequence[bytes], Store], Awaitable[list[Sight]]]
 
 
 def next_window(
-    queue: dict[bytes, None], others: Container[bytes] = (), *, size: int = WINDOW
+    queue: OrderedDict[bytes, None],
+    others: Container[bytes] = (),
+    *,
+    size: int = WINDOW,
+    fair: bool = False,
 ) -> list[bytes]:
     """The latest first: a walk that goes down before it goes on has the shortest queue.
 
     others      those that will be looked at anyway, which are left out
+    fair        whether everyone's turn comes, however many are later
     """
+    latest = size - max(1, size // OLDEST_SHARE) if fair else size
     window: list[bytes] = []
     while queue and len(window) < size:
-        path, _ = queue.popitem()
+        path, _ = queue.popitem(last=len(window) < latest)
         if path not in others:
             window.append(path)
     return window
@@ -76,7 +85,7 @@ class Windows:
 
     def __init__(
         self,
-        queue: dict[bytes, None],
+        queue: OrderedDict[bytes, None],
         stores: Iterable[Store],
         survey: Survey,
         servants: trio.Nursery,
