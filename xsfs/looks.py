@@ -93,23 +93,18 @@ def understand(answers: Answers, domid: int) -> Look | None:
             return _new(Look, (value, children != b"", True, True, True))
         if type(perms) is bytes:
             return _told(value, bool(children), perms, domid)
-    has_children = bool(children)
-    if isinstance(value, XenstoreError) or isinstance(children, XenstoreError):
-        if isinstance(children, XenstoreError) and children.name == "E2BIG":
-            has_children = True
-        else:
-            for reply in (value, children):
-                if isinstance(reply, XenstoreError):
-                    if reply.name in _ABSENT:
-                        return None
-                    if reply.name == "EACCES":
-                        return HIDDEN
-                    raise reply
-        if isinstance(value, XenstoreError):
-            raise value
+    for reply in (value, children):
+        if isinstance(reply, XenstoreError) and (reply is value or reply.name != "E2BIG"):
+            if reply.name in _ABSENT:
+                return None
+            if reply.name == "EACCES":
+                return HIDDEN
+            raise reply
+    assert not isinstance(value, XenstoreError)
     if isinstance(perms, XenstoreError):
         return None if perms.name == "ENOENT" else HIDDEN
-    return _told(value, has_children, perms, domid)
+    # E2BIG: there are too many children for one reply.
+    return _told(value, bool(children), perms, domid)
 
 
 def _told(value: bytes | None, has_children: bool, perms: bytes | None, domid: int) -> Look:
