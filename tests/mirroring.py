@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -269,6 +270,15 @@ class Live:
     def settle(self, seconds: float = LIMIT) -> float:
         return await_none(self.differences, seconds)
 
+    def emptied(self) -> XsClient:
+        """The witness; there is nothing below the root, which is there, and nothing is known of it."""
+        self.witness.rm(self.root)
+        self.witness.mkdir(self.root)
+        for path in self.known.below(self.root.encode()):
+            self.tell(partial(self.known.discard, path))
+        self.settle()
+        return self.witness
+
 
 def is_own(place: str) -> bool:
     """The root, and what is no node."""
@@ -395,3 +405,12 @@ def mirrored(place: Place, directory: Path, *options: str, root: str = "") -> It
         with mounted(["-o", ",".join(chosen), place.socket], directory) as mount:
             yield Mirrored(mount, mirror, root or HOME, witness)
         assert os.listdir(above) == []
+
+
+@contextmanager
+def live_at(place: Place, root: str) -> Iterator[Live]:
+    """A mirror of a node of its own."""
+    with place.witness() as witness:
+        witness.mkdir(root)
+        with live(place.socket, witness, root=root) as alive:
+            yield alive

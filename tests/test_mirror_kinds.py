@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 
-from tests.mirroring import Live, await_true, live
+from tests.mirroring import Live, await_true, live, live_at
 from tests.mounting import Place, each_place
 from tests.xenstored.harness import XsClient, strings
 from xsfs import known
@@ -27,21 +26,13 @@ place = each_place("C", "ocaml", "embedded")
 
 @pytest.fixture(scope="module")
 def alive(place: Place) -> Iterator[Live]:
-    with place.witness() as witness:
-        witness.mkdir(ROOT)
-        with live(place.socket, witness, root=ROOT) as alive:
-            yield alive
+    with live_at(place, ROOT) as alive:
+        yield alive
 
 
 @pytest.fixture
 def store(alive: Live) -> XsClient:
-    """The witness, and nothing at ROOT, nor known of it."""
-    alive.witness.rm(ROOT)
-    alive.witness.mkdir(ROOT)
-    for path in alive.known.below(ROOT.encode()):
-        alive.tell(partial(alive.known.discard, path))
-    alive.settle()
-    return alive.witness
+    return alive.emptied()
 
 
 def kind(alive: Live, place: str) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.mirroring import Live, await_true, live
+from tests.mirroring import Live, await_true, live_at
 from tests.mounting import Place, each_place
 from tests.xenstored.harness import XsClient, strings
 from xsfs.mirror import RELEASE
@@ -21,19 +21,13 @@ place = each_place("C", "ocaml", "embedded")
 
 @pytest.fixture(scope="module")
 def alive(place: Place) -> Iterator[Live]:
-    with place.witness() as witness:
-        witness.mkdir(ROOT)
-        with live(place.socket, witness, root=ROOT) as alive:
-            yield alive
+    with live_at(place, ROOT) as alive:
+        yield alive
 
 
 @pytest.fixture
 def store(alive: Live) -> XsClient:
-    """The witness, and nothing at ROOT."""
-    alive.witness.rm(ROOT)
-    alive.witness.mkdir(ROOT)
-    alive.settle()
-    return alive.witness
+    return alive.emptied()
 
 
 def queue(count: int) -> OrderedDict[bytes, None]:
