@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -38,9 +38,9 @@ class Watched:
         self.by_task: list[bytes] = []
         look = alive.mirror._look_at_changed
 
-        async def recorded(paths: Sequence[bytes]) -> None:
-            self.by_task += paths
-            await look(paths)
+        async def recorded() -> None:
+            self.by_task += alive.mirror._events
+            await look()
 
         patch.setattr(alive.mirror, "_look_at_changed", recorded)
 

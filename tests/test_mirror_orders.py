@@ -293,6 +293,7 @@ def test_it_is_exact_at_rest(
     monkeypatch.setattr(
         mirror_window.next_window, "__kwdefaults__", {"size": window, "fair": False}
     )
+    monkeypatch.setattr(mirror_window, "WINDOW", window)
     monkeypatch.setattr(mirror, "WINDOW", window)
     changed = 0
     for seed in range(HISTORIES):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +12,7 @@ from tests.mirroring import Live, await_true, live_at
 from tests.mounting import Place, each_place
 from tests.xenstored.harness import XsClient, strings
 from xsfs.mirror import RELEASE
-from xsfs.mirror_window import next_window
+from xsfs.mirror_window import TRIED_MAX, WINDOW, full_window, next_window
 
 ROOT = "/test"
 
@@ -54,6 +54,25 @@ def test_those_that_are_looked_at_anyway_take_nobodys_place() -> None:
     queued = queue(6)
     assert next_window(queued, {b"5", b"3", b"0"}, size=2, fair=True) == [b"4", b"1"]
     assert list(queued) == [b"2", b"3"]
+
+
+def test_a_burst_is_filled_with_what_is_worth_it() -> None:
+    queued = queue(3 * WINDOW)
+    assert full_window(queued, even) == [b"%d" % n for n in range(190, 63, -2)]
+    assert len(queued) == WINDOW
+    assert full_window(queued, even) == [b"%d" % n for n in range(62, -1, -2)]
+    assert not queued
+    assert full_window(queued, even) == []
+
+
+def test_not_everything_is_gone_through_for_one_burst() -> None:
+    queued = queue(10 * WINDOW)
+    assert full_window(queued, lambda _: []) == []
+    assert len(queued) == 10 * WINDOW - TRIED_MAX
+
+
+def even(paths: Sequence[bytes]) -> list[bytes]:
+    return [path for path in paths if int(path) % 2 == 0]
 
 
 @contextmanager

@@ -68,7 +68,7 @@ from xsfs.errors import ConnectionLost, RequestTimeout, StoreError
 from xsfs.mirror_copy import Copy
 from xsfs.mirror_files import MirrorFiles, Steps
 from xsfs.mirror_pace import Pace
-from xsfs.mirror_window import WINDOW, WINDOWS_AHEAD, Windows, next_window
+from xsfs.mirror_window import WINDOW, WINDOWS_AHEAD, Windows, full_window, next_window
 from xsfs.servants import open_servants
 from xsfs.view import Sight, View
 from xsfs.watches import Subscription
@@ -263,7 +263,7 @@ class Mirror:
                 continue
             pace.begin_work()
             if self._events:
-                await self._look_at_changed(next_window(self._events))
+                await self._look_at_changed()
             # Even while there are always events, and most often more than those have left here.
             if paths := next_window(again, self._events, size=2 * WINDOW, fair=True):
                 await self._apply(paths, await self._survey(paths), renew=False)
@@ -303,14 +303,14 @@ class Mirror:
         self._changes.take()
         return not self._copy.again
 
-    async def _look_at_changed(self, paths: Sequence[bytes]) -> None:
-        if len(paths) > 1:
-            paths = self._copy.within_reach(paths)
+    async def _look_at_changed(self) -> None:
+        if len(self._events) > 1:
+            paths = full_window(self._events, self._copy.within_reach)
             sights = await self._survey(paths, self._files.expect)
             await self._apply(paths, sights, renew=True)
             return
         # One is asked for at once: whether it can be shown is found out meanwhile.
-        (path,) = paths
+        paths = [path] = next_window(self._events)
         sights = await self._survey(paths, partial(self._copy.make_ready, path))
         if self._copy.is_ready(path):
             await self._apply(paths, sights, renew=True)

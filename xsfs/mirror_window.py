@@ -21,6 +21,10 @@ from xsfs.view import Sight
 WINDOW: Final = 64
 """How many nodes one burst looks at."""
 
+TRIED_MAX: Final = 4 * WINDOW
+"""How many nodes are tried for one burst, where many are not worth a question.  Nobody else has a turn
+meanwhile."""
+
 OLDEST_SHARE: Final = 4
 """Where all are to have their turn, one in so many of a burst is one that has waited longest."""
 
@@ -50,6 +54,22 @@ def next_window(
         path, _ = queue.popitem(last=len(window) < latest)
         if path not in others:
             window.append(path)
+    return window
+
+
+def full_window(
+    queue: OrderedDict[bytes, None], worth: Callable[[Sequence[bytes]], list[bytes]]
+) -> list[bytes]:
+    """The same of those that are worth being looked at, which are rarely so many.
+
+    worth       gives those of some nodes that are; it is asked about TRIED_MAX at most
+    """
+    window: list[bytes] = []
+    left = TRIED_MAX
+    while queue and left and len(window) < WINDOW:
+        tried = next_window(queue, size=min(left, WINDOW - len(window)))
+        left -= len(tried)
+        window += worth(tried)
     return window
 
 
