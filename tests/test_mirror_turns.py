@@ -56,23 +56,25 @@ def test_those_that_are_looked_at_anyway_take_nobodys_place() -> None:
     assert list(queued) == [b"2", b"3"]
 
 
-def test_a_burst_is_filled_with_what_is_worth_it() -> None:
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_burst_is_filled_with_what_is_worth_it(step: int) -> None:
+    """And not beyond: those for whom there is no place stay."""
+
+    def worth(paths: Sequence[bytes]) -> list[bytes]:
+        return [path for path in paths if int(path) % step]
+
     queued = queue(3 * WINDOW)
-    assert full_window(queued, even) == [b"%d" % n for n in range(190, 63, -2)]
-    assert len(queued) == WINDOW
-    assert full_window(queued, even) == [b"%d" % n for n in range(62, -1, -2)]
-    assert not queued
-    assert full_window(queued, even) == []
+    all_worth = worth(list(reversed(queued)))
+    assert full_window(queued, worth) == all_worth[:WINDOW]
+    assert worth(list(reversed(queued))) == all_worth[WINDOW:]
+    assert full_window(queued, worth) == all_worth[WINDOW : 2 * WINDOW]
+    assert full_window(queue(0), worth) == []
 
 
 def test_not_everything_is_gone_through_for_one_burst() -> None:
     queued = queue(10 * WINDOW)
     assert full_window(queued, lambda _: []) == []
     assert len(queued) == 10 * WINDOW - TRIED_MAX
-
-
-def even(paths: Sequence[bytes]) -> list[bytes]:
-    return [path for path in paths if int(path) % 2 == 0]
 
 
 @contextmanager
