@@ -348,6 +348,15 @@ def live(
         assert os.listdir(above) == [], "something is left behind"
 
 
+@contextmanager
+def live_at(place: Place, root: str) -> Iterator[Live]:
+    """A mirror of a node of its own."""
+    with place.witness() as witness:
+        witness.mkdir(root)
+        with live(place.socket, witness, root=root) as alive:
+            yield alive
+
+
 # ------------------------------------------------------------------------------- of a mount
 
 
@@ -405,12 +414,3 @@ def mirrored(place: Place, directory: Path, *options: str, root: str = "") -> It
         with mounted(["-o", ",".join(chosen), place.socket], directory) as mount:
             yield Mirrored(mount, mirror, root or HOME, witness)
         assert os.listdir(above) == []
-
-
-@contextmanager
-def live_at(place: Place, root: str) -> Iterator[Live]:
-    """A mirror of a node of its own."""
-    with place.witness() as witness:
-        witness.mkdir(root)
-        with live(place.socket, witness, root=root) as alive:
-            yield alive

@@ -242,24 +242,24 @@ def test_a_removed_parent_comes_back_implicitly(alive: Live, store: XsClient, to
 
 
 def test_the_root_itself_goes_with_its_parent(place: Place) -> None:
-    with place.witness() as store, live(place.socket, store, root="/above/root/here") as alive:
-        store.write("/above/root/here", "v")
-        store.write("/above/root/here/n", "v")
+    with place.witness() as store, live(place.socket, store, root="/far/above/here") as alive:
+        store.write("/far/above/here", "v")
+        store.write("/far/above/here/n", "v")
         alive.settle()
         assert kind(alive, ".value") == "file"
-        store.rm("/above")
+        store.rm("/far")
         alive.settle()
         assert os.listdir(alive.directory) == []
-        store.write("/above/root/here/n/m", "v")
+        store.write("/far/above/here/n/m", "v")
         alive.settle()
         store.pipeline(
             [
-                ("RM", strings("/above")),
-                ("WRITE", strings("/above/root/here/k") + b"v"),
+                ("RM", strings("/far")),
+                ("WRITE", strings("/far/above/here/k") + b"v"),
             ]
         )
         alive.settle()
-        store.rm("/above")
+        store.rm("/far")
 
 
 def test_data_at_home_lasts(place: Place) -> None:
