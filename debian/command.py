@@ -5,6 +5,6 @@ import sys
 
 sys.path.insert(0, "/usr/lib/xsfs")
 
-from xsfs.command import main
+from xsfs.cli.main import main
 
 sys.exit(main())

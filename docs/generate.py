@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from xsfs.options import FLAGS, MOUNT_FLAGS, OPTIONS, Flag, Option
-from xsfs.statuses import STATUSES
+from xsfs.cli.exit_statuses import STATUSES
+from xsfs.cli.options import FLAGS, MOUNT_FLAGS, OPTIONS, Flag, Option
 
 WIDTH: Final = 80
 """What mandoc(1) takes for a line of good style."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import PLACES, Mount, Place, each_place, mounted
-from tests.xenstored.harness import XsClient
+from tests.support.mounting import PLACES, Mount, Place, each_place, mounted
+from tests.support.xenstored.harness import XsClient
 
 NEEDED = {
     "fusermount3": "fuse3",

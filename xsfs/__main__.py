@@ -2,6 +2,6 @@
 
 import sys
 
-from xsfs.command import main
+from xsfs.cli.main import main
 
 sys.exit(main())

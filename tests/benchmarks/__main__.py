@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
-from tests.xenstored.harness import DAEMONS, MissingProgramError
+from tests.support.xenstored.harness import DAEMONS, MissingProgramError
 
 from . import chart, kinds, mirror_works, works
 from .errors import BenchmarkError

@@ -31,7 +31,7 @@ from pyfuse3 import (
     RequestContext,
 )
 
-from xsfs import wire
+from xsfs.xenstore import protocol
 
 from .question import Asker, Question
 
@@ -105,7 +105,7 @@ def main(content: str, *store: str) -> None:
     question = None
     if where:
         path, node = where[0], where[1].encode()
-        question = Asker(path).question((wire.read(node), wire.directory(node)))
+        question = Asker(path).question((protocol.read(node), protocol.directory(node)))
     serve(Bare(content.encode(), question), mountpoint)
 
 

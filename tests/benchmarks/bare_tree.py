@@ -28,10 +28,10 @@ from pyfuse3 import (
     RequestContext,
 )
 
-from tests.xenstored.harness import XsClient
-from xsfs import wire
-from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
-from xsfs.session_loop import install
+from tests.support.xenstored.harness import XsClient
+from xsfs.fs.fuse_loop import install
+from xsfs.fs.inodes import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
+from xsfs.xenstore import protocol
 
 from .bare import Least, serve
 from .question import Asker
@@ -53,12 +53,12 @@ class BareTree(Least):
             self._read(client, top.encode())
         asker = Asker(socket)
         self.looks = {
-            node.inode: asker.question((wire.read(node.path), wire.directory(node.path)))
+            node.inode: asker.question((protocol.read(node.path), protocol.directory(node.path)))
             for node in self.nodes.values()
         }
         self.children = {
             node.inode: asker.question(
-                [wire.directory(child.path) for child in node.children.values()]
+                [protocol.directory(child.path) for child in node.children.values()]
             )
             for node in self.nodes.values()
         }

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-from xsfs.linger import LINGER_SECONDS, Linger
-from xsfs.wire import HEADER, Op
+from xsfs.xenstore.busy_polling import LINGER_SECONDS, Linger
+from xsfs.xenstore.protocol import HEADER, Op
 
 Asked = range
 """The numbers of requests that were sent together."""

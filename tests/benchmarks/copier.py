@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
-from xsfs.wire import Op
+from xsfs.xenstore.protocol import Op
 
 from .connection import Asked, Connection
 

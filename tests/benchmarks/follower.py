@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from tests.xenstored.harness import XsClient
+from tests.support.xenstored.harness import XsClient
 
 
 def main(socket: str, node: str, directory: str) -> None:

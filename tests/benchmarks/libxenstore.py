@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.xenstored.harness import MissingProgramError
+from tests.support.xenstored.harness import MissingProgramError
 
 from .errors import BenchmarkError
 from .kinds import BATCH, PROGRAM_SECONDS

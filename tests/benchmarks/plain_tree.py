@@ -32,11 +32,11 @@ from pyfuse3 import (
     RequestContext,
 )
 
-from xsfs.containers import is_container
-from xsfs.node import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
-from xsfs.prefetched import PREFETCH_MAX, PREFETCH_SECONDS
-from xsfs.session_loop import install
-from xsfs.wire import Op, decode_names
+from xsfs.fs.fuse_loop import install
+from xsfs.fs.inodes import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
+from xsfs.fs.prefetched import PREFETCH_MAX, PREFETCH_SECONDS
+from xsfs.view.kinds import is_container
+from xsfs.xenstore.protocol import Op, decode_names
 
 from .bare import Least, serve
 from .connection import Asked, Connection

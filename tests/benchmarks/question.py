@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
-from xsfs.linger import LINGER_SECONDS, Linger
-from xsfs.wire import Parser, Request, encode
+from xsfs.xenstore.busy_polling import LINGER_SECONDS, Linger
+from xsfs.xenstore.protocol import Parser, Request, encode
 
 
 class Asker:

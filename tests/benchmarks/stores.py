@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final
 
-from tests.xenstored.harness import RealXenstored, dom0_nodes, guest_nodes
+from tests.support.xenstored.harness import RealXenstored, dom0_nodes, guest_nodes
 
 from .mounting import Mount, xsfs
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tests.xenstored.harness import DAEMONS, MissingProgramError, XsClient
+from tests.support.xenstored.harness import DAEMONS, MissingProgramError, XsClient
 
 from .errors import BenchmarkError
 from .stores import DOMAINS_MIN, HOME, Store, store

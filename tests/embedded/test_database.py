@@ -1,0 +1,369 @@
+"""The embedded store's data, without sockets: what the table of scenarios does not reach."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from xsfs.embedded.database import NODES_MAX, Store
+from xsfs.embedded.domains import DOM0, Change
+from xsfs.embedded.record import (
+    PATH_LENGTH_MAX,
+    Entry,
+    Node,
+    Refused,
+    absolute,
+    format_perms,
+    is_path,
+    parent_of,
+    parse_perms,
+)
+
+GUEST = 7
+OTHER = 8
+
+
+class Recorder:
+    """A store which remembers whom it told what."""
+
+    def __init__(self) -> None:
+        self.changes: list[Change] = []
+        self.store = Store(self.changes.append)
+        for domid in (GUEST, OTHER):
+            self.store.introduce(domid)
+            self.store.mkdir(DOM0, b"/g%d" % domid)
+            self.store.set_perms(DOM0, b"/g%d" % domid, [b"n%d" % domid])
+        self.changes.clear()
+
+    def told(self, who: int = DOM0) -> list[tuple[bytes, bool]]:
+        """(path, exact) of what the domain may know, since the last time."""
+        found = [
+            (change.path, change.exact)
+            for change in self.changes
+            if self.store.domains.may_know(who, change)
+        ]
+        self.changes.clear()
+        return found
+
+    def nodes_of(self, domid: int) -> int:
+        return self.store.domains.known[domid].nodes
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def store(recorder: Recorder) -> Store:
+    return recorder.store
+
+
+def refused(name: str, function: Callable[..., object], *args: object) -> None:
+    with pytest.raises(Refused) as caught:
+        function(*args)
+    assert caught.value.name == name
+
+
+# ---------------------------------------------------------------------------------------- a node
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (b"/", True),
+        (b"/a-Z_0@/@", True),
+        (b"", False),
+        (b"a", False),
+        (b"//", False),
+        (b"/a/", False),
+        (b"/a//b", False),
+        (b"/a.b", False),
+        (b"/a\n", False),
+        (b"/a\0", False),
+        (b"/" + b"a" * (PATH_LENGTH_MAX - 1), True),
+        (b"/" + b"a" * PATH_LENGTH_MAX, False),
+        (b"/local/domain/12345/" + b"a" * PATH_LENGTH_MAX, True),
+        (b"/local/domain/12345/" + b"a" * (PATH_LENGTH_MAX + 1), False),
+        (b"/local/domain/123456/" + b"a" * PATH_LENGTH_MAX, False),
+        (b"/local/domain/x/" + b"a" * PATH_LENGTH_MAX, False),
+    ],
+)
+def test_paths(path: bytes, allowed: bool) -> None:
+    assert is_path(path) is allowed
+
+
+def test_absolute() -> None:
+    assert absolute(b"a", 7) == b"/local/domain/7/a"
+    assert absolute(b"", 7) == b"/local/domain/7/"
+    assert absolute(b"/a", 7) == b"/a"
+    assert absolute(b"@releaseDomain", 7) == b"@releaseDomain"
+
+
+def test_parents() -> None:
+    assert [parent_of(path) for path in (b"/a/b", b"/a", b"/")] == [b"/a", b"/", b"/"]
+
+
+@pytest.mark.parametrize(
+    ("text", "entry"),
+    [
+        (b"n0", Entry(0, 0)),
+        (b"r7", Entry(7, 1)),
+        (b"w010", Entry(8, 2)),
+        (b"b0x1F", Entry(31, 3)),
+        (b"b +7", Entry(7, 3)),
+        (b"n-1", Entry(0xFFFFFFFF, 0)),
+    ],
+)
+def test_domids_are_read_as_strtol_does(text: bytes, entry: Entry) -> None:
+    assert parse_perms([text]) == (entry,)
+
+
+@pytest.mark.parametrize("text", [b"", b"n", b"7", b"x7", b"n7 ", b"n08", b"n0x", b"n--1", b"n1_0"])
+def test_what_is_no_permission(text: bytes) -> None:
+    refused("EINVAL", parse_perms, [b"n0", text])
+
+
+def test_domids_are_shown_as_signed_numbers() -> None:
+    assert format_perms((Entry(0xFFFFFFFF, 0), Entry(7, 3))) == b"n-1\0b7\0"
+
+
+def test_a_copy_and_its_original_change_apart() -> None:
+    node = Node(b"v", (Entry(0, 0),), 1)
+    node.add_child(b"a")
+    copied = node.copy(node.perms)
+    again = node.copy(node.perms)
+    copied.add_child(b"b")
+    node.remove_child(b"a")
+    node.add_child(b"c")
+    assert (node.listing, copied.listing, again.listing) == (b"c\0", b"a\0b\0", b"a\0")
+    assert (node.child_bytes, copied.child_bytes, again.child_bytes) == (2, 4, 2)
+
+
+# ------------------------------------------------------------------------------------- accounting
+
+
+def test_nodes_are_counted_for_their_owners(recorder: Recorder) -> None:
+    store = recorder.store
+    assert (recorder.nodes_of(GUEST), recorder.nodes_of(OTHER)) == (1, 1)
+    before = recorder.nodes_of(DOM0)
+    store.write(GUEST, b"/g7/a/b", b"")
+    assert recorder.nodes_of(GUEST) == 3
+    store.write(DOM0, b"/g7/a/c", b"")
+    assert recorder.nodes_of(GUEST) == 4
+    store.set_perms(DOM0, b"/g7/a/c", [b"n8"])
+    assert (recorder.nodes_of(GUEST), recorder.nodes_of(OTHER)) == (3, 2)
+    store.rm(GUEST, b"/g7/a")
+    assert (recorder.nodes_of(GUEST), recorder.nodes_of(OTHER)) == (1, 1)
+    assert recorder.nodes_of(DOM0) == before
+
+
+def test_nodes_of_a_transaction_count_when_it_ends(recorder: Recorder) -> None:
+    store = recorder.store
+    tx = store.start(GUEST)
+    store.write(GUEST, b"/g7/a/b", b"", tx)
+    store.rm(GUEST, b"/g7/a/b", tx)
+    assert recorder.nodes_of(GUEST) == 1
+    store.commit(tx)
+    assert recorder.nodes_of(GUEST) == 2
+
+
+def test_the_quota_counts_at_the_end_of_a_transaction(recorder: Recorder) -> None:
+    store = recorder.store
+    for number in range(NODES_MAX - 3):
+        store.mkdir(DOM0, b"/g7/%d" % number)
+    tx = store.start(GUEST)
+    store.mkdir(GUEST, b"/g7/0/x", tx)
+    store.commit(tx)
+    tx = store.start(GUEST)
+    store.mkdir(GUEST, b"/g7/0/y", tx)
+    refused("ENOSPC", store.commit, tx)
+    assert recorder.nodes_of(GUEST) == NODES_MAX - 1
+    refused("ENOENT", store.readable, GUEST, b"/g7/0/y")
+    store.mkdir(GUEST, b"/g7/0/y")
+    refused("ENOSPC", store.mkdir, GUEST, b"/g7/0/z")
+
+
+def test_a_refused_request_changes_nothing(recorder: Recorder) -> None:
+    store = recorder.store
+    refused("ENOSPC", store.write, GUEST, b"/g7/a/b", b"x" * 2048)
+    refused("ENOSPC", store.write, GUEST, b"/g7", b"x" * 2048)
+    refused("ENOSPC", store.mkdir, GUEST, b"/g7/" + b"n" * 2020 + b"/b/c")
+    assert store.readable(GUEST, b"/g7").value == b""
+    assert store.readable(GUEST, b"/g7").listing == b""
+    refused("ENOENT", store.readable, GUEST, b"/g7/a")
+    assert recorder.nodes_of(GUEST) == 1
+    assert recorder.told() == []
+
+
+def test_a_transaction_with_a_node_too_large_fails(store: Store) -> None:
+    tx = store.start(GUEST)
+    refused("ENOSPC", store.write, GUEST, b"/g7/a", b"x" * 2048, tx)
+    refused("ENOMEM", store.commit, tx)
+
+
+def test_transactions_are_counted(store: Store) -> None:
+    open_ones = [store.start(GUEST) for _ in range(11)]
+    refused("ENOSPC", store.start, GUEST)
+    store.start(OTHER)
+    store.abort(open_ones[0])
+    store.commit(open_ones[1])
+    store.start(GUEST)
+    store.start(GUEST)
+    refused("ENOSPC", store.start, GUEST)
+
+
+# ----------------------------------------------------------------------------------- transactions
+
+
+def test_lists_fixed_at_different_times_cannot_be_removed(store: Store) -> None:
+    store.mkdir(DOM0, b"/t/a")
+    tx = store.start(DOM0)
+    store.readable(DOM0, b"/t", tx)
+    store.rm(DOM0, b"/t/a")
+    refused("EIO", store.rm, DOM0, b"/t", tx)
+    refused("EAGAIN", store.commit, tx)
+    assert store.readable(DOM0, b"/t").listing == b""
+
+
+def test_a_child_which_its_parent_does_not_list(store: Store) -> None:
+    store.mkdir(DOM0, b"/t")
+    tx = store.start(DOM0)
+    store.readable(DOM0, b"/t", tx)
+    store.mkdir(DOM0, b"/t/a")
+    refused("EIO", store.rm, DOM0, b"/t/a", tx)
+    refused("EAGAIN", store.commit, tx)
+    assert store.readable(DOM0, b"/t").listing == b"a\0"
+
+
+def test_exact_and_other_events_of_one_node_make_one(recorder: Recorder) -> None:
+    store = recorder.store
+    store.mkdir(DOM0, b"/t/a")
+    recorder.told()
+    tx = store.start(DOM0)
+    store.rm(DOM0, b"/t", tx)
+    store.mkdir(DOM0, b"/t/a", tx)
+    assert recorder.told() == []
+    store.commit(tx)
+    assert recorder.told() == [(b"/t", False), (b"/t/a", False)]
+
+
+def test_an_event_once_not_exact_stays_so(recorder: Recorder) -> None:
+    store = recorder.store
+    store.mkdir(DOM0, b"/t/a")
+    recorder.told()
+    tx = store.start(DOM0)
+    store.write(DOM0, b"/t/a", b"1", tx)
+    store.rm(DOM0, b"/t", tx)
+    store.commit(tx)
+    assert recorder.told() == [(b"/t/a", False), (b"/t", False)]
+
+
+def test_what_a_transaction_removed_is_told_to_who_could_read_it(recorder: Recorder) -> None:
+    store = recorder.store
+    store.set_perms(DOM0, b"/g7", [b"n7", b"r8"])
+    store.write(DOM0, b"/g7/hidden", b"")
+    store.set_perms(DOM0, b"/g7/hidden", [b"n7"])
+    recorder.told()
+    tx = store.start(DOM0)
+    store.rm(DOM0, b"/g7/hidden", tx)
+    store.commit(tx)
+    changes = list(recorder.changes)
+    assert recorder.told(GUEST) == [(b"/g7/hidden", False)]
+    recorder.changes += changes
+    # Without a transaction, the parent's permissions would have let it know.
+    assert recorder.told(OTHER) == []
+
+
+# ---------------------------------------------------------------------------------------- domains
+
+
+def test_special_permissions(recorder: Recorder) -> None:
+    store = recorder.store
+    refused("EINVAL", store.set_perms, DOM0, b"@nonsense", [b"n0"])
+    refused("EACCES", store.set_perms, GUEST, b"@releaseDomain", [b"n7"])
+    refused("ENOENT", store.set_perms, DOM0, b"@releaseDomain", [b"n99"])
+    store.set_perms(DOM0, b"@releaseDomain", [b"n7", b"r8"])
+    store.set_perms(GUEST, b"@releaseDomain", [b"n7", b"r8", b"r9"])
+    store.introduce(9)
+    recorder.told()
+    store.destroy(9)
+    assert recorder.told(OTHER) == [(b"@releaseDomain", True)]
+    store.destroy(OTHER)
+    store.introduce(OTHER)
+    recorder.told()
+    store.release(GUEST)
+    assert recorder.told(OTHER) == []
+
+
+def test_a_target_is_forgotten_when_it_dies(store: Store) -> None:
+    store.domains.known[GUEST].target = OTHER
+    assert store.readable(GUEST, b"/g8").value == b""
+    store.destroy(OTHER)
+    store.introduce(OTHER)
+    store.mkdir(DOM0, b"/new")
+    store.set_perms(DOM0, b"/new", [b"n8"])
+    refused("EACCES", store.readable, GUEST, b"/new")
+
+
+def test_the_root_survives_its_owner(recorder: Recorder) -> None:
+    store = recorder.store
+    store.set_perms(DOM0, b"/", [b"r7", b"w8"])
+    before = recorder.nodes_of(DOM0)
+    store.destroy(GUEST)
+    root = store.readable(DOM0, b"/")
+    assert root.listing == b"tool\0g8\0"
+    assert format_perms(root.perms) == b"r0\0w8\0"
+    assert recorder.nodes_of(DOM0) == before + 1
+    store.mkdir(OTHER, b"/made")
+
+
+def test_a_domain_which_was_never_introduced_dies_quietly(recorder: Recorder) -> None:
+    store = recorder.store
+    store.domains.create(9)
+    store.write(DOM0, b"/nine", b"")
+    store.set_perms(DOM0, b"/nine", [b"n9"])
+    recorder.told()
+    store.destroy(9)
+    assert recorder.told() == [(b"/nine", False)]
+    store.destroy(9)
+    store.release(DOM0)
+    assert recorder.told() == []
+
+
+@pytest.mark.parametrize("domid", [0, -1, 0x7FF0, 1 << 32])
+def test_who_cannot_be_a_guest(store: Store, domid: int) -> None:
+    with pytest.raises(ValueError, match="domid"):
+        store.introduce(domid)
+
+
+# ------------------------------------------------------------------------------------------- cost
+
+
+def test_a_deep_tree_can_be_removed(store: Store) -> None:
+    store.mkdir(DOM0, b"/d" * 1000)
+    store.rm(DOM0, b"/d")
+    refused("ENOENT", store.readable, DOM0, b"/d")
+
+
+def test_the_cost_does_not_grow_with_the_number_of_nodes(store: Store) -> None:
+    def cost() -> float:
+        """Of some requests among the children of one node, the best of a few tries."""
+        best = float("inf")
+        for _ in range(5):
+            began = time.perf_counter()
+            for number in range(200):
+                store.write(DOM0, b"/many/%d" % number, b"x")
+                store.readable(DOM0, b"/many/%d" % number)
+                store.rm(DOM0, b"/many/%d" % number)
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    store.mkdir(DOM0, b"/many")
+    few = cost()
+    for number in range(50_000):
+        store.mkdir(DOM0, b"/many/n%d" % number)
+    # A cost proportional to the number of nodes would be greater by orders of magnitude.
+    assert cost() < 10 * few

@@ -1,0 +1,462 @@
+"""The embedded store does what the real daemons do: one table run against all of them, and random
+requests against the embedded store and the C daemon side by side.
+
+Every store is spoken to with real bytes over a real socket.  A wait is bounded by TIMEOUT; nothing
+here sleeps: that all events of a request have come is known from the reply to a later request on
+the connection which gets them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.scenarios import (
+    CONNECTIONS,
+    HOMES,
+    SCENARIOS,
+    Ask,
+    Close,
+    Create,
+    Destroy,
+    Differs,
+    Error,
+    Event,
+    Many,
+    Order,
+    Oversize,
+    Part,
+    Reply,
+    Scenario,
+    Step,
+    Told,
+    node,
+    set_perms,
+)
+from tests.support.xenstored.harness import RealXenstored, XsClient, XsEOF, XsError
+from xsfs.embedded.server import EmbeddedStore
+from xsfs.xenstore import protocol
+from xsfs.xenstore.protocol import HEADER, Op
+
+TIMEOUT = 10.0
+KINDS = ("embedded", "C", "ocaml")
+GUESTS = (7, 8)
+
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------ the kinds of store
+
+
+class Backend(Protocol):
+    """One store, fresh, with the domains GUESTS."""
+
+    def connect(self, domid: int) -> XsClient: ...
+    def create(self, domid: int) -> None: ...
+    def destroy(self, domid: int) -> None: ...
+
+
+class Embedded:
+    """The embedded store, in a thread of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._ready: queue.Queue[tuple[trio.lowlevel.TrioToken, trio.CancelScope]] = queue.Queue()
+        self._thread = threading.Thread(target=trio.run, args=(self._run,))
+        self._thread.start()
+        self._token, self._scope = self._ready.get(timeout=TIMEOUT)
+
+    async def _run(self) -> None:
+        self._store = EmbeddedStore(populate=False)
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for domid in (0, *GUESTS):
+                await self._listen(domid)
+            self._ready.put((trio.lowlevel.current_trio_token(), nursery.cancel_scope))
+
+    async def _listen(self, domid: int) -> None:
+        await self._nursery.start(self._store.listen, self._path(domid), domid)
+
+    def _path(self, domid: int) -> str:
+        return str(self._directory / f"{domid}.sock")
+
+    def connect(self, domid: int) -> XsClient:
+        return XsClient(self._path(domid), TIMEOUT)
+
+    def create(self, domid: int) -> None:
+        trio.from_thread.run_sync(self._store.introduce, domid, trio_token=self._token)
+
+    def destroy(self, domid: int) -> None:
+        trio.from_thread.run_sync(self._store.destroy, domid, trio_token=self._token)
+
+    def close(self) -> None:
+        trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive()
+        assert os.listdir(self._directory) == []
+
+
+class Real:
+    def __init__(self, daemon: RealXenstored) -> None:
+        self._daemon = daemon
+
+    def connect(self, domid: int) -> XsClient:
+        return self._daemon.client(domid or None, TIMEOUT)
+
+    def create(self, domid: int) -> None:
+        if domid in GUESTS:
+            self._daemon.add_guest(domid)
+        else:
+            self._daemon.create_domain(domid)
+            self._daemon.introduce(domid)
+
+    def destroy(self, domid: int) -> None:
+        self._daemon.destroy_domain(domid)
+        # The daemon hears of it through its event channel, not through the socket.
+        with self._daemon.client(timeout=TIMEOUT) as dom0:
+            deadline = time.monotonic() + TIMEOUT
+            while dom0.introduced(domid):
+                assert time.monotonic() < deadline
+
+
+@contextlib.contextmanager
+def backend(kind: str, directory: Path) -> Iterator[Backend]:
+    if kind == "embedded":
+        embedded = Embedded(directory)
+        try:
+            yield embedded
+        finally:
+            embedded.close()
+    else:
+        with RealXenstored(kind, guests=GUESTS) as daemon:
+            yield Real(daemon)
+
+
+# -------------------------------------------------------------------------------------- the runner
+
+
+class Run:
+    """One scenario on one store."""
+
+    def __init__(self, store: Backend, kind: str) -> None:
+        self._store = store
+        self._kind = kind
+        self._clients: dict[str, XsClient] = {}
+        self._transactions: dict[str, int] = {}
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+
+    def client(self, who: str) -> XsClient:
+        if who not in self._clients:
+            self._clients[who] = self._store.connect(CONNECTIONS[who])
+        return self._clients[who]
+
+    def expected(self, value: T | Differs[T]) -> T:
+        if isinstance(value, Differs):
+            return value.ocaml if self._kind == "ocaml" else value.c
+        return value
+
+    def expected_reply(self, value: Reply | Differs[Reply]) -> Reply:
+        if isinstance(value, Differs):
+            return value.ocaml if self._kind == "ocaml" else value.c
+        return value
+
+    def ask(self, step: Ask) -> None:
+        client = self.client(step.who)
+        op, payload = step.request
+        tx_id = self._transactions[step.tx] if step.tx else 0
+        req_id = client.send(op, payload, tx_id)
+        got_op, got_req_id, got_tx_id, got = self.receive_reply(client)
+        assert got_req_id == req_id
+        # The OCaml daemon forgets the tx_id of a WATCH.  A guest's kernel puts that right.
+        watches = op in (Op.WATCH, Op.UNWATCH) and CONNECTIONS[step.who] == 0
+        forgets = self._kind == "ocaml" and watches
+        assert got_tx_id == (0 if forgets else tx_id)
+        if step.starts:
+            assert got_op == op
+            self._transactions[step.starts] = int(got.rstrip(b"\0"))
+        else:
+            check_reply(op, got_op, got, self.expected_reply(step.reply))
+
+    @staticmethod
+    def receive_reply(client: XsClient) -> tuple[int, int, int, bytes]:
+        while (message := client.receive())[0] == Op.WATCH_EVENT:
+            assert message[1:3] == (0, 0)
+            path, token, rest = message[3].split(b"\0")
+            assert rest == b""
+            client.events.append((path.decode(), token.decode()))
+        return message
+
+    def many(self, step: Many) -> None:
+        tx_id = self._transactions[step.tx] if step.tx else 0
+        expected = self.expected_reply(step.reply)
+        for request, got in zip(
+            step.requests,
+            self.client(step.who).pipeline((op, payload, tx_id) for op, payload in step.requests),
+            strict=True,
+        ):
+            if isinstance(got, XsError):
+                check_reply(request.op, Op.ERROR, got.name.encode() + b"\0", expected)
+            else:
+                check_reply(request.op, request.op, got, expected)
+
+    def events(self, who: str) -> tuple[Event, ...]:
+        """The events which a connection has got: all which the requests so far have caused."""
+        client = self.client(who)
+        client.send("GET_DOMAIN_PATH", b"0\0")
+        self.receive_reply(client)
+        found = tuple(client.events)
+        client.events.clear()
+        return found
+
+    def told(self, step: Told) -> None:
+        assert self.events(step.who) == self.expected(step.events)
+
+    def order(self, step: Order) -> None:
+        client = self.client(step.who)
+        client.send(*step.request)
+        client.send("GET_DOMAIN_PATH", b"0\0")
+        ops = [client.receive()[0] for _ in range(3)]
+        order = [Op.WATCH_EVENT, step.request.op]
+        if not self.expected(step.event_first):
+            order.reverse()
+        assert ops == [*order, Op.GET_DOMAIN_PATH]
+
+    def oversize(self, step: Oversize) -> None:
+        client = self._clients.pop(step.who, None) or self.client(step.who)
+        client.sock.sendall(HEADER.pack(Op.READ, 1, 0, 4097) + b"/" * 4097)
+        if self.expected(step.ends):
+            with pytest.raises(XsEOF):
+                client.receive()
+        else:
+            assert client.receive()[0] == Op.ERROR
+        client.close()
+
+    def shut(self, step: Close) -> None:
+        self._clients.pop(step.who).close()
+
+    def step(self, step: Step) -> None:
+        match step:
+            case Ask():
+                self.ask(step)
+            case Many():
+                self.many(step)
+            case Told():
+                self.told(step)
+            case Order():
+                self.order(step)
+            case Oversize():
+                self.oversize(step)
+            case Create():
+                self._store.create(step.domid)
+            case Destroy():
+                self._store.destroy(step.domid)
+            case Close():
+                self.shut(step)
+
+    def finish(self) -> None:
+        for who in self._clients:
+            assert self.events(who) == (), who
+
+
+def check_reply(op: int, got_op: int, got: bytes, expected: Reply) -> None:
+    if isinstance(expected, Error):
+        assert (got_op, got) == (Op.ERROR, expected.name.encode() + b"\0")
+    elif isinstance(expected, Part):
+        assert got_op == op, got
+        generation, _, part = got.partition(b"\0")
+        assert generation.isdigit()
+        assert part == expected.names
+    else:
+        assert (got_op, got) == (op, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(name: str, kind: str, tmp_path: Path) -> None:
+    with backend(kind, tmp_path) as store:
+        run = Run(store, kind)
+        try:
+            for number, step in enumerate((*HOMES, *SCENARIOS[name])):
+                try:
+                    run.step(step)
+                except Exception as error:
+                    error.add_note(f"step {number - len(HOMES)}: {step!r:.300}")
+                    raise
+            run.finish()
+        finally:
+            run.close()
+
+
+# ------------------------------------------------------------------------- random requests, twice
+
+EXAMPLES = 200
+STEPS = 60
+
+NODES = (
+    *(b"/w", b"/w/a", b"/w/a/b", b"/w/a/c", b"/w/b", b"data", b"data/a", b"data/a/b"),
+    *(b"/w/a", b"/w/a/b", b"/local/domain/7/data/a"),
+)
+PATHS = (*NODES, *NODES, b"/", b"name", b"/local/domain/7", b"@releaseDomain", b"/bad//path")
+PERMS = (
+    *("n0", "n7", "n9", "r0", "b0", "w0", "n0 r7", "n0 b7", "n0 w7", "n7 r0", "n7 b9", "n9 b7"),
+    *("b7 n9", "r9", "n0 r9 w7", "n0 n7 b7", "n0 r8", "n7 r1 r2 r3 r4 r5", "n99"),
+)
+VALUES = (b"", b"1", b"2", b"n\0ul", b"v" * 1990, b"v" * 2020)
+MORTAL = 9
+"""The domain which comes and goes."""
+
+FIRST: Scenario = (
+    Create(MORTAL),
+    *node(b"/w", "b7 r9"),
+    *node(b"/w/a", "n0 b7"),
+    *node(b"/w/a/b", "n9 r7"),
+    Ask("dom0", set_perms(b"@releaseDomain", "n0 r7")),
+    *(Ask("dom0", protocol.watch(path, b"t")) for path in (b"/w/a", b"/", b"@releaseDomain")),
+    *(
+        Ask("second", protocol.watch(path, b"t"))
+        for path in (b"/w/a/b", b"/w/b", b"@introduceDomain")
+    ),
+    *(Ask("guest", protocol.watch(path, b"t")) for path in (b"/w", b"data", b"data/a")),
+    *(Ask("guest", protocol.watch(path, b"u")) for path in (b"/w/a", b"@releaseDomain")),
+)
+"""Nodes of all owners and watches of all kinds, so that most steps have something to tell."""
+
+
+@dataclass(frozen=True)
+class Random:
+    """A request, in one of the transactions which the connection has open then, if any: `tx` picks
+    it (None: outside)."""
+
+    who: str
+    request: tuple[int, bytes]
+    tx: int | None = None
+
+
+@dataclass(frozen=True)
+class LifeOrDeath:
+    """MORTAL begins to exist, or ceases to."""
+
+
+def survivable(permissions: tuple[bytes, str]) -> bool:
+    """xenstored loses its root, and everything, when the domain dies which owns it."""
+    path, perms = permissions
+    return path != b"/" or perms[1:2] != str(MORTAL)
+
+
+def weighted(*choices: tuple[int, st.SearchStrategy[T]]) -> st.SearchStrategy[T]:
+    """One of the strategies, as often as its weight says.  (one_of() drops repetitions.)"""
+    indices = [index for index, (weight, _) in enumerate(choices) for _ in range(weight)]
+    return st.sampled_from(indices).flatmap(lambda index: choices[index][1])
+
+
+def requests() -> st.SearchStrategy[tuple[int, bytes]]:
+    path = st.sampled_from(PATHS)
+    token = st.sampled_from((b"t", b"u"))
+    reading = st.sampled_from((Op.READ, Op.DIRECTORY, Op.GET_PERMS))
+    # SET_PERMS of special names is left to the table: xenstored forgets to set the error's name.
+    permissions = st.tuples(st.sampled_from((*NODES, b"/")), st.sampled_from(PERMS))
+    return weighted(
+        (10, st.builds(protocol.write, path, st.sampled_from(VALUES))),
+        (4, path.map(lambda path: (Op.RM, path + b"\0"))),
+        (2, path.map(protocol.mkdir)),
+        (4, permissions.filter(survivable).map(lambda pair: set_perms(*pair))),
+        (3, st.builds(lambda op, path: (op, path + b"\0"), reading, path)),
+        (1, st.builds(protocol.directory_part, path, st.integers(0, 9))),
+        (1, st.builds(protocol.watch, path, token)),
+        (1, st.builds(protocol.unwatch, path, token)),
+        (6, st.just(protocol.transaction_start())),
+        (6, st.just(protocol.transaction_end(True))),
+        (1, st.just(protocol.transaction_end(False))),
+    )
+
+
+STEP: st.SearchStrategy[Random | LifeOrDeath] = weighted(
+    (
+        50,
+        st.builds(
+            Random,
+            st.sampled_from(("dom0", "second", "guest")),
+            requests(),
+            st.sampled_from((None, 0, 1)),
+        ),
+    ),
+    (1, st.builds(Random, st.just("guest"), st.just((Op.RESET_WATCHES, b"\0")))),
+    (2, st.just(LifeOrDeath())),
+)
+
+
+class Side:
+    """One of the two stores compared."""
+
+    def __init__(self, store: Backend, kind: str) -> None:
+        self._store = store
+        self._run = Run(store, kind)
+        for step in (*HOMES, *FIRST):
+            self._run.step(step)
+        self._open: dict[str, list[int]] = {"dom0": [], "second": [], "guest": []}
+        self._mortal = True
+
+    def close(self) -> None:
+        self._run.close()
+
+    def step(self, step: Random | LifeOrDeath) -> object:
+        """What is to be the same on both sides: the reply, and the events of each connection."""
+        seen: object = None
+        if isinstance(step, Random):
+            seen = self._ask(step)
+        elif self._mortal:
+            self._store.destroy(MORTAL)
+        else:
+            self._store.create(MORTAL)
+        if isinstance(step, LifeOrDeath):
+            self._mortal = not self._mortal
+        return seen, [self._run.events(who) for who in self._open]
+
+    def _ask(self, step: Random) -> object:
+        client = self._run.client(step.who)
+        op, payload = step.request
+        started = self._open[step.who]
+        tx_id = 0
+        choice = 0 if op == Op.TRANSACTION_END else step.tx
+        if started and choice is not None and op not in (Op.RESET_WATCHES, Op.TRANSACTION_START):
+            tx_id = started[choice % len(started)]
+        client.send(op, payload, tx_id, req_id=77)
+        reply = self._run.receive_reply(client)
+        if op == Op.TRANSACTION_START and reply[0] == op:
+            started.append(int(reply[3].rstrip(b"\0")))
+        elif op == Op.TRANSACTION_END and tx_id:
+            started.remove(tx_id)
+        elif op == Op.RESET_WATCHES:
+            started.clear()
+        return reply
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(steps=st.lists(STEP, min_size=STEPS // 2, max_size=STEPS))
+def test_random_requests(steps: list[Random | LifeOrDeath]) -> None:
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        sides = []
+        for kind in ("embedded", "C"):
+            side = Side(stack.enter_context(backend(kind, directory)), kind)
+            stack.callback(side.close)
+            sides.append(side)
+        embedded, real = sides
+        for number, step in enumerate(steps):
+            assert embedded.step(step) == real.step(step), f"step {number}: {step}"

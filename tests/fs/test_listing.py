@@ -1,0 +1,403 @@
+"""Ring: listings in process, over the embedded store, without a kernel.
+
+How they are asked for, what the kernel is told, and what may happen between the opening, the parts in
+which a directory is read, and a rewind.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pyfuse3
+import pytest
+
+from tests.support.operating import (
+    ROOT,
+    World,
+    ctx,
+    entries_of,
+    in_world,
+    in_world_of,
+    listed,
+    refused,
+)
+from xsfs.fs.inodes import FORGOTTEN
+from xsfs.fs.listing import DirectoryHandle
+from xsfs.view.children import Children, LookInside
+from xsfs.view.looks import Look
+from xsfs.view.names import join
+from xsfs.view.view import LOOK_WINDOW
+from xsfs.xenstore.errors import ConnectionLost
+from xsfs.xenstore.protocol import WireError
+from xsfs.xenstore.store import open_store
+
+
+@in_world
+async def test_a_listing_asks_one_burst_for_the_names(w: World) -> None:
+    assert await w.costs(lambda: w.operations.opendir(ROOT, ctx())) == 2
+
+
+@in_world
+async def test_a_stat_tells_which_names_to_ask_for(w: World) -> None:
+    await w.store.write("data/d/x", b"1")
+    directory = (await w.lookup(b"data", b"d")).st_ino
+    assert await w.costs(lambda: w.operations.getattr(directory, ctx())) == 1
+    assert await w.costs(lambda: w.operations.opendir(directory, ctx())) == 2 + 1
+
+
+@in_world
+async def test_a_listing_asks_for_values_only_where_the_kind_depends_on_them(w: World) -> None:
+    await w.store.write("data/file", b"value")
+    await w.store.mkdir("device")
+    looks: dict[bytes, Look | None] = {}
+
+    async def look(path: bytes, *names: bytes) -> None:
+        looks.update(await w.view.look_at_children(path, names))
+
+    home = w.view.home
+    assert await w.costs(lambda: look(home + b"/data", b"file")) == 1
+    # What has children is a directory, whatever its value.
+    assert await w.costs(lambda: look(home, b"data")) == 1
+    # What is empty may be one by custom, or because it was one.
+    assert await w.costs(lambda: look(home, b"device", b"data")) == 4
+    await w.store.delete("data/file")
+    assert await w.costs(lambda: look(home, b"data")) == 3
+    shown = {
+        name: look is not None and w.view.is_directory(join(home, name), look)
+        for name, look in looks.items()
+    }
+    assert shown == {b"file": False, b"device": True, b"data": True}
+
+
+@in_world
+async def test_it_makes_no_difference_when_the_answers_are_looked_at(w: World) -> None:
+    """While the next request is awaited, or when it comes; where a guess was right, wrong, or none."""
+    await w.store.write("data/file", b"value")
+    await w.store.write("data/directory/x", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    await w.operations.mkdir(data, b"empty", cast(Any, 0), ctx())
+    expected = {b".": True, b"..": True, b"file": False, b"directory": True, b"empty": True}
+
+    async def opened(*, early: bool) -> pyfuse3.FileHandleT:
+        fh = await w.operations.opendir(data, ctx())
+        if early:
+            w.operations._handles.get(fh).prepare()
+        return fh
+
+    for early in (True, False):
+        for _ in range(2):
+            assert await listed(w, await opened(early=early)) == expected
+        await w.store.write("data/new", b"value")
+        with_new = await opened(early=early)
+        await w.store.delete("data/new")
+        # Its name came too late for a guess: it is asked for when it is read, and has gone.
+        assert await listed(w, with_new) == expected
+        assert await listed(w, await opened(early=early)) == expected
+
+
+@in_world
+async def test_a_directory_that_is_renamed_before_it_is_read(w: World) -> None:
+    await w.store.write("data/d/file", b"value")
+    await w.store.write("data/d/full/x", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    before = (await w.lookup(b"data", b"d")).st_ino
+    await w.operations.mkdir(before, b"empty", cast(Any, 0), ctx())
+    expected = {b".": True, b"..": True, b"file": False, b"full": True, b"empty": True}
+    assert await listed(w, await w.operations.opendir(before, ctx())) == expected
+
+    fh = await w.operations.opendir(before, ctx())
+    w.operations.waiter.do_chore()
+    await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
+    assert await listed(w, fh) == expected
+    assert await listed(w, fh) == expected, "after a rewind"
+
+
+async def prepared(
+    w: World, directory: pyfuse3.InodeT, child: bytes = b"file"
+) -> pyfuse3.FileHandleT:
+    """A listing with this child that is made, but has not been read."""
+    await listed(w, await w.operations.opendir(directory, ctx()))
+    fh = await w.operations.opendir(directory, ctx())
+    w.operations.waiter.do_chore()
+    handle = w.operations._handles.get(fh)
+    assert isinstance(handle, DirectoryHandle)
+    assert child in handle.made
+    return fh
+
+
+@in_world
+async def test_a_child_that_is_looked_up_before_it_is_read(w: World) -> None:
+    await w.store.write("data/file", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    fh = await prepared(w, data)
+    handle = w.operations._handles.get(fh)
+    assert isinstance(handle, DirectoryHandle)
+    found = handle.made[b"file"]
+    assert found is not None
+    made = found[1]
+    await w.operations.forget([(made.inode, made.lookups)])
+    file = (await w.lookup(b"data", b"file")).st_ino
+    known = w.tree.get(file)
+    assert known is not made
+    await listed(w, fh)
+    assert w.tree.get(file) is known
+    assert known.lookups == 2
+    assert made.lookups == FORGOTTEN
+
+
+async def forget(w: World, inode: pyfuse3.InodeT) -> None:
+    """The kernel forgets the node."""
+    await w.operations.forget([(inode, w.tree.get(inode).lookups)])
+    assert w.tree.peek(inode) is None
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_child_that_is_renamed_before_it_is_read(*, forgotten: bool) -> None:
+    @in_world
+    async def run(w: World) -> None:
+        await w.store.write("data/file", b"value")
+        data = (await w.lookup(b"data")).st_ino
+        fh = await prepared(w, data)
+        file = (await w.lookup(b"data", b"file")).st_ino
+        await w.operations.rename(data, b"file", data, b"new", cast(Any, 0), ctx())
+        if forgotten:
+            await forget(w, file)
+        inode = (await entries_of(w, fh))[b"file"].inode
+        assert w.tree.get(inode).path == b"/local/domain/0/data/file"
+        if not forgotten:
+            assert w.tree.get(file).path == b"/local/domain/0/data/new"
+
+    run()
+
+
+@in_world
+async def test_a_directory_that_was_renamed_and_is_forgotten_before_it_is_read(w: World) -> None:
+    """It comes back under the number of the place where it is, so that it is found when it moves on."""
+    await w.store.write("data/old/x", b"1")
+    data = (await w.lookup(b"data")).st_ino
+    old = (await w.lookup(b"data", b"old")).st_ino
+    await w.operations.rename(data, b"old", data, b"new", cast(Any, 0), ctx())
+    fh = await prepared(w, data, b"new")
+    await forget(w, old)
+    inode = (await entries_of(w, fh))[b"new"].inode
+    assert inode != old
+    await w.operations.rename(data, b"new", data, b"third", cast(Any, 0), ctx())
+    assert w.tree.get(inode).path == b"/local/domain/0/data/third"
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_child_that_is_replaced_before_it_is_read(*, forgotten: bool) -> None:
+    @in_world
+    async def run(w: World) -> None:
+        await w.store.write("data/file", b"value")
+        await w.store.write("data/other", b"value")
+        data = (await w.lookup(b"data")).st_ino
+        fh = await prepared(w, data)
+        other = (await w.lookup(b"data", b"other")).st_ino
+        file = (await w.lookup(b"data", b"file")).st_ino
+        if forgotten:
+            await forget(w, file)
+        await w.operations.rename(data, b"other", data, b"file", cast(Any, 0), ctx())
+        assert (await entries_of(w, fh))[b"file"].inode == other, "what is there now"
+
+    run()
+
+
+@in_world
+async def test_a_child_that_is_moved_to_another_directory_before_it_is_read(w: World) -> None:
+    await w.store.write("data/file", b"value")
+    await w.store.write("data/other/x", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    other = (await w.lookup(b"data", b"other")).st_ino
+    fh = await prepared(w, data)
+    file = (await w.lookup(b"data", b"file")).st_ino
+    await w.operations.rename(data, b"file", other, b"file", cast(Any, 0), ctx())
+    inode = (await entries_of(w, fh))[b"file"].inode
+    assert w.tree.get(inode).path == b"/local/domain/0/data/file"
+    assert w.tree.get(file).path == b"/local/domain/0/data/other/file"
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
+def test_an_empty_directory_that_goes_before_it_is_read(how: str) -> None:
+    """What the kernel is told of the name is all of one kind, or it would take the inode for broken."""
+
+    @in_world
+    async def run(w: World) -> None:
+        await w.store.write("data/a", b"v")
+        data = (await w.lookup(b"data")).st_ino
+        await w.operations.mkdir(data, b"empty", cast(Any, 0), ctx())
+        fh = await w.operations.opendir(data, ctx())
+        w.operations.waiter.do_chore()
+        told = await entries_of(w, fh, 0, 3)
+        assert list(told) == [b".", b"..", b"a"]
+        if how == "renamed":
+            await w.operations.rename(data, b"empty", data, b"new", cast(Any, 0), ctx())
+        else:
+            await w.operations.rmdir(data, b"empty", ctx())
+        if how == "replaced":
+            await w.store.write("data/empty", b"a file")
+        told = await entries_of(w, fh, told[b"a"].next_id)
+        assert list(told) == [b"empty"]
+        for entry in told.values():
+            node = w.tree.get(entry.inode)
+            assert stat.S_IFMT(entry.mode) == node.kind
+            assert entry.timeout == node.entry_timeout
+
+    run()
+
+
+@in_world
+async def test_a_rewind_that_is_refused_changes_nothing(w: World) -> None:
+    await w.store.write("data/d/file", b"value")
+    directory = (await w.lookup(b"data", b"d")).st_ino
+    expected = {b".": True, b"..": True, b"file": False}
+    fh = await w.operations.opendir(directory, ctx())
+    assert await listed(w, fh) == expected
+    await w.store.delete("data/d")
+    await refused(errno.ESTALE, listed(w, fh))
+    assert list(await listed(w, fh, 1)) == [b"..", b"file"]
+    await w.store.write("data/d/file", b"value")
+    assert await listed(w, fh) == expected
+
+
+@in_world
+async def test_a_listing_that_is_begun_at_its_end(w: World) -> None:
+    """What was made since is there after a rewind."""
+    await w.store.write("data/a", "1")
+    data = await w.lookup(b"data")
+    fh = await w.operations.opendir(data.st_ino, ctx())
+    assert await entries_of(w, fh, 1000) == {}
+    await w.store.write("data/b", "1")
+    assert set(await entries_of(w, fh)) == {b".", b"..", b"a", b"b"}
+    assert await entries_of(w, fh, 1000) == {}
+    await w.operations.mkdir(data.st_ino, b"c", cast(Any, 0), ctx())
+    await listed(w, await w.operations.opendir(data.st_ino, ctx()))
+    fh = await w.operations.opendir(data.st_ino, ctx())
+    assert await w.costs(lambda: entries_of(w, fh, 1000)) == 0, "though c is in doubt"
+
+
+@in_world
+async def test_a_listing_that_makes_no_sense_is_met_by_who_reads_it(w: World) -> None:
+    data = (await w.lookup(b"data")).st_ino
+
+    class Nonsense(LookInside):
+        def digest(self) -> Children:
+            raise WireError("a listing that makes no sense")
+
+    fh = await w.operations.opendir(data, ctx())
+    handle = w.operations._handles.get(fh)
+    assert isinstance(handle, DirectoryHandle)
+    handle.inside = Nonsense(w.view, b"/")
+    w.operations.waiter.do_chore()
+    await refused(errno.EIO, listed(w, fh))
+    # It was met; from the start on it is asked again.
+    assert await listed(w, fh, 1) == {b"..": True}
+    assert await listed(w, fh) == {b".": True, b"..": True}
+
+
+@in_world
+async def test_a_listing_in_parts(w: World) -> None:
+    """The kernel knows what it was given, and no more; from anywhere on, also back, it is the same."""
+    await w.store.write("data", b"value")
+    for number in range(4):
+        await w.store.write(f"data/{number}", b"1")
+    data = (await w.lookup(b"data")).st_ino
+    fh = await w.operations.opendir(data, ctx())
+    first = await entries_of(w, fh, 0, 5)
+    assert list(first) == [b".", b"..", b".value", b"0", b"1"]
+    known = {entry.inode for entry in first.values()}
+    assert [w.tree.get(inode).lookups for inode in known - {data}] == [1, 1, 1]
+    assert len(w.tree) == 2 + 3, "the root and data, and what was listed"
+    rest = await entries_of(w, fh, first[b"1"].next_id)
+    assert list(rest) == [b"2", b"3"]
+    assert await entries_of(w, fh, 2) == {
+        name: entry for name, entry in (first | rest).items() if name not in (b".", b"..")
+    }
+    assert first[b"."].inode == first[b".."].inode == data
+
+
+@in_world
+async def test_a_reply_that_fails_in_the_middle_tells_the_kernel_of_nothing(w: World) -> None:
+    for number in range(LOOK_WINDOW + 50):
+        await w.store.write(f"data/{number}", b"1")
+    data = (await w.lookup(b"data")).st_ino
+    known = await w.lookup(b"data", b"7")
+    look_at_children = w.view.look_at_children
+    asked = 0
+
+    async def look(path: bytes, names: Sequence[bytes]) -> dict[bytes, Look | None]:
+        nonlocal asked
+        asked += 1
+        if asked % 2 == 0:
+            raise ConnectionLost("in the middle")
+        return await look_at_children(path, names)
+
+    fh = await w.operations.opendir(data, ctx())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w.view, "look_at_children", look)
+        for times in (1, 2):
+            await refused(errno.EIO, listed(w, fh))
+            assert asked == 2 * times
+            assert len(w.tree) == 3, "the root, data, and what was looked up"
+            assert w.tree.get(known.st_ino).lookups == 1
+    assert len(await listed(w, fh)) == 2 + LOOK_WINDOW + 50
+    assert w.tree.get(known.st_ino).lookups == 2
+
+
+@in_world
+async def test_a_directory_that_is_renamed_between_two_parts(w: World) -> None:
+    for number in range(LOOK_WINDOW + 50):
+        await w.store.write(f"data/d/{number}", b"1")
+    data = (await w.lookup(b"data")).st_ino
+    fh = await w.operations.opendir((await w.lookup(b"data", b"d")).st_ino, ctx())
+    first = await entries_of(w, fh, 0, 100)
+    await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
+    last = list(first.values())[-1]
+    rest = await entries_of(w, fh, last.next_id)
+    assert len(first) + len(rest) == LOOK_WINDOW + 50 + 2
+
+
+@in_world
+async def test_a_value_of_a_directory_is_listed_as_the_file_that_it_is(w: World) -> None:
+    await w.store.write("data/d", b"value")
+    await w.store.write("data/d/x", b"1")
+    directory = await w.lookup(b"data", b"d")
+    value = await w.lookup(b"data", b"d", b".value")
+    told = await entries_of(w, await w.operations.opendir(directory.st_ino, ctx()))
+    assert told[b".value"][:2] == (value.st_ino, value.st_mode)
+
+
+@in_world_of(5)
+async def test_what_a_guest_may_only_read_is_listed_so(w: World) -> None:
+    home = "/local/domain/5"
+    async with open_store(connect=w.connect_as(0)) as dom0:
+        await dom0.write(f"{home}/data/d", "value")
+        await dom0.write(f"{home}/data/d/x", "value")
+        for path, perms in (
+            *((home, "n5"), (f"{home}/data", "n5")),
+            *((f"{home}/data/d", "r0"), (f"{home}/data/d/x", "r0")),
+        ):
+            await dom0.set_perms(path, perms)
+    directory = (await w.lookup(b"data", b"d")).st_ino
+    told = await entries_of(w, await w.operations.opendir(directory, ctx()))
+    assert told[b".value"].mode == told[b"x"].mode == stat.S_IFREG | 0o400
+
+
+@in_world
+async def test_what_was_listed_as_a_directory_stays_one_without_children(w: World) -> None:
+    await w.store.write("data/d/x", b"1")
+    data = (await w.lookup(b"data")).st_ino
+    await listed(w, await w.operations.opendir(data, ctx()))
+    await w.store.delete("data/d/x")
+    assert stat.S_ISDIR((await w.lookup(b"data", b"d")).st_mode)
+    assert (await listed(w, await w.operations.opendir(data, ctx())))[b"d"]
+
+
+@in_world
+async def test_the_directory_data_is_listed_while_it_is_not_there(w: World) -> None:
+    await w.store.delete("data")
+    for _ in range(2):  # the second time it is among the names that are guessed, and is not
+        assert (await listed(w, await w.operations.opendir(ROOT, ctx())))[b"data"]

@@ -1,0 +1,210 @@
+"""Ring: the operations in process, over the embedded store, without a kernel.
+
+Here are the facts that a kernel hides: how many requests an operation costs, and what becomes of an
+exception.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+import pyfuse3
+import pytest
+from pyfuse3 import FUSEError
+
+from tests.support.operating import (
+    APPEND,
+    EXCL,
+    RDONLY,
+    ROOT,
+    TRUNC,
+    WRONLY,
+    World,
+    ctx,
+    in_world,
+    refused,
+)
+from xsfs.fs.directories import Directory
+from xsfs.fs.verdicts import errno_of
+from xsfs.view.known import KNOWN_MAX, KnownDirectories
+from xsfs.xenstore.errors import (
+    ConnectionLost,
+    RequestTimeout,
+    StoreUnavailable,
+    TransactionEnded,
+    XenstoreError,
+)
+from xsfs.xenstore.protocol import WireError, directory, read, watch, write
+
+# ------------------------------------------------------------------------------------ round trips
+
+
+@in_world
+async def test_open_read_close_asks_once(w: World) -> None:
+    async def cat() -> None:
+        entry = await w.lookup(b"name")
+        handle = await w.operations.open(entry.st_ino, RDONLY, ctx())
+        assert await w.operations.read(handle.fh, 0, 4096) == b"Domain-0\n"
+        assert await w.operations.read(handle.fh, 9, 4096) == b""
+        await w.operations.release(handle.fh)
+
+    assert await w.costs(cat) == 2  # READ and DIRECTORY, in one burst
+    assert len(w.operations) == 0
+
+
+@in_world
+async def test_an_open_by_another_thread_asks_itself(w: World) -> None:
+    entry = await w.lookup(b"name", pid=1)
+
+    async def open_it() -> None:
+        await w.operations.open(entry.st_ino, RDONLY, ctx(2))
+
+    assert await w.costs(open_it) == 2
+    # And a value is given once.
+    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(1))) == 0
+    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(1))) == 2
+
+
+@in_world
+async def test_a_write_drops_what_was_fetched_before(w: World) -> None:
+    await w.store.write("data/x", "old")
+    entry = await w.lookup(b"data", b"x")
+    writer = await w.operations.open(entry.st_ino, WRONLY | TRUNC, ctx(2))
+    await w.operations.write(writer.fh, 0, b"new\n")
+    reader = await w.operations.open(entry.st_ino, RDONLY, ctx(1))
+    assert await w.operations.read(reader.fh, 0, 4096) == b"new\n"
+
+
+@in_world
+async def test_echo_is_one_request(w: World) -> None:
+    await w.store.write("data/x", "old")
+    entry = await w.lookup(b"data", b"x")
+
+    async def echo() -> None:
+        handle = await w.operations.open(entry.st_ino, WRONLY | TRUNC, ctx())
+        await w.operations.write(handle.fh, 0, b"42\n")
+        await w.operations.release(handle.fh)
+
+    assert await w.costs(echo) == 1
+
+    async def echo_to_a_new_one() -> None:
+        data = await w.lookup(b"data")
+        before = w.store.requests
+        info, _ = await w.operations.create(data.st_ino, b"new", 0o644, WRONLY | TRUNC, ctx())
+        await w.operations.write(info.fh, 0, b"42\n")
+        await w.operations.release(info.fh)
+        assert w.store.requests - before == 1
+
+    await echo_to_a_new_one()
+    assert await w.store.read("data/new") == b"42"
+
+
+def test_known_directories_are_bounded() -> None:
+    known = KnownDirectories()
+    for number in range(KNOWN_MAX + 10):
+        known.add(b"/%d" % number)
+    assert known.get(b"/9") is None
+    assert known.get(b"/10") is False
+    known.add(b"/10", with_value=True)
+    known.add(b"/10")
+    assert known.get(b"/10") is True
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+def test_verdicts() -> None:
+    for name in ("ENOENT", "EACCES", "EPERM", "ENOSPC", "EAGAIN", "EEXIST", "EROFS", "EBUSY"):
+        assert errno_of(XenstoreError(name, read(b"/x"))) == getattr(errno, name)
+    assert errno_of(XenstoreError("EQUOTA", write(b"/x", b""))) == errno.EDQUOT
+    assert errno_of(XenstoreError("E2BIG", write(b"/x", b""))) == errno.EFBIG
+    assert errno_of(XenstoreError("E2BIG", directory(b"/x"))) == errno.E2BIG
+    assert errno_of(XenstoreError("E2BIG", watch(b"/x", b"t"))) == errno.ENOSPC
+    assert errno_of(XenstoreError("EINVAL", read(b"/x"))) == errno.EINVAL
+    assert errno_of(XenstoreError("EINVAL", read(b"/" + b"x" * 2048))) == errno.ENAMETOOLONG
+    assert errno_of(XenstoreError("EINVAL", watch(b"/x", b"t"))) == errno.EDQUOT
+    assert errno_of(XenstoreError("EINVAL", watch(b"/" + b"x" * 2048, b"t"))) == errno.ENAMETOOLONG
+    assert errno_of(XenstoreError("EWHATEVER", read(b"/x"))) == errno.EIO
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (FUSEError(errno.ENOTDIR), errno.ENOTDIR),
+        (XenstoreError("EAGAIN", read(b"/x")), errno.EAGAIN),
+        (ConnectionLost("gone"), errno.EIO),
+        (RequestTimeout("late"), errno.ETIMEDOUT),
+        (TransactionEnded("ended"), errno.ESTALE),
+        (StoreUnavailable("none", "hint"), errno.EIO),
+        (WireError("nonsense"), errno.EIO),
+        (KeyError("a bug"), errno.EIO),
+        (AssertionError("a bug"), errno.EIO),
+    ],
+)
+def test_every_exception_becomes_an_errno(
+    error: Exception,
+    number: int,
+    at_once: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An exception in a handler is EIO and a logged traceback, never a dead mount."""
+
+    def fail_at_once(self: Directory, name: bytes, pid: int) -> pyfuse3.EntryAttributes:
+        raise error
+
+    async def fail_later(self: Directory, name: bytes, pid: int) -> pyfuse3.EntryAttributes:
+        raise error
+
+    fail = fail_at_once if at_once else fail_later
+
+    @in_world
+    async def test(w: World) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Directory, "lookup", fail)
+            await refused(number, w.operations.lookup(ROOT, b"name", ctx()))
+            w.operations.traces = True
+            await refused(number, w.operations.lookup(ROOT, b"name", ctx()))
+            w.operations.traces = False
+        answered = w.operations.answered
+        assert (await w.lookup(b"name")).st_size == 9
+        assert w.operations.answered == answered + 1
+        assert w.operations.waiter.under_way == 0
+
+    with caplog.at_level(logging.WARNING):
+        test()
+    bug = isinstance(error, KeyError | AssertionError)
+    assert ("Traceback" in caplog.text) is bug
+
+
+@in_world
+async def test_handles_that_are_not_open(w: World) -> None:
+    await refused(errno.EIO, w.operations.read(4711, 0, 10))
+    await refused(errno.EIO, w.operations.release(4711))
+
+
+@in_world
+async def test_what_is_due_at_the_end_is_written(w: World) -> None:
+    await w.store.write("data/x", "old")
+    entry = await w.lookup(b"data", b"x")
+    await w.operations.open(entry.st_ino, WRONLY | TRUNC, ctx())
+    data = await w.lookup(b"data")
+    await w.operations.create(data.st_ino, b"touched", 0o644, WRONLY | APPEND, ctx())
+    assert await w.store.read("data/x") == b"old"
+    await w.operations.end()
+    assert await w.store.read("data/x") == b""
+    assert await w.store.read("data/touched") == b""
+    assert len(w.operations) == 0
+
+
+@in_world
+async def test_exclusive_creation(w: World) -> None:
+    data = await w.lookup(b"data")
+    await w.operations.create(data.st_ino, b"lock", 0o644, WRONLY | EXCL, ctx())
+    # Whoever looked before it was there, and comes later.
+    await refused(
+        errno.EEXIST, w.operations.create(data.st_ino, b"lock", 0o644, WRONLY | EXCL, ctx())
+    )
+    await refused(errno.EEXIST, w.operations.mkdir(data.st_ino, b"lock", 0o755, ctx()))

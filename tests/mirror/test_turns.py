@@ -1,0 +1,157 @@
+"""Ring: the live mirror without a mount, over every store.  Everyone's turn comes, whatever goes on."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from tests.support.mirroring import Live, await_true, live_at
+from tests.support.mounting import Place, each_place
+from tests.support.xenstored.harness import XsClient, strings
+from xsfs.mirror.mirror import RELEASE
+from xsfs.mirror.windows import TRIED_MAX, WINDOW, full_window, next_window
+
+ROOT = "/test"
+
+place = each_place("C", "ocaml", "embedded")
+
+
+@pytest.fixture(scope="module")
+def alive(place: Place) -> Iterator[Live]:
+    with live_at(place, ROOT) as alive:
+        yield alive
+
+
+@pytest.fixture
+def store(alive: Live) -> XsClient:
+    return alive.emptied()
+
+
+def queue(count: int) -> OrderedDict[bytes, None]:
+    return OrderedDict.fromkeys(b"%d" % number for number in range(count))
+
+
+def test_the_latest_come_first() -> None:
+    queued = queue(5)
+    assert next_window(queued, size=3) == [b"4", b"3", b"2"]
+    assert next_window(queued, size=3) == [b"1", b"0"]
+    assert next_window(queued, size=3) == []
+
+
+def test_a_quarter_are_those_that_have_waited_longest() -> None:
+    queued = queue(20)
+    newest = [b"19", b"18", b"17", b"16", b"15", b"14"]
+    assert next_window(queued, size=8, fair=True) == [*newest, b"0", b"1"]
+    assert next(iter(queued)) == b"2"
+    assert next_window(queue(9), size=2, fair=True) == [b"8", b"0"]
+    assert next_window(queue(3), size=8, fair=True) == [b"2", b"1", b"0"]
+
+
+def test_those_that_are_looked_at_anyway_take_nobodys_place() -> None:
+    queued = queue(6)
+    assert next_window(queued, {b"5", b"3", b"0"}, size=2, fair=True) == [b"4", b"1"]
+    assert list(queued) == [b"2", b"3"]
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_burst_is_filled_with_what_is_worth_it(step: int) -> None:
+    """And not beyond: those for whom there is no place stay."""
+
+    def worth(paths: Sequence[bytes]) -> list[bytes]:
+        return [path for path in paths if int(path) % step]
+
+    queued = queue(3 * WINDOW)
+    all_worth = worth(list(reversed(queued)))
+    assert full_window(queued, worth) == all_worth[:WINDOW]
+    assert worth(list(reversed(queued))) == all_worth[WINDOW:]
+    assert full_window(queued, worth) == all_worth[WINDOW : 2 * WINDOW]
+    assert full_window(queue(0), worth) == []
+
+
+def test_not_everything_is_gone_through_for_one_burst() -> None:
+    queued = queue(10 * WINDOW)
+    assert full_window(queued, lambda _: []) == []
+    assert len(queued) == 10 * WINDOW - TRIED_MAX
+
+
+@contextmanager
+def without_end(alive: Live, event: Callable[[], object]) -> Iterator[None]:
+    """Something comes whenever the mirror looks."""
+    ends = False
+
+    def again() -> None:
+        event()
+        if not ends:
+            alive.token.run_sync_soon(again)
+
+    alive.tell(again)
+    try:
+        yield
+    finally:
+        ends = True
+    alive.settle()
+
+
+def changes(alive: Live, path: bytes) -> Callable[[], object]:
+    return lambda: alive.mirror._changes.put(path)
+
+
+def domain_ends(alive: Live) -> None:
+    alive.mirror._releases.put(RELEASE)
+
+
+def test_one_who_writes_without_end_does_not_keep_new_directories_out(
+    alive: Live, store: XsClient
+) -> None:
+    store.write("/test/counter", "v")
+    with without_end(alive, changes(alive, b"/test/counter")):
+        for number in range(5):
+            store.write(f"/test/new/{number}/a/b", "v")
+            await_true(alive.path(f"new/{number}/a/b").exists, 5)
+
+
+@pytest.mark.parametrize("many", [50, 100, 300])
+def test_nor_is_the_rest_kept_from_being_looked_at(alive: Live, store: XsClient, many: int) -> None:
+    """When a domain ends, or the mount learns something, while the children of a directory that changes
+    must always be looked at, too."""
+    demands: list[Callable[[], None]] = [
+        lambda: domain_ends(alive),
+        lambda: alive.mirror._copy.again.update({b"/test/far": None, b"/test/deep": None}),
+    ]
+    places = ("far", "deep/down/there", "many/0", f"many/{many - 1}")
+    files = [alive.path(place) for place in places]
+
+    def are_right() -> bool:
+        return all(file.read_bytes() == b"v\n" for file in files)
+
+    store.pipeline(("WRITE", strings(f"/test/many/{n}") + b"v") for n in range(many))
+    store.write("/test/far", "v")
+    store.write("/test/deep/down/there", "v")
+    alive.settle()
+    with without_end(alive, changes(alive, b"/test/many")):
+        for demand in demands * 2:
+            for file in files:
+                file.write_bytes(b"what no event tells of")
+            alive.tell(demand)
+            await_true(are_right, 5)
+
+
+def test_domains_that_end_without_end_do_not_keep_the_depth_from_being_looked_at(
+    alive: Live, store: XsClient
+) -> None:
+    """Whenever everything is looked at, another one has ended before that is done."""
+    store.pipeline(("WRITE", strings(f"/test/{n}/a/b/c") + b"v") for n in range(100))
+    alive.settle()
+    files = [alive.path(f"{n}/a/b/c") for n in (0, 50, 99)]
+
+    def are_right() -> bool:
+        return all(file.read_bytes() == b"v\n" for file in files)
+
+    with without_end(alive, lambda: domain_ends(alive)):
+        for _ in range(3):
+            for file in files:
+                file.write_bytes(b"what no event tells of")
+            await_true(are_right, 5)

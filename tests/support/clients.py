@@ -1,0 +1,67 @@
+"""What the client's tests share: a store to ask, as whom, and a node of one's own in it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import trio
+
+from xsfs.xenstore.store import Store, open_store
+from xsfs.xenstore.watches import Subscription
+
+GUEST = 7
+HOME = f"/local/domain/{GUEST}"
+LIMIT = 20.0
+"""Seconds a test may take, over which something hangs."""
+TIMEOUT = 8.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store, and who asks it."""
+
+    kind: str
+    domid: int
+    path: str
+
+    @property
+    def root(self) -> str:
+        """A node below which one may do as one likes."""
+        return f"{HOME}/data" if self.domid else "/test"
+
+
+async def furnish(path: str) -> None:
+    """What a toolstack would write: the guest's home."""
+    async with open_store(path, timeout=TIMEOUT) as dom0:
+        for name, value, perms in (("domid", GUEST, f"n0,r{GUEST}"), ("data", "", f"n{GUEST}")):
+            await dom0.write(f"{HOME}/{name}", value)
+            await dom0.set_perms(f"{HOME}/{name}", perms)
+
+
+_numbers = itertools.count()
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    place: Place, *, timeout: float = TIMEOUT, limit: float = LIMIT
+) -> AsyncIterator[tuple[Store, str]]:
+    """A store, and the path of a node of the test's own; the node goes at the end."""
+    with trio.fail_after(limit):
+        async with open_store(path=place.path, timeout=timeout) as store:
+            base = f"{place.root}/t{next(_numbers)}"
+            await store.mkdir(base)
+            yield store, base
+            await store.delete(base)
+
+
+async def events_until(subscription: Subscription, last: str) -> list[str]:
+    """All events up to the one for `last`."""
+    found = []
+    async for path in subscription:
+        found.append(path.decode())
+        if path == last.encode():
+            return found
+    raise AssertionError("a subscription has no end")

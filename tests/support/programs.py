@@ -1,0 +1,87 @@
+"""Programs of the tests that go on printing lines, each of which is waited for."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.mounting import LIMIT
+
+
+class Lines:
+    """The lines that come from a descriptor, each waited for LIMIT seconds at most."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._received = b""
+
+    def next(self) -> str:
+        while b"\n" not in self._received:
+            poll = select.poll()
+            poll.register(self.descriptor, select.POLLIN)
+            assert poll.poll(LIMIT * 1000), "no line came"
+            data = os.read(self.descriptor, 65536)
+            assert data, f"the end, after {self._received!r}"
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        return line.decode()
+
+    def until(self, last: str) -> list[str]:
+        """All lines before this one."""
+        lines = []
+        while (line := self.next()) != last:
+            lines.append(line)
+        return lines
+
+
+class Program:
+    """A program that prints lines."""
+
+    def __init__(self, *command: str | Path, stdin: int | None = None, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **environment},
+            # Python ignores SIGPIPE, shells run in the background SIGINT: not what users have.
+            restore_signals=True,
+        )
+        assert self.process.stdout is not None
+        self.lines = Lines(self.process.stdout.fileno())
+
+    def wait_blocked(self) -> None:
+        """Until it waits for the answer to a FUSE request."""
+        deadline = time.monotonic() + LIMIT
+        wchan = Path(f"/proc/{self.process.pid}/wchan")
+        while "request_wait_answer" not in wchan.read_text():
+            assert time.monotonic() < deadline, wchan.read_text()
+            assert self.process.poll() is None
+
+    def signal(self, number: int) -> float:
+        """Send a signal, and wait for the end: how long it took."""
+        start = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(LIMIT)
+        return time.monotonic() - start
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait(LIMIT)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@contextmanager
+def program(
+    *command: str | Path, stdin: int | None = None, **environment: str
+) -> Iterator[Program]:
+    running = Program(*command, stdin=stdin, **environment)
+    try:
+        yield running
+    finally:
+        running.end()

@@ -1,0 +1,1041 @@
+"""What a Xenstore daemon does, as one table of scenarios.
+
+A scenario is a name and steps.  Each runs on a store of its own, in which domains 7 and 8 exist and
+have homes (`HOMES`), so scenarios may do what they like.  Where the daemons differ, a step says
+`Differs(c=..., ocaml=...)`; the embedded store does what the C daemon does.
+
+Who speaks is named by CONNECTIONS.  A connection is opened when it is first used; what a scenario
+does not expect (an event, above all) is an error: at the end no connection may have events left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from xsfs.xenstore import protocol
+from xsfs.xenstore.protocol import Op, Request
+
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------------------------- expectations
+
+
+@dataclass(frozen=True)
+class Differs(Generic[T]):
+    """What the C daemon, and with it the embedded store, does, and what the OCaml daemon does."""
+
+    c: T
+    ocaml: T
+
+
+@dataclass(frozen=True)
+class Error:
+    name: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A DIRECTORY_PART reply, whatever the generation; the NUL that marks the end included."""
+
+    names: bytes
+
+
+Reply = bytes | Error | Part
+Event = tuple[str, str]
+
+OK: Final = b"OK\0"
+EINVAL: Final = Error("EINVAL")
+EACCES: Final = Error("EACCES")
+EEXIST: Final = Error("EEXIST")
+ENOENT: Final = Error("ENOENT")
+ENOSPC: Final = Error("ENOSPC")
+ENOSYS: Final = Error("ENOSYS")
+E2BIG: Final = Error("E2BIG")
+EBUSY: Final = Error("EBUSY")
+EAGAIN: Final = Error("EAGAIN")
+FULL: Final[Differs[Reply]] = Differs(ENOSPC, Error("EQUOTA"))
+
+
+def names(*found: str) -> bytes:
+    """The reply to DIRECTORY, or to GET_PERMS."""
+    return b"".join(name.encode() + b"\0" for name in found)
+
+
+# ----------------------------------------------------------------------------------------- steps
+
+CONNECTIONS: Final = {"dom0": 0, "second": 0, "guest": 7, "other": 8}
+"""The domid of each connection."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request and its reply.  The header of the reply repeats the request's.
+
+    `tx` names the transaction it belongs to, `starts` the one that its reply begins."""
+
+    who: str
+    request: Request | tuple[int, bytes]
+    reply: Reply | Differs[Reply] = OK
+    tx: str | None = None
+    starts: str | None = None
+
+
+@dataclass(frozen=True)
+class Many:
+    """Requests sent at once; all have the same reply."""
+
+    who: str
+    requests: tuple[Request, ...]
+    reply: Reply | Differs[Reply] = OK
+    tx: str | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """All events which a connection has got since it was last asked, in their order."""
+
+    who: str
+    events: tuple[Event, ...] | Differs[tuple[Event, ...]]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request which causes one event for who sends it: which of the two comes first?"""
+
+    who: str
+    request: Request
+    event_first: bool | Differs[bool]
+
+
+@dataclass(frozen=True)
+class Oversize:
+    """A request of 4097 bytes.  Either the connection ends, or there is an answer (and then the
+    rest is taken for the next request, so nothing more can be done with it)."""
+
+    who: str
+    ends: bool | Differs[bool]
+
+
+@dataclass(frozen=True)
+class Create:
+    """The domain exists from now on, and is introduced."""
+
+    domid: int
+
+
+@dataclass(frozen=True)
+class Destroy:
+    domid: int
+
+
+@dataclass(frozen=True)
+class Close:
+    """The connection is closed; when it is used again, it is a new one."""
+
+    who: str
+
+
+Step = Ask | Many | Told | Order | Oversize | Create | Destroy | Close
+Scenario = tuple[Step, ...]
+
+
+def told(who: str, *events: Event) -> Told:
+    return Told(who, events)
+
+
+def start(who: str, name: str = "t") -> Ask:
+    return Ask(who, protocol.transaction_start(), starts=name)
+
+
+def end(
+    who: str, reply: Reply | Differs[Reply] = OK, *, name: str = "t", commit: bool = True
+) -> Ask:
+    return Ask(who, protocol.transaction_end(commit), reply, tx=name)
+
+
+def set_perms(path: bytes, perms: str) -> Request:
+    """Also permissions of which the client knows that no daemon takes them."""
+    entries = b"".join(entry.encode() + b"\0" for entry in perms.split())
+    return Request(Op.SET_PERMS, path + b"\0" + entries)
+
+
+def home(domid: int) -> tuple[Step, ...]:
+    path = b"/local/domain/%d" % domid
+    return (
+        Ask("dom0", protocol.mkdir(path)),
+        Ask("dom0", set_perms(path, f"n0 r{domid}")),
+        Ask("dom0", protocol.write(path + b"/name", b"g%d" % domid)),
+        Ask("dom0", protocol.mkdir(path + b"/data")),
+        Ask("dom0", set_perms(path + b"/data", f"n{domid}")),
+    )
+
+
+HOMES: Final[Scenario] = (*home(7), *home(8))
+"""What every scenario finds."""
+
+read, write, mkdir, rm, directory = (
+    protocol.read,
+    protocol.write,
+    protocol.mkdir,
+    protocol.rm,
+    protocol.directory,
+)
+get_perms, watch, unwatch, part = (
+    protocol.get_perms,
+    protocol.watch,
+    protocol.unwatch,
+    protocol.directory_part,
+)
+
+
+def node(path: bytes, perms: str, value: bytes = b"") -> tuple[Ask, Ask]:
+    """dom0 makes a node with these permissions."""
+    return Ask("dom0", write(path, value)), Ask("dom0", set_perms(path, perms))
+
+
+def children(path: bytes, count: int, width: int = 4) -> tuple[Request, ...]:
+    return tuple(mkdir(b"%b/%0*d" % (path, width, number)) for number in range(count))
+
+
+def listing(numbers: Iterable[int], width: int = 4) -> bytes:
+    return b"".join(b"%0*d\0" % (width, number) for number in numbers)
+
+
+LONG_NAME: Final = b"n" * 2047
+LONGEST_BELOW_HOME: Final = b"/local/domain/7/" + b"h" * 2048
+
+# -------------------------------------------------------------------------------------- the table
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    # -- values
+    "a value is any bytes, and may be empty": (
+        Ask("dom0", write(b"/v", b"")),
+        Ask("dom0", read(b"/v"), b""),
+        Ask("dom0", write(b"/v", bytes(range(256)))),
+        Ask("dom0", read(b"/v"), bytes(range(256))),
+        Ask("dom0", write(b"/v", b"a\0b\0\0")),
+        Ask("dom0", read(b"/v"), b"a\0b\0\0"),
+    ),
+    "a node has a value and children at once": (
+        Ask("dom0", write(b"/v/child", b"1")),
+        Ask("dom0", read(b"/v"), b""),
+        Ask("dom0", write(b"/v", b"2")),
+        Ask("dom0", read(b"/v"), b"2"),
+        Ask("dom0", directory(b"/v"), names("child")),
+        Ask("dom0", directory(b"/v/child"), b""),
+    ),
+    "dom0's largest value": (
+        Ask("dom0", write(b"/v", b"x" * 2048)),
+        Ask("dom0", read(b"/v"), b"x" * 2048),
+        Ask("dom0", write(b"/v", b"y" * 2049), Differs(OK, E2BIG)),
+        Ask("dom0", write(b"/v", b"z" * 4093), Differs(OK, E2BIG)),
+        Ask("dom0", read(b"/v"), Differs(b"z" * 4093, b"x" * 2048)),
+    ),
+    "a guest's largest value": (
+        Ask("guest", write(b"data", b"x" * 2015)),
+        Ask("guest", write(b"data", b"x" * 2016), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", write(b"data", b"x" * 2048), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", write(b"data", b"x" * 2049), Differs(ENOSPC, E2BIG)),
+        Ask("guest", read(b"data"), Differs(b"x" * 2015, b"x" * 2048)),
+        Ask("guest", write(b"data/new", b"x" * 2016), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", read(b"data/new"), Differs[Reply](ENOENT, b"x" * 2016)),
+    ),
+    "more permissions and children leave less room for a guest's value": (
+        Ask("dom0", set_perms(b"/local/domain/7/data", "n7 r8")),
+        Ask("guest", write(b"data", b"x" * 2007)),
+        Ask("guest", write(b"data", b"x" * 2008), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", write(b"data", b"x" * 2004)),
+        Ask("guest", mkdir(b"data/abc"), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", mkdir(b"data/ab")),
+        Ask("guest", set_perms(b"data", "n7 r8 r9"), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", directory(b"data"), Differs(names("ab"), names("ab", "abc"))),
+    ),
+    # -- names
+    "which paths there can be": (
+        Ask("dom0", write(b"/aZ09-_@/@x", b"")),
+        Ask("dom0", directory(b"/aZ09-_@"), names("@x")),
+        *(
+            Ask("dom0", Request(op, path + b"\0"), EINVAL)
+            for path in (b"", b"//", b"/a//b", b"/a/", b"/a.b", b"/.", b"/a b", b"/\xc3\xa4", b"a/")
+            for op in (Op.READ, Op.WRITE, Op.MKDIR, Op.RM, Op.DIRECTORY, Op.GET_PERMS)
+        ),
+        Ask("dom0", set_perms(b"/a.b", "n0"), EINVAL),
+        Ask("dom0", part(b"/a.b", 0), Differs(EINVAL, ENOSYS)),
+    ),
+    "the longest name": (
+        Ask("dom0", write(b"/" + LONG_NAME, b"1")),
+        Ask("dom0", write(b"/" + LONG_NAME + b"n", b"1"), EINVAL),
+        Ask("dom0", write(b"/" + LONG_NAME[:1000], b"1")),
+        Ask("dom0", read(b"/" + LONG_NAME[:1000]), b"1"),
+    ),
+    "the longest path below a home": (
+        Ask("guest", write(LONGEST_BELOW_HOME, b"1"), EACCES),
+        Ask("dom0", write(LONGEST_BELOW_HOME[:-2], b"1")),
+        Ask("dom0", write(LONGEST_BELOW_HOME + b"h", b"1"), EINVAL),
+        Ask("guest", write(b"data/" + b"h" * 2043, b"1"), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", write(b"data/" + b"h" * 2044, b"1"), EINVAL),
+        Ask("guest", write(b"data/" + b"h" * 1900, b"1")),
+    ),
+    "the root": (
+        Ask("dom0", mkdir(b"/")),
+        Ask("dom0", write(b"/", b"root")),
+        Ask("dom0", read(b"/"), b"root"),
+        Ask("dom0", get_perms(b"/"), names("n0")),
+        Ask("guest", directory(b"/"), EACCES),
+        Ask("guest", (Op.RM, b"/\0"), EACCES),
+    ),
+    "what a fresh store has": (
+        Ask("dom0", directory(b"/tool"), names("xenstored")),
+        Ask("dom0", directory(b"/tool/xenstored"), b""),
+        Ask("dom0", get_perms(b"/tool/xenstored"), names("n0")),
+        Ask(
+            "dom0",
+            directory(b"/"),
+            Differs(
+                names("tool", "local"),
+                names("@introduceDomain", "@releaseDomain", "local", "tool"),
+            ),
+        ),
+    ),
+    "special names are no nodes": (
+        Ask("dom0", read(b"@releaseDomain"), Differs[Reply](EINVAL, b"")),
+        Ask("dom0", get_perms(b"@releaseDomain"), Differs[Reply](EINVAL, names("n0"))),
+        Ask("dom0", write(b"@releaseDomain", b"x"), Differs[Reply](EINVAL, OK)),
+        # The C daemon refuses SET_PERMS of other special names, and by guests, too, but with the
+        # name of whatever error was last.
+    ),
+    # -- listings
+    "children are listed as they were made": (
+        *(Ask("dom0", mkdir(b"/l/" + name)) for name in (b"b", b"c", b"a")),
+        Ask("dom0", directory(b"/l"), Differs(names("b", "c", "a"), names("a", "b", "c"))),
+        Ask("dom0", rm(b"/l/b")),
+        Ask("dom0", mkdir(b"/l/b")),
+        Ask("dom0", directory(b"/l"), Differs(names("c", "a", "b"), names("a", "b", "c"))),
+    ),
+    "a listing of 4096 bytes, and one more": (
+        Many("dom0", children(b"/l", 819)),
+        Ask("dom0", directory(b"/l"), listing(range(819))),
+        Ask("dom0", mkdir(b"/l/"), EINVAL),
+        Ask("dom0", mkdir(b"/l/0819")),
+        Ask("dom0", directory(b"/l"), Differs[Reply](E2BIG, listing(range(820)))),
+        Ask("dom0", rm(b"/l/0000")),
+        Ask("dom0", directory(b"/l"), listing(range(1, 820))),
+    ),
+    "a long listing in parts": (
+        Many("dom0", children(b"/l", 1000, 8)),
+        Ask("dom0", directory(b"/l"), Differs[Reply](E2BIG, listing(range(1000), 8))),
+        Ask("dom0", part(b"/l", 0), Differs[Reply](Part(listing(range(454), 8)), ENOSYS)),
+        Ask(
+            "dom0",
+            part(b"/l", 454 * 9),
+            Differs[Reply](Part(listing(range(454, 908), 8)), ENOSYS),
+        ),
+        Ask(
+            "dom0",
+            part(b"/l", 908 * 9),
+            Differs[Reply](Part(listing(range(908, 1000), 8) + b"\0"), ENOSYS),
+        ),
+        Ask("dom0", part(b"/l", 9000), Differs[Reply](Part(b"\0"), ENOSYS)),
+        Ask("dom0", part(b"/l", 99999), Differs[Reply](Part(b"\0"), ENOSYS)),
+        Ask(
+            "dom0",
+            part(b"/l", 8995),
+            Differs[Reply](Part(b"0999\0\0"), ENOSYS),
+        ),
+    ),
+    "parts of small and missing listings": (
+        Ask("dom0", write(b"/l/a", b"")),
+        Ask("dom0", part(b"/l", 0), Differs[Reply](Part(b"a\0\0"), ENOSYS)),
+        Ask("dom0", part(b"/l/a", 0), Differs[Reply](Part(b"\0"), ENOSYS)),
+        Ask("dom0", part(b"/l/b", 0), Differs(ENOENT, ENOSYS)),
+        Ask("guest", part(b"/l", 0), Differs(EACCES, ENOSYS)),
+        Ask("dom0", (Op.DIRECTORY_PART, b"/l\0"), Differs(EINVAL, ENOSYS)),
+    ),
+    # -- relative paths and domids
+    "relative paths are below the home": (
+        Ask("guest", read(b"name"), b"g7"),
+        Ask("other", read(b"name"), b"g8"),
+        Ask("dom0", write(b"name", b"zero")),
+        Ask("dom0", read(b"/local/domain/0/name"), b"zero"),
+        Ask("guest", write(b"data/x/y", b"1")),
+        Ask("dom0", read(b"/local/domain/7/data/x/y"), b"1"),
+        Ask("guest", rm(b"data/x")),
+        Ask("dom0", read(b"/local/domain/7/data/x/y"), ENOENT),
+    ),
+    "GET_DOMAIN_PATH prints its argument": (
+        Ask("dom0", (Op.GET_DOMAIN_PATH, b"4321\0"), names("/local/domain/4321")),
+        Ask("guest", (Op.GET_DOMAIN_PATH, b"0\0"), names("/local/domain/0")),
+        Ask("dom0", (Op.GET_DOMAIN_PATH, b"abc\0"), names("/local/domain/0")),
+    ),
+    "IS_DOMAIN_INTRODUCED": (
+        Ask("dom0", protocol.is_domain_introduced(7), b"T\0"),
+        Ask("dom0", protocol.is_domain_introduced(4321), b"F\0"),
+        Ask("dom0", protocol.is_domain_introduced(0x7FF0), b"T\0"),
+        Ask("dom0", protocol.is_domain_introduced(0), b"T\0"),
+        Ask("guest", protocol.is_domain_introduced(7), EACCES),
+    ),
+    # -- operations
+    "unknown operations": (
+        *(Ask("dom0", (op, b"/\0"), ENOSYS) for op in (15, 16, 20, 23, 1000)),
+        Ask("guest", (20, b"/\0"), ENOSYS),
+    ),
+    "what a guest may not ask for": (
+        Ask("guest", (Op.INTRODUCE, b"9\x001\x001\0"), EACCES),
+        Ask("guest", (Op.RELEASE, b"8\0"), EACCES),
+        Ask("guest", (Op.RESUME, b"8\0"), EACCES),
+        Ask("guest", (Op.SET_TARGET, b"7\x008\0"), EACCES),
+        Ask("guest", (Op.CONTROL, b"print\0x\0"), Differs[Reply](EACCES, OK)),
+    ),
+    "CONTROL": (
+        Ask("dom0", (Op.CONTROL, b"print\0hello\0")),
+        Ask("dom0", (Op.CONTROL, b"check\0")),
+        Ask("dom0", (Op.CONTROL, b"print\0"), Differs[Reply](EINVAL, OK)),
+        Ask("dom0", (Op.CONTROL, b"nonsense\0"), Differs[Reply](EINVAL, OK)),
+    ),
+    "arguments which are missing": (
+        Ask("dom0", (Op.WRITE, b"/a"), EINVAL),
+        Ask("dom0", (Op.WATCH, b"/a\0"), EINVAL),
+        Ask("dom0", (Op.WATCH, b"/a\0token\0depth\0"), EINVAL),
+        Ask("dom0", (Op.UNWATCH, b"/a\0"), EINVAL),
+        Ask("dom0", (Op.INTRODUCE, b"7\0"), EINVAL),
+        Ask("dom0", (Op.INTRODUCE, b"7\x001\x000\0"), EINVAL),
+        Ask("dom0", (Op.SET_TARGET, b"7\0"), EINVAL),
+        Ask("dom0", (Op.SET_PERMS, b"/\0"), EINVAL),
+        Ask("dom0", (Op.TRANSACTION_END, b"x\0"), EINVAL),
+    ),
+    "the longest request, and one byte more": (
+        Ask("dom0", write(b"/v", b"x" * 2048)),
+        Ask("dom0", (Op.READ, b"/" + b"x" * 4094 + b"\0"), EINVAL),
+        Oversize("dom0", Differs(True, False)),
+        Ask("second", read(b"/v"), b"x" * 2048),
+    ),
+    # -- writing and removing
+    "writing makes the parents, and tells of the last node only": (
+        Ask("second", watch(b"/w", b"t")),
+        told("second", ("/w", "t")),
+        Ask("dom0", write(b"/w/a/b", b"1")),
+        told("second", ("/w/a/b", "t")),
+        Ask("dom0", mkdir(b"/w/c/d")),
+        told("second", ("/w/c/d", "t")),
+        Ask("dom0", read(b"/w/a"), b""),
+    ),
+    "MKDIR of what is there": (
+        Ask("dom0", write(b"/m", b"1")),
+        Ask("second", watch(b"/m", b"t")),
+        told("second", ("/m", "t")),
+        Ask("dom0", mkdir(b"/m")),
+        Ask("dom0", read(b"/m"), b"1"),
+        told("second"),
+        Ask("guest", mkdir(b"name"), EACCES),
+    ),
+    "RM of what is not there": (
+        Ask("dom0", rm(b"/missing")),
+        Ask("dom0", rm(b"/missing/below"), ENOENT),
+        Ask("guest", rm(b"data/missing")),
+        Ask("guest", rm(b"data/missing/below"), ENOENT),
+        Ask("guest", rm(b"missing"), Differs[Reply](EACCES, OK)),
+    ),
+    "RM needs the permission to write the node alone": (
+        *node(b"/r", "n0"),
+        *node(b"/r/mine", "n7"),
+        *node(b"/r/mine/not", "n0"),
+        Ask("guest", rm(b"/r"), EACCES),
+        Ask("guest", rm(b"/r/mine/not"), EACCES),
+        Ask("guest", rm(b"/r/mine")),
+        Ask("dom0", directory(b"/r"), b""),
+    ),
+    "making a node needs write permission on the nearest ancestor": (
+        *node(b"/c", "w0"),
+        *node(b"/d", "r0"),
+        Ask("guest", write(b"/c/x/y/z", b"1")),
+        Ask("guest", write(b"/d/x/y/z", b"1"), EACCES),
+        Ask("guest", mkdir(b"/d/x"), EACCES),
+        Ask("guest", write(b"/e", b"1"), EACCES),
+    ),
+    # -- permissions
+    "who may not even know": (
+        *node(b"/p/hidden", "n0"),
+        Ask("guest", read(b"/p/hidden"), EACCES),
+        Ask("guest", read(b"/p/missing"), Differs(EACCES, ENOENT)),
+        Ask("guest", read(b"/missing"), Differs(EACCES, ENOENT)),
+        Ask("guest", directory(b"/local/domain"), EACCES),
+        Ask(
+            "guest",
+            directory(b"/local/domain/7"),
+            Differs(names("name", "data"), names("data", "name")),
+        ),
+        Ask("guest", read(b"missing"), ENOENT),
+    ),
+    "letters": (
+        *node(b"/p/r", "n0 r7", b"v"),
+        *node(b"/p/w", "n0 w7", b"v"),
+        *node(b"/p/b", "n0 b7", b"v"),
+        *node(b"/p/others", "r0", b"v"),
+        *node(b"/p/none", "r0 n7", b"v"),
+        Ask("guest", read(b"/p/r"), b"v"),
+        Ask("guest", write(b"/p/r", b"w"), EACCES),
+        Ask("guest", read(b"/p/w"), EACCES),
+        Ask("guest", directory(b"/p/w"), EACCES),
+        Ask("guest", get_perms(b"/p/w"), EACCES),
+        Ask("guest", write(b"/p/w", b"w")),
+        Ask("guest", read(b"/p/b"), b"v"),
+        Ask("guest", write(b"/p/b", b"w")),
+        Ask("guest", read(b"/p/others"), b"v"),
+        Ask("guest", read(b"/p/none"), EACCES),
+        Ask("guest", get_perms(b"/p/r"), names("n0", "r7")),
+    ),
+    "of two entries for a domain the first counts": (
+        *node(b"/p/first", "n0 n7 r7", b"v"),
+        *node(b"/p/second", "n0 r7 n7", b"v"),
+        Ask("guest", read(b"/p/first"), EACCES),
+        Ask("guest", read(b"/p/second"), b"v"),
+    ),
+    "who owns what a guest makes": (
+        *node(b"/p", "n0 b7 r8"),
+        Ask("guest", write(b"/p/new/er", b"1")),
+        Ask(
+            "dom0", get_perms(b"/p/new"), Differs(names("n7", "b7", "r8"), names("n0", "b7", "r8"))
+        ),
+        Ask("guest", set_perms(b"/p/new/er", "n7"), Differs[Reply](OK, EACCES)),
+        *node(b"/p/theirs", "n7 r8"),
+        Ask("dom0", write(b"/p/theirs/x", b"")),
+        Ask("dom0", get_perms(b"/p/theirs/x"), names("n7", "r8")),
+    ),
+    "SET_PERMS": (
+        Ask("guest", set_perms(b"data", "r7 w8")),
+        Ask("guest", get_perms(b"data"), names("r7", "w8")),
+        Ask("guest", set_perms(b"data", "n8"), Differs(Error("EPERM"), EACCES)),
+        Ask("guest", set_perms(b"name", "n7"), EACCES),
+        Ask("guest", set_perms(b"/missing", "n7"), Differs(EACCES, ENOENT)),
+        Ask("guest", set_perms(b"data/missing", "n7"), ENOENT),
+        Ask("dom0", set_perms(b"/missing", "n0"), ENOENT),
+        Ask("dom0", set_perms(b"/local/domain/7/data", "x7"), EINVAL),
+        Ask("dom0", set_perms(b"/local/domain/7/data", "n"), EINVAL),
+        Ask("dom0", set_perms(b"/local/domain/7/data", "n7x"), EINVAL),
+        Ask("dom0", set_perms(b"/local/domain/7/data", "n99"), Differs[Reply](ENOENT, OK)),
+    ),
+    "permissions for domains which do not exist": (
+        *node(b"/p", "n0 r99"),
+        Ask("dom0", get_perms(b"/p"), names("n0", "r99")),
+        Ask("dom0", set_perms(b"/p", "n0 r-1"), OK),
+    ),
+    "domids are numbers as strtol reads them": (
+        *node(b"/p", "n0 r0x7"),
+        Ask("dom0", get_perms(b"/p"), names("n0", "r7")),
+        Ask("guest", read(b"/p"), b""),
+    ),
+    "a guest may set five permissions": (
+        Ask("guest", set_perms(b"data", "n7 r1 r2 r3 r4")),
+        Ask("guest", set_perms(b"data", "n7 r1 r2 r3 r4 r5"), Differs[Reply](ENOSPC, OK)),
+        Ask("dom0", set_perms(b"/local/domain/7/data", "n7 r1 r2 r3 r4 r5")),
+    ),
+    "SET_TARGET gives a domain the permissions of another": (
+        *node(b"/p", "n0 r8", b"v"),
+        Ask("guest", read(b"/p"), EACCES),
+        Ask("guest", read(b"/local/domain/8/data"), EACCES),
+        Ask("dom0", protocol.domain_request(Op.SET_TARGET, 7, 8)),
+        Ask("guest", read(b"/p"), b"v"),
+        Ask("guest", read(b"/local/domain/8/data"), b""),
+        Ask("other", read(b"/local/domain/7/data"), EACCES),
+        Ask("dom0", protocol.domain_request(Op.SET_TARGET, 7, 99), Differs[Reply](ENOENT, OK)),
+    ),
+    # -- watches
+    "the first event follows the reply, and comes for a missing node too": (
+        Order("dom0", watch(b"/missing", b"t"), event_first=False),
+        Ask("dom0", watch(b"/tool", b"u")),
+        told("dom0", ("/tool", "u")),
+    ),
+    "the event of one's own write": (
+        Ask("dom0", watch(b"/w", b"t")),
+        told("dom0", ("/w", "t")),
+        Order("dom0", write(b"/w", b"1"), event_first=Differs(True, False)),
+    ),
+    "the same watch twice": (
+        Ask("dom0", watch(b"/w", b"t")),
+        Ask("dom0", watch(b"/w", b"t"), EEXIST),
+        Ask("dom0", watch(b"/w", b"u")),
+        Ask("second", watch(b"/w", b"t")),
+        told("dom0", ("/w", "t"), ("/w", "u")),
+        told("second", ("/w", "t")),
+    ),
+    "UNWATCH": (
+        Ask("dom0", watch(b"/w", b"t")),
+        Ask("dom0", watch(b"rel", b"t")),
+        told("dom0", ("/w", "t"), ("rel", "t")),
+        Ask("dom0", unwatch(b"/w", b"u"), ENOENT),
+        Ask("dom0", unwatch(b"/x", b"t"), ENOENT),
+        Ask("second", unwatch(b"/w", b"t"), ENOENT),
+        Ask("dom0", unwatch(b"/w", b"t")),
+        Ask("dom0", unwatch(b"/w", b"t"), ENOENT),
+        Ask("dom0", unwatch(b"/local/domain/0/rel", b"t")),
+        Ask("second", write(b"/w", b"1")),
+        told("dom0"),
+    ),
+    "which paths can be watched": (
+        *(Ask("dom0", watch(path, b"t"), EINVAL) for path in (b"", b"/a//b", b"/a/", b"/a.b")),
+        Ask("dom0", watch(b"/" + LONG_NAME + b"n", b"t"), Differs[Reply](EINVAL, OK)),
+        Told("dom0", Differs((), (("/" + LONG_NAME.decode() + "n", "t"),))),
+    ),
+    "an event for each watch at or above a change": (
+        Ask("second", watch(b"/", b"root")),
+        Ask("second", watch(b"/w", b"w")),
+        Ask("second", watch(b"/w/a", b"a")),
+        Ask("second", watch(b"/w/a/b", b"b")),
+        Ask("second", watch(b"/w/ab", b"ab")),
+        told("second", ("/", "root"), ("/w", "w"), ("/w/a", "a"), ("/w/a/b", "b"), ("/w/ab", "ab")),
+        Ask("dom0", write(b"/w/a", b"1")),
+        told(
+            "second",
+            *(("/w/a", token) for token in ("root", "w", "a")),
+        ),
+        Ask("dom0", write(b"/w/a", b"1")),
+        told("second", *(("/w/a", token) for token in ("root", "w", "a"))),
+    ),
+    "relative watches have relative events": (
+        Ask("guest", watch(b"data", b"t")),
+        Ask("guest", watch(b"/local/domain/7/data", b"absolute")),
+        told("guest", ("data", "t"), ("/local/domain/7/data", "absolute")),
+        Ask("guest", write(b"data/x", b"1")),
+        Told(
+            "guest",
+            Differs(
+                (("data/x", "t"), ("/local/domain/7/data/x", "absolute")),
+                (("/local/domain/7/data/x", "absolute"), ("data/x", "t")),
+            ),
+        ),
+        Ask("dom0", watch(b"a", b"t")),
+        Ask("second", write(b"/local/domain/0/a/b", b"")),
+        told("dom0", ("a", "t"), ("a/b", "t")),
+    ),
+    "removal tells each watch of an existing node, the deepest first": (
+        Ask("dom0", write(b"/w/a/b", b"")),
+        Ask("dom0", write(b"/w/c", b"")),
+        Ask("second", watch(b"/w/a/b", b"b")),
+        Ask("second", watch(b"/w/a", b"a")),
+        Ask("second", watch(b"/w/a/missing", b"m")),
+        Ask("second", watch(b"/w", b"w")),
+        Ask("second", watch(b"/", b"root")),
+        told(
+            "second",
+            ("/w/a/b", "b"),
+            ("/w/a", "a"),
+            ("/w/a/missing", "m"),
+            ("/w", "w"),
+            ("/", "root"),
+        ),
+        Ask("dom0", rm(b"/w")),
+        Told(
+            "second",
+            Differs(
+                (("/w/a/b", "b"), ("/w/a", "a"), ("/w", "w"), ("/w", "root")),
+                (
+                    ("/w", "root"),
+                    ("/w", "w"),
+                    ("/w/a", "a"),
+                    ("/w/a/b", "b"),
+                    ("/w/a/missing", "m"),
+                ),
+            ),
+        ),
+    ),
+    "a change of permissions makes an event": (
+        Ask("dom0", write(b"/w", b"")),
+        Ask("second", watch(b"/w", b"t")),
+        Ask("dom0", set_perms(b"/w", "n0")),
+        told("second", ("/w", "t"), ("/w", "t")),
+    ),
+    "guests are told what they may read": (
+        *node(b"/w", "n0"),
+        *node(b"/w/mine", "n0 r7"),
+        Ask("guest", watch(b"/w", b"t")),
+        told("guest", ("/w", "t")),
+        Ask("dom0", write(b"/w", b"1")),
+        told("guest"),
+        Ask("dom0", write(b"/w/mine", b"1")),
+        told("guest", ("/w/mine", "t")),
+        Ask("dom0", set_perms(b"/w/mine", "n0")),
+        told("guest", ("/w/mine", "t")),
+        Ask("dom0", write(b"/w/mine", b"2")),
+        told("guest"),
+        Ask("dom0", set_perms(b"/w/mine", "n0 r7")),
+        told("guest", ("/w/mine", "t")),
+    ),
+    "guests are told what they may not read, if they may read its parent": (
+        *node(b"/w", "n0 r7"),
+        *node(b"/w/hidden", "n0"),
+        Ask("guest", watch(b"/w/hidden", b"t")),
+        told("guest", ("/w/hidden", "t")),
+        Ask("dom0", write(b"/w/hidden", b"1")),
+        told("guest", ("/w/hidden", "t")),
+        Ask("dom0", rm(b"/w/hidden")),
+        told("guest", ("/w/hidden", "t")),
+    ),
+    "events which are too long are not sent": (
+        Ask("dom0", watch(b"/w", b"t" * 4000)),
+        told("dom0", ("/w", "t" * 4000)),
+        Ask("second", write(b"/w/" + b"x" * 92, b"")),
+        Told("dom0", Differs((), (("/w/" + "x" * 92, "t" * 4000),))),
+        Ask("second", write(b"/w/" + b"x" * 91, b"")),
+        told("dom0", ("/w/" + "x" * 91, "t" * 4000)),
+    ),
+    "a watch in a transaction": (
+        start("guest"),
+        Ask("guest", watch(b"data", b"t"), tx="t"),
+        Ask("guest", write(b"data", b"1")),
+        end("guest", commit=False),
+        told("guest", ("data", "t"), ("data", "t")),
+    ),
+    "a watch of dom0 in a transaction": (
+        start("dom0"),
+        Ask("dom0", watch(b"/w", b"t"), tx="t"),
+        Ask("dom0", unwatch(b"/w", b"t"), tx="t"),
+        end("dom0", commit=False),
+        told("dom0", ("/w", "t")),
+    ),
+    "the same event for two watches": (
+        Ask("dom0", watch(b"/w", b"t")),
+        Ask("dom0", watch(b"/w/a", b"t")),
+        told("dom0", ("/w", "t"), ("/w/a", "t")),
+        Ask("second", write(b"/w/a", b"")),
+        Told("dom0", Differs((("/w/a", "t"),), (("/w/a", "t"), ("/w/a", "t")))),
+        Ask("dom0", watch(b"@releaseDomain", b"t")),
+        Ask("dom0", unwatch(b"@releaseDomain", b"t")),
+        Ask("dom0", watch(b"@releaseDomain", b"t")),
+        told("dom0", ("@releaseDomain", "t"), ("@releaseDomain", "t")),
+    ),
+    "RESET_WATCHES": (
+        Ask("guest", watch(b"data", b"t")),
+        start("guest"),
+        told("guest", ("data", "t")),
+        Ask("guest", (Op.RESET_WATCHES, b"\0")),
+        Ask("guest", write(b"data", b"1")),
+        told("guest"),
+        Ask("guest", watch(b"data", b"t")),
+        told("guest", ("data", "t")),
+    ),
+    "closing ends watches and transactions": (
+        Ask("second", watch(b"/w", b"t")),
+        start("second"),
+        Ask("second", write(b"/w", b"1"), tx="t"),
+        Close("second"),
+        Ask("dom0", read(b"/w"), ENOENT),
+        Ask("dom0", write(b"/w", b"1")),
+        told("second"),
+    ),
+    # -- transactions
+    "a transaction shows its own changes, and others nothing": (
+        start("dom0"),
+        Ask("dom0", write(b"/t/a", b"1"), tx="t"),
+        Ask("dom0", read(b"/t/a"), b"1", tx="t"),
+        Ask("dom0", directory(b"/t"), names("a"), tx="t"),
+        Ask("dom0", read(b"/t/a"), ENOENT),
+        Ask("second", read(b"/t/a"), ENOENT),
+        end("dom0"),
+        Ask("second", read(b"/t/a"), b"1"),
+    ),
+    "an aborted transaction": (
+        Ask("second", watch(b"/t", b"t")),
+        start("dom0"),
+        Ask("dom0", write(b"/t/a", b"1"), tx="t"),
+        end("dom0", commit=False),
+        Ask("dom0", read(b"/t/a"), ENOENT),
+        told("second", ("/t", "t")),
+        end("dom0", Differs(ENOENT, Error("EIO"))),
+    ),
+    "transactions which there are not": (
+        start("dom0"),
+        Ask("second", read(b"/tool"), Differs(ENOENT, Error("EIO")), tx="t"),
+        Ask("dom0", protocol.transaction_start(), EBUSY, tx="t"),
+        Ask("dom0", protocol.transaction_end(True), ENOENT),
+        end("dom0"),
+        Ask("dom0", read(b"/tool"), Differs(ENOENT, Error("EIO")), tx="t"),
+        end("dom0", Differs(ENOENT, Error("EIO"))),
+    ),
+    "two writers in conflict": (
+        Ask("dom0", write(b"/t", b"0")),
+        start("dom0"),
+        Ask("dom0", read(b"/t"), b"0", tx="t"),
+        Ask("dom0", write(b"/t", b"1"), tx="t"),
+        Ask("second", write(b"/t", b"2")),
+        end("dom0", EAGAIN),
+        Ask("dom0", read(b"/t"), b"2"),
+    ),
+    "a write of the same value conflicts": (
+        Ask("dom0", write(b"/t", b"0")),
+        start("dom0"),
+        Ask("dom0", read(b"/t"), b"0", tx="t"),
+        Ask("second", write(b"/t", b"0")),
+        end("dom0", Differs[Reply](EAGAIN, OK)),
+    ),
+    "blind writes": (
+        Ask("dom0", write(b"/t", b"0")),
+        start("dom0"),
+        Ask("dom0", write(b"/t", b"1"), tx="t"),
+        Ask("second", write(b"/t", b"2")),
+        end("dom0", Differs[Reply](EAGAIN, OK)),
+        Ask("dom0", read(b"/t"), Differs(b"2", b"1")),
+    ),
+    "a read-only transaction": (
+        Ask("dom0", write(b"/t", b"0")),
+        start("dom0"),
+        Ask("dom0", read(b"/t"), b"0", tx="t"),
+        Ask("second", write(b"/t", b"1")),
+        Ask("dom0", read(b"/t"), b"0", tx="t"),
+        end("dom0", Differs[Reply](EAGAIN, OK)),
+    ),
+    "a node is fixed when it is first touched": (
+        Ask("dom0", write(b"/t/a", b"0")),
+        Ask("dom0", write(b"/t/b", b"0")),
+        start("dom0"),
+        Ask("dom0", read(b"/t/a"), b"0", tx="t"),
+        Ask("second", write(b"/t/b", b"1")),
+        Ask("dom0", read(b"/t/b"), Differs(b"1", b"0"), tx="t"),
+        end("dom0"),
+    ),
+    "a missing node which has been made since": (
+        start("dom0"),
+        Ask("dom0", read(b"/t"), ENOENT, tx="t"),
+        Ask("second", write(b"/t", b"1")),
+        Ask("dom0", read(b"/t"), ENOENT, tx="t"),
+        end("dom0", Differs[Reply](EAGAIN, OK)),
+    ),
+    "two children made in one node": (
+        Ask("dom0", mkdir(b"/t")),
+        start("dom0"),
+        Ask("dom0", write(b"/t/a", b"1"), tx="t"),
+        Ask("second", write(b"/t/b", b"2")),
+        end("dom0", Differs[Reply](EAGAIN, OK)),
+    ),
+    "a directory removed under a transaction": (
+        Ask("dom0", write(b"/t/a", b"")),
+        start("dom0"),
+        Ask("dom0", write(b"/t/a/b", b"1"), tx="t"),
+        Ask("second", rm(b"/t/a")),
+        end("dom0", Differs[Reply](EAGAIN, OK)),
+        Ask("dom0", read(b"/t/a/b"), Differs[Reply](ENOENT, b"1")),
+    ),
+    "a tree changed which a transaction removes": (
+        Ask("dom0", write(b"/t/a/b", b"")),
+        start("dom0"),
+        Ask("dom0", rm(b"/t/a"), tx="t"),
+        Ask("second", write(b"/t/a/c", b"")),
+        end("dom0", Differs[Reply](EAGAIN, OK)),
+        Ask("dom0", directory(b"/t"), Differs(names("a"), b"")),
+    ),
+    "a child made anew in a list which was fixed before": (
+        Ask("dom0", write(b"/t/a", b"")),
+        Ask("dom0", write(b"/t/b", b"")),
+        start("dom0"),
+        Ask("dom0", directory(b"/t"), names("a", "b"), tx="t"),
+        Ask("second", rm(b"/t/a")),
+        Ask("dom0", write(b"/t/a", b""), tx="t"),
+        Ask("dom0", directory(b"/t"), Differs(names("a", "b", "a"), names("a", "b")), tx="t"),
+        Ask("dom0", rm(b"/t/a"), tx="t"),
+        Ask("dom0", directory(b"/t"), Differs(names("b", "a"), names("b")), tx="t"),
+        Ask("dom0", rm(b"/t"), Differs[Reply](Error("EIO"), OK), tx="t"),
+        end("dom0", EAGAIN),
+    ),
+    "changes elsewhere do not conflict": (
+        Ask("dom0", write(b"/t/a", b"0")),
+        Ask("dom0", write(b"/u/b", b"0")),
+        start("dom0"),
+        Ask("dom0", write(b"/t/a", b"1"), tx="t"),
+        Ask("second", write(b"/u/b", b"2")),
+        Ask("second", write(b"/u/c", b"2")),
+        end("dom0"),
+        Ask("dom0", read(b"/t/a"), b"1"),
+        Ask("dom0", read(b"/u/b"), b"2"),
+    ),
+    "the events of a transaction": (
+        Ask("second", watch(b"/t", b"t")),
+        told("second", ("/t", "t")),
+        start("dom0"),
+        Ask("dom0", write(b"/t/a", b"1"), tx="t"),
+        Ask("dom0", write(b"/t/b", b"1"), tx="t"),
+        Ask("dom0", write(b"/t/a", b"2"), tx="t"),
+        told("second"),
+        end("dom0"),
+        Told(
+            "second",
+            Differs(
+                (("/t/a", "t"), ("/t/b", "t")),
+                (("/t/a", "t"), ("/t/b", "t"), ("/t/a", "t")),
+            ),
+        ),
+    ),
+    "a tree removed in a transaction": (
+        Ask("dom0", write(b"/t/a/b", b"")),
+        Ask("second", watch(b"/t/a/b", b"b")),
+        Ask("second", watch(b"/t", b"t")),
+        told("second", ("/t/a/b", "b"), ("/t", "t")),
+        start("dom0"),
+        Ask("dom0", rm(b"/t/a"), tx="t"),
+        Ask("dom0", directory(b"/t"), b"", tx="t"),
+        Ask("dom0", directory(b"/t"), names("a")),
+        end("dom0"),
+        Told(
+            "second",
+            Differs((("/t/a", "t"), ("/t/a/b", "b")), (("/t/a", "t"), ("/t/a/b", "b"))),
+        ),
+        Ask("dom0", directory(b"/t"), b""),
+    ),
+    "made and removed in one transaction": (
+        Ask("dom0", mkdir(b"/t")),
+        Ask("second", watch(b"/t", b"t")),
+        told("second", ("/t", "t")),
+        start("dom0"),
+        Ask("dom0", write(b"/t/a", b""), tx="t"),
+        Ask("dom0", rm(b"/t/a"), tx="t"),
+        end("dom0"),
+        Ask("dom0", directory(b"/t"), b""),
+        Told("second", Differs((), (("/t/a", "t"), ("/t/a", "t")))),
+    ),
+    # -- quotas
+    "a guest's nodes": (
+        Many("dom0", children(b"/local/domain/7/data", 399)),
+        Many("dom0", tuple(mkdir(b"/local/domain/7/data/0000/%d" % n) for n in range(400))),
+        Many("dom0", tuple(mkdir(b"/local/domain/7/data/0001/%d" % n) for n in range(199))),
+        Ask("guest", mkdir(b"data/0002/last")),
+        Ask("guest", mkdir(b"data/0002/more"), FULL),
+        Ask("dom0", mkdir(b"/local/domain/7/data/0002/dom0"), Differs[Reply](OK, OK)),
+        Ask("guest", rm(b"data/0002")),
+        Ask("guest", mkdir(b"data/0003/more")),
+    ),
+    "the names of a guest's children": (
+        Many("guest", children(b"data", 403)),
+        Ask("guest", mkdir(b"data/xxxx"), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", rm(b"data/0000")),
+        Ask("guest", mkdir(b"data/yyyy")),
+    ),
+    "a guest's watches": (
+        Many("guest", tuple(watch(b"data", b"%d" % n) for n in range(101))),
+        Told("guest", tuple(("data", str(n)) for n in range(101))),
+        Ask("guest", watch(b"data", b"one more"), Differs[Reply](OK, Error("EQUOTA"))),
+        Told("guest", Differs((("data", "one more"),), ())),
+    ),
+    "a guest's watches, as many as the C daemon allows": (
+        Many("guest", tuple(watch(b"data", b"%d" % n) for n in range(100))),
+        Told("guest", tuple(("data", str(n)) for n in range(100))),
+        *(
+            Ask(
+                "guest",
+                watch(b"data", b"x%d" % n),
+                Differs[Reply](OK, Error("EQUOTA") if n else OK),
+            )
+            for n in range(29)
+        ),
+        Told(
+            "guest",
+            Differs(tuple(("data", f"x{n}") for n in range(29)), (("data", "x0"),)),
+        ),
+        Ask("guest", watch(b"data", b"y"), Differs(E2BIG, Error("EQUOTA"))),
+        Ask("guest", unwatch(b"data", b"0")),
+        Ask("guest", watch(b"data", b"y")),
+        told("guest", ("data", "y")),
+    ),
+    "a guest's transactions": (
+        *(start("guest", f"t{n}") for n in range(11)),
+        Ask("guest", protocol.transaction_start(), FULL),
+        end("guest", name="t0"),
+        start("guest", "again"),
+        Ask("guest", protocol.transaction_start(), FULL),
+    ),
+    "a guest's nodes in a transaction": (
+        start("guest"),
+        Many(
+            "guest",
+            tuple(read(b"data/%d" % n) for n in range(1022)),
+            Error("ENOENT"),
+            tx="t",
+        ),
+        Ask("guest", read(b"data/last"), Differs[Reply](ENOENT, ENOENT), tx="t"),
+        Ask("guest", read(b"data/more"), Differs[Reply](ENOSPC, ENOENT), tx="t"),
+        Ask("guest", read(b"data/yet/more"), FULL, tx="t"),
+        end("guest", Differs(Error("ENOMEM"), Error("EQUOTA"))),
+    ),
+    # -- domains
+    "special watches": (
+        Ask("dom0", watch(b"@introduceDomain", b"i")),
+        Ask("dom0", watch(b"@releaseDomain", b"r")),
+        Ask("guest", watch(b"@introduceDomain", b"i")),
+        Ask("guest", watch(b"@releaseDomain", b"r")),
+        told("dom0", ("@introduceDomain", "i"), ("@releaseDomain", "r")),
+        told("guest", ("@introduceDomain", "i"), ("@releaseDomain", "r")),
+        Create(9),
+        told("dom0", ("@introduceDomain", "i")),
+        told("guest"),
+        Destroy(9),
+        told("dom0", ("@releaseDomain", "r")),
+        told("guest"),
+        Ask("dom0", set_perms(b"@releaseDomain", "n0 r7")),
+        Create(9),
+        told("dom0", ("@introduceDomain", "i")),
+        told("guest"),
+        Destroy(9),
+        told("dom0", ("@releaseDomain", "r")),
+        told("guest", ("@releaseDomain", "r")),
+    ),
+    "the death of a domain": (
+        Create(9),
+        *node(b"/a", "n0"),
+        *node(b"/a/x", "n9 r7"),
+        Ask("dom0", mkdir(b"/a/x/y")),
+        *node(b"/a/x/y/z", "n0"),
+        *node(b"/b", "n9"),
+        *node(b"/c", "n0 r9", b"v"),
+        Ask("second", watch(b"/a", b"a")),
+        Ask("second", watch(b"/a/x/y", b"y")),
+        Ask("second", watch(b"/b", b"b")),
+        Ask("second", watch(b"@releaseDomain", b"r")),
+        told("second", ("/a", "a"), ("/a/x/y", "y"), ("/b", "b"), ("@releaseDomain", "r")),
+        Destroy(9),
+        Told(
+            "second",
+            Differs(
+                (("/a/x/y", "y"), ("/a/x", "a"), ("/b", "b"), ("@releaseDomain", "r")),
+                (("@releaseDomain", "r"),),
+            ),
+        ),
+        Ask("dom0", directory(b"/a"), b""),
+        Ask("dom0", read(b"/b"), ENOENT),
+        Ask("dom0", read(b"/c"), b"v"),
+        Ask("dom0", get_perms(b"/c"), Differs(names("n0", "r9"), names("n0"))),
+        Ask("dom0", protocol.is_domain_introduced(9), b"F\0"),
+    ),
+    "permissions of the dead do not come back to life": (
+        Ask("dom0", write(b"/elsewhere", b"")),
+        *node(b"/c", "n0 r8", b"v"),
+        Ask("other", read(b"/c"), b"v"),
+        Close("other"),
+        Destroy(8),
+        Ask("dom0", write(b"/elsewhere", b"")),
+        Create(8),
+        Ask("other", read(b"/c"), EACCES),
+        Ask("dom0", write(b"/c", b"w")),
+        Ask("other", read(b"/c"), EACCES),
+        Ask("dom0", get_perms(b"/c"), Differs(names("n0", "r8"), names("n0"))),
+        Ask("dom0", set_perms(b"/c", "n0 r8")),
+        Ask("other", read(b"/c"), b"w"),
+    ),
+    "RELEASE and RESUME": (
+        Ask("dom0", protocol.domain_request(Op.RESUME, 7)),
+        Ask("dom0", protocol.domain_request(Op.RESUME, 99), Differs(ENOENT, EINVAL)),
+        Ask("dom0", protocol.domain_request(Op.RELEASE, 99), Differs(ENOENT, EINVAL)),
+        Ask("dom0", protocol.domain_request(Op.RELEASE, 0), Differs(EINVAL, ENOENT)),
+        Ask("dom0", watch(b"@releaseDomain", b"r")),
+        told("dom0", ("@releaseDomain", "r")),
+        Ask("dom0", protocol.domain_request(Op.RELEASE, 8), Differs[Reply](OK, ENOENT)),
+        Told("dom0", Differs((("@releaseDomain", "r"),), ())),
+        Ask("dom0", protocol.is_domain_introduced(8), b"F\0"),
+        Ask("dom0", read(b"/local/domain/8/data"), ENOENT),
+    ),
+    "INTRODUCE of a domain which is introduced": (
+        Ask("dom0", watch(b"@introduceDomain", b"i")),
+        told("dom0", ("@introduceDomain", "i")),
+        Ask("dom0", protocol.domain_request(Op.INTRODUCE, 7, 4103, 1)),
+        told("dom0"),
+    ),
+}

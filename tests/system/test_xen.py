@@ -1,0 +1,26 @@
+"""xsfs on real Xen: the lab's checks, in dom0 and in a domU, with each daemon, and under systemd.
+
+Each check's outcome is printed as it comes.  It takes some minutes, since all is emulated; a single
+configuration is chosen by `-k ocaml`, single checks by `python -m tests.system.xen` (docs/real-xen.md).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.system.xen.lab import CONFIGURATIONS, build, printer, run
+
+
+@pytest.fixture(scope="module")
+def image() -> None:
+    """Raises LabError, with what is missing, where it cannot be made."""
+    build()
+
+
+@pytest.mark.parametrize("name", ["C", "ocaml", "systemd"])
+def test_real_xen(name: str, image: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print()
+        outcome = run(CONFIGURATIONS[name], printer(name))
+        print(f"{name}: {outcome}", flush=True)
+    assert outcome.good, f"{outcome}; what has failed is in the output above"

@@ -1,0 +1,81 @@
+"""Fixtures of the checks: they run inside the lab's dom0, and some of them inside its domU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import mounting
+from tests.support.mounting import Mount, mounted
+from tests.system.xen.checks.guest import Guest
+from tests.system.xen.checks.machine import DEVICE, LIMIT, SOURCES, Witness
+
+mounting.LIMIT = LIMIT
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda source: os.path.basename(source))
+def source(request: pytest.FixtureRequest) -> str:
+    """Each way to Xenstore that this domain has."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def mount(source: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """This domain's Xenstore, mounted with no options."""
+    with mounted([source], tmp_path_factory.mktemp("mount") / "m") as mount:
+        yield mount
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """The same by the kernel's device."""
+    with mounted([DEVICE], tmp_path_factory.mktemp("device") / "m") as mount:
+        yield mount
+
+
+@pytest.fixture
+def witness() -> Witness:
+    return Witness()
+
+
+@pytest.fixture
+def box(request: pytest.FixtureRequest, mount: Mount, witness: Witness) -> Iterator[Path]:
+    """An empty directory in `mount`, for one check alone."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60]
+    path = mount.path / "data" / name
+    path.mkdir()
+    yield path
+    witness.remove(f"data/{name}")
+
+
+@pytest.fixture(scope="session")
+def guest() -> Iterator[Guest]:
+    """A domU with this domain's Xenstore mounted at /mnt/xenstore, for checks that share one."""
+    with Guest("guest") as guest:
+        guest.bash("xsfs /mnt/xenstore")
+        yield guest
+        guest.bash("umount /mnt/xenstore")
+
+
+@pytest.fixture(scope="session")
+def dom0(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """The whole store, seen from dom0."""
+    with mounted(["-o", "root=/"], tmp_path_factory.mktemp("whole") / "m") as mount:
+        yield mount
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Why a check has failed, at once: the machine may not live to tell it at the end."""
+    if report.failed:
+        print(f"\n{report.longreprtext}\n{report.capstdout}{report.capstderr}", flush=True)
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """With the seconds that a check took."""
+    if report.when != "call":
+        return None
+    return report.outcome, report.outcome[0], f"{report.outcome.upper()} in {report.duration:.0f} s"

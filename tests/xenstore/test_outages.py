@@ -1,0 +1,289 @@
+"""The client's ring, where there is no store: real daemons that stop, die and come back, and sockets
+without one.
+
+Nothing here sleeps.  That a task waits for a reply is known from trio's own `wait_all_tasks_blocked`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import trio_test, wait_all_tasks_blocked
+
+from tests.support.clients import GUEST, LIMIT, Place, events_until, furnish, opened
+from tests.support.xenstored.harness import RealXenstored
+from xsfs.xenstore import protocol
+from xsfs.xenstore.errors import (
+    ConnectionLost,
+    RequestTimeout,
+    StoreError,
+    StoreUnavailable,
+    TransactionEnded,
+)
+from xsfs.xenstore.store import open_store
+from xsfs.xenstore.transaction import Transaction
+from xsfs.xenstore.watches import Subscription
+
+SHORT = 0.3
+"""A time limit that is meant to pass."""
+
+
+@dataclass(frozen=True)
+class Mortal:
+    """A real daemon that a test may end, and the way to it."""
+
+    daemon: RealXenstored
+    place: Place
+
+    async def restart(self) -> None:
+        await trio.to_thread.run_sync(self.daemon.restart)
+        await furnish(self.daemon.socket)
+
+
+@pytest.fixture(params=["C", "ocaml", "C guest", "ocaml guest"])
+def mortal(request: pytest.FixtureRequest) -> Iterator[Mortal]:
+    kind, _, guest = request.param.partition(" ")
+    with RealXenstored(kind, guests=(GUEST,)) as daemon:
+        trio.run(furnish, daemon.socket)
+        if guest:
+            place = Place(kind, GUEST, daemon.guest_socket(GUEST))
+        else:
+            place = Place(kind, 0, daemon.socket)
+        yield Mortal(daemon, place)
+
+
+Outcomes = dict[str, object]
+
+
+async def note(outcomes: Outcomes, name: str, call: Callable[[], Awaitable[object]]) -> None:
+    """What came of the call: its result, or the type of the error."""
+    try:
+        outcomes[name] = await call()
+    except StoreError as error:
+        outcomes[name] = type(error)
+
+
+@trio_test
+async def test_a_restart(mortal: Mortal) -> None:
+    """All of it at once, since a restart takes its time."""
+    async with opened(mortal.place) as (store, base), contextlib.AsyncExitStack() as stack:
+        watches = [await stack.enter_async_context(store.watch(base)) for _ in range(2)]
+        watches.append(await stack.enter_async_context(store.watch(f"{base}/other")))
+        for events in watches:
+            await anext(events)
+        tx = await store.begin()
+        await tx.mkdir(f"{base}/x")
+        mortal.daemon.pause()
+        outcomes: Outcomes = {}
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "read": lambda: store.get_domain_path(3),
+            "reads": lambda: store.burst([protocol.get_domain_path(4)] * 3),
+            "write": lambda: store.write(f"{base}/y", "1"),
+            "transaction": lambda: tx.read(base),
+            "watch": lambda: stack.enter_async_context(store.watch(f"{base}/late")),
+        }
+        async with trio.open_nursery() as nursery:
+            for name, call in calls.items():
+                nursery.start_soon(note, outcomes, name, call)
+            await wait_all_tasks_blocked()
+            assert outcomes == {}
+            await mortal.restart()
+        assert outcomes == {
+            "read": b"/local/domain/3",
+            "reads": [b"/local/domain/4\0"] * 3,
+            "write": ConnectionLost,
+            "transaction": TransactionEnded,
+            "watch": ConnectionLost,
+        }
+        assert not tx.open
+        for call in tx.commit, tx.rollback, lambda: tx.read(base):
+            with pytest.raises(TransactionEnded):
+                await call()
+        store.abandon(tx)
+        # A daemon that is being killed may accept one connection more.
+        assert store.reconnects >= 1
+        # A subscriber hears of it without having done anything.
+        for events in watches:
+            assert await anext(events) == events.path
+        assert store.watches.reconnects >= 1
+        # Everything works as before.
+        await store.write(f"{base}/other", "1")
+        for events in watches:
+            assert (await events_until(events, f"{base}/other"))[-1] == f"{base}/other"
+        async with store.transaction() as again:
+            await again.write(f"{base}/z", "1")
+        assert await store.read(f"{base}/z") == b"1"
+
+
+@pytest.mark.parametrize("mortal", ["C", "ocaml"], indirect=True)
+@trio_test
+async def test_while_the_daemon_is_gone(mortal: Mortal) -> None:
+    async with opened(mortal.place) as (store, base):
+        with trio.fail_after(LIMIT):
+            mortal.daemon.kill()
+            outcomes: Outcomes = {}
+            async with trio.open_nursery() as nursery:
+                for name in "one", "two":
+                    nursery.start_soon(note, outcomes, name, lambda: store.get_domain_path(3))
+                nursery.start_soon(note, outcomes, "begin", store.begin)
+                await wait_all_tasks_blocked()
+                assert outcomes == {}
+                await trio.to_thread.run_sync(mortal.daemon.start)
+            transaction = outcomes.pop("begin")
+            assert isinstance(transaction, Transaction)
+            store.abandon(transaction)
+            assert outcomes == {"one": b"/local/domain/3", "two": b"/local/domain/3"}
+            # One connection, at first sight of the daemon, does for all.
+            assert store.reconnects == 1
+            await store.mkdir(base)
+
+
+@pytest.mark.parametrize("mortal", ["C", "ocaml"], indirect=True)
+@trio_test
+async def test_a_daemon_that_stays_away(mortal: Mortal) -> None:
+    with trio.fail_after(LIMIT):
+        async with open_store(mortal.place.path, timeout=SHORT) as store:
+            async with store.watch("/a") as events:
+                await anext(events)
+                mortal.daemon.kill()
+                for call in (
+                    lambda: store.read("/"),
+                    lambda: store.write("/a", ""),
+                    store.begin,
+                    lambda: store.atomically(Transaction.commit),
+                    lambda: store.watches.subscribe(Subscription(b"/b")),
+                ):
+                    with trio.fail_after(10 * SHORT), pytest.raises(ConnectionLost):
+                        await call()
+            assert store.transactions == 0
+
+
+@trio_test
+async def test_a_daemon_that_stands_still(mortal: Mortal) -> None:
+    async with opened(mortal.place, timeout=SHORT) as (store, base), store.watch(base) as events:
+        await anext(events)
+        outcomes: Outcomes = {}
+        mortal.daemon.pause()
+        started = trio.current_time()
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "read": lambda: store.read(base),
+            "reads": lambda: store.burst([protocol.get_domain_path(4)] * 3),
+            "write": lambda: store.write(f"{base}/y", "1"),
+            "watch": lambda: store.watches.subscribe(Subscription(b"/b")),
+            "atomically": lambda: store.atomically(Transaction.commit),
+        }
+        async with trio.open_nursery() as nursery:
+            for name, call in calls.items():
+                nursery.start_soon(note, outcomes, name, call)
+        elapsed = trio.current_time() - started
+        assert outcomes == dict.fromkeys(calls, RequestTimeout)
+        assert SHORT <= elapsed < SHORT + 1
+        mortal.daemon.resume()
+        # By the same connection; the late replies are dropped.
+        with trio.fail_after(LIMIT):
+            while True:
+                try:
+                    assert await store.read(f"{base}/y") == b"1"
+                    break
+                except RequestTimeout:
+                    pass
+        assert store.reconnects == 0
+        assert (await events_until(events, f"{base}/y"))[-1] == f"{base}/y"
+
+
+# ---------------------------------------------------------------------------------- no store at all
+
+AT_ONCE = 2.0
+"""Far less than the time limit of a request."""
+
+
+async def cannot_open(path: Path | str) -> StoreError:
+    with trio.fail_after(AT_ONCE), pytest.raises((StoreUnavailable, ConnectionLost)) as caught:
+        async with open_store(os.fspath(path), timeout=LIMIT):
+            pass
+    return caught.value
+
+
+@trio_test
+async def test_no_socket(tmp_path: Path) -> None:
+    error = await cannot_open(tmp_path / "missing")
+    assert "No such file" in str(error)
+
+
+@trio_test
+async def test_a_socket_without_a_daemon(tmp_path: Path) -> None:
+    path = tmp_path / "left"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as left:
+        left.bind(os.fspath(path))
+    error = await cannot_open(path)
+    assert "refused" in str(error)
+
+
+@pytest.mark.parametrize("what", ["file", "directory", "fifo", "/dev/null"])
+@trio_test
+async def test_what_is_no_socket(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "path"
+    if what == "file":
+        path.write_bytes(b"")
+    elif what == "directory":
+        path.mkdir()
+    elif what == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(what)
+    error = await cannot_open(path)
+    if what != "/dev/null":
+        assert isinstance(error, StoreUnavailable)
+        assert error.hint
+
+
+AS_NOBODY = """
+import os, sys, trio
+from xsfs.xenstore.store import open_store
+from xsfs.xenstore.errors import StoreUnavailable
+async def main():
+    with trio.fail_after(5):
+        async with open_store(sys.argv[1], timeout=20):
+            pass
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    trio.run(main)
+except StoreUnavailable as error:
+    print(error.denied, error.hint != "", error)
+"""
+
+
+@pytest.mark.parametrize("closed", ["socket", "directory"])
+def test_no_right(closed: str) -> None:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
+    ):
+        path = os.path.join(directory, "sock")
+        listener.bind(path)
+        listener.listen(1)
+        os.chmod(path, 0 if closed == "socket" else 0o777)
+        os.chmod(directory, 0o755 if closed == "socket" else 0)
+        done = subprocess.run(
+            [sys.executable, "-c", AS_NOBODY, path],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+        os.chmod(directory, 0o700)
+    assert done.stderr == ""
+    assert done.stdout == f"True True no right to use {path}\n"

@@ -1,0 +1,100 @@
+"""Permissions: as text, on the wire, and who may do what by them.  Pure functions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xsfs.xenstore.permissions import (
+    USUAL_MAX,
+    Permission,
+    access_of,
+    decode_perms,
+    format_permissions,
+    once_if_usual,
+    parse_permission,
+    parse_permissions,
+    perms_text,
+    set_perms,
+)
+
+ACCESS = {"n": (False, False), "r": (True, False), "w": (False, True), "b": (True, True)}
+
+
+@pytest.mark.parametrize("letter", "nrwb")
+@pytest.mark.parametrize("domid", [0, 7, 32751, 4294967295])
+def test_a_permission_as_text_and_back(letter: str, domid: int) -> None:
+    perm = parse_permission(f"{letter}{domid}")
+    assert perm == Permission(domid, *ACCESS[letter])
+    assert str(perm) == f"{letter}{domid}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "r", "7", "x7", "R7", "r-1", "r7 ", " r7", "r7\n", "r٣", "r²", "rr7", "r12345678901"],
+)
+def test_what_is_no_permission(text: str) -> None:
+    with pytest.raises(ValueError, match="permission"):
+        parse_permission(text)
+
+
+@pytest.mark.parametrize("text", ["n0,r7", "n0 r7", " n0, r7 ", "n0\tr7\n", "n0,,r7,"])
+def test_permissions_with_commas_or_blanks(text: str) -> None:
+    perms = parse_permissions(text)
+    assert perms == (Permission(0, False, False), Permission(7, True, False))
+    assert format_permissions(perms) == "n0,r7"
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "n0,x", "n0;r7"])
+def test_what_are_no_permissions(text: str) -> None:
+    with pytest.raises(ValueError, match="permission"):
+        parse_permissions(text)
+
+
+permissions = st.builds(Permission, st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+
+
+@settings(deadline=None)
+@given(st.lists(permissions, min_size=1, max_size=8))
+def test_permissions_survive_text_and_wire(perms: list[Permission]) -> None:
+    assert list(parse_permissions(format_permissions(perms))) == perms
+    payload = set_perms(b"/a", perms).payload
+    assert list(decode_perms(payload.removeprefix(b"/a\0"))) == perms
+    assert perms_text(payload.removeprefix(b"/a\0")).decode() == format_permissions(perms)
+
+
+@pytest.mark.parametrize(
+    ("text", "domid", "access"),
+    [
+        ("n5", 0, "b"),  # domain 0 may do everything
+        ("n5,n0", 0, "b"),
+        ("n5", 5, "b"),  # and so may the owner
+        ("n5,n5", 5, "b"),
+        ("n5", 7, "n"),  # the owner's letter is for all others
+        ("r5", 7, "r"),
+        ("w5", 7, "w"),
+        ("b5", 7, "b"),
+        ("b5,n7", 7, "n"),  # but for those with an entry
+        ("n5,b7", 7, "b"),
+        ("n5,b7", 8, "n"),
+        ("n5,r7,w7", 7, "r"),  # of which the first counts
+        ("n5,n8,w7,b7", 7, "w"),
+    ],
+)
+def test_who_may_do_what(text: str, domid: int, access: str) -> None:
+    assert access_of(parse_permissions(text), domid) == ACCESS[access]
+
+
+def test_only_usual_replies_are_kept() -> None:
+    decoded = []
+
+    @once_if_usual
+    def decode(payload: bytes) -> int:
+        decoded.append(payload)
+        return len(payload)
+
+    usual, long = b"x" * USUAL_MAX, b"x" * (USUAL_MAX + 1)
+    for payload in (usual, usual, long, long):
+        assert decode(payload) == len(payload)
+    assert decoded == [usual, long, long]

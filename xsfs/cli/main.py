@@ -1,0 +1,151 @@
+"""The command `xsfs`, and what mount(8) calls as `mount.xsfs`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple, NoReturn
+
+from xsfs import __version__
+from xsfs.cli.exit_statuses import EXIT_BUG, EXIT_MOUNTED, EXIT_USAGE, STATUSES
+from xsfs.cli.options import FLAGS, MOUNT_FLAGS, Options, UsageError, help_lines, parse, source_of
+from xsfs.cli.service import JournalFormatter, in_journal, notify, status
+
+USAGE: Final = "xsfs [-f] [-d] [-o OPT[,OPT...]]... [SOURCE] MOUNTPOINT"
+
+DESCRIPTION: Final = "Mount Xenstore, the configuration store of the Xen hypervisor."
+
+EPILOG: Final = """\
+SOURCE is a socket or device of Xenstore, or 'embedded' for a store of its own,
+which needs no Xen.  Without it, or as 'xenstore', 'none' or 'auto', it is
+looked for: $XENSTORED_PATH, then the socket in $XENSTORED_RUNDIR (or
+/var/run/xenstored), then /dev/xen/xenbus.
+
+options of -o:
+{options}
+
+exit status:
+{statuses}
+"""
+
+
+_SWITCH: Final[Mapping[str, Any]] = {"action": "store_true"}
+
+_ACTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "version": {"action": "version", "version": f"xsfs {__version__}"},
+    "help": {"action": "help"},
+    "r": {"action": "append_const", "const": "ro", "dest": "options"},
+    "w": {"action": "append_const", "const": "rw", "dest": "options"},
+}
+"""What the flags do that are no switches."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+class Command(NamedTuple):
+    """The command line, understood."""
+
+    options: Options
+    pretend: bool = False
+    """mount -f: all but the mount itself."""
+    verbose: bool = False
+
+
+def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Command:
+    """Raises UsageError.
+
+    helper      called by mount(8), to which -f means something else
+    """
+    parser = _Parser(
+        prog="xsfs",
+        usage=USAGE,
+        description=DESCRIPTION,
+        epilog=EPILOG.format(
+            options="\n".join(help_lines()),
+            statuses="\n".join(f"  {status}  {text}" for status, text in STATUSES.items()),
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("places", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-o",
+        action="append",
+        default=[],
+        metavar="OPT[,OPT...]",
+        dest="options",
+        help="see below; may be given several times",
+    )
+    for flag in FLAGS:
+        parser.add_argument(
+            f"-{flag.letter}", f"--{flag.name}", help=flag.help, **_ACTIONS.get(flag.name, _SWITCH)
+        )
+    for flag in MOUNT_FLAGS:
+        action = _ACTIONS.get(flag.letter, _SWITCH)
+        parser.add_argument(f"-{flag.letter}", help=argparse.SUPPRESS, **action)
+    found = parser.parse_intermixed_args(arguments)
+    if len(found.places) > 2:
+        raise UsageError("too many arguments: [SOURCE] MOUNTPOINT")
+    *source, mountpoint = found.places
+    options = Options(
+        mountpoint,
+        source_of(source[0]) if source else None,
+        foreground=(found.foreground and not helper) or found.debug,
+        debug=found.debug,
+        **parse(found.options, sloppy=found.s),
+    )
+    if not options.embedded and (options.listen is not None or options.domid):
+        raise UsageError("the options 'listen' and 'domid' are for the embedded store")
+    return Command(options, pretend=found.foreground and helper, verbose=found.v)
+
+
+def _open_standard_files() -> None:
+    """A caller may have closed some: what is opened later must not take their places."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.BytesIO())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    _open_standard_files()
+    helper = arguments is None and os.path.basename(sys.argv[0]).startswith("mount.")
+    try:
+        command = parse_arguments(sys.argv[1:] if arguments is None else arguments, helper=helper)
+    except UsageError as error:
+        print(f"xsfs: {error} (try 'xsfs --help')", file=sys.stderr)
+        return EXIT_USAGE
+    if command.pretend:
+        return EXIT_MOUNTED
+    options = command.options
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if options.debug else logging.INFO,
+        format="xsfs: %(message)s",
+    )
+    if in_journal(2):
+        logging.getLogger().handlers[0].setFormatter(JournalFormatter())
+    logging.getLogger("pyfuse3").setLevel(logging.WARNING)
+    # It takes a tenth of a second to load, for which nobody need wait who asks for help.
+    from xsfs.cli.mount import MountError, mount
+
+    try:
+        mount(options)
+    except MountError as error:
+        logging.error("%s", error)
+        notify(status(str(error)))
+        return error.status
+    except Exception:
+        logging.exception("a bug in xsfs")
+        return EXIT_BUG
+    if command.verbose and not options.foreground:
+        print(f"xsfs: {options.label} mounted on {options.mountpoint}")
+    return EXIT_MOUNTED

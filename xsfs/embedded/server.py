@@ -1,0 +1,227 @@
+"""A whole xenstored in this process, behind the real wire protocol.
+
+`EmbeddedStore` owns the sockets and the tasks, `Requests` what they are about.  Each connection has
+one task which reads it; all the work of a request is synchronous, so requests are atomic, and no
+lock is needed.  Output which a request has caused, for whichever connection, is sent at the end of
+the batch in which the request came: a client which sends many requests at once gets their replies
+in few pieces.  After BURST requests of one client the others have their turn.  What happens to a
+client which does not read is said in store_watch.py.
+
+It does what C xenstored 4.17 does, and plays the hypervisor's part as well: INTRODUCE of a domain
+which does not exist makes it exist, and any number of connections may speak for one guest.
+Of xenstored's protections these are missing: the rate limit of guests' writes, the quotas for
+memory and for outstanding requests.  CONTROL knows `check`, `help` and `print`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+from typing import Final
+
+import trio
+
+from xsfs.embedded.client_connection import Connection
+from xsfs.embedded.contents import dom0_nodes, guest_nodes, make
+from xsfs.embedded.domains import DOM0
+from xsfs.embedded.requests import Requests
+from xsfs.xenstore import protocol
+
+log = logging.getLogger(__name__)
+
+RECEIVE: Final = 64 << 10
+BURST: Final = 128
+BACKLOG: Final = 128
+
+
+class EmbeddedStore:
+    def __init__(self, *, populate: bool = True) -> None:
+        self._populate = populate
+        self._requests = Requests()
+        self._store = self._requests.store
+        self._dirty: set[Connection] = set()
+        """The connections with output that nobody has tried to send yet."""
+        self._nursery: trio.Nursery | None = None
+        if populate:
+            make(self._store, dom0_nodes())
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve the sockets of `connect` until cancelled, and end all of them then."""
+        if self._nursery is not None:
+            raise RuntimeError("serve() runs already")
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
+
+    def connect(self, domid: int = 0) -> socket.socket:
+        """A socket (not blocking) on which the store is served to that domain."""
+        if self._nursery is None:
+            raise RuntimeError("connect() only works while serve() runs")
+        self._welcome(domid)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        self._nursery.start_soon(self._serve_socket, ours, domid)
+        return theirs
+
+    async def listen(
+        self,
+        path: str,
+        domid: int = 0,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve whoever connects to the Unix socket `path`, until cancelled.
+
+        The socket file is there, and `task_status` started, before this first waits.  It replaces
+        a socket file on which nobody listens; OSError (EADDRINUSE) if somebody does.
+        """
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            _bind(listener, path)
+            identity = _identity(path)
+            try:
+                self._welcome(domid)
+                async with trio.open_nursery() as nursery:
+                    task_status.started()
+                    await self._accept(listener, domid, nursery)
+            finally:
+                # Somebody else's file may be there by now.
+                if identity is not None and _identity(path) == identity:
+                    os.unlink(path)
+
+    async def _accept(self, listener: socket.socket, domid: int, nursery: trio.Nursery) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, ConnectionError):
+                continue
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                log.warning("cannot accept a connection: %s", error)
+                await trio.sleep(0.1)
+                continue
+            sock.setblocking(False)
+            nursery.start_soon(self._serve_socket, sock, domid)
+
+    # -- domains
+
+    def introduce(self, domid: int) -> None:
+        """The domain exists from now on."""
+        self._store.introduce(domid)
+        self._flush()
+
+    def destroy(self, domid: int) -> None:
+        """The domain ceases to exist, and with it its nodes, its watches, and its connections."""
+        if domid == DOM0:
+            raise ValueError("domain 0 cannot be destroyed")
+        self._requests.drop_connections(domid)
+        self._store.destroy(domid)
+        self._flush()
+
+    def _welcome(self, domid: int) -> None:
+        if not self._store.domains.is_introduced(domid):
+            self._store.domains.create(domid)
+            if self._populate:
+                make(self._store, guest_nodes(domid))
+            self.introduce(domid)
+
+    # -- serving one connection
+
+    async def _serve_socket(self, sock: socket.socket, domid: int) -> None:
+        with sock:
+            if not self._store.domains.is_introduced(domid):
+                # Gone since the socket was made.
+                return
+            async with trio.open_nursery() as nursery:
+                connection = Connection(sock, domid, self._dirty, nursery)
+                self._requests.connections.add(connection)
+                try:
+                    await self._read(connection)
+                finally:
+                    self._requests.connections.discard(connection)
+                    self._requests.reset(connection)
+                    # The last replies, as far as the client has room for them.
+                    connection.flush()
+                    self._dirty.discard(connection)
+                    nursery.cancel_scope.cancel()
+
+    async def _read(self, connection: Connection) -> None:
+        parser = protocol.Parser(protocol.PAYLOAD_MAX)
+        sock = connection.sock
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            try:
+                data = sock.recv(RECEIVE)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+            if not data:
+                return
+            parser.feed(data)
+            try:
+                await self._serve_requests(connection, parser)
+            except protocol.WireError as error:
+                log.warning("closing a connection of domain %d: %s", connection.domid, error)
+                return
+
+    async def _serve_requests(self, connection: Connection, parser: protocol.Parser) -> None:
+        served = 0
+        try:
+            while (request := parser.next()) is not None:
+                self._requests.serve(connection, request)
+                served += 1
+                if connection.full:
+                    self._flush()
+                    await connection.drain()
+                elif served % BURST == 0:
+                    self._flush()
+                    await trio.lowlevel.checkpoint()
+        finally:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._dirty:
+            self._dirty.pop().flush()
+
+
+# ------------------------------------------------------------------------------- the socket file
+
+
+def _bind(listener: socket.socket, path: str) -> None:
+    listener.setblocking(False)
+    # Before bind(): then the file never exists with another mode.
+    os.fchmod(listener.fileno(), 0o600)
+    try:
+        listener.bind(path)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or not _is_stale(path):
+            raise
+        os.unlink(path)
+        listener.bind(path)
+    listener.listen(BACKLOG)
+
+
+def _is_stale(path: str) -> bool:
+    """Whether this is a socket on which nobody listens."""
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path) == errno.ECONNREFUSED
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,0 +1,218 @@
+"""Transactions as directories: `.transaction/NAME/` is the whole tree as one transaction sees it.
+
+The nodes below it are those of any tree, over a view of the transaction's own (see transactions.py).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import ClassVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes
+
+from xsfs.fs.directories import RootDirectory
+from xsfs.fs.inodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, Tree, refuse
+from xsfs.fs.mirror_link import MirrorLink
+from xsfs.fs.special import TextFile, TextHandle
+from xsfs.fs.transactions import Transactions, TransactionView
+from xsfs.view.names import NAME_MAX, join
+from xsfs.view.view import View
+from xsfs.xenstore import protocol
+
+
+class ControlFile(TextFile):
+    """`.control` of a transaction: says what it is, and takes `commit` or `rollback`."""
+
+    __slots__ = ()
+
+    parent: TransactionRoot
+    view: TransactionView
+
+    def content(self) -> bytes:
+        return self.view.report()
+
+    async def getattr(self) -> EntryAttributes:
+        self.require()
+        return self.entry(len(self.content()))
+
+    async def truncate(self, size: int) -> None:
+        """What a shell does before it writes."""
+
+    async def open(self, flags: int, caller: Caller) -> ControlHandle:
+        self.require()
+        return ControlHandle(self)
+
+
+class ControlHandle(TextHandle):
+    __slots__ = ()
+
+    node: ControlFile
+
+    async def truncate(self, size: int) -> None:
+        """As of the file."""
+
+    async def write(self, offset: int, data: bytes) -> int:
+        root = self.node.parent
+        word = data.strip()
+        if word == b"commit":
+            await root.transactions.commit(root.name, root.view)
+            root.tree.prefetched.drop()
+        elif word == b"rollback":
+            await root.transactions.roll_back(root.name, root.view)
+        else:
+            refuse(errno.EINVAL)
+        return len(data)
+
+
+class TransactionRoot(RootDirectory):
+    """`.transaction/NAME`: the root of the mount, in the transaction."""
+
+    __slots__ = ()
+
+    entry_timeout = 0.0
+    """The name may mean another transaction the next time."""
+
+    own: ClassVar[Mapping[bytes, type[Node]]] = {**RootDirectory.own, b".control": ControlFile}
+
+    parent: TransactionsDirectory
+    view: TransactionView
+
+    def __init__(self, tree: Tree, view: View, parent: Node | None, name: bytes) -> None:
+        assert isinstance(parent, TransactionsDirectory)
+        inside = parent.transactions.get(name)
+        if inside is None:
+            refuse(errno.ENOENT)
+        super().__init__(tree, inside, parent, name)
+
+    @property
+    def realm(self) -> bytes:
+        return self.name + b":"
+
+    @property
+    def transactions(self) -> Transactions:
+        return self.parent.transactions
+
+    async def getattr(self) -> EntryAttributes:
+        # Asks nobody: to list the transactions is not to use them.
+        self.require()
+        return self.entry(0)
+
+
+class TransactionsDirectory(Node):
+    """`.transaction`: a directory for each open transaction."""
+
+    __slots__ = ()
+
+    kind = RootDirectory.kind
+    entry_timeout = DIRECTORY_ENTRY_TIMEOUT
+
+    parent: MountRoot
+
+    @property
+    def path(self) -> bytes:
+        return self.view.root
+
+    @property
+    def label(self) -> bytes:
+        return join(super().label, self.name)
+
+    @property
+    def transactions(self) -> Transactions:
+        return self.parent.transactions
+
+    async def getattr(self) -> EntryAttributes:
+        return self.entry(0)
+
+    async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
+        root = self.root_of(name)
+        if root is None:
+            refuse(errno.ENOENT)
+        self.tree.remember(root)
+        return root.entry(0)
+
+    def place_of(self, name: bytes) -> tuple[object, ...]:
+        # Of each transaction another: the kernel may know those of one that has ended.
+        view = self.transactions.get(name)
+        return self.inode, name, view.number if view is not None else 0
+
+    def root_of(self, name: bytes) -> TransactionRoot | None:
+        if self.transactions.get(name) is None:
+            return None
+        return self.tree.node(TransactionRoot, self, name)
+
+    async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
+        if not protocol.is_name(name):
+            refuse(errno.EINVAL)
+        if len(name) > NAME_MAX:
+            refuse(errno.ENAMETOOLONG)
+        await self.transactions.begin(name, caller)
+        return await self.lookup(name, 0)
+
+    async def rmdir(self, name: bytes) -> None:
+        view = self.transactions.get(name)
+        if view is None:
+            refuse(errno.ENOENT)
+        await self.transactions.roll_back(name, view)
+
+    async def create(self, name: bytes, flags: int) -> tuple[Handle, EntryAttributes]:
+        refuse(errno.EPERM)
+
+    async def make_file(self, name: bytes) -> EntryAttributes:
+        refuse(errno.EPERM)
+
+    async def unlink(self, name: bytes) -> None:
+        refuse(errno.EISDIR if self.transactions.get(name) is not None else errno.ENOENT)
+
+    async def rename(self, name: bytes, target: Node, target_name: bytes, flags: int) -> None:
+        refuse(errno.EPERM)
+
+    async def opendir(self) -> Handle:
+        return TransactionsHandle(self)
+
+
+class TransactionsHandle(Handle):
+    """An open `.transaction`: the names that were there when it was opened, or last rewound."""
+
+    __slots__ = ("names",)
+
+    node: TransactionsDirectory
+
+    def __init__(self, node: TransactionsDirectory) -> None:
+        super().__init__(node)
+        self.names: list[bytes] = []
+
+    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
+        if start == 0:
+            self.names = self.node.transactions.names()
+        node = self.node
+        for position in range(start, len(self.names) + 2):
+            if position < 2:
+                child: Node | None = node
+                name = (b".", b"..")[position]
+            else:
+                name = self.names[position - 2]
+                child = node.root_of(name)
+            if child is None:
+                continue  # ended meanwhile
+            if not pyfuse3.readdir_reply(token, name, child.entry(0), position + 1):
+                return
+            if child is not node:
+                node.tree.remember(child)
+
+
+class MountRoot(RootDirectory):
+    """The root of the mount, with what there is of it once."""
+
+    __slots__ = ("transactions",)
+
+    own: ClassVar[Mapping[bytes, type[Node]]] = {
+        **RootDirectory.own,
+        b".transaction": TransactionsDirectory,
+        b".mirror": MirrorLink,
+    }
+
+    def __init__(self, tree: Tree, view: View, transactions: Transactions) -> None:
+        super().__init__(tree, view, None, b"")
+        self.transactions = transactions

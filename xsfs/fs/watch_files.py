@@ -1,0 +1,316 @@
+"""Watch files: `.watch` of a directory, the stream of what changes at or below it.
+
+What a `WatchHandle` owns: a subscription for each path that it watches, and the events that its reader
+has not read yet.  The tasks of FUSE requests add and remove subscriptions, one at a time (`_turn`);
+events are put by the task of the watches' connection, which never waits for a reader.
+
+What always holds:
+
+- Equal events still unread are one.  Past EVENTS_MAX the backlog becomes one event for each watched
+  path, which means "look at all of it again": a reader that was away misses nothing that is so now.
+- Events are kept as the paths that came from the store, one object for all readers, and become lines
+  when they are read.  A read gives whole lines; what of a line did not fit is the next read.
+- A read waits READ_SECONDS at most, then it ends with EINTR, and the reader's libc asks again.  FUSE
+  tells of a signal by an INTERRUPT, which pyfuse3 does not pass on, and a process whose read is not
+  answered cannot even be killed.
+- At most one read of a handle waits, and at most READERS_MAX handles are open in a mount: so many of
+  pyfuse3's tasks at most are taken by readers, and there are more (mount.py).
+- A poll handle is kept until the next event, whether or not there is something to read already: who
+  polls edge-triggered must hear of each.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import select
+from collections import OrderedDict
+from typing import Final
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes
+
+from xsfs.fs.inodes import Caller, Handle, Node, refuse
+from xsfs.fs.xattrs import XenstoreNode
+from xsfs.view.names import NAME_MAX, file_name, join
+from xsfs.xenstore import protocol
+from xsfs.xenstore.errors import RequestTimeout, StoreError
+from xsfs.xenstore.watches import EVENTS_MAX, Subscription
+
+log = logging.getLogger(__name__)
+
+READ_SECONDS: Final = 0.5
+
+READERS_MAX: Final = 1024
+"""How many watch files may be open: each may take one of pyfuse3's tasks, for as long as it likes.
+Users who are neither root nor the one who mounted have half of it together."""
+
+WATCHES_MAX: Final = 1024
+"""How many paths one file may watch.  Less than EVENTS_MAX, or a backlog could not be cut short."""
+
+SPECIAL: Final = frozenset((b"@introduceDomain", b"@releaseDomain"))
+
+
+def line_of(path: bytes, base: bytes) -> bytes:
+    """How the reader of a directory's watch file sees a path: relative to the directory if below it.
+
+    A name may begin with what is no name elsewhere: `-` of an option, `@` of a special event.  Guests
+    choose names, so these begin with `./`.
+    """
+    if path == base:
+        return b"."
+    try:
+        protocol.check_path(path)
+    except ValueError:
+        # What no store has could be several lines, or none, or speak to a terminal: look at all.
+        return b"."
+    below = join(base, b"")
+    line = path
+    if path.startswith(below):
+        line = path[len(below) :]
+        if line.startswith((b"-", b"@")):
+            line = b"./" + line
+    if len(line) > NAME_MAX:
+        line = b"/".join(map(file_name, line.split(b"/")))
+    return line
+
+
+def path_of(line: bytes, base: bytes) -> bytes:
+    """What is to be watched: the opposite.  EINVAL for what cannot be in Xenstore."""
+    if line in SPECIAL:
+        return line
+    if line == b".":
+        return base
+    if line.startswith(b"@"):
+        refuse(errno.EINVAL)  # no event that there is; a child of such a name is `./@NAME`
+    path = line if line.startswith(b"/") else join(base, line.removeprefix(b"./"))
+    if len(path) > protocol.PATH_MAX:
+        refuse(errno.ENAMETOOLONG)
+    try:
+        return protocol.check_path(path)
+    except ValueError:
+        refuse(errno.EINVAL)
+
+
+class WatchFile(Node):
+    """`.watch` of a directory.  It ignores transactions, as watches do."""
+
+    __slots__ = ()
+
+    @property
+    def path(self) -> bytes:
+        assert self.parent is not None
+        return self.parent.path
+
+    @property
+    def label(self) -> bytes:
+        return join(super().label, self.name)
+
+    async def getattr(self) -> EntryAttributes:
+        assert isinstance(self.parent, XenstoreNode)
+        self.parent.require()
+        if not self.parent.lasting and await self.view.look(self.path) is None:
+            refuse(errno.ESTALE)
+        return self.entry(0)
+
+    async def open(self, flags: int, caller: Caller) -> WatchHandle:
+        mode = flags & os.O_ACCMODE
+        if mode == os.O_WRONLY:
+            refuse(errno.EINVAL)
+        tree = self.tree
+        full = tree.readers >= READERS_MAX
+        if full or (caller.foreign and tree.foreign_readers >= READERS_MAX // 2):
+            refuse(errno.EMFILE)
+        handle = WatchHandle(
+            self,
+            nonblocking=bool(flags & os.O_NONBLOCK),
+            writable=mode != os.O_RDONLY,
+            foreign=caller.foreign,
+        )
+        handle.count(1)
+        if mode == os.O_RDONLY:
+            try:
+                await handle.add(handle.base)
+            except BaseException:
+                handle.count(-1)
+                raise
+        self.view.at_end[handle] = handle.wake
+        return handle
+
+
+class WatchHandle(Handle):
+    """See the module's text.
+
+    base            the path of the directory when the file was opened
+    foreign         whether it is of a user who is neither root nor the one who mounted
+    nonblocking     whether a read that would wait is EAGAIN instead
+    """
+
+    __slots__ = (
+        "_arrived",
+        "_events",
+        "_poll_handle",
+        "_rest",
+        "_subscriptions",
+        "_turn",
+        "base",
+        "foreign",
+        "nonblocking",
+        "writable",
+    )
+
+    stream = True
+
+    def __init__(
+        self, node: WatchFile, *, nonblocking: bool, writable: bool, foreign: bool
+    ) -> None:
+        super().__init__(node)
+        self.base = node.path
+        self.nonblocking = nonblocking
+        self.writable = writable
+        self.foreign = foreign
+        self._subscriptions: dict[bytes, Subscription] = {}
+        # A dict would be slow to take the oldest from: it goes over all that were taken before.
+        self._events: OrderedDict[bytes, None] = OrderedDict()
+        self._rest = b""
+        self._turn = trio.Lock()
+        self._arrived = trio.lowlevel.ParkingLot()
+        self._poll_handle: pyfuse3.PollHandle | None = None
+
+    def count(self, difference: int) -> None:
+        """One more is open, or one less."""
+        self.node.tree.readers += difference
+        if self.foreign:
+            self.node.tree.foreign_readers += difference
+
+    # --------------------------------------------------------------------------------- events
+
+    def put(self, path: bytes) -> None:
+        """An event has come.  Called in the connection's task: must not wait."""
+        if len(self._events) >= EVENTS_MAX and path not in self._events:
+            self._events = OrderedDict.fromkeys(self._subscriptions)
+        else:
+            self._events[path] = None
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to read, or to be told of."""
+        if self._arrived:
+            self._arrived.unpark_all()
+        if self._poll_handle is not None:
+            poll_handle, self._poll_handle = self._poll_handle, None
+            try:
+                poll_handle.notify()
+            except OSError as error:
+                # The mount is about to end.
+                log.info("a poll could not be answered: %s", error)
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if not self._events and not self._rest:
+            await self._wait()
+        if self._rest:
+            piece, self._rest = self._rest[:size], self._rest[size:]
+            return piece
+        lines: list[bytes] = []
+        left = size
+        while self._events:
+            path = next(iter(self._events))
+            line = line_of(path, self.base) + b"\n"
+            if len(line) > left and lines:
+                break
+            del self._events[path]
+            lines.append(line[:left])
+            self._rest = line[left:]
+            left -= len(line)
+            if self._rest:
+                break
+        return b"".join(lines)
+
+    async def _wait(self) -> None:
+        """Return when there is something to read."""
+        if self.nonblocking:
+            refuse(errno.EAGAIN)
+        if self._arrived:
+            # read(2) of one open file is let in one at a time; io_uring and such are not.
+            refuse(errno.EBUSY)
+        # Not all at the same time, as many readers may have begun together.
+        with trio.move_on_after(READ_SECONDS * random.uniform(0.8, 1.0)):
+            await self._arrived.park()
+        if not self._events:
+            refuse(errno.EINTR)
+
+    async def poll(self, poll_handle: pyfuse3.PollHandle | None) -> int:
+        if poll_handle is not None:
+            self._poll_handle = poll_handle
+        ready = select.POLLOUT | select.POLLWRNORM if self.writable else 0
+        if self._events or self._rest:
+            ready |= select.POLLIN | select.POLLRDNORM
+        return ready
+
+    # -------------------------------------------------------------------------- what is watched
+
+    async def write(self, offset: int, data: bytes) -> int:
+        """Carry out the lines.  After the first that fails the write is short; what a program then
+        writes again begins with that line, and fails."""
+        done = 0
+        async with self._turn:
+            for line in data.removesuffix(b"\n").split(b"\n"):
+                try:
+                    await self._obey(line)
+                except (pyfuse3.FUSEError, StoreError):
+                    if not done:
+                        raise
+                    return done
+                done += len(line) + 1
+        return len(data)
+
+    async def _obey(self, line: bytes) -> None:
+        if not line.startswith(b"-"):
+            await self.add(path_of(line, self.base))
+            return
+        subscription = self._subscriptions.pop(path_of(line[1:], self.base), None)
+        if subscription is None:
+            refuse(errno.ENOENT)
+        await self.node.view.store.watches.unsubscribe(subscription)
+
+    async def add(self, path: bytes) -> None:
+        """Watch one path more.  Returns when the store has the watch; its first event follows."""
+        if path in self._subscriptions:
+            refuse(errno.EEXIST)
+        if len(self._subscriptions) >= WATCHES_MAX:
+            refuse(errno.ENOSPC)
+        subscription = _Tap(path, self)
+        store = self.node.view.store
+        self._subscriptions[path] = subscription
+        try:
+            # Others may wait for the same connection, one after the other.
+            with trio.fail_after(store.timeout):
+                await store.watches.subscribe(subscription)
+        except trio.TooSlowError:
+            del self._subscriptions[path]
+            raise RequestTimeout("the watch could not be set in time") from None
+        except BaseException:
+            del self._subscriptions[path]
+            raise
+
+    async def release(self) -> None:
+        self.count(-1)
+        self._poll_handle = None
+        self.node.view.at_end.pop(self, None)
+        for subscription in self._subscriptions.values():
+            self.node.view.store.watches.drop(subscription)
+        self._subscriptions.clear()
+
+
+class _Tap(Subscription):
+    """A subscription whose events are its handle's at once, together with those of all others."""
+
+    def __init__(self, path: bytes, handle: WatchHandle) -> None:
+        super().__init__(path)
+        self._handle = handle
+
+    def put(self, path: bytes) -> None:
+        self._handle.put(path)
