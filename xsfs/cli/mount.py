@@ -33,7 +33,7 @@ from xsfs.cli.exit_statuses import (
 from xsfs.cli.options import AUTOMATIC_SOURCES, Options
 from xsfs.cli.service import READY, STOPPING, notify, status
 from xsfs.cli.tasks import describe_tasks
-from xsfs.fs.inodes import Tree
+from xsfs.fs.inodes import InodeTable
 from xsfs.fs.operations import Operations
 from xsfs.fs.transaction_dirs import MountRoot
 from xsfs.fs.transactions import Transactions
@@ -41,10 +41,10 @@ from xsfs.fs.watch_files import READERS_MAX
 from xsfs.mirror.mirror import Mirror
 from xsfs.mirror.staging import MirrorFiles
 from xsfs.mirror.workshop import MirrorPlaceError, default_directory
-from xsfs.view.known import KnownDirectories
+from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import RAW, TEXT
 from xsfs.view.view import View, home_of
-from xsfs.xenstore.background import open_servants
+from xsfs.xenstore.background import open_background
 from xsfs.xenstore.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.xenstore.event_reader import SWITCH_SECONDS
 from xsfs.xenstore.reconnect import Connect
@@ -132,7 +132,7 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
         # What a signal ends.  Once mounted it is the serving alone: what files still owe the store
         # needs its connections.
         ended = [scope]
-        async with open_servants() as servants, _connect(options) as connect:
+        async with open_background() as servants, _connect(options) as connect:
             servants.start_soon(_obey_signals, signals, ended)
             async with _store(options, connect) as store:
                 view = await _view(options, store)
@@ -163,7 +163,8 @@ def _description(options: Options, view: View) -> str:
 async def _unmount(operations: Operations) -> None:
     notify(STOPPING)
     with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
-        await operations.end()
+        await operations.end(view)
+        await transactions.roll_back_all()
     pyfuse3.close(unmount=True)
 
 
@@ -222,7 +223,7 @@ async def _connect(options: Options) -> AsyncIterator[Connect | None]:
     from xsfs.embedded.server import EmbeddedStore
 
     embedded = EmbeddedStore()
-    async with open_servants() as nursery:
+    async with open_background() as nursery:
         await nursery.start(embedded.serve)
         if options.listen is not None:
             try:
@@ -247,7 +248,7 @@ async def _view(options: Options, store: Store) -> View:
             "the node domid of its home must be readable, and a number",
         ) from None
     root = options.root if options.root is not None else home_of(domid)
-    return View(store, domid, root, RAW if options.raw else TEXT, KnownDirectories())
+    return View(store, domid, root, RAW if options.raw else TEXT, StickyDirectories())
 
 
 @asynccontextmanager
@@ -267,7 +268,7 @@ async def _mirror(
     except MirrorPlaceError as error:
         raise MountError(EXIT_MIRROR, str(error), error.hint) from error
     try:
-        async with _store(options, connect) as store, open_servants() as servants:
+        async with _store(options, connect) as store, open_background() as servants:
             own = View(store, view.domid, view.root, view.content, view.known)
             mirror = Mirror(store, own, files)
             try:
@@ -307,7 +308,7 @@ def _operations(
     tree.mirror = mirror
     transactions = Transactions(servants, view, options.tx_timeout)
     tree.add_root(MountRoot(tree, view, transactions))
-    operations = Operations(tree, store.distrust)
+    operations = Operations(tree, store.drop_connection)
     return operations
 
 
