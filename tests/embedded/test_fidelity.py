@@ -410,6 +410,7 @@ class Side:
         for step in (*HOMES, *FIRST):
             self._run.step(step)
         self._open: dict[str, list[int]] = {"dom0": [], "second": [], "guest": []}
+        self._generations: dict[bytes, bytes] = {}
         self._mortal = True
 
     def close(self) -> None:
@@ -444,7 +445,19 @@ class Side:
             started.remove(tx_id)
         elif op == Op.RESET_WATCHES:
             started.clear()
+        elif op == Op.DIRECTORY_PART and reply[0] == op:
+            return reply[:3], self._listing(payload, tx_id, reply[3])
         return reply
+
+    def _listing(self, payload: bytes, tx_id: int, reply: bytes) -> object:
+        """A part of a listing, and whether the generation is another than the last one outside of
+        transactions.  The numbers themselves mean nothing."""
+        generation, _, names = reply.partition(b"\0")
+        path = payload.partition(b"\0")[0]
+        changed = self._generations.get(path) != generation
+        if not tx_id:
+            self._generations[path] = generation
+        return changed, names
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
