@@ -298,11 +298,13 @@ def test_special_permissions(recorder: Recorder) -> None:
     assert recorder.told(OTHER) == []
 
 
-def test_a_target_is_forgotten_when_it_dies(store: Database) -> None:
-    store.domains.known[GUEST].target = store.domains.known[OTHER]
+def test_a_new_domain_is_not_the_target_that_its_predecessor_was(store: Database) -> None:
+    store.domains.set_target(GUEST, OTHER)
     assert store.readable(GUEST, b"/g8").value == b""
     store.destroy(OTHER)
+    assert store.readable(GUEST, b"/g8").value == b""
     store.introduce(OTHER)
+    refused("ENOENT", store.readable, DOM0, b"/g8")
     store.mkdir(DOM0, b"/new")
     store.set_perms(DOM0, b"/new", [b"n8"])
     refused("EACCES", store.readable, GUEST, b"/new")
@@ -329,8 +331,24 @@ def test_a_domain_which_was_never_introduced_dies_quietly(recorder: Recorder) ->
     store.destroy(9)
     assert recorder.told() == [(b"/nine", False)]
     store.destroy(9)
-    store.release(DOM0)
+    store.destroy(DOM0)
     assert recorder.told() == []
+
+
+def test_targets_in_a_circle_stay_until_one_is_introduced_again(recorder: Recorder) -> None:
+    store = recorder.store
+    store.domains.set_target(GUEST, OTHER)
+    store.domains.set_target(OTHER, GUEST)
+    store.destroy(GUEST)
+    store.destroy(OTHER)
+    assert recorder.told() == []
+    assert store.domains.is_introduced(GUEST)
+    store.introduce(OTHER)
+    assert recorder.told() == [
+        *((b"/g7", False), (b"@releaseDomain", True), (b"/g8", False), (b"@releaseDomain", True)),
+        (b"@introduceDomain", True),
+    ]
+    assert not store.domains.is_introduced(GUEST)
 
 
 @pytest.mark.parametrize("domid", [0, -1, 0x7FF0, 1 << 32])

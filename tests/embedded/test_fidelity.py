@@ -32,6 +32,7 @@ from tests.support.scenarios import (
     Close,
     Create,
     Destroy,
+    DestroyTarget,
     Differs,
     Error,
     Event,
@@ -67,6 +68,7 @@ class Backend(Protocol):
     def connect(self, domid: int) -> XsClient: ...
     def create(self, domid: int) -> None: ...
     def destroy(self, domid: int) -> None: ...
+    def destroy_target(self, domid: int) -> None: ...
 
 
 class Embedded:
@@ -102,6 +104,8 @@ class Embedded:
     def destroy(self, domid: int) -> None:
         trio.from_thread.run_sync(self._store.destroy, domid, trio_token=self._token)
 
+    destroy_target = destroy
+
     def close(self) -> None:
         trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
         self._thread.join(TIMEOUT)
@@ -129,6 +133,21 @@ class Real:
         with self._daemon.client(timeout=TIMEOUT) as dom0:
             deadline = time.monotonic() + TIMEOUT
             while dom0.introduced(domid):
+                assert time.monotonic() < deadline
+
+    def destroy_target(self, domid: int) -> None:
+        self._daemon.destroy_domain(domid)
+        with self._daemon.client(timeout=TIMEOUT) as dom0:
+            deadline = time.monotonic() + TIMEOUT
+            if self._daemon.kind == "ocaml":
+                while dom0.introduced(domid):
+                    assert time.monotonic() < deadline
+                return
+            # The C daemon goes on reporting it as introduced, and refuses RESUME.
+            while True:
+                dom0.send("RESUME", b"%d\0" % domid)
+                if dom0.receive()[0] == Op.ERROR:
+                    return
                 assert time.monotonic() < deadline
 
 
@@ -266,6 +285,8 @@ class Run:
                 self._store.create(step.domid)
             case Destroy():
                 self._store.destroy(step.domid)
+            case DestroyTarget():
+                self._store.destroy_target(step.domid)
             case Close():
                 self.shut(step)
 

@@ -359,26 +359,51 @@ class Database:
 
     # -- domains
 
+    def create(self, domid: int) -> Domain:
+        """The domain exists from now on and can own nodes.  It need not be introduced.
+
+        ValueError if no guest can have this domid.
+        """
+        earlier = self.domains.known.get(domid)
+        if earlier is not None and earlier.ended:
+            # xenstored crashes here.
+            self._forget(earlier)
+        return self.domains.create(domid)
+
     def introduce(self, domid: int) -> None:
-        domain = self.domains.create(domid)
+        """The domain exists and is introduced from now on.  ValueError as for `create`."""
+        domain = self.create(domid)
         if not domain.introduced:
             domain.introduced = True
             self._changed(self.domains.special(INTRODUCE_DOMAIN))
 
     def release(self, domid: int) -> None:
-        """Forget the domain: remove its nodes and void its permissions."""
+        """Forget the domain, which may still exist."""
+        self._forget(self.domains.known[domid])
+
+    def destroy(self, domid: int) -> None:
+        """The domain no longer exists.  The store forgets it when no other domain holds it."""
+        self.domains.destroy(domid)
         domain = self.domains.known.get(domid)
         if domain is None or domid == DOM0:
             return
-        self._remove_owned(domain)
-        self.domains.forget(domid)
-        if domain.introduced:
-            self._changed(self.domains.special(RELEASE_DOMAIN))
+        if domain.holders:
+            domain.ended = True
+        else:
+            self._forget(domain)
 
-    def destroy(self, domid: int) -> None:
-        """The domain no longer exists."""
-        self.domains.destroy(domid)
-        self.release(domid)
+    def _forget(self, domain: Domain) -> None:
+        """Remove the domain's nodes and void its permissions; so for all it was the last to hold."""
+        domain.ended = False
+        ending = [domain]
+        for one in ending:
+            ending += self.domains.drop_holds(one)
+        # As in xenstored, a target ends before the domain that held it.
+        for one in reversed(ending):
+            self._remove_owned(one)
+            self.domains.forget(one.domid)
+            if one.introduced:
+                self._changed(self.domains.special(RELEASE_DOMAIN))
 
     def _remove_owned(self, domain: Domain) -> None:
         """Remove each tree whose top the domain owns, in the order of a walk from the root."""

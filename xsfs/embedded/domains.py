@@ -62,10 +62,16 @@ class Change(NamedTuple):
 
 
 class Domain:
-    """A domain that the store knows, and its use of the quotas."""
+    """A domain that the store knows, and its use of the quotas.
+
+    target   the domain whose permissions it has, too
+    holders  the domains that have had this one as their target, in the order of SET_TARGET.  As in
+             xenstored, a domain that ends stays known until the last of them ends.
+    ended    it no longer exists, and only its holders keep it known
+    """
 
     __slots__ = (
-        *("domid", "incarnation", "introduced", "target"),
+        *("domid", "incarnation", "introduced", "target", "holders", "ended"),
         *("nodes", "transactions", "watches"),
     )
 
@@ -74,6 +80,8 @@ class Domain:
         self.incarnation = incarnation
         self.introduced = False
         self.target: Domain | None = None
+        self.holders: dict[Domain, None] = {}
+        self.ended = False
         self.nodes = 0
         self.watches = 0
         self.transactions = 0
@@ -134,10 +142,7 @@ class Domains:
         return domain
 
     def create(self, domid: int) -> Domain:
-        """The domain exists from now on and can own nodes.  It need not be introduced.
-
-        ValueError if no guest can have this domid.
-        """
+        """For `Database.create`."""
         if not 0 < domid < DOMID_LIMIT:
             raise ValueError(f"not the domid of a guest: {domid}")
         self._existing.add(domid)
@@ -147,9 +152,42 @@ class Domains:
         domain = self.known.get(domid)
         return domain is not None and domain.introduced
 
+    def is_connected(self, domid: int) -> bool:
+        """Whether the domain is introduced and exists."""
+        return self.is_introduced(domid) and not self.known[domid].ended
+
+    def connected(self, domid: int) -> Domain:
+        """The domain; Refused if it is not introduced (ENOENT) or has ended (EINVAL)."""
+        if not self.is_introduced(domid):
+            raise Refused("ENOENT")
+        if self.known[domid].ended:
+            raise Refused("EINVAL")
+        return self.known[domid]
+
+    def set_target(self, domid: int, target_domid: int) -> None:
+        domain, target = self.connected(domid), self.connected(target_domid)
+        domain.target = target
+        target.holders.pop(domain, None)
+        target.holders[domain] = None
+
     def destroy(self, domid: int) -> None:
         """The domain no longer exists; the store knows it until `forget`."""
         self._existing.discard(domid)
+
+    def drop_holds(self, domain: Domain) -> list[Domain]:
+        """The domain no longer holds any other.
+
+        Returns the domains that have ended and that nothing holds any more; the caller must forget
+        them.
+        """
+        unheld = []
+        for other in self.known.values():
+            if domain in other.holders:
+                del other.holders[domain]
+                if other.ended and not other.holders:
+                    other.ended = False
+                    unheld.append(other)
+        return unheld
 
     def forget(self, domid: int) -> None:
         for name, perms in self._special.items():

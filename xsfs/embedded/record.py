@@ -32,17 +32,26 @@ class Refused(Exception):
 
 
 _DECIMAL = re.compile(rb"[ \t\n\v\f\r]*([+-]?[0-9]+)")
+_LONG_MAX: Final = (1 << 63) - 1
 
 
-def atoi(text: bytes) -> int:
-    """C's atoi(): the number at the start of `text`, 0 if there is none."""
-    match = _DECIMAL.match(text)
-    return int(match[1]) if match else 0
+def _from_long(number: int) -> int:
+    """The unsigned int that C makes of the result of strtol(), which stops at the limits of long."""
+    return min(max(number, -_LONG_MAX - 1), _LONG_MAX) & 0xFFFFFFFF
+
+
+def signed(number: int) -> int:
+    """The int with the bits of an unsigned int."""
+    return number - (number >> 31 << 32)
 
 
 def unsigned(text: bytes) -> int:
-    """atoi() as an unsigned 32-bit number, which is how xenstored reads domids and ports."""
-    return atoi(text) & 0xFFFFFFFF
+    """The number at the start of `text`, 0 if there is none: C's atoi() as an unsigned int.
+
+    xenstored reads domids and ports in this way.
+    """
+    match = _DECIMAL.match(text)
+    return _from_long(int(match[1])) if match else 0
 
 
 # ---------------------------------------------------------------------------------------- paths
@@ -125,7 +134,7 @@ def _parse_entry(text: bytes) -> PermissionEntry:
         raise Refused("EINVAL")
     sign, hexadecimal, octal, decimal = number.groups()
     domid = int(hexadecimal, 16) if hexadecimal else int(octal, 8) if octal else int(decimal)
-    return PermissionEntry((-domid if sign == b"-" else domid) & 0xFFFFFFFF, bits)
+    return PermissionEntry(_from_long(-domid if sign == b"-" else domid), bits)
 
 
 def parse_perms(texts: list[bytes]) -> Perms:
@@ -136,7 +145,7 @@ def parse_perms(texts: list[bytes]) -> Perms:
 def format_perms(perms: Perms) -> bytes:
     """The payload of a GET_PERMS reply, which shows domids as signed numbers."""
     return b"".join(
-        b"%b%d\0" % (_BY_BITS[entry.bits].encode(), entry.domid - (entry.domid >> 31 << 32))
+        b"%b%d\0" % (_BY_BITS[entry.bits].encode(), signed(entry.domid))
         for entry in perms
     )
 

@@ -18,7 +18,6 @@ from xsfs.embedded.record import (
     PATH_MAX,
     Refused,
     absolute,
-    atoi,
     format_perms,
     home_of,
     is_path,
@@ -264,7 +263,7 @@ class Requests:
         if len(strings) < 3:
             raise Refused("EINVAL")
         domid = unsigned(strings[0])
-        if atoi(strings[2]) <= 0 or domid >= DOMID_LIMIT:
+        if unsigned(strings[2]) == 0 or domid >= DOMID_LIMIT:
             raise Refused("EINVAL")
         if domid != DOM0:
             self.database.introduce(domid)
@@ -273,26 +272,30 @@ class Requests:
                     self.reset(connection)
         return OK
 
-    def _introduced_domid(self, payload: bytes) -> int:
+    def _connected_domid(self, payload: bytes) -> int:
         domid = unsigned(_one_string(payload))
         if domid == DOM0:
             raise Refused("EINVAL")
-        if not self.database.domains.is_introduced(domid):
-            raise Refused("ENOENT")
+        self.database.domains.connected(domid)
         return domid
 
     def _release(
         self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
     ) -> bytes:
-        domid = self._introduced_domid(payload)
-        self.drop_connections(domid)
-        self.database.release(domid)
+        domid = self._connected_domid(payload)
+        holders = self.database.domains.known[domid].holders
+        if holders:
+            # As in xenstored, RELEASE of a target only undoes the newest SET_TARGET's hold on it.
+            holders.popitem()
+        else:
+            self.drop_connections(domid)
+            self.database.release(domid)
         return OK
 
     def _resume(
         self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
     ) -> bytes:
-        self._introduced_domid(payload)
+        self._connected_domid(payload)
         return OK
 
     def _set_target(
@@ -301,13 +304,7 @@ class Requests:
         strings = _all_strings(payload)
         if len(strings) < 2:
             raise Refused("EINVAL")
-        domid, target = map(unsigned, strings[:2])
-        if not self.database.domains.is_introduced(
-            domid
-        ) or not self.database.domains.is_introduced(target):
-            raise Refused("ENOENT")
-        known = self.database.domains.known
-        known[domid].target = known[target]
+        self.database.domains.set_target(unsigned(strings[0]), unsigned(strings[1]))
         return OK
 
     def _get_domain_path(

@@ -135,8 +135,8 @@ class EmbeddedStore:
         self._flush()
 
     def _welcome(self, domid: int) -> None:
-        if not self._database.domains.is_introduced(domid):
-            self._database.domains.create(domid)
+        if not self._database.domains.is_connected(domid):
+            self._database.create(domid)
             if self._populate:
                 create_nodes(self._database, guest_nodes(domid))
             self.introduce(domid)
@@ -145,7 +145,7 @@ class EmbeddedStore:
 
     async def _serve_socket(self, sock: socket.socket, domid: int) -> None:
         with sock:
-            if not self._database.domains.is_introduced(domid):
+            if not self._database.domains.is_connected(domid):
                 # Destroyed since the connection was opened.
                 return
             async with trio.open_nursery() as nursery:
