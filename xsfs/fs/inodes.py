@@ -248,7 +248,7 @@ class Node(ABC):
 class Tree:
     """See the module's text."""
 
-    def __init__(self, ownership: Ownership, counters: Callable[[], dict[str, int]]) -> None:
+    def __init__(self, ownership: Ownership, counters: Callable[[], dict[str, int | str]]) -> None:
         self.ownership = ownership
         self.counters = counters
         self.prefetched: Prefetched[Handle] = Prefetched()

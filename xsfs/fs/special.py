@@ -54,10 +54,10 @@ class DomidFile(TextFile):
 
 
 class StatsFile(TextFile):
-    """`.stats`: counters, one `name value` a line."""
+    """`.stats`: which store this is, and counters, one `name value` a line."""
 
     __slots__ = ()
 
     def content(self) -> bytes:
         counters = self.tree.counters()
-        return b"".join(b"%s %d\n" % (name.encode(), counters[name]) for name in counters)
+        return os.fsencode("".join(f"{name} {value}\n" for name, value in counters.items()))

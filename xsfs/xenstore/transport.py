@@ -157,7 +157,7 @@ def open_transport(path: str) -> Transport:
             return _open_device(path)
     except PermissionError as error:
         raise StoreUnavailable(
-            f"no right to use {path}", "only root may talk to Xenstore: run as root", denied=True
+            f"permission denied: {path}", "Xenstore is restricted to root; run as root", denied=True
         ) from error
     except OSError as error:
         # ENXIO, ENODEV: the device is there but Xen is not.
@@ -165,7 +165,9 @@ def open_transport(path: str) -> Transport:
             raise StoreUnavailable(f"{path}: {error.strerror}", NO_STORE_HINT) from error
         error.filename = path  # connect(2) does not tell it
         raise
-    raise StoreUnavailable(f"{path} is neither a socket nor a device", NO_STORE_HINT)
+    raise StoreUnavailable(
+        f"{path} is neither a socket nor a device", "SOURCE must be xenstored's socket or xenbus"
+    )
 
 
 def _open_device(path: str) -> DeviceTransport:
@@ -173,7 +175,7 @@ def _open_device(path: str) -> DeviceTransport:
         descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         if not _can_be_polled(descriptor):
             os.close(descriptor)
-            raise StoreUnavailable(f"{path} is not Xenstore's device", NO_STORE_HINT)
+            raise StoreUnavailable(f"{path} is not Xenstore's device", "try /dev/xen/xenbus")
         return descriptor
 
     return DeviceTransport(open_device)
