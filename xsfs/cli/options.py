@@ -250,8 +250,9 @@ OPTIONS: Final[dict[str, Option]] = {
         "DIR",
         "keep a live copy in DIR (default: in /run/xsfs)",
         "The copy consists of plain files. Changes arrive within milliseconds. The symbolic link "
-        ".mirror in the mount leads to the copy; it is missing while the copy is not current. Reading the copy makes no requests. DIR must be "
-        "empty or missing, and its parent directory must be on the same file system, best a tmpfs.",
+        ".mirror in the mount leads to the copy; it is missing while the copy is not current. Reading "
+        "the copy makes no requests. DIR must be empty or missing, and its parent directory must be on "
+        "the same file system, best a tmpfs.",
         without_value="",
     ),
     "listen": Option(
