@@ -29,7 +29,7 @@ STATUSES: Final = {
 
 
 class MountError(Exception):
-    """Why nothing can be mounted, in one line that ends with what to do about it.
+    """Nothing can be mounted.  The text is one line: the reason, and a hint in brackets.
 
     status      the exit status of the command
     """

@@ -145,7 +145,7 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
 
 
 def _description(options: Options, view: View) -> str:
-    """What is mounted where, in words."""
+    """The store, its path and the mountpoint, in words."""
     return f"{view.root.decode()} of {_source(options)} at {options.mountpoint}"
 
 
@@ -339,7 +339,7 @@ def _operations(
 
 
 def _fuse_mount(operations: Operations, options: Options) -> None:
-    """Call pyfuse3.init.  Raises MountError, with what libfuse prints to stderr."""
+    """Call pyfuse3.init.  Raises MountError with the text that libfuse prints to stderr."""
     with tempfile.TemporaryFile() as captured:
         sys.stderr.flush()
         saved = os.dup(2)

@@ -1,5 +1,7 @@
-"""Checks of the mountpoint and of FUSE before anything is started, so that the message can say what to
-do.  libfuse itself reports such failures late and in its own words."""
+"""Checks of the mountpoint and of FUSE before anything starts.
+
+libfuse itself reports such failures late, and without a hint.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def check_mountpoint(path: str) -> None:
 
 
 def _check_access(path: str, found: os.stat_result) -> None:
-    """What fusermount3 demands of a mountpoint of users other than root."""
+    """fusermount3 demands this of a mountpoint if the user is not root."""
     if not os.access(path, os.W_OK):
         raise MountError(
             EXIT_MOUNTPOINT,

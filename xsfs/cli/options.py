@@ -29,7 +29,7 @@ HELP_WIDTH: Final = 80
 """Columns of a terminal."""
 
 HELP_INDENT: Final = 21
-"""Where the text begins that describes an option."""
+"""The column in which the help of an option begins."""
 
 
 def source_of(text: str) -> str:
@@ -47,7 +47,7 @@ class UsageError(Exception):
 
 @dataclass
 class Options:
-    """What the command line says."""
+    """The options and arguments of one command line."""
 
     mountpoint: str
     source: str | None = None

@@ -1,5 +1,5 @@
-"""What a running mount reports: its state to systemd (sd_notify(3)), the severity of each line of the
-log to the journal (sd-daemon(3)), and on request what every task is waiting for."""
+"""Reports of a running mount: its state for systemd (sd_notify(3)), the severity of log lines for the
+journal (sd-daemon(3)), and on request the state of every task."""
 
 from __future__ import annotations
 
