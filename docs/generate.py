@@ -44,11 +44,13 @@ def value_of(option: Option) -> str:
 
 
 def sentences(help: str, details: str) -> Iterator[str]:
-    """Whole sentences, one a line as mdoc(7) requires.  The backslashes keep dashes as they are."""
+    """Whole sentences, one a line as mdoc(7) requires.  Backslashes keep dashes as they are,
+    and names that begin with a dot from being taken for macros."""
     text = f"{help[0].upper()}{help[1:]}. {details}".strip()
     for sentence in re.split(r"(?<=\.) ", text):
         dashed = re.sub(r"(?<!\S)-(?=\w)", r"\\-", sentence)
-        yield from textwrap.wrap(dashed, WIDTH, break_long_words=False, break_on_hyphens=False)
+        for line in textwrap.wrap(dashed, WIDTH, break_long_words=False, break_on_hyphens=False):
+            yield rf"\&{line}" if line.startswith(".") else line
 
 
 # ---------------------------------------------------------------------------------- the manual
