@@ -267,10 +267,10 @@ def test_debug_logs_each_operation(daemon: RealXenstored, mountpoint: Path) -> N
         log = mount.stderr
     assert "lookup /local/domain/0 'name': ok" in log
     assert "lookup /local/domain/0 'nothing': ENOENT" in log
-    assert "write /local/domain/0/data/x 0 '1\\n': ok" in log
+    assert "write /local/domain/0/data/x 0 2 bytes: ok" in log
     # What is not Xenstore's, and in which transaction.
     assert "read /local/domain/0/data/.watch 0" in log
-    assert "write /local/domain/0/data/.value 0 'v\\n': ok" in log
+    assert "write /local/domain/0/data/.value 0 2 bytes: ok" in log
     assert "mkdir /local/domain/0/.transaction 't1'" in log
     assert "read t1:/local/domain/0/data/x 0" in log
     for line in log.splitlines():
