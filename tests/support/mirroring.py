@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import stat
+import subprocess
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ import trio
 from tests.support.mounting import LIMIT, Mount, Place, mounted
 from tests.support.xenstored.harness import XsClient, XsError, strings
 from xsfs.mirror.mirror import Mirror
-from xsfs.mirror.staging import MirrorFiles
+from xsfs.mirror.staging import MirrorDirectory
 from xsfs.view.known import KnownDirectories
 from xsfs.view.looks import Look
 from xsfs.view.names import TEXT, Format
@@ -64,6 +65,18 @@ def scratch() -> Iterator[Path]:
         yield Path(path)
     finally:
         shutil.rmtree(path)
+
+
+@contextmanager
+def tmpfs(path: Path, options: str) -> Iterator[Path]:
+    """A tmpfs mounted there, that nobody else can write to."""
+    path.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"{options},mode=755", "none", path]
+    subprocess.run(command, check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
 
 
 def has_user_attributes(directory: Path) -> bool:
@@ -304,7 +317,7 @@ def live(
 
         async def serve() -> None:
             alive.token = trio.lowlevel.current_trio_token()
-            files = MirrorFiles(str(alive.directory), Ownership(os.getuid(), os.getgid(), 0o077))
+            files = MirrorDirectory(str(alive.directory), Ownership(os.getuid(), os.getgid(), 0o077))
             files.open()
             try:
                 with trio.CancelScope() as alive.scope:

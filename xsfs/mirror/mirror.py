@@ -64,7 +64,7 @@ import trio
 
 from xsfs.mirror.pace import Pace
 from xsfs.mirror.reconcile import Copy
-from xsfs.mirror.staging import MirrorFiles, Steps
+from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.mirror.windows import WINDOW, WINDOWS_AHEAD, Windows, full_window, next_window
 from xsfs.view.view import Sight, View
 from xsfs.xenstore import protocol
@@ -107,7 +107,7 @@ class Mirror:
     files       where the copy is
     """
 
-    def __init__(self, store: Store, view: View, files: MirrorFiles) -> None:
+    def __init__(self, store: Store, view: View, files: MirrorDirectory) -> None:
         self.store = store
         self._watches = store.watches
         self._view = view

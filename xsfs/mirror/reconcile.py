@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-from xsfs.mirror.staging import MirrorFiles, Steps
+from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.looks import NOTHING, Look
 from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
 from xsfs.view.view import Sight, View
@@ -34,7 +34,7 @@ class _Ready(NamedTuple):
 class Copy:
     """See the module's text."""
 
-    def __init__(self, view: View, files: MirrorFiles) -> None:
+    def __init__(self, view: View, files: MirrorDirectory) -> None:
         self._view = view
         self._files = files
         self.again: OrderedDict[bytes, None] = OrderedDict()
