@@ -246,7 +246,7 @@ class History:
             tree[place] = Entry(False, TEXT.render(value), text)
             return
         tree[place] = Entry(True, b"", text)
-        if self.view.has_dot_value(path, state):
+        if there and self.view.has_dot_value(path, state):
             tree[f"{place}/.value".lstrip("/")] = Entry(False, TEXT.render(value), text)
         names = dict.fromkeys((*listing.split(b"\0")[:-1], *self.view.always_there_below(path)))
         for name in names:

@@ -27,11 +27,10 @@ from tests.support.mounting import LIMIT, Mount, Place, mounted
 from tests.support.xenstored.harness import XsClient, XsError, strings
 from xsfs.mirror.mirror import Mirror
 from xsfs.mirror.staging import MirrorDirectory
-from xsfs.view.known import KnownDirectories
-from xsfs.view.looks import Look
+from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import TEXT, Format
 from xsfs.view.ownership import Ownership
-from xsfs.view.view import View
+from xsfs.view.view import NodeState, View
 from xsfs.xenstore.store import open_store
 
 PERMS = "user.xs.perms"
@@ -245,8 +244,8 @@ class Live:
     scope: trio.CancelScope = field(init=False)
 
     @property
-    def known(self) -> KnownDirectories:
-        return self.view.known
+    def sticky(self) -> StickyDirectories:
+        return self.view.sticky
 
     def tell(self, change: Callable[[], None]) -> None:
         """Have it done in the mirror's thread."""
@@ -256,25 +255,25 @@ class Live:
         return self.directory / place
 
     def is_directory(self, path: str, value: bytes, has_children: bool) -> bool:
-        return self.view.is_directory(path.encode(), Look(value, has_children, True, True))
+        return self.view.is_directory(path.encode(), NodeState(value, has_children, True, True))
 
     def differences(self) -> list[str]:
         must = tree_of_store(
             self.witness,
             self.root,
             self.is_directory,
-            made_value=lambda path: self.known.has_value(path.encode()),
+            made_value=lambda path: self.sticky.has_value(path.encode()),
             render=self.view.content.render,
             lasting=[
                 f"{self.root}/{name.decode()}"
-                for name in self.view.lasting_children(self.root.encode())
+                for name in self.view.always_there_below(self.root.encode())
             ],
         )
         perms = has_user_attributes(self.directory.parent)
         if not perms:
             must = {place: entry._replace(perms="") for place, entry in must.items()}
         found = tree_of_files(self.directory, perms=perms)
-        if not self.mirror.true:
+        if not self.mirror.is_current:
             return ["the mirror is gone"]
         if self.mirror.nodes != (count := sum(not is_own(place) for place in found)):
             return [f"{count} nodes are there, {self.mirror.nodes} are counted"]
@@ -287,8 +286,8 @@ class Live:
         """The witness; there is nothing below the root, which is there, and nothing is known of it."""
         self.witness.rm(self.root)
         self.witness.mkdir(self.root)
-        for path in self.known.below(self.root.encode()):
-            self.tell(partial(self.known.discard, path))
+        for path in self.sticky.below(self.root.encode()):
+            self.tell(partial(self.sticky.discard, path))
         self.settle()
         return self.witness
 
@@ -325,8 +324,8 @@ def live(
                         open_store(socket, timeout=timeout) as store,
                         trio.open_nursery() as nursery,
                     ):
-                        known = KnownDirectories()
-                        alive.view = View(store, domid, root.encode(), content, known)
+                        sticky = StickyDirectories()
+                        alive.view = View(store, domid, root.encode(), content, sticky)
                         alive.mirror = Mirror(store, alive.view, files)
                         if wait:
                             await nursery.start(alive.mirror.run)

@@ -39,8 +39,7 @@ from xsfs.fs.transaction_dirs import MountRoot
 from xsfs.fs.transactions import Transactions
 from xsfs.fs.watch_files import READERS_MAX
 from xsfs.mirror.mirror import Mirror
-from xsfs.mirror.staging import MirrorFiles
-from xsfs.mirror.workshop import MirrorPlaceError, default_directory
+from xsfs.mirror.staging import MirrorDirectory, MirrorPlaceError, default_directory
 from xsfs.view.known import KnownDirectories
 from xsfs.view.names import RAW, TEXT
 from xsfs.view.view import View, home_of
@@ -260,7 +259,7 @@ async def _mirror(
         return
     try:
         directory = options.mirror or default_directory(options.mountpoint)
-        files = MirrorFiles(directory, options.ownership)
+        files = MirrorDirectory(directory, options.ownership)
         if files.is_inside(options.mountpoint):
             raise MirrorPlaceError("the mirror is inside the mount", "name another: mirror=DIR")
         files.open()
@@ -297,7 +296,7 @@ def _operations(
             "readers": tree.readers,
             "transactions": store.transactions,
             "mirror": mirror.nodes if mirror is not None else 0,
-            "mirror_looks": mirror.looks if mirror is not None else 0,
+            "mirror_looks": mirror.fetched if mirror is not None else 0,
             "reconnects": sum(each.reconnects + each.watches.reconnects for each in stores),
             "inodes": len(tree),
             "handles": len(operations),

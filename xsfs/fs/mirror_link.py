@@ -24,6 +24,6 @@ class MirrorLink(Node):
 
     async def readlink(self) -> bytes:
         mirror = self.tree.mirror
-        if mirror is None or not mirror.true:
+        if mirror is None or not mirror.is_current:
             refuse(errno.ENOENT)
         return mirror.directory

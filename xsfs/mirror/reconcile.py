@@ -115,8 +115,8 @@ class Reconciler:
         # it; or has learned something that counts from here on.
         self._queue.pop(path, None)
         for directory in self._nodeless:
-            # It has been made implicitly with a node below it, and has no event of its own.
-            if path.startswith(directory + b"/"):
+            # It may have been made implicitly with this node, and has no event of its own.
+            if renew and path.startswith(directory + b"/"):
                 self._queue.setdefault(directory, False)
         state = node.state
         if state is not None and not state.readable:
@@ -192,7 +192,7 @@ class Reconciler:
             if kind == stat.S_IFDIR:  # the files' owner has made it
                 yield from self._files.removing(value_place)
                 kind = 0
-            if self._view.has_dot_value(path, state):
+            if state is not NO_NODE and self._view.has_dot_value(path, state):
                 self._show_file(value_place, kind, content, perms, renew=renew)
             elif kind:
                 self._files.remove_file(value_place)
@@ -218,14 +218,14 @@ class Reconciler:
             self._queue.setdefault(above + name, False)
             shown.add(file_name(name))
             if number % CHUNK == 0:
-                yield place
+                yield b""
         with closing(self._files.names(place)) as found:
             for number, name in enumerate(found, 1):
                 if name not in shown:
                     child = self._in(place, name)
                     yield from self._remove(child, self._files.kind(child))
                 elif number % CHUNK == 0:
-                    yield place
+                    yield b""
 
     def _remove(self, place: bytes, kind: int) -> Steps:
         if kind != stat.S_IFDIR:
@@ -234,5 +234,5 @@ class Reconciler:
             yield place
             return
         for removed in self._files.removing(place):
-            self.nodes -= not removed.endswith(b"/" + VALUE_NAME)
+            self.nodes -= removed != b"" and not removed.endswith(b"/" + VALUE_NAME)
             yield removed

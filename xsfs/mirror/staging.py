@@ -77,7 +77,8 @@ _UNSUITABLE: Final = frozenset((errno.ENOSPC, errno.E2BIG, errno.ERANGE))
 """What a file system answers to an attribute that is too large for it."""
 
 Steps = Generator[bytes, None, None]
-"""A change in small steps, for callers that have others to serve in between.  Of each step: the path."""
+"""A change in small steps, for callers that have others to serve in between.  Of each step: which file or
+directory was changed, or b""."""
 
 log = logging.getLogger(__name__)
 
@@ -312,9 +313,10 @@ class _OpenDirectories:
                 for name, is_directory in entries:
                     if is_directory:
                         below.append(path + b"/" + name)
+                        yield b""
                     else:
                         os.unlink(name, dir_fd=self.enter(path, change=True))
-                    yield path + b"/" + name
+                        yield path + b"/" + name
             if below:
                 stack += below
                 continue
