@@ -31,6 +31,7 @@ from xsfs.view.names import TEXT, join
 from xsfs.view.ownership import Ownership
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.protocol import Op, Request
 from xsfs.xenstore.store import Store
@@ -86,9 +87,6 @@ class Parked:
 async def rest() -> None:
     """No clock tells how long a rest is."""
     await pause("rest")
-
-
-Reply = bytes | XenstoreError
 
 
 class History:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, cast
 import pytest
 
 from tests.support.mirroring import scratch
-from xsfs.mirror.reconcile import CHUNK, FetchedNode, Reconciler
+from xsfs.mirror.reconcile import CHUNK, GONE, FetchedNode, Reconciler
 from xsfs.mirror.staging import PERMS_ATTRIBUTE, MirrorDirectory
 from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import TEXT
@@ -28,8 +28,6 @@ CHILD: Final = NODE + b"/child"
 def seen(value: bytes, *names: bytes, perms: bytes = b"n0\0") -> FetchedNode:
     return FetchedNode(NodeState(value, bool(names), True, True), names, perms)
 
-
-GONE: Final = FetchedNode(None, (), b"")
 
 SEEN: Final = {
     "nothing": GONE,

@@ -28,7 +28,7 @@ from tests.support.xenstored.harness import XsClient, XsError, strings
 from xsfs.mirror.mirror import Mirror
 from xsfs.mirror.staging import MirrorDirectory
 from xsfs.view.kinds import StickyDirectories
-from xsfs.view.names import TEXT, Format
+from xsfs.view.names import TEXT, ValueFormat
 from xsfs.view.ownership import Ownership
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore.store import open_store
@@ -286,7 +286,7 @@ class Live:
         """The witness; there is nothing below the root, which is there, and nothing is known of it."""
         self.witness.rm(self.root)
         self.witness.mkdir(self.root)
-        for path in self.sticky.below(self.root.encode()):
+        for path in list(self.sticky._has_value):
             self.tell(partial(self.sticky.discard, path))
         self.settle()
         return self.witness
@@ -303,7 +303,7 @@ def live(
     witness: XsClient,
     *,
     root: str = "/",
-    content: Format = TEXT,
+    content: ValueFormat = TEXT,
     domid: int = 0,
     timeout: float = 10.0,
     wait: bool = True,

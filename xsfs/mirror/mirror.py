@@ -46,12 +46,13 @@ from typing import Final
 
 import trio
 
-from xsfs.mirror.reconcile import FetchedNode, Reconciler
+from xsfs.mirror.reconcile import GONE, FetchedNode, Reconciler
 from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import shown_names
 from xsfs.view.view import View, interpret, requests_for
-from xsfs.xenstore import protocol
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
+from xsfs.xenstore.protocol import WireError, check_path
 from xsfs.xenstore.store import Store
 from xsfs.xenstore.watches import Subscription
 
@@ -178,7 +179,7 @@ class Mirror:
             except RequestTimeout as error:
                 # Each try has its time limit anyway, or sends nothing during an outage.
                 delay = RETRY_FIRST
-                if error.asked:
+                if not error.during_outage:
                     log.error("the mirror is gone: %s", error)
             except (StoreError, OSError) as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
@@ -270,7 +271,7 @@ class Mirror:
         if root == b"/" and path.startswith(b"/@"):
             return False  # as in a listing (names.is_shown)
         try:
-            protocol.check_path(path)
+            check_path(path)
         except ValueError:
             return False
         return True
@@ -321,30 +322,27 @@ class Mirror:
         for path, asked in zip(paths, requests, strict=True):
             try:
                 node = await self._interpret(path, [next(replies) for _ in asked])
-            except (XenstoreError, ValueError) as error:
+            except (XenstoreError, WireError) as error:
                 if path == self._view.root:
                     raise error if isinstance(error, StoreError) else StoreError(str(error)) from None
                 self._leave_out(path, error)
-                node = FetchedNode(None, (), b"")
+                node = GONE
             nodes.append(node)
         self.fetched += len(paths)
         return nodes
 
-    async def _interpret(
-        self, path: bytes, replies: Sequence[bytes | XenstoreError]
-    ) -> FetchedNode:
-        view = self._view
-        state = interpret(replies, view.domid)
+    async def _interpret(self, path: bytes, replies: Sequence[Reply]) -> FetchedNode:
+        value, listing, *rest = replies
+        perms = rest[0] if rest else None
+        state = interpret(value, listing, perms, self._view.domid)
         if state is None:
-            return FetchedNode(None, (), b"")
-        listing, perms = replies[1], replies[2] if len(replies) > 2 else b""
+            return GONE
         names: Sequence[bytes] = ()
         if state.has_children:
-            view.sticky.add(path)
-            if isinstance(listing, bytes):
-                names = shown_names(path, protocol.decode_names(listing), listing)
-            else:
-                names = shown_names(path, await self.store.list(path))
+            self._view.sticky.add(path)
+            if not isinstance(listing, bytes):
+                listing = b"".join(b"%s\0" % name for name in await self.store.list(path))
+            names = shown_names(path, listing)
         return FetchedNode(state, names, perms if isinstance(perms, bytes) else b"")
 
     def _leave_out(self, path: bytes, error: Exception) -> None:

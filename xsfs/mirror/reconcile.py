@@ -16,13 +16,10 @@ from typing import Final, NamedTuple
 
 from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
-from xsfs.view.view import NodeState, View
+from xsfs.view.view import EMPTY_NODE, NodeState, View
 
 CHUNK: Final = 256
 """How many names one step goes through."""
-
-NO_NODE: Final = NodeState(b"", False, True, True)
-"""The state of a directory that is always shown, if there is no such node."""
 
 WorkQueue = OrderedDict[bytes, bool]
 """The nodes to be fetched, in the order in which they were queued.  True: an event named the node, so its
@@ -38,6 +35,9 @@ class FetchedNode(NamedTuple):
     """The names of its children that a listing shows."""
     perms: bytes
     """The permissions as GET_PERMS gave them; b"" if they are unknown."""
+
+
+GONE: Final = FetchedNode(None, (), b"")
 
 
 class Reconciler:
@@ -122,8 +122,8 @@ class Reconciler:
         if state is not None and not state.readable:
             state = None
         self._nodeless.discard(path)
-        if state is None and self._is_always_shown(path):
-            state = NO_NODE
+        if state is None and self._view.is_always_there(path):
+            state = EMPTY_NODE
             self._nodeless.add(path)
         if (missing := self._first_missing(path)) is not None:
             self._queue.setdefault(missing, False)
@@ -137,12 +137,6 @@ class Reconciler:
             yield from self._remove(place, kind)
         if kind or renew:
             self._queue_parent(path)
-
-    def _is_always_shown(self, path: bytes) -> bool:
-        if path == self._view.root:
-            return True
-        name = path.rpartition(b"/")[2]
-        return name in self._view.always_there_below(parent_path(path))
 
     def _first_missing(self, path: bytes) -> bytes | None:
         """The highest ancestor that is no directory in the mirror.  The way down from there leads to the
@@ -192,7 +186,7 @@ class Reconciler:
             if kind == stat.S_IFDIR:  # the files' owner has made it
                 yield from self._files.removing(value_place)
                 kind = 0
-            if state is not NO_NODE and self._view.has_dot_value(path, state):
+            if state is not EMPTY_NODE and self._view.has_dot_value(path, state):
                 self._show_file(value_place, kind, content, perms, renew=renew)
             elif kind:
                 self._files.remove_file(value_place)

@@ -29,7 +29,7 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, closing, suppress
 from typing import Final
 
@@ -326,7 +326,7 @@ class _OpenDirectories:
             os.rmdir(name, dir_fd=self.enter(parent, change=True))
             yield path
 
-    def scan(self, path: bytes) -> Iterator[tuple[bytes, bool]]:
+    def scan(self, path: bytes) -> Generator[tuple[bytes, bool], None, None]:
         """The names in a directory, and which of them are directories.  Meanwhile, names may go."""
         # A descriptor of its own: others of the same opening share its position.
         fd = os.open(b".", _DIRECTORY, dir_fd=self.enter(path))
@@ -577,7 +577,7 @@ class MirrorDirectory:
         except (FileNotFoundError, NotADirectoryError):
             return 0
 
-    def names(self, path: bytes) -> Iterator[bytes]:
+    def names(self, path: bytes) -> Generator[bytes, None, None]:
         """The names in a directory, read while the caller takes them."""
         for name, _ in self._copy.scan(path):
             yield name
