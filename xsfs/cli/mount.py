@@ -36,8 +36,7 @@ from xsfs.fs.transaction_dirs import MountRoot
 from xsfs.fs.transactions import Transactions
 from xsfs.fs.watch_files import READERS_MAX
 from xsfs.mirror.mirror import Mirror
-from xsfs.mirror.staging import MirrorFiles
-from xsfs.mirror.workshop import MirrorPlaceError, default_directory
+from xsfs.mirror.staging import MirrorDirectory, MirrorPlaceError, default_directory
 from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import RAW, TEXT
 from xsfs.view.view import View, home_of
@@ -277,7 +276,7 @@ async def _mirror(
         return
     try:
         directory = options.mirror or default_directory(options.mountpoint)
-        files = MirrorFiles(directory, options.ownership)
+        files = MirrorDirectory(directory, options.ownership)
         if files.is_inside(options.mountpoint):
             raise MirrorPlaceError("the mirror is inside the mount", "choose another: mirror=DIR")
         files.open()
@@ -324,7 +323,7 @@ def _operations(
             "readers": table.readers,
             "transactions": store.transactions,
             "mirror": mirror.nodes if mirror is not None else 0,
-            "mirror_looks": mirror.looks if mirror is not None else 0,
+            "mirror_looks": mirror.fetched if mirror is not None else 0,
             "reconnects": sum(each.reconnects + each.watches.reconnects for each in stores),
             "inodes": len(table),
             "handles": len(operations),
