@@ -24,6 +24,7 @@ import errno
 import logging
 import os
 import random
+import re
 import select
 from collections import OrderedDict
 from typing import Final
@@ -53,7 +54,9 @@ Users who are neither root nor the one who mounted have half of it together."""
 WATCHES_MAX: Final = 1024
 """How many paths one file may watch.  Less than EVENTS_MAX, or a backlog could not be cut short."""
 
-SPECIAL: Final = frozenset((b"@introduceDomain", b"@releaseDomain"))
+SPECIAL: Final = re.compile(rb"@(?:introduceDomain|releaseDomain)(?:/[0-9]{1,5})?")
+"""Events that are no paths: of any domain, or of the one with this number.  Which of them it has, the
+daemon decides."""
 
 
 def line_of(path: bytes, base: bytes) -> bytes:
@@ -82,7 +85,7 @@ def line_of(path: bytes, base: bytes) -> bytes:
 
 def path_of(line: bytes, base: bytes) -> bytes:
     """What is to be watched: the opposite.  EINVAL for what cannot be in Xenstore."""
-    if line in SPECIAL:
+    if SPECIAL.fullmatch(line):
         return line
     if line == b".":
         return base
