@@ -30,18 +30,17 @@ from xsfs.cli.exit_statuses import (
 from xsfs.cli.mountpoint import check_fuse, check_mountpoint, fuse_failure
 from xsfs.cli.options import AUTOMATIC_SOURCES, Options
 from xsfs.cli.service import READY, STOPPING, describe_tasks, notify, status
-from xsfs.fs.inodes import Tree
+from xsfs.fs.inodes import InodeTable
 from xsfs.fs.operations import Operations
 from xsfs.fs.transaction_dirs import MountRoot
 from xsfs.fs.transactions import Transactions
 from xsfs.fs.watch_files import READERS_MAX
 from xsfs.mirror.mirror import Mirror
-from xsfs.mirror.staging import MirrorFiles
-from xsfs.mirror.workshop import MirrorPlaceError, default_directory
-from xsfs.view.known import KnownDirectories
+from xsfs.mirror.staging import MirrorDirectory, MirrorPlaceError, default_directory
+from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import RAW, TEXT
 from xsfs.view.view import View, home_of
-from xsfs.xenstore.background import open_servants
+from xsfs.xenstore.background import open_background
 from xsfs.xenstore.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.xenstore.event_reader import SWITCH_SECONDS
 from xsfs.xenstore.protocol import decode_names, directory, directory_part, read
@@ -123,13 +122,13 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
         # A signal cancels the last of these.  Once mounted this is the serving alone, because open
         # files need the connections for what they have not yet written.
         ended = [scope]
-        async with open_servants() as servants, _connect(options) as connect:
-            servants.start_soon(_obey_signals, signals, ended)
+        async with open_background() as background_tasks, _connect(options) as connect:
+            background_tasks.start_soon(_obey_signals, signals, ended)
             async with _store(options, connect) as store:
                 view = await _view(options, store)
                 async with _mirror(options, connect, view) as mirror:
                     about = {"store": _source(options), "daemon": await _daemon(options, store)}
-                    operations = _operations(options, view, mirror, servants, about)
+                    operations = _operations(options, view, mirror, background_tasks, about)
                     _fuse_mount(operations, options)
                     try:
                         ready()
@@ -140,7 +139,7 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                             ended.append(serving)
                             await _answer_the_kernel()
                     finally:
-                        await _unmount(operations)
+                        await _unmount(operations, view)
     return was_ready
 
 
@@ -156,10 +155,10 @@ def _source(options: Options) -> str:
     return options.source
 
 
-async def _unmount(operations: Operations) -> None:
+async def _unmount(operations: Operations, view: View) -> None:
     notify(STOPPING)
     with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
-        await operations.end()
+        await operations.end(view)
     pyfuse3.close(unmount=True)
 
 
@@ -218,7 +217,7 @@ async def _connect(options: Options) -> AsyncIterator[Connect | None]:
     from xsfs.embedded.server import EmbeddedStore
 
     embedded = EmbeddedStore()
-    async with open_servants() as nursery:
+    async with open_background() as nursery:
         await nursery.start(embedded.serve)
         if options.listen is not None:
             try:
@@ -239,7 +238,7 @@ async def _daemon(options: Options, store: Store) -> str:
     """Which daemon has answered at the mount, as far as its replies tell."""
     if options.embedded:
         return "embedded"
-    part, children, missing = await store.burst(
+    part, children, missing = await store.pipeline(
         (directory_part(b"/", 0), directory(b"/"), read(_MISSING))
     )
     if isinstance(children, bytes) and b"@releaseDomain" in decode_names(children):
@@ -264,7 +263,7 @@ async def _view(options: Options, store: Store) -> View:
     except ValueError:
         raise MountError(EXIT_DENIED, f"{unknown}: its domid is not a number", hint) from None
     root = options.root if options.root is not None else home_of(domid)
-    return View(store, domid, root, RAW if options.raw else TEXT, KnownDirectories())
+    return View(store, domid, root, RAW if options.raw else TEXT, StickyDirectories())
 
 
 @asynccontextmanager
@@ -277,18 +276,18 @@ async def _mirror(
         return
     try:
         directory = options.mirror or default_directory(options.mountpoint)
-        files = MirrorFiles(directory, options.ownership)
+        files = MirrorDirectory(directory, options.ownership)
         if files.is_inside(options.mountpoint):
             raise MirrorPlaceError("the mirror is inside the mount", "choose another: mirror=DIR")
         files.open()
     except MirrorPlaceError as error:
         raise MountError(EXIT_MIRROR, str(error), error.hint) from error
     try:
-        async with _store(options, connect) as store, open_servants() as servants:
-            own = View(store, view.domid, view.root, view.content, view.known)
+        async with _store(options, connect) as store, open_background() as background_tasks:
+            own = View(store, view.domid, view.root, view.content, view.sticky)
             mirror = Mirror(store, own, files)
             try:
-                await servants.start(mirror.run)
+                await background_tasks.start(mirror.run)
             except (StoreError, OSError) as error:
                 raise MountError(
                     EXIT_MIRROR,
@@ -304,7 +303,7 @@ def _operations(
     options: Options,
     view: View,
     mirror: Mirror | None,
-    servants: trio.Nursery,
+    background_tasks: trio.Nursery,
     about: Mapping[str, str],
 ) -> Operations:
     """The tree over the store, with nothing mounted yet.
@@ -321,20 +320,22 @@ def _operations(
             "operations": operations.answered,
             "errors": operations.errors,
             "watches": sum(len(each.watches) for each in stores),
-            "readers": tree.readers,
+            "readers": table.readers,
             "transactions": store.transactions,
             "mirror": mirror.nodes if mirror is not None else 0,
-            "mirror_looks": mirror.looks if mirror is not None else 0,
+            "mirror_looks": mirror.fetched if mirror is not None else 0,
             "reconnects": sum(each.reconnects + each.watches.reconnects for each in stores),
-            "inodes": len(tree),
+            "inodes": len(table),
             "handles": len(operations),
         }
 
-    tree = Tree(options.ownership, counters)
-    tree.mirror = mirror
-    transactions = Transactions(servants, view, options.tx_timeout)
-    tree.add_root(MountRoot(tree, view, transactions))
-    operations = Operations(tree, store.distrust)
+    table = InodeTable(
+        options.ownership, counters, allow_other=options.allow_other, visible=options.visible
+    )
+    table.mirror = mirror
+    transactions = Transactions(background_tasks, view, options.tx_timeout)
+    table.add_root(MountRoot(table, view, transactions))
+    operations = Operations(table, store.drop_connection)
     return operations
 
 
