@@ -219,6 +219,19 @@ def test_option_ro(daemon: RealXenstored, mountpoint: Path) -> None:
                 attempt()
 
 
+def test_option_visible(daemon: RealXenstored, mountpoint: Path) -> None:
+    names = {".root", ".domid", ".stats", ".transaction"}
+    with mounted([daemon.socket], mountpoint):
+        assert not names & set(os.listdir(mountpoint))
+    with mounted(["-o", "visible", daemon.socket], mountpoint):
+        found = set(os.listdir(mountpoint))
+        assert names <= found
+        assert ".watch" not in found
+        # All of them can be opened; below the root nothing changes.
+        assert (mountpoint / ".domid").read_text() == "0\n"
+        assert not [name for name in os.listdir(mountpoint / "data") if name.startswith(".")]
+
+
 def test_options_of_ownership(daemon: RealXenstored, mountpoint: Path) -> None:
     let_others_reach(mountpoint)
     options = "uid=1234,gid=5678,umask=027,allow_other"

@@ -146,6 +146,7 @@ def as_nobody(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
     sources = tmp_path / "sources"
     shutil.copytree(PACKAGE, sources / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     sources.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
 
     def run(mountpoint: Path, *options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -154,7 +155,7 @@ def as_nobody(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
                 *(sys.executable, "-m", "xsfs", *options, "embedded", str(mountpoint)),
             ],
             cwd=sources,
-            env={**os.environ, "PYTHONPATH": str(sources)},
+            env={**environment, "PYTHONPATH": str(sources)},
             capture_output=True,
             text=True,
             timeout=LIMIT,
@@ -186,6 +187,16 @@ def test_a_mount_of_another_user(
         refused(xsfs("embedded", place), 5, "Permission denied", f"umount {place} first")
     finally:
         subprocess.run(["umount", place], check=False, timeout=LIMIT)
+
+
+def test_a_mirror_without_a_default_directory(
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    os.chown(place, 65534, 65534)
+    refused(as_nobody(place, "-o", "mirror"), 7, "XDG_RUNTIME_DIR is not set (use mirror=DIR)")
+    assert not os.path.ismount(place)
 
 
 def test_allow_other_has_to_be_allowed(
