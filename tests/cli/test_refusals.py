@@ -1,4 +1,4 @@
-"""Ring: the command as a user starts it, where it mounts nothing: refusals, and help."""
+"""The command as a user starts it, if it mounts nothing: refusals, and help."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_usage(daemon: RealXenstored, mountpoint: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--nonsense",), ("-f", "x", "/m")])
 def test_what_mounts_nothing_loads_nothing(arguments: Sequence[str]) -> None:
-    """Nobody waits for trio and pyfuse3 who asks for help.  (mount -f only pretends.)"""
+    """Help and mistakes need not wait for trio and pyfuse3.  (mount -f only pretends.)"""
     name = "mount.xsfs" if "-f" in arguments else "xsfs"
     program = f"import sys; sys.argv[0] = {name!r}; from xsfs.cli.main import main\n"
     loaded = "[name for name in ('trio', 'pyfuse3') if name in sys.modules]"
@@ -97,7 +97,7 @@ def test_a_daemon_that_has_gone(mountpoint: Path) -> None:
         daemon.kill()
         start = time.monotonic()
         refused(xsfs(daemon.socket, mountpoint), 3, f"at {daemon.socket}: Connection refused")
-        assert time.monotonic() - start < 5  # it is not waited for
+        assert time.monotonic() - start < 5  # xsfs does not wait for it
 
 
 def test_a_daemon_that_does_not_answer(mountpoint: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_daemon_that_does_not_answer(mountpoint: Path) -> None:
 
 
 def test_no_right_to_connect(daemon: RealXenstored, mountpoint: Path) -> None:
-    # Root may connect to everything by CAP_DAC_OVERRIDE: without it, and for another's socket.
+    # Root without CAP_DAC_OVERRIDE, and a socket of another user.
     os.chown(daemon.socket, 99, 99)
     try:
         done = subprocess.run(

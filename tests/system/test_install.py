@@ -1,4 +1,4 @@
-"""Ring: install.sh, on a copy of this machine's whole file system that takes all changes."""
+"""install.sh, on a copy of this machine's whole file system that takes all changes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Machine:
                 *("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--wdns=/"),
                 *("chroot", str(self._root), "sh", "-c", f"cd /tmp/xsfs\n{script}"),
             ],
-            # The sources under test must not be found in place of what is installed.
+            # The installed xsfs must not find the sources under test.
             env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -57,7 +57,7 @@ class Machine:
         )
 
     def sh(self, script: str) -> str:
-        """What it prints; it must succeed."""
+        """The output of a shell that must succeed."""
         done = self.run(f"set -e\n{script}")
         assert done.returncode == 0, f"{script!r}: {done.stdout}"
         return done.stdout
