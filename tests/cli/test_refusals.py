@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import xsfs as package
-from tests.support.commands import let_others_reach, refused, xsfs
+from tests.support.commands import refused, xsfs
 from tests.support.mounting import LIMIT, mounted
 from tests.support.xenstored.harness import RealXenstored
 
@@ -139,11 +140,18 @@ def test_mounting_twice(daemon: RealXenstored, mountpoint: Path) -> None:
 
 
 @pytest.fixture
-def as_nobody(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def public() -> Iterator[Path]:
+    """A directory that every user can reach.  Each pytest that starts closes the parent of `tmp_path`."""
+    with tempfile.TemporaryDirectory(prefix="xsfs-test-") as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
+
+
+@pytest.fixture
+def as_nobody(public: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs xsfs with the embedded store as a user without rights, from a copy of the sources that this
     user can read."""
-    let_others_reach(tmp_path / "place")
-    sources = tmp_path / "sources"
+    sources = public / "sources"
     shutil.copytree(PACKAGE, sources / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     sources.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
@@ -166,10 +174,10 @@ def as_nobody(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_mountpoints_of_others(
-    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], public: Path
 ) -> None:
     """fusermount3 would refuse them, too, but not say what to do."""
-    place = tmp_path / "place"
+    place = public / "place"
     place.mkdir(0o755)
     refused(as_nobody(place), 5, f"no write access to the mountpoint {place}", "that you may write")
     place.chmod(0o1777)
@@ -177,9 +185,9 @@ def test_mountpoints_of_others(
 
 
 def test_a_mount_of_another_user(
-    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], public: Path
 ) -> None:
-    place = tmp_path / "place"
+    place = public / "place"
     place.mkdir()
     os.chown(place, 65534, 65534)
     try:
@@ -190,9 +198,9 @@ def test_a_mount_of_another_user(
 
 
 def test_a_mirror_without_a_default_directory(
-    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], public: Path
 ) -> None:
-    place = tmp_path / "place"
+    place = public / "place"
     place.mkdir()
     os.chown(place, 65534, 65534)
     refused(as_nobody(place, "-o", "mirror"), 7, "XDG_RUNTIME_DIR is not set (use mirror=DIR)")
@@ -200,9 +208,9 @@ def test_a_mirror_without_a_default_directory(
 
 
 def test_allow_other_has_to_be_allowed(
-    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], public: Path
 ) -> None:
-    place = tmp_path / "place"
+    place = public / "place"
     place.mkdir()
     os.chown(place, 65534, 65534)
     assert "\nuser_allow_other" not in Path("/etc/fuse.conf").read_text()
