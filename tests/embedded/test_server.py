@@ -6,17 +6,20 @@ Everything runs in one trio loop, with clients of its own; each test is bounded 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 import stat
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 
+from xsfs.embedded import server
 from xsfs.embedded.client_connection import OUTPUT_HIGH, OUTPUT_MAX
 from xsfs.embedded.server import EmbeddedStore
 from xsfs.xenstore import protocol
@@ -185,6 +188,53 @@ def test_a_request_too_long_ends_the_connection_and_no_other() -> None:
                 assert message.op == Op.READ
                 assert await bad.receive() is None
                 assert await good.ask(protocol.read(b"domid")) == b"%d" % domid
+
+    run(test)
+
+
+# -------------------------------------------------------------------------------------- fairness
+
+
+def test_clients_that_flood_leave_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading of the clock takes as long as a fifth of the time that one round may last."""
+    ticks = itertools.count(0.0, server.TURN / 5)
+    monkeypatch.setattr(server, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+
+    async def test() -> None:
+        async with serving() as store:
+            op, body = protocol.write(b"/flood", b"x")
+            flood = protocol.encode(op, 5, 0, body) * 2000
+            reply = len(protocol.encode(op, 5, 0, b"OK\0"))
+            sockets = [store.connect() for _ in range(4)]
+            other = Client(store.connect())
+
+            def replies() -> int:
+                """How many requests the store has handled since the last call."""
+                received = 0
+                for sock in sockets:
+                    with suppress(BlockingIOError):
+                        received += len(sock.recv(1 << 20))
+                return received // reply
+
+            for sock in sockets:
+                assert sock.send(flood) > 1000 * reply
+            for _ in range(20):
+                assert await other.ask(protocol.read(b"/tool")) == b""
+                # A round in which the request came, the round of its reply, and what trio does
+                # between the reply and this task.
+                assert 0 < replies() <= 4 * 3 * 3
+
+    run(test)
+
+
+def test_a_report_does_not_wait_for_a_reader_of_a_fifo(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving() as store:
+            client = Client(store.connect())
+            os.mkfifo(tmp_path / "fifo")
+            payload = b"memreport\0%b\0" % os.fsencode(tmp_path / "fifo")
+            assert await client.ask(Request(Op.CONTROL, payload)) == "EINVAL"
+            assert await client.ask(Request(Op.CONTROL, b"memreport\0")) == b"OK\0"
 
     run(test)
 

@@ -122,8 +122,13 @@ class ClientConnection:
         self.queue_reply(protocol.Op.WATCH_EVENT, 0, 0, payload)
 
     @property
+    def unsent(self) -> int:
+        """The bytes of output that the socket has not accepted."""
+        return len(self._out)
+
+    @property
     def full(self) -> bool:
-        return len(self._out) >= OUTPUT_HIGH
+        return self.unsent >= OUTPUT_HIGH
 
     def flush(self) -> None:
         """Send what the socket accepts without waiting, and let a task send the rest."""

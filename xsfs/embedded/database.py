@@ -62,6 +62,10 @@ class Database:
         self._place(ROOT, Record(b"", perms), None)
         self._create(DOM0, b"/tool/xenstored", b"", None)
 
+    @property
+    def node_count(self) -> int:
+        return len(self._records)
+
     # -- finding a node
 
     def _lookup(self, path: bytes, tx: DatabaseTransaction | None) -> Record | None:
