@@ -1,9 +1,8 @@
-"""The embedded store does what the real daemons do: one table run against all of them, and random
-requests against the embedded store and the C daemon side by side.
+"""The embedded store behaves like the real daemons.
 
-Every store is spoken to with real bytes over a real socket.  A wait is bounded by TIMEOUT; nothing
-here sleeps: that all events of a request have come is known from the reply to a later request on
-the connection which gets them.
+One table of scenarios runs against all three, and random requests against the embedded store and
+the C daemon side by side.  The tests send real bytes over real sockets.  TIMEOUT bounds each wait,
+and nothing sleeps: the reply to a later request on a connection shows that all its events have come.
 """
 
 from __future__ import annotations
@@ -248,7 +247,7 @@ class Run:
                 check_reply(request.op, request.op, got, expected)
 
     def events(self, who: str) -> tuple[Event, ...]:
-        """The events which a connection has got: all which the requests so far have caused."""
+        """The events of a connection: all that the requests so far have caused."""
         client = self.client(who)
         client.send("GET_DOMAIN_PATH", b"0\0")
         self.receive_reply(client)
@@ -491,7 +490,7 @@ PERMS = (
 )
 VALUES = (b"", b"1", b"2", b"n\0ul", b"v" * 1990, b"v" * 2020)
 MORTAL = 9
-"""The domain which comes and goes."""
+"""The domain that comes and goes."""
 
 FIRST: Scenario = (
     Create(MORTAL),
@@ -507,13 +506,12 @@ FIRST: Scenario = (
     *(Ask("guest", protocol.watch(path, b"t")) for path in (b"/w", b"data", b"data/a")),
     *(Ask("guest", protocol.watch(path, b"u")) for path in (b"/w/a", b"@releaseDomain")),
 )
-"""Nodes of all owners and watches of all kinds, so that most steps have something to tell."""
+"""Nodes of all owners and watches of all kinds, so most steps cause events."""
 
 
 @dataclass(frozen=True)
 class Random:
-    """A request, in one of the transactions which the connection has open then, if any: `tx` picks
-    it (None: outside)."""
+    """A request.  `tx` picks one of the transactions that the connection has open (None: none)."""
 
     who: str
     request: tuple[int, bytes]
@@ -522,11 +520,11 @@ class Random:
 
 @dataclass(frozen=True)
 class LifeOrDeath:
-    """MORTAL begins to exist, or ceases to."""
+    """MORTAL starts to exist, or ends."""
 
 
 def survivable(permissions: tuple[bytes, str]) -> bool:
-    """xenstored loses its root, and everything, when the domain dies which owns it."""
+    """When the domain that owns the root ends, xenstored loses its whole store."""
     path, perms = permissions
     return path != b"/" or perms[1:2] != str(MORTAL)
 
@@ -589,7 +587,7 @@ class Side:
         self._run.close()
 
     def step(self, step: Random | LifeOrDeath) -> object:
-        """What is to be the same on both sides: the reply, and the events of each connection."""
+        """The reply and the events of each connection, which must agree on both sides."""
         seen: object = None
         if isinstance(step, Random):
             seen = self._ask(step)
@@ -622,7 +620,7 @@ class Side:
         return reply
 
     def _listing(self, payload: bytes, tx_id: int, reply: bytes) -> object:
-        """A part of a listing, and whether the generation is another than the last one outside of
+        """A part of a listing, and whether the generation differs from the last one outside of
         transactions.  The numbers themselves mean nothing."""
         generation, _, names = reply.partition(b"\0")
         path = payload.partition(b"\0")[0]

@@ -1,6 +1,6 @@
-"""The embedded store as a server: sockets, their ends, and clients which do not read.
+"""The embedded store as a server: sockets, the end of connections, and clients that do not read.
 
-Everything runs in one trio loop, with clients of its own; each test is bounded by TIMEOUT.
+The store and its clients run in one trio loop.  TIMEOUT bounds each test.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def test_serve_ends_all_it_started() -> None:
     run(test)
 
 
-def test_arguments_which_are_no_single_string() -> None:
+def test_arguments_that_are_no_single_string() -> None:
     async def test() -> None:
         async with serving() as store:
             client = Client(store.connect())
@@ -239,10 +239,10 @@ def test_a_report_does_not_wait_for_a_reader_of_a_fifo(tmp_path: Path) -> None:
     run(test)
 
 
-# ---------------------------------------------------------------------------- who does not read
+# ---------------------------------------------------------------------------- clients that do not read
 
 
-def test_who_does_not_read_replies_is_not_served_further() -> None:
+def test_a_client_that_does_not_read_replies_is_not_served_further() -> None:
     async def test() -> None:
         async with serving() as store:
             sock = store.connect()
@@ -251,7 +251,7 @@ def test_who_does_not_read_replies_is_not_served_further() -> None:
             op, body = protocol.read(b"/a")
             request = protocol.encode(op, 1, 0, body)
             sent = refusals = 0
-            # What is taken is bounded by what sockets hold, and is less than this many requests.
+            # The store takes fewer requests than this; the buffers of the sockets bound their number.
             while refusals < 100:
                 assert sent < OUTPUT_HIGH + (4 << 20)
                 try:
@@ -269,7 +269,7 @@ def test_who_does_not_read_replies_is_not_served_further() -> None:
     run(test)
 
 
-def test_who_does_not_read_events_is_dropped_and_delays_nobody() -> None:
+def test_a_client_that_does_not_read_events_is_dropped_and_delays_no_other() -> None:
     async def test() -> None:
         async with serving() as store:
             slow, writer, other = (Client(store.connect()) for _ in range(3))
@@ -386,7 +386,7 @@ def test_introduce_makes_a_domain() -> None:
     run(test)
 
 
-def test_quotas_are_a_domain_s_however_many_connections_it_has() -> None:
+def test_quotas_hold_for_a_domain_however_many_connections_it_has() -> None:
     async def test() -> None:
         async with serving() as store:
             clients = [Client(store.connect(7)) for _ in range(12)]
@@ -446,7 +446,7 @@ def test_listen_for_a_guest(tmp_path: Path) -> None:
     run(test)
 
 
-def test_listen_replaces_what_nobody_listens_on(tmp_path: Path) -> None:
+def test_listen_replaces_a_socket_file_without_a_listener(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)

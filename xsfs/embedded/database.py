@@ -6,7 +6,7 @@ from two threads.  The database reports each change by calling `changed` in the 
 `changed` may only query `Domains`.  A refused request (`Refused`) has changed no node.  Only in a
 transaction a refused request may leave marks, and then the transaction cannot succeed.
 
-What always holds:
+Invariants:
 
 - `_records` maps the absolute path of each node to its record.  Each node but the root is among its
   parent's children, and each child is in `_records`.

@@ -223,7 +223,7 @@ class EmbeddedStore:
         op, payload = request.op, OK
         try:
             await trio.to_thread.run_sync(report.write, abandon_on_cancel=True)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             log.warning("cannot write a memory report: %s", error)
             op, payload = Op.ERROR, b"EINVAL\0"
         connection.queue_reply(op, request.req_id, request.tx_id, payload)
