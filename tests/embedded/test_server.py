@@ -58,7 +58,7 @@ class Client:
             if not data:
                 return None
             self._parser.feed(data)
-            self._received.extend(Message(*fields) for fields in self._parser.messages())
+            self._received.extend(self._parser.messages())
         return self._received.popleft()
 
     async def ask(self, request: Request) -> bytes | str:

@@ -191,8 +191,7 @@ class EmbeddedStore:
         self._busy += 1
         turn_end = self._turn_end()
         try:
-            for fields in parser.messages():
-                request = protocol.Message(*fields)
+            for request in parser.messages():
                 report = self._requests.serve(connection, request)
                 if report is not None:
                     await self._write_report(connection, request, report)
