@@ -84,11 +84,13 @@ class Watch:
             directory = False  # it may come
         if directory:
             parent, self._own = path, None
+            self._own_lines = set[bytes]()
         else:
             parent, name = os.path.split(path)
             parent = parent or b"."
             # A line that begins otherwise would be a command or a special event.
             self._own = b"." if name == b".value" else _as_line(name)
+            self._own_lines = {self._own}
         if not is_in_mount(parent):
             raise WatchError("not in an xsfs mount")
         self.descriptor = self._open(os.path.join(parent, b".watch"))
@@ -100,8 +102,10 @@ class Watch:
         except OSError as error:
             if mode == os.O_RDONLY or error.errno not in (errno.EROFS, errno.EACCES):
                 raise
-            # Not permitted to tell the file what to watch: it watches the directory.
+            # Not permitted to tell the file what to watch: it watches the directory, and its `.` may
+            # stand for all below it.
             mode = os.O_RDONLY
+            self._own_lines.add(b".")
             descriptor = os.open(file, mode | os.O_NONBLOCK)
         pollable = _pollable(descriptor, mode)
         if not pollable:
@@ -116,7 +120,12 @@ class Watch:
         assert self._own is not None
         if self._own != b"." and os.path.lexists(self.path):
             # The name may be an alias, if the node's own name is too long for a file.
-            return os.getxattr(self.path, "user.xs.path", follow_symlinks=False)
+            try:
+                return os.getxattr(self.path, "user.xs.path", follow_symlinks=False)
+            except OSError as error:
+                if error.errno == errno.ENODATA:
+                    raise WatchError("no node of Xenstore") from None
+                raise
         return self._own
 
     def _read_in_thread(self, source: int) -> int:
@@ -144,7 +153,7 @@ class Watch:
             if self._own is None:
                 relative = line.removeprefix(b"./")
                 yield self.path if line == b"." else os.path.join(self.path, relative)
-            elif line == self._own:
+            elif line in self._own_lines:
                 yield self.path
 
 
@@ -167,6 +176,9 @@ def _pollable(descriptor: int, mode: int) -> bool:
 
 def value_of(path: bytes) -> bytes | None:
     """The exact value of a node; None if it does not exist or may not be read."""
+    directory, name = os.path.split(path)
+    if name == b".value":
+        path = directory or b"."  # there is no such file while the value is empty
     try:
         return os.getxattr(path, "user.xs.value", follow_symlinks=False)
     except OSError:
@@ -204,16 +216,18 @@ def json_line(path: bytes, *, with_value: bool) -> bytes:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("not a number of lines")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise ValueError
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1e9:
+        raise argparse.ArgumentTypeError("not a number of seconds")
     return number
 
 
