@@ -33,7 +33,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes
 
-from xsfs.fs.inodes import Caller, Handle, Node, refuse
+from xsfs.fs.nodes import Caller, Handle, Node, refuse
 from xsfs.fs.readers import Outcome, Reader
 from xsfs.fs.xattrs import XenstoreNode
 from xsfs.view.names import NAME_MAX, file_name, join
@@ -117,7 +117,7 @@ class WatchFile(Node):
     async def getattr(self) -> EntryAttributes:
         assert isinstance(self.parent, XenstoreNode)
         self.parent.require()
-        if not self.parent.lasting and await self.view.look(self.path) is None:
+        if not self.parent.always_there and await self.view.fetch_one(self.path) is None:
             refuse(errno.ESTALE)
         return self.entry(0)
 
@@ -125,15 +125,15 @@ class WatchFile(Node):
         mode = flags & os.O_ACCMODE
         if mode == os.O_WRONLY:
             refuse(errno.EINVAL)
-        tree = self.tree
+        tree = self.table
         full = tree.readers >= READERS_MAX
-        if full or (caller.foreign and tree.foreign_readers >= READERS_MAX // 2):
+        if full or (caller.unprivileged and tree.unprivileged_readers >= READERS_MAX // 2):
             refuse(errno.EMFILE)
         handle = WatchHandle(
             self,
             nonblocking=bool(flags & os.O_NONBLOCK),
             writable=mode != os.O_RDONLY,
-            foreign=caller.foreign,
+            foreign=caller.unprivileged,
             opener=caller.pid,
         )
         handle.count(1)
@@ -192,9 +192,9 @@ class WatchHandle(Handle):
 
     def count(self, difference: int) -> None:
         """One more is open, or one less."""
-        self.node.tree.readers += difference
+        self.node.table.readers += difference
         if self.foreign:
-            self.node.tree.foreign_readers += difference
+            self.node.table.unprivileged_readers += difference
 
     # --------------------------------------------------------------------------------- events
 
