@@ -6,22 +6,26 @@ The command `xsfs` mounts it (xsfs.cli).  Programs that use trio open it:
         print(await store.read("name"))
 """
 
-from xsfs.xenstore.errors import (
-    ConnectionLost,
-    RequestTimeout,
-    StoreError,
-    StoreUnavailable,
-    TransactionEnded,
-    XenstoreError,
-)
-from xsfs.xenstore.permissions import (
-    Permission,
-    Permissions,
-    format_permissions,
-    parse_permissions,
-)
-from xsfs.xenstore.store import Store, Transaction, open_store
-from xsfs.xenstore.watches import Subscription
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xsfs.xenstore.errors import (
+        ConnectionLost,
+        RequestTimeout,
+        StoreError,
+        StoreUnavailable,
+        TransactionEnded,
+        XenstoreError,
+    )
+    from xsfs.xenstore.permissions import (
+        Permission,
+        Permissions,
+        format_permissions,
+        parse_permissions,
+    )
+    from xsfs.xenstore.store import Store, Transaction, open_store
+    from xsfs.xenstore.watches import Subscription
 
 __version__ = "0.1.0"
 
@@ -42,3 +46,16 @@ __all__ = [
     "open_store",
     "parse_permissions",
 ]
+
+_MODULES = ("errors", "permissions", "store", "watches")
+
+
+def __getattr__(name: str) -> Any:
+    """What the package offers is imported when it is first used: xsfs-watch needs no trio."""
+    if name in __all__:
+        for module in _MODULES:
+            found = getattr(import_module(f"xsfs.xenstore.{module}"), name, None)
+            if found is not None:
+                globals()[name] = found
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

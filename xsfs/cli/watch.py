@@ -36,6 +36,11 @@ STATUSES: Final = {
     EXIT_TIME: "SECONDS have passed",
 }
 
+FLAGS: Final = (
+    *("-v", "--values", "-j", "--json", "-s", "--skip-first"),
+    *("-n", "--count", "-t", "--timeout", "-h", "--help"),
+)
+
 READ_SIZE: Final = 65536
 
 USAGE: Final = "xsfs-watch [-v] [-j] [-s] [-n COUNT] [-t SECONDS] PATH..."

@@ -133,7 +133,7 @@ class WatchFile(Node):
             self,
             nonblocking=bool(flags & os.O_NONBLOCK),
             writable=mode != os.O_RDONLY,
-            foreign=caller.unprivileged,
+            unprivileged=caller.unprivileged,
             opener=caller.pid,
         )
         handle.count(1)
@@ -151,7 +151,7 @@ class WatchHandle(Handle):
     """See the module's text.
 
     base            the path of the directory when the file was opened
-    foreign         whether it is of a user who is neither root nor the one who mounted
+    unprivileged    whether it is of a user who is neither root nor the one who mounted
     nonblocking     whether a read that would wait is EAGAIN instead
     """
 
@@ -165,7 +165,7 @@ class WatchHandle(Handle):
         "_turn",
         "_waits",
         "base",
-        "foreign",
+        "unprivileged",
         "nonblocking",
         "writable",
     )
@@ -173,13 +173,13 @@ class WatchHandle(Handle):
     stream = True
 
     def __init__(
-        self, node: WatchFile, *, nonblocking: bool, writable: bool, foreign: bool, opener: int
+        self, node: WatchFile, *, nonblocking: bool, writable: bool, unprivileged: bool, opener: int
     ) -> None:
         super().__init__(node)
         self.base = node.path
         self.nonblocking = nonblocking
         self.writable = writable
-        self.foreign = foreign
+        self.unprivileged = unprivileged
         self._subscriptions: dict[bytes, Subscription] = {}
         # A dict would be slow to take the oldest from: it goes over all that were taken before.
         self._events: OrderedDict[bytes, None] = OrderedDict()
@@ -193,7 +193,7 @@ class WatchHandle(Handle):
     def count(self, difference: int) -> None:
         """One more is open, or one less."""
         self.node.table.readers += difference
-        if self.foreign:
+        if self.unprivileged:
             self.node.table.unprivileged_readers += difference
 
     # --------------------------------------------------------------------------------- events
