@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from xsfs import __version__
-from xsfs.cli.exit_statuses import STATUSES
 from xsfs.cli import watch
+from xsfs.cli.exit_statuses import STATUSES
 from xsfs.cli.options import FLAGS, MOUNT_FLAGS, OPTIONS, Flag, Option
 
 WIDTH: Final = 80

@@ -165,8 +165,8 @@ class WatchHandle(Handle):
         "_turn",
         "_waits",
         "base",
-        "unprivileged",
         "nonblocking",
+        "unprivileged",
         "writable",
     )
 
