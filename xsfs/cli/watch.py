@@ -21,8 +21,8 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Final, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NoReturn
 
 EXIT_COUNT: Final = 0
 EXIT_FAILED: Final = 1
@@ -251,7 +251,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    switch = {"action": "store_true"}
+    switch: Mapping[str, Any] = {"action": "store_true"}
     parser.add_argument("-v", "--values", help="print 'PATH = VALUE'", **switch)
     parser.add_argument("-j", "--json", help="print a JSON object a line", **switch)
     parser.add_argument("-s", "--skip-first", help="omit the first line of each PATH", **switch)

@@ -218,6 +218,7 @@ class Reader:
         "_began",
         "_guessed",
         "_inode",
+        "_missed",
         "_opener",
         "_renew",
         "_retry",
@@ -236,6 +237,8 @@ class Reader:
         """When the present read began."""
         self._renew = -math.inf
         """When the census is to be asked again, whatever is known."""
+        self._missed = False
+        """Whether the last look found nobody, after the census had been asked."""
         self._retry = -math.inf
         """Before when it is not: it did not find anybody."""
 
@@ -243,6 +246,7 @@ class Reader:
     def reading(self) -> Iterator[None]:
         """While a read waits."""
         self._began = trio.current_time()
+        self._missed = False
         if self._renew == -math.inf:
             self._renew = self._began + self._patience
         CENSUS.openers[self._opener] += 1
@@ -268,12 +272,17 @@ class Reader:
         if now < self._renew and not ambiguous:
             outcome = self._look()
         if outcome is Outcome.UNKNOWN and now >= self._retry:
-            since = max(self._began, now - self._patience / 2)
+            since = now if self._missed else max(self._began, now - self._patience / 2)
             self._choose(await CENSUS.waiting(self._inode, since))
             outcome = self._look()
             now = trio.current_time()
             self._renew = now + self._patience
-            if outcome is Outcome.UNKNOWN:
+            missed_before, self._missed = self._missed, outcome is Outcome.UNKNOWN
+            if self._missed and not missed_before:
+                # A thread that a signal has just woken is nowhere for a moment.
+                return Outcome.WAITS
+            if self._missed:
+                self._missed = False
                 self._retry = now + UNKNOWN_SECONDS
         return outcome
 
