@@ -271,7 +271,9 @@ class Reader:
         outcome = Outcome.UNKNOWN
         if now < self._renew and not ambiguous:
             outcome = self._look()
-        if outcome is Outcome.UNKNOWN and now >= self._retry:
+        if outcome is not Outcome.UNKNOWN:
+            self._missed = False
+        elif now >= self._retry:
             since = now if self._missed else max(self._began, now - self._patience / 2)
             self._choose(await CENSUS.waiting(self._inode, since))
             outcome = self._look()
