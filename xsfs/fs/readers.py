@@ -8,8 +8,8 @@ A READ request does not say which thread waits.  Mostly it is the thread that op
 that does not wait, another one does: a child process that inherited the file, or another thread.  The
 census finds it.  It goes over all threads of the system, and notes those that wait and for which file.
 
-What `Census` owns: which threads waited for which inode when it last looked, and which openers are
-expected to wait.  Only tasks that answer a read use it; one of them at a time goes over /proc.
+`Census` owns a table: which threads waited for which inode when it last looked.  It counts the openers
+that are expected to wait.  Only tasks that answer a read use it; one of them at a time goes over /proc.
 
 What always holds:
 
@@ -64,7 +64,7 @@ _STOPS: Final = _mask(19, 20, 21, 22)
 
 
 class Outcome(Enum):
-    """What a look at a reader showed."""
+    """The result of a look at a reader."""
 
     WAITS = auto()
     INTERRUPTED = auto()
@@ -91,7 +91,7 @@ def _read(thread: int, name: str) -> bytes:
 
 
 def look(thread: int, writable: bool = False) -> Outcome:
-    """What a thread does that waited in a read; UNKNOWN if it does not wait any more.
+    """The state of a thread that waited in a read; UNKNOWN if it does not wait any more.
 
     writable    whether the file is open for writing
     """
@@ -262,7 +262,7 @@ class Reader:
         return CENSUS_SECONDS_WRITABLE if self._writable else CENSUS_SECONDS
 
     async def look(self) -> Outcome:
-        """What the thread does that waits in the present read."""
+        """The state of the thread that waits in the present read."""
         if not CENSUS.possible:
             return Outcome.UNKNOWN
         now = trio.current_time()
