@@ -15,7 +15,7 @@ from tests.support.xenstored.harness import RealXenstored
 
 MOUNTED = "xsfs /mnt/xenstore"
 
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 TROUBLESHOOTING = REPOSITORY / "docs" / "troubleshooting.md"
 
@@ -33,8 +33,8 @@ def test_the_readme(dom0: Host) -> None:
     check_session("README.md", dom0, MOUNTED)
 
 
-def test_the_tutorial(dom0: Host) -> None:
-    check_session("docs/tutorial.md", dom0)
+def test_the_commands(dom0: Host) -> None:
+    check_session("docs/commands.md", dom0)
 
 
 def test_transactions(dom0: Host) -> None:
@@ -55,7 +55,7 @@ def test_troubleshooting(dom0: Host) -> None:
 
 def test_messages_in_troubleshooting_are_those_of_the_program() -> None:
     """Each that stands in a table must stand in the source, too."""
-    source = "".join(path.read_text() for path in (REPOSITORY / "xsfs").glob("*.py"))
+    source = "".join(path.read_text() for path in (REPOSITORY / "xsfs").rglob("*.py"))
     tables = re.findall(
         r"^\| message \|.*?\n\n", TROUBLESHOOTING.read_text(), re.DOTALL | re.MULTILINE
     )
@@ -74,7 +74,7 @@ def anchors(document: Path) -> set[str]:
     return {re.sub("[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)]*)\)", path.read_text()):
         file, _, anchor = target.partition("#")
