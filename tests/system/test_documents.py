@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.support.documents import check_dialogue, check_session, matches
 from tests.support.host import REPOSITORY, Host, open_host
+from tests.support.mounting import LIMIT
 from tests.support.xenstored.harness import RealXenstored
 
 MOUNTED = "xsfs /mnt/xenstore"
@@ -21,16 +23,80 @@ TROUBLESHOOTING = REPOSITORY / "docs" / "troubleshooting.md"
 
 
 @pytest.fixture
-def dom0() -> Iterator[Host]:
-    """A dom0 with two guests, all fresh."""
+def daemon() -> Iterator[RealXenstored]:
+    """A fresh Xenstore with two guests."""
     with RealXenstored("C", guests=(7, 9)) as daemon:
         daemon.populate()
-        with open_host(daemon.socket) as host:
-            yield host
+        yield daemon
+
+
+@pytest.fixture
+def dom0(daemon: RealXenstored) -> Iterator[Host]:
+    """The dom0 that the Xenstore belongs to."""
+    with open_host(daemon.socket) as host:
+        yield host
 
 
 def test_the_readme(dom0: Host) -> None:
-    check_session("README.md", dom0, MOUNTED)
+    check_session("README.md", dom0)
+
+
+def quick_reference() -> list[tuple[list[str], list[str]]]:
+    """The commands of each row of the README's table: with xenstore-*, and with the mount."""
+    text = (REPOSITORY / "README.md").read_text()
+    table = text[text.index("\n## Quick reference") : text.index("\n## A session")]
+    rows = re.findall(r"^\| (?!---|with )(.*) \| (.*) \|$", table, re.MULTILINE)
+    # A single word in backquotes is the name of a file.
+    return [
+        (re.findall("`([^`]* [^`]*)`", old), re.findall("`([^`]* [^`]*)`", new))
+        for old, new in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [pytest.param(*row, id=row[1][0]) for row in quick_reference() if row[1]]
+)
+def test_the_quick_reference(dom0: Host, old: list[str], new: list[str]) -> None:
+    """Both sides of a row do the same to the store."""
+
+    def outcome(commands: list[str]) -> str:
+        path = "data" if "watch" in commands[0] else "data/x"
+        script = "\n".join(
+            # A watcher never ends by itself: its first line must come.
+            f"exec 3< <(exec {command}); read -r line <&3 || exit; kill $!"
+            if "watch" in command
+            else command
+            for command in commands
+        )
+        script = script.replace("V", "2").replace("P", path)
+        dom0.sh(f"set -e; cd /mnt/xenstore; rm -rf data; mkdir -p data; echo 1 > data/x\n{script}")
+        return dom0.sh("xenstore-ls -f -p data")
+
+    dom0.sh(MOUNTED)
+    assert not old or outcome(old) == outcome(new)
+    outcome(new)
+
+
+def test_the_quick_reference_was_found() -> None:
+    assert len([row for row in quick_reference() if row[0] and row[1]]) >= 9
+
+
+def test_the_tutorial(daemon: RealXenstored, dom0: Host) -> None:
+    """While it is typed, domain 7 and its toolstack do what they do when it is told to shut down."""
+    shutdown = "/local/domain/7/control/shutdown"
+
+    def guest() -> None:
+        with daemon.client(timeout=LIMIT) as client:
+            client.watch(shutdown, "")
+            while client.read(shutdown) != b"poweroff":
+                client.event(LIMIT)
+            daemon.destroy_domain(7)
+            client.rm("/local/domain/7")
+
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(guest)
+        check_session("docs/tutorial.md", dom0)
+        done.result(LIMIT)
 
 
 def test_the_commands(dom0: Host) -> None:
@@ -89,3 +155,16 @@ def test_what_matches() -> None:
     assert not matches(["a"], ["a", "b"])
     assert not matches(["a...c"], ["a", "c"])
     assert not matches([], ["a"])
+
+
+def test_every_document_can_be_reached_from_the_readme() -> None:
+    reached = {REPOSITORY / "README.md"}
+    new = list(reached)
+    while new:
+        path = new.pop()
+        targets = re.findall(r"\]\(([^)#]+\.md)(?:#[^)]*)?\)", path.read_text())
+        found = {(path.parent / target).resolve() for target in targets} - reached
+        found = {path for path in found if path.exists()}
+        reached |= found
+        new += found
+    assert set(DOCUMENTS) - reached == set()
