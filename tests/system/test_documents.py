@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.documents import check_dialogue, check_session, matches
+from tests.support.documents import check_dialogue, check_session, install_scripts, matches
 from tests.support.host import REPOSITORY, Host, open_host
 from tests.support.mounting import LIMIT
 from tests.support.xenstored.harness import RealXenstored
@@ -113,6 +113,11 @@ def test_watches(dom0: Host) -> None:
 
 def test_the_mirror(dom0: Host) -> None:
     check_dialogue("docs/mirror.md", dom0)
+
+
+def test_monitoring(dom0: Host) -> None:
+    install_scripts("docs/monitoring.md", dom0)
+    check_session("docs/monitoring.md", dom0)
 
 
 def test_troubleshooting(dom0: Host) -> None:
