@@ -173,3 +173,10 @@ def test_every_document_can_be_reached_from_the_readme() -> None:
         reached |= found
         new += found
     assert set(DOCUMENTS) - reached == set()
+
+
+def test_the_robustness_page_names_test_files() -> None:
+    text = (REPOSITORY / "docs" / "dev" / "robustness.md").read_text()
+    named = set(re.findall("`([a-z]+/test_[a-z_]+)`", text))
+    assert len(named) > 10
+    assert {name for name in named if not (REPOSITORY / "tests" / f"{name}.py").exists()} == set()
