@@ -4,18 +4,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.support.documents import check_dialogue, check_session, install_scripts, matches
+from tests.support.documents import (
+    blocks,
+    check_dialogue,
+    check_session,
+    install_scripts,
+    matches,
+)
 from tests.support.host import REPOSITORY, Host, open_host
 from tests.support.mounting import LIMIT
+from tests.support.programs import Lines
 from tests.support.xenstored.harness import RealXenstored
 
 MOUNTED = "xsfs /mnt/xenstore"
+
+REPOSITORY_THERE = "/mnt/.repository"
+"""The project, on the host of the tests."""
 
 DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
@@ -160,6 +170,36 @@ def test_what_matches() -> None:
     assert not matches(["a"], ["a", "b"])
     assert not matches(["a...c"], ["a", "c"])
     assert not matches([], ["a"])
+
+
+def check_python(document: str, dom0: Host, daemon: RealXenstored, first: Sequence[str]) -> None:
+    """The program of a document prints these lines, and then each change below `data`."""
+    (program,) = blocks(document, "python")
+    with dom0.start(
+        'exec /mnt/.python/bin/python -c "$1"', program, PYTHONPATH=REPOSITORY_THERE
+    ) as run:
+        assert run.stdout is not None
+        lines = Lines(run.stdout.fileno())
+        try:
+            assert [lines.next() for _ in first] == first
+            with daemon.client() as client:
+                client.write("/local/domain/0/data/new", "1")
+            assert re.fullmatch("(b'data/)?new'?", lines.next())
+        finally:
+            run.kill()
+
+
+def test_the_python_client(daemon: RealXenstored, dom0: Host) -> None:
+    with daemon.client() as client:
+        client.write("/local/domain/0/data/n", "1")
+    check_python("docs/python.md", dom0, daemon, ["b'Domain-0'", "b'data'"])
+    with daemon.client() as client:
+        assert client.read("/local/domain/0/data/n") == b"2"
+
+
+def test_a_watch_in_asyncio(daemon: RealXenstored, dom0: Host) -> None:
+    dom0.sh(MOUNTED)
+    check_python("docs/watches.md", dom0, daemon, ["."])
 
 
 def test_every_document_can_be_reached_from_the_readme() -> None:

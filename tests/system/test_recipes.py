@@ -90,6 +90,8 @@ def test_what_the_recipes_show(kind: str) -> None:
         with other.client() as there:
             there.write("/local/domain/0/memory/target", "2097152")
             there.write("/from-other", "1")
+            # A mount shows the home's `data` always, and everybody else only if it exists.
+            there.mkdir("/local/domain/0/data")
         with prepared(daemon.socket, other=other.socket) as host:
             check_session(RECIPES, host)
 
