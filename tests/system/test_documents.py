@@ -1,5 +1,4 @@
-"""Ring: what the documents show, typed as it stands on a host of its own
-(tests/support/documents.py)."""
+"""Ring: the commands in the documents, on a host of their own (tests/support/documents.py)."""
 
 from __future__ import annotations
 
@@ -92,7 +91,7 @@ def test_the_quick_reference_was_found() -> None:
 
 
 def test_the_tutorial(daemon: RealXenstored, dom0: Host) -> None:
-    """While it is typed, domain 7 and its toolstack do what they do when it is told to shut down."""
+    """A thread plays domain 7 and its toolstack, which react to the request to shut down."""
     shutdown = "/local/domain/7/control/shutdown"
 
     def guest() -> None:
@@ -135,7 +134,7 @@ def test_troubleshooting(dom0: Host) -> None:
 
 
 def test_messages_in_troubleshooting_are_those_of_the_program() -> None:
-    """Each that stands in a table must stand in the source, too."""
+    """Every message in a table must occur in the source."""
     source = "".join(path.read_text() for path in (REPOSITORY / "xsfs").rglob("*.py"))
     tables = re.findall(
         r"^\| message \|.*?\n\n", TROUBLESHOOTING.read_text(), re.DOTALL | re.MULTILINE
@@ -150,7 +149,7 @@ def test_messages_in_troubleshooting_are_those_of_the_program() -> None:
 
 
 def anchors(document: Path) -> set[str]:
-    """Of its headings, as they are made of them."""
+    """The anchors that a document's headings get."""
     headings = re.findall("^#+ (.*)$", document.read_text(), re.MULTILINE)
     return {re.sub("[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -164,7 +163,7 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(document), target
 
 
-def test_what_matches() -> None:
+def test_matches() -> None:
     assert matches(["a", "b...d", "...", "e"], ["a", "bcd", "x", "y", "e"])
     assert matches(["...", "e"], ["e"])
     assert not matches(["a"], ["a", "b"])
