@@ -48,6 +48,7 @@ from xsfs.xenstore.background import open_servants
 from xsfs.xenstore.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.xenstore.event_reader import SWITCH_SECONDS
 from xsfs.xenstore.reconnect import Connect
+from xsfs.xenstore.ssh import open_forward
 from xsfs.xenstore.store import Store, open_store
 from xsfs.xenstore.transport import NO_STORE_HINT, SocketTransport, find_store
 
@@ -206,15 +207,29 @@ async def _store(options: Options, connect: Connect | None) -> AsyncIterator[Sto
         async with open_store(path, timeout=options.timeout, connect=connect) as store:
             yield store
     except StoreUnavailable as error:
-        status = EXIT_DENIED if error.denied else EXIT_NO_STORE
-        raise MountError(status, str(error), error.hint) from error
+        raise _unavailable(error) from error
     except StoreError as error:
         raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
 
 
+def _unavailable(error: StoreUnavailable) -> MountError:
+    status = EXIT_DENIED if error.denied else EXIT_NO_STORE
+    return MountError(status, str(error), error.hint)
+
+
 @asynccontextmanager
 async def _connect(options: Options) -> AsyncIterator[Connect | None]:
-    """How to connect to the embedded store, which runs meanwhile; None for a real one."""
+    """How to connect to the embedded store or to another host, which runs meanwhile; None for a real
+    store of this host."""
+    if options.destination is not None:
+        try:
+            async with open_forward(
+                options.destination, timeout=options.timeout, command=options.ssh_command
+            ) as forward:
+                yield forward.connect
+        except StoreUnavailable as error:
+            raise _unavailable(error) from error
+        return
     if not options.embedded:
         yield None
         return

@@ -11,6 +11,13 @@ from typing import Any, Final, NamedTuple
 from xsfs.view.ownership import Ownership
 from xsfs.xenstore.errors import DEFAULT_TIMEOUT
 from xsfs.xenstore.protocol import check_path
+from xsfs.xenstore.ssh import (
+    DEFAULT_SSH,
+    SshDestination,
+    is_remote,
+    parse_command,
+    parse_destination,
+)
 
 EMBEDDED: Final = "embedded"
 DEFAULT_LABEL: Final = "xenstore"
@@ -25,6 +32,11 @@ def source_of(text: str) -> str:
     word = os.path.basename(text)
     if word in AUTOMATIC_SOURCES | {EMBEDDED} and os.path.isdir(text):
         return word
+    if is_remote(text):
+        try:
+            parse_destination(text)
+        except ValueError as error:
+            raise UsageError(f"the source '{text}' {error}") from None
     return text
 
 
@@ -38,7 +50,7 @@ class Options:
 
     mountpoint: str
     source: str | None = None
-    """A socket or device, `embedded`, or None: look for it."""
+    """A socket or device, `[USER@]HOST:[SOCKET]`, `embedded`, or None: look for it."""
     foreground: bool = False
     debug: bool = False
     root: bytes | None = None
@@ -55,10 +67,18 @@ class Options:
     """The directory of the live mirror; empty: one by the mountpoint's name."""
     listen: str | None = None
     domid: int = 0
+    ssh_command: tuple[str, ...] = (DEFAULT_SSH,)
 
     @property
     def embedded(self) -> bool:
         return self.source == EMBEDDED
+
+    @property
+    def destination(self) -> SshDestination | None:
+        """The other host whose Xenstore is meant."""
+        if self.source is None or not is_remote(self.source):
+            return None
+        return parse_destination(self.source)
 
     @property
     def label(self) -> str:
@@ -223,6 +243,12 @@ OPTIONS: Final[dict[str, Option]] = {
         "SOCKET",
         "embedded store: serve it to other programs there, too",
         "XENSTORED_PATH=SOCKET in the environment leads xenstore-ls and other programs there.",
+    ),
+    "ssh_command": Option(
+        parse_command,
+        "COMMAND",
+        f"another host: how to run ssh (default: {DEFAULT_SSH})",
+        "COMMAND is ssh and options for it, quoted as for a shell.",
     ),
     "domid": Option(_domid, "N", "embedded store: mount it as domain N sees it (default: 0)"),
 }
