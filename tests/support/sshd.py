@@ -38,6 +38,7 @@ class Sshd:
     ADDRESS: Final = "127.0.0.1"
 
     def __init__(self, directory: Path, *options: str) -> None:
+        directory.mkdir(exist_ok=True)
         self.directory = directory
         self.port = _free_port()
         self.log_file = directory / "sshd.log"

@@ -108,7 +108,8 @@ class SshDestination(NamedTuple):
     socket: str
 
     def __str__(self) -> str:
-        return f"{self.account}:{'' if self.socket == DEFAULT_SOCKET else self.socket}"
+        """For people."""
+        return self.account if self.socket == DEFAULT_SOCKET else f"{self.account}:{self.socket}"
 
 
 def is_remote(source: str) -> bool:
@@ -215,7 +216,7 @@ class SshForward:
             reason = error.strerror or ""
             command = shlex.join((*self._command, self._destination.account, "true"))
             raise StoreUnavailable(
-                f"cannot reach {self._destination}: {reason}",
+                f"cannot reach {self._destination} by ssh: {reason}",
                 f"see what '{command}' does",
                 denied=DENIED in reason,
             ) from None
@@ -439,7 +440,7 @@ class SshProcess:
         """Its last lines, or how it ended."""
         status = self._process.returncode
         text = self._messages.decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = [line.strip().removeprefix("ssh: ") for line in text.splitlines() if line.strip()]
         if status == SSH_FAILED and lines:
             words = "; ".join(lines[-REASON_LINES:])[-REASON_MAX:]
             return "".join(each if each.isprintable() else "?" for each in words)
