@@ -1,5 +1,5 @@
-"""The client's ring over ssh: a real sshd on loopback, real daemons behind it, and all the ways in which
-it fails."""
+"""The client's ring over ssh: a real sshd on loopback, real daemons behind it, and all the ways in
+which it fails."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.support.commands import let_others_reach
 from tests.support.mounting import LIMIT
 from tests.support.sshd import Sshd, descendants, running_sshd
 from tests.support.xenstored.harness import RealXenstored
@@ -165,8 +164,8 @@ def test_paths(source: str) -> None:
 
 def test_commands() -> None:
     assert parse_command("ssh -o 'A b' -v") == ("ssh", "-o", "A b", "-v")
-    for text in "", " ", "ssh 'x":
-        with pytest.raises(ValueError):
+    for text, reason in ("", "must be"), (" ", "must be"), ("ssh 'x", "quotation"):
+        with pytest.raises(ValueError, match=reason):
             parse_command(text)
 
 
@@ -192,7 +191,20 @@ def test_requests_watches_and_transactions(each_daemon: RealXenstored, server: S
 
 @pytest.mark.parametrize(
     "name",
-    ["a b", " ", "c:d", "%h%%", "back\\slash\\:", "[x]", "q\"'x", "a\nb", "${HOME}", "${", "$", "ü"],
+    [
+        "a b",
+        " ",
+        "c:d",
+        "%h%%",
+        "back\\slash\\:",
+        "[x]",
+        "q\"'x",
+        "a\nb",
+        "${HOME}",
+        "${",
+        "$",
+        "ü",
+    ],
 )
 def test_a_socket_path_with_odd_characters(
     name: str, daemon: RealXenstored, server: Sshd, tmp_path: Path
@@ -207,9 +219,7 @@ def test_a_socket_path_with_odd_characters(
     trio.run(main)
 
 
-def test_the_local_socket_is_nobody_elses(
-    daemon: RealXenstored, server: Sshd, place: Path
-) -> None:
+def test_the_local_socket_is_nobody_elses(daemon: RealXenstored, server: Sshd, place: Path) -> None:
     async def main() -> None:
         async with remote_store(server, daemon.socket):
             (directory,) = place.iterdir()
@@ -221,9 +231,7 @@ def test_the_local_socket_is_nobody_elses(
     assert not list(place.iterdir())
 
 
-def test_a_value_over_a_long_way_takes_one_round_trip(
-    daemon: RealXenstored, server: Sshd
-) -> None:
+def test_a_value_over_a_long_way_takes_one_round_trip(daemon: RealXenstored, server: Sshd) -> None:
     async def main() -> float:
         command = server.command(*server.delayed(LONG_WAY))
         async with remote_store(server, daemon.socket, command) as store:
