@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -33,11 +33,12 @@ class Sshd:
     """A server that `start` starts and `stop` ends; ADDRESS:port stays.
 
     options     lines of sshd_config(5)
+    enter       words before the command that starts it, for a host of its own
     """
 
     ADDRESS: Final = "127.0.0.1"
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(self, directory: Path, *options: str, enter: Sequence[str] = ()) -> None:
         directory.mkdir(exist_ok=True)
         self.directory = directory
         self.port = _free_port()
@@ -64,6 +65,7 @@ class Sshd:
             "UsePAM no",
             "MaxStartups 100",
         ]
+        self._enter = enter
         self.process: subprocess.Popen[bytes] | None = None
 
     def _key(self, name: str) -> Path:
@@ -90,6 +92,13 @@ class Sshd:
         ]
         return shlex.join(words)
 
+    def client_config(self) -> str:
+        """Lines of ssh_config(5) that reach this server."""
+        return (
+            f"HostName {self.ADDRESS}\nPort {self.port}\nIdentityFile {self.key}\n"
+            f"IdentitiesOnly yes\nIdentityAgent none\nUserKnownHostsFile {self.known_hosts}\n"
+        )
+
     def delayed(self, seconds: float) -> tuple[str, str]:
         """Options that make each round trip last so long."""
         relay = [sys.executable, "-m", "tests.support.delay", self.ADDRESS, str(self.port)]
@@ -102,7 +111,7 @@ class Sshd:
         PRIVILEGE_SEPARATION.mkdir(mode=0o755, exist_ok=True)
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [SSHD, "-D", "-e", "-f", self._config],
+                [*self._enter, SSHD, "-D", "-e", "-f", self._config],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -157,8 +166,8 @@ def descendants(process: int) -> list[int]:
 
 
 @contextmanager
-def running_sshd(directory: Path, *options: str) -> Iterator[Sshd]:
-    server = Sshd(directory, *options)
+def running_sshd(directory: Path, *options: str, enter: Sequence[str] = ()) -> Iterator[Sshd]:
+    server = Sshd(directory, *options, enter=enter)
     server.start()
     try:
         yield server

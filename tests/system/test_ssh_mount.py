@@ -10,14 +10,17 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import let_others_reach, process_at, refused, wait_for_end, xsfs
+from tests.support.documents import check_dialogue
+from tests.support.host import Host, open_host
 from tests.support.mirroring import await_true, scratch
 from tests.support.mounting import LIMIT, Mount, mounted
 from tests.support.programs import program
@@ -384,8 +387,51 @@ def test_an_interrupt_ends_the_mount_before_ssh(
     witness.write("/local/domain/0/data/owed", "old")
     with terminal(*command_of(server, daemon, server.key, "-f"), mountpoint) as user:
         await_true(lambda: os.path.ismount(mountpoint))
-        with open(mountpoint / "data/owed", "w"):
-            user.type("\x03")
-            assert user.process.wait(LIMIT) == 0
+        owed = os.open(mountpoint / "data/owed", os.O_WRONLY | os.O_TRUNC)
+        user.type("\x03")
+        assert user.process.wait(LIMIT) == 0
+        with suppress(OSError):
+            os.close(owed)  # its file system has gone
     assert witness.read("/local/domain/0/data/owed") == b""
     witness.rm("/local/domain/0/data/owed")
+
+
+# -------------------------------------------------------------------------- hosts of their own
+
+PLACE_OF_ALL = "/dev/shm"
+"""One that each host of the tests has."""
+
+
+@pytest.fixture
+def dom0() -> Iterator[Host]:
+    """A host without Xen, whose ssh knows host2 and host3."""
+    with ExitStack() as stack:
+        here = stack.enter_context(open_host())
+        here.sh("mount -t tmpfs none /etc/ssh")
+        for name, guests in ("host2", (GUEST,)), ("host3", (GUEST + 1,)):
+            daemon = stack.enter_context(RealXenstored("C", guests=guests))
+            daemon.populate()
+            there = stack.enter_context(open_host(daemon.socket))
+            there.sh("mkdir -m 755 /run/sshd")
+            directory = Path(tempfile.mkdtemp(dir=PLACE_OF_ALL))
+            server = stack.enter_context(running_sshd(directory, enter=there.enter))
+            with (here.root / "etc/ssh/ssh_config").open("a") as config:
+                config.write(f"Host {name}\n{server.client_config()}")
+        yield here
+
+
+def test_the_document(dom0: Host) -> None:
+    check_dialogue("docs/other-hosts.md", dom0)
+
+
+def test_fstab_and_mount(dom0: Host) -> None:
+    dom0.fstab.write_text("root@host2: /mnt/host2 fuse.xsfs ro,_netdev,noauto,nofail 0 0\n")
+    dom0.sh("mkdir /mnt/host2 /mnt/host3; mount /mnt/host2")
+    assert dom0.sh("cat /mnt/host2/name; findmnt -n -o SOURCE,OPTIONS /mnt/host2").startswith(
+        "Domain-0\nroot@host2: ro,"
+    )
+    dom0.sh("mount -t fuse.xsfs root@host3: /mnt/host3 -o root=/local/domain/8")
+    assert dom0.sh("cat /mnt/host3/name; mount -a; ls /mnt/host2/.root") == (
+        "guest-8\nlibxl\nlocal\ntool\nvm\n"
+    )
+    dom0.sh("umount /mnt/host2 /mnt/host3")
