@@ -40,7 +40,7 @@ class Way:
             due, data = self._queue.popleft()
             time.sleep(max(0.0, due - time.monotonic()))
             if not data:
-                os._exit(0)  # the end of one way is that of the connection
+                os._exit(0)  # one way has ended, and so has the connection
             while data:
                 data = data[os.write(self._target, data) :]
 

@@ -61,7 +61,7 @@ def witness(daemon: RealXenstored) -> Iterator[XsClient]:
 
 
 def arguments(server: Sshd, socket: str, *options: str, command: str | None = None) -> list[str]:
-    """Those of xsfs, but for the mountpoint."""
+    """The arguments of xsfs before the mountpoint."""
     ssh = (command or server.command()).replace(",", "\\,")
     return ["-o", ",".join((f"ssh_command={ssh}", *options)), f"{server.account}:{socket}"]
 
@@ -170,7 +170,7 @@ def test_a_socket_with_odd_characters(daemon: RealXenstored, server: Sshd, tmp_p
 
 
 def test_another_user(daemon: RealXenstored, server: Sshd, tmp_path: Path) -> None:
-    """Who is not root here, but may log in as root there."""
+    """A user who is not root here, but may log in as root there."""
     let_others_reach(server.known_hosts)
     let_others_reach(tmp_path / "m")
     runtime = tmp_path / "runtime"
@@ -348,7 +348,7 @@ def test_a_passphrase_is_asked_for_at_a_terminal(
             pass  # until nobody holds the terminal
         assert (mountpoint / "name").read_text() == "Domain-0\n"
         assert os.readlink(f"/proc/{ssh}/fd/0").startswith("pipe:")
-    # The end of the terminal is not that of the mount.
+    # The terminal has gone; the mount stays.
     assert (mountpoint / "name").read_text() == "Domain-0\n"
     subprocess.run(["umount", mountpoint], check=True, timeout=LIMIT)
     wait_for_end(process)
@@ -383,7 +383,7 @@ def test_an_interrupt_at_the_passphrase(
 def test_an_interrupt_ends_the_mount_before_ssh(
     daemon: RealXenstored, server: Sshd, witness: XsClient, mountpoint: Path
 ) -> None:
-    """What an open file still owes the store goes there by ssh."""
+    """A truncation that is still pending goes to the store by ssh."""
     witness.write("/local/domain/0/data/owed", "old")
     with terminal(*command_of(server, daemon, server.key, "-f"), mountpoint) as user:
         await_true(lambda: os.path.ismount(mountpoint))

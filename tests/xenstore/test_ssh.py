@@ -63,7 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the private directories of the test are: nothing may be left there."""
+    """The directory above the private directories of the test."""
     path = tmp_path / "run"
     path.mkdir()
     monkeypatch.setattr(ssh, "RUN_DIRECTORY", str(path))

@@ -1,20 +1,20 @@
 """The Xenstore of another host, reached by ssh(1).
 
-One ssh forwards one Unix socket: each connection to its local end is a connection to the socket on the
-other host.  Beside it ssh runs `cat` there.  Without a session sshd leaves Nagle's algorithm on, and a
-value then takes up to 40 ms.  Where the account may run nothing, ssh runs without a session (-N).
+One ssh forwards one Unix socket.  Each connection to its local end is a connection to the socket on the
+other host.  ssh also runs `cat` there: sshd turns Nagle's algorithm off only for a session, and a value
+takes up to 40 ms with it.  If the account may run nothing, ssh runs without a session (-N).
 
-What `SshForward` owns: at most one `SshProcess`, and the task `run`, which starts it and waits for its
-end.  Any task of the same trio loop may call `connect`.  `open_forward` owns the private directory with
-the local end of the socket.
+An `SshForward` owns at most one `SshProcess`, and the task `run`, which starts it and waits for its end.
+Any task of the same trio loop may call `connect`.  `open_forward` owns the private directory with the
+local end of the socket.
 
-What always holds:
+Invariants:
 
-- ssh ends with xsfs, however xsfs ends.  The kernel sends it SIGTERM when the thread that started it
-  ends.  And its standard input is a pipe that only xsfs holds: at its end `cat` ends, too.
-- xsfs locks its private directory while it lives.  An unlocked one is what a killed xsfs has left; the
-  next start removes it.
-- ssh may ask for a password at the first start alone, and only if xsfs has a terminal.
+- ssh ends with xsfs, however xsfs ends.  The kernel sends ssh SIGTERM when the thread that started it
+  ends.  The standard input of `cat` is a pipe that only xsfs holds, so `cat` ends as well.
+- xsfs holds a lock on its private directory while it lives.  If one is not locked, its xsfs was killed,
+  and the next start removes it.
+- ssh may ask for a password before `open` has returned, and only if xsfs has a terminal.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ SOCKET_PATH_MAX: Final = 107
 """Bytes of sun_path, without its NUL: unix(7)."""
 
 SSH_FAILED: Final = 255
-"""The exit status of ssh when it has failed itself.  Another is that of the command."""
+"""The exit status of ssh if ssh itself has failed.  Any other status comes from `cat`."""
 
 DENIED: Final = "Permission denied ("
-"""What ssh prints when no key was accepted."""
+"""A part of ssh's message if the host accepted no key."""
 
 RUN_DIRECTORY: Final = "/run/xsfs"
 PREFIX: Final = ".xsfs-ssh-"
@@ -266,16 +266,17 @@ class SshForward:
         session = True
         while True:
             await self._wanted.wait()
-            await trio.sleep(delay)
             started = trio.current_time()
             session = await self._run_ssh(session)
+            ended = trio.current_time()
+            self._wanted = trio.Event()
             if self._failure is None:
                 delay = 0.0
-            elif trio.current_time() > started + BACKOFF_MAX:
+            elif ended > started + BACKOFF_MAX:
                 delay = BACKOFF_FIRST
             else:
                 delay = min(2 * delay or BACKOFF_FIRST, BACKOFF_MAX)
-            self._wanted = trio.Event()
+            await trio.sleep_until(ended + delay)
 
     async def _run_ssh(self, session: bool) -> bool:
         """Run ssh once, to its end.  Whether the next one is to run `cat`."""
@@ -342,11 +343,17 @@ class SshProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, DOLLAR: "$"},
-                # Not of the process group that a terminal's Ctrl-C ends: the mount ends before ssh.
+                # Ctrl-C at a terminal must reach xsfs alone, which unmounts before ssh ends.
                 start_new_session=self._terminal is None,
                 process_group=None if self._terminal is None else 0,
                 preexec_fn=partial(_before_exec, os.getpid(), self._terminal),
             )
+            try:
+                self._pidfd = os.pidfd_open(self._process.pid)
+            except OSError:
+                self._process.kill()
+                self._process.wait()
+                raise
         except BaseException:
             self._take_terminal_back()
             raise
@@ -370,7 +377,6 @@ class SshProcess:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        pidfd = os.pidfd_open(process.pid)
         with process.stdin, process.stdout:
             os.set_blocking(process.stdout.fileno(), False)
             try:
@@ -380,19 +386,19 @@ class SshProcess:
                     nursery.start_soon(self._read, process.stdout.fileno())
                     if self._terminal is None:
                         nursery.start_soon(self._limit_start)
-                    await trio.lowlevel.wait_readable(pidfd)
+                    await trio.lowlevel.wait_readable(self._pidfd)
                     nursery.cancel_scope.cancel()
             finally:
                 self._take_terminal_back()
                 with trio.CancelScope(shield=True):
-                    await self._end(pidfd)
-                os.close(pidfd)
+                    await self._end()
+                os.close(self._pidfd)
             self._read_rest(process.stdout.fileno())
         self.reason = self.reason or self._last_words()
         self._settled.set()
 
     async def _read(self, output: int) -> None:
-        """Its messages, and what `cat` says."""
+        """Read its messages, and the answer of `cat`."""
         while True:
             await trio.lowlevel.wait_readable(output)
             if not self._read_some(output):
@@ -412,7 +418,7 @@ class SshProcess:
         return bool(data)
 
     def _read_rest(self, output: int) -> None:
-        """What it wrote before its end; a program that it has started may write on and on."""
+        """Its last messages.  One read: a program that it has started may still write."""
         with suppress(BlockingIOError):
             self._read_some(output)
 
@@ -422,12 +428,12 @@ class SshProcess:
             self.reason = f"no login within {self._seconds:g} seconds"
             self._signal(signal.SIGTERM)
 
-    async def _end(self, pidfd: int) -> None:
+    async def _end(self) -> None:
         """End it, and what it has started, and reap it."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             self._signal(number)
             with trio.move_on_after(END_SECONDS):
-                await trio.lowlevel.wait_readable(pidfd)
+                await trio.lowlevel.wait_readable(self._pidfd)
                 break
         self._process.poll()
 
@@ -461,18 +467,18 @@ class SshProcess:
 def _arguments(
     destination: SshDestination, timeout: float, local: str, *, session: bool, batch: bool
 ) -> list[str]:
-    """The arguments of ssh.  For each option ssh takes the first value that it finds: those of the
-    user's command come before these, those of ssh_config(5) after."""
+    """The arguments of ssh.  For each option ssh takes the first value that it finds: in the user's
+    command, then here, then in ssh_config(5)."""
     options = {
         "BatchMode": "yes" if batch else "no",
         "ConnectTimeout": str(math.ceil(timeout)),
-        # Two times of silence: the first sends a question, the second ends ssh.
+        # After one interval of silence ssh sends a question, after a second one it ends.
         "ServerAliveInterval": str(max(1, int(timeout / 2))),
         "ServerAliveCountMax": "1",
         # A shared connection would outlive this ssh.
         "ControlMaster": "no",
         "ControlPath": "none",
-        # Those of ssh_config(5), which another ssh may have taken.  Ours is seen to be missing.
+        # Another ssh may have taken the ports of LocalForward lines in ssh_config(5).
         "ExitOnForwardFailure": "no",
         "StreamLocalBindUnlink": "yes",
         "StreamLocalBindMask": "0177",
