@@ -23,14 +23,13 @@ from tests.support.sshd import Sshd, descendants, running_sshd
 from tests.support.xenstored.harness import RealXenstored
 from xsfs.xenstore import ssh
 from xsfs.xenstore.errors import ConnectionLost, StoreError, StoreUnavailable
-from xsfs.xenstore.ssh import (
+from xsfs.xenstore.ssh import open_forward, private_directory
+from xsfs.xenstore.ssh_destination import (
     DEFAULT_SOCKET,
     SshDestination,
     is_remote,
-    open_forward,
     parse_command,
     parse_destination,
-    private_directory,
 )
 from xsfs.xenstore.store import Store, open_store
 
@@ -415,11 +414,12 @@ def test_a_host_that_refuses_is_not_stormed(
 CLIENT = """\
 import shlex, sys, trio
 from xsfs.xenstore import ssh
+from xsfs.xenstore.ssh_destination import SshDestination
 from xsfs.xenstore.store import open_store
 place, account, socket, command = sys.argv[1:]
 ssh.RUN_DIRECTORY = place
 async def main():
-    destination = ssh.SshDestination(account, socket)
+    destination = SshDestination(account, socket)
     async with ssh.open_forward(destination, timeout=20, command=shlex.split(command)) as forward:
         async with open_store(timeout=20, connect=forward.connect) as store:
             print("open", flush=True)

@@ -25,7 +25,6 @@ import fcntl
 import logging
 import math
 import os
-import re
 import secrets
 import shlex
 import signal
@@ -34,19 +33,17 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 import trio
 
-from xsfs.xenstore.background import open_servants
+from xsfs.xenstore.background import open_background
 from xsfs.xenstore.errors import StoreUnavailable
-from xsfs.xenstore.protocol import directory, encode_all
-from xsfs.xenstore.transport import RUNDIR, Transport, open_transport
+from xsfs.xenstore.protocol import directory, encode
+from xsfs.xenstore.ssh_destination import DEFAULT_SSH, SshDestination
+from xsfs.xenstore.transport import Transport, open_transport
 
 log = logging.getLogger(__name__)
-
-DEFAULT_SSH: Final = "ssh"
-DEFAULT_SOCKET: Final = f"{RUNDIR}/socket"
 
 START_TIMEOUTS: Final = 3
 """How many times `timeout` ssh may take to connect and to log in."""
@@ -89,49 +86,8 @@ DOLLAR: Final = "XSFS_DOLLAR"
 
 PR_SET_PDEATHSIG: Final = 1
 
-_DESTINATION: Final = re.compile(
-    r"""(?P<user>[^\s/:@'"`$\\;&<>|(){}-][^\s/:@'"`$\\;&<>|(){}]*@)?"""
-    r"""(?:\[(?P<address>[0-9A-Fa-f:.]+(?:%[0-9A-Za-z._-]+)?)\]"""
-    r"""|(?P<host>[^\s/:@'"`$\\;&<>|(){}\[\]-][^\s/:@'"`$\\;&<>|(){}\[\]]*))"""
-    r""":(?P<socket>/.*)?""",
-    re.DOTALL,
-)
-
 _LIBC: Final = ctypes.PyDLL(None)
 """Its functions keep the interpreter's lock, as a child must between fork(2) and execve(2)."""
-
-
-class SshDestination(NamedTuple):
-    """An account on another host, and the path of Xenstore's socket there."""
-
-    account: str
-    socket: str
-
-    def __str__(self) -> str:
-        """For people."""
-        return self.account if self.socket == DEFAULT_SOCKET else f"{self.account}:{self.socket}"
-
-
-def is_remote(source: str) -> bool:
-    """Whether this names another host and not a path: as for scp(1), a colon before any slash."""
-    return ":" in source.partition("/")[0]
-
-
-def parse_destination(source: str) -> SshDestination:
-    """`[USER@]HOST:[SOCKET]`, an IPv6 address in brackets.  Raises ValueError."""
-    match = _DESTINATION.fullmatch(source)
-    if match is None or "\0" in source:
-        raise ValueError("must be [USER@]HOST:[SOCKET], with an absolute path of the socket")
-    account = (match["user"] or "") + (match["address"] or match["host"])
-    return SshDestination(account, match["socket"] or DEFAULT_SOCKET)
-
-
-def parse_command(text: str) -> tuple[str, ...]:
-    """The words of `ssh_command=`.  Raises ValueError."""
-    words = tuple(shlex.split(text))
-    if not words:
-        raise ValueError("must be a command")
-    return words
 
 
 def forwarding(local: str, remote: str) -> str:
@@ -163,7 +119,7 @@ async def open_forward(
     """
     with private_directory() as place:
         forward = SshForward(destination, timeout, command, os.path.join(place, SOCKET_NAME))
-        async with open_servants() as nursery:
+        async with open_background() as nursery:
             nursery.start_soon(forward.run)
             await forward.open()
             yield forward
@@ -236,7 +192,8 @@ class SshForward:
         except BlockingIOError:
             return False
         try:
-            transport.send(encode_all((directory(b"/"),), 1, 0))
+            request = directory(b"/")
+            transport.send((encode(request.op, 1, 0, request.payload),))
             with trio.fail_after(self._timeout):
                 await trio.lowlevel.wait_readable(transport.fileno())
             if transport.receive():
