@@ -195,9 +195,8 @@ class SshForward:
             request = directory(b"/")
             transport.send((encode(request.op, 1, 0, request.payload),))
             with trio.fail_after(self._timeout):
-                await trio.lowlevel.wait_readable(transport.fileno())
-            if transport.receive():
-                return True
+                if await transport.receive():
+                    return True
         except trio.TooSlowError:
             raise StoreUnavailable(
                 f"the Xenstore of {self._destination} does not answer",
