@@ -322,7 +322,7 @@ def test_messages_of_a_hostile_host_are_one_short_line(server: Sshd) -> None:
 def test_an_account_that_may_not_run_cat(
     option: str, daemon: RealXenstored, tmp_path: Path
 ) -> None:
-    async def main() -> None:
+    async def main(server: Sshd) -> None:
         async with remote_store(server, daemon.socket) as store:
             assert await store.read(NAME) == b"Domain-0"
             (process,) = ssh_processes()
@@ -330,7 +330,7 @@ def test_an_account_that_may_not_run_cat(
             await until_read(store)
 
     with running_sshd(tmp_path / "sshd", option) as server:
-        trio.run(main)
+        trio.run(main, server)
     assert not ssh_processes()
 
 
@@ -358,7 +358,7 @@ def test_ssh_is_killed(daemon: RealXenstored, server: Sshd, place: Path) -> None
 
 
 def test_the_server_stops_and_starts_again(daemon: RealXenstored, tmp_path: Path) -> None:
-    async def main() -> None:
+    async def main(server: Sshd) -> None:
         async with remote_store(server, daemon.socket, timeout=2.0) as store:
             server.stop()
             with pytest.raises(ConnectionLost, match="Connection refused"):
@@ -367,13 +367,13 @@ def test_the_server_stops_and_starts_again(daemon: RealXenstored, tmp_path: Path
             await until_read(store)
 
     with running_sshd(tmp_path / "sshd") as server:
-        trio.run(main)
+        trio.run(main, server)
 
 
 def test_the_network_falls_silent(daemon: RealXenstored, tmp_path: Path) -> None:
     """The sessions of sshd stop: ssh itself must find out, within the time limit."""
 
-    async def main() -> None:
+    async def main(server: Sshd) -> None:
         async with remote_store(server, daemon.socket, timeout=4.0) as store:
             (process,) = ssh_processes()
             with trio.fail_after(LIMIT), os.fdopen(os.pidfd_open(process)) as end:
@@ -384,7 +384,7 @@ def test_the_network_falls_silent(daemon: RealXenstored, tmp_path: Path) -> None
             await until_read(store)
 
     with running_sshd(tmp_path / "sshd") as server:
-        trio.run(main)
+        trio.run(main, server)
 
 
 def test_a_host_that_refuses_is_not_stormed(
