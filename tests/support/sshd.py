@@ -63,6 +63,8 @@ class Sshd:
             "StrictModes no",
             "PermitRootLogin yes",
             "UsePAM no",
+            "PasswordAuthentication no",
+            "KbdInteractiveAuthentication no",
             "MaxStartups 100",
         ]
         self._enter = enter

@@ -62,7 +62,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory above the private directories of the test."""
+    """The directory above the private directories of the test.  ssh gets no terminal."""
+    monkeypatch.setattr(ssh, "_own_terminal", lambda: None)
     path = tmp_path / "run"
     path.mkdir()
     monkeypatch.setattr(ssh, "RUN_DIRECTORY", str(path))
