@@ -477,7 +477,8 @@ def _give_terminal(terminal: int, group: int) -> None:
 
 
 def _before_exec(parent: int, terminal: int | None) -> None:
-    """In the child, before it becomes ssh."""
+    """In the child, before it becomes ssh.  Nothing here may take a lock: other threads are gone, and the
+    locks that they held are not."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)  # it ended before that
@@ -528,7 +529,7 @@ def _places() -> Iterator[str]:
     if os.geteuid() == 0:
         yield RUN_DIRECTORY
     elif "XDG_RUNTIME_DIR" in os.environ:
-        yield os.path.join(os.environ["XDG_RUNTIME_DIR"], "xsfs")
+        yield os.path.abspath(os.path.join(os.environ["XDG_RUNTIME_DIR"], "xsfs"))
     yield tempfile.gettempdir()
     yield "/tmp"
 
