@@ -32,6 +32,9 @@ from xsfs.cli.exit_statuses import EXIT_INTERRUPTED, EXIT_NO_STORE
 GUEST = 7
 NOBODY = 65534
 
+LONG_WAY = 0.020
+"""Seconds of a round trip."""
+
 SLOWER = 5
 """How many times longer a value may take over loopback than by the socket."""
 
@@ -132,6 +135,20 @@ def test_a_value_takes_a_few_times_what_the_socket_takes(
                 (mount.path / "name").read_bytes()
                 times.append(time.perf_counter() - start)
     assert statistics.median(far) <= SLOWER * statistics.median(near)
+
+
+def test_a_value_over_a_long_way_takes_one_round_trip(
+    daemon: RealXenstored, server: Sshd, tmp_path: Path
+) -> None:
+    options = arguments(server, daemon.socket, command=server.command(*server.delayed(LONG_WAY)))
+    times = []
+    with mounted(options, tmp_path / "m") as mount:
+        for _ in range(50):
+            start = time.perf_counter()
+            (mount.path / "name").read_bytes()
+            times.append(time.perf_counter() - start)
+    # A busy machine only adds to it, and a second round trip would double it.
+    assert LONG_WAY <= min(times) <= 1.2 * LONG_WAY
 
 
 def test_two_mounts_of_one_host(
@@ -432,6 +449,7 @@ def dom0() -> Iterator[Host]:
             with (here.root / "etc/ssh/ssh_config").open("a") as config:
                 config.write(f"Host {name}\n{server.client_config()}")
         yield here
+        here.unmount_all()  # while the servers answer
 
 
 def test_the_document(dom0: Host) -> None:

@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import stat
-import statistics
 import subprocess
 import sys
 import time
@@ -240,10 +239,10 @@ def test_a_value_over_a_long_way_takes_one_round_trip(daemon: RealXenstored, ser
                 start = time.perf_counter()
                 await store.read(NAME)
                 took.append(time.perf_counter() - start)
-            return statistics.median(took)
+            return min(took)
 
-    median = trio.run(main)
-    assert LONG_WAY <= median <= 1.2 * LONG_WAY
+    # A busy machine only adds to it, and a second round trip would double it.
+    assert LONG_WAY <= trio.run(main) <= 1.2 * LONG_WAY
 
 
 # ------------------------------------------------------------------------------------- what refuses

@@ -45,7 +45,6 @@ from xsfs.xenstore.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.xenstore.event_reader import SWITCH_SECONDS
 from xsfs.xenstore.protocol import decode_names, directory, directory_part, read
 from xsfs.xenstore.reconnect import Connect
-from xsfs.xenstore.ssh import open_forward
 from xsfs.xenstore.store import Store, open_store
 from xsfs.xenstore.transport import NO_STORE_HINT, SocketTransport, find_store
 
@@ -219,6 +218,8 @@ async def _connect(options: Options) -> AsyncIterator[Connect | None]:
     The embedded store, or ssh to another host.  None for a real store of this host.  Raises MountError.
     """
     if options.destination is not None:
+        from xsfs.xenstore.ssh import open_forward
+
         try:
             async with open_forward(
                 options.destination, timeout=options.timeout, command=options.ssh_command
