@@ -230,6 +230,20 @@ def test_the_local_socket_is_nobody_elses(daemon: RealXenstored, server: Sshd, p
     assert not list(place.iterdir())
 
 
+def test_ports_of_the_users_configuration_may_be_taken(
+    daemon: RealXenstored, server: Sshd, tmp_path: Path
+) -> None:
+    config = tmp_path / "config"
+    config.write_text(f"LocalForward {server.port} 127.0.0.1:1\nExitOnForwardFailure yes\n")
+    command = f"{server.command()} -F {config}"
+
+    async def main() -> None:
+        async with remote_store(server, daemon.socket, command) as store:
+            assert await store.read(NAME) == b"Domain-0"
+
+    trio.run(main)
+
+
 def test_a_value_over_a_long_way_takes_one_round_trip(daemon: RealXenstored, server: Sshd) -> None:
     async def main() -> float:
         command = server.command(*server.delayed(LONG_WAY))
