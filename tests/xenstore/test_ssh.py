@@ -234,7 +234,9 @@ def test_ports_of_the_users_configuration_may_be_taken(
     daemon: RealXenstored, server: Sshd, tmp_path: Path
 ) -> None:
     config = tmp_path / "config"
-    config.write_text(f"LocalForward {server.port} 127.0.0.1:1\nExitOnForwardFailure yes\n")
+    config.write_text(
+        f"LocalForward {server.ADDRESS}:{server.port} 127.0.0.1:1\nExitOnForwardFailure yes\n"
+    )
     command = f"{server.command()} -F {config}"
 
     async def main() -> None:
