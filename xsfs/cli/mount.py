@@ -203,15 +203,33 @@ async def _store(options: Options, connect: Connect | None) -> AsyncIterator[Sto
         async with open_store(path, timeout=options.timeout, connect=connect) as store:
             yield store
     except StoreUnavailable as error:
-        status = EXIT_DENIED if error.denied else EXIT_NO_STORE
-        raise MountError(status, str(error), error.hint) from error
+        raise _unavailable(error) from error
     except StoreError as error:
         raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
 
 
+def _unavailable(error: StoreUnavailable) -> MountError:
+    status = EXIT_DENIED if error.denied else EXIT_NO_STORE
+    return MountError(status, str(error), error.hint)
+
+
 @asynccontextmanager
 async def _connect(options: Options) -> AsyncIterator[Connect | None]:
-    """Run the embedded store, and give the function that connects to it; None for a real store."""
+    """Run what makes connections to the source, and give the function that does.
+
+    The embedded store, or ssh to another host.  None for a real store of this host.  Raises MountError.
+    """
+    if options.destination is not None:
+        from xsfs.xenstore.ssh import open_forward
+
+        try:
+            async with open_forward(
+                options.destination, timeout=options.timeout, command=options.ssh_command
+            ) as forward:
+                yield forward.connect
+        except StoreUnavailable as error:
+            raise _unavailable(error) from error
+        return
     if not options.embedded:
         yield None
         return
