@@ -20,7 +20,7 @@ import pytest
 import trio
 
 from tests.support.mirroring import Entry, Tree, differences, scratch, tree_of_files
-from xsfs.embedded.database import Store as Data
+from xsfs.embedded.database import Database as Data
 from xsfs.embedded.domains import Change
 from xsfs.embedded.record import Refused, format_perms
 from xsfs.mirror import mirror

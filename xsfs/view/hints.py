@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from xsfs.view.bounded import Bounded
+
 SEEN_MAX: Final = 1024
 """How many listings of children are kept: whoever lists a directory often lists its children next."""
 LISTED_MAX: Final = 64
@@ -20,8 +22,8 @@ class ListingHints:
     """See the module's docstring."""
 
     def __init__(self) -> None:
-        self._seen: dict[bytes, bytes] = {}
-        self._listed: dict[bytes, bytes] = {}
+        self._seen: Bounded[bytes, bytes] = Bounded(SEEN_MAX)
+        self._listed: Bounded[bytes, bytes] = Bounded(LISTED_MAX)
 
     def take(self, path: bytes) -> bytes:
         """The hint for a directory that is listed now; empty if there is none."""
@@ -29,17 +31,14 @@ class ListingHints:
 
     def saw(self, path: bytes, listing: bytes) -> None:
         """The parent of this directory was listed."""
-        _keep(self._seen, path, listing, SEEN_MAX)
+        _keep(self._seen, path, listing)
 
     def was_listed(self, path: bytes, listing: bytes) -> None:
-        _keep(self._listed, path, listing, LISTED_MAX)
+        _keep(self._listed, path, listing)
 
 
-def _keep(hints: dict[bytes, bytes], path: bytes, listing: bytes, limit: int) -> None:
-    """Keep the newest `limit` listings, and none that is no listing."""
-    hints.pop(path, None)
-    if len(listing) > SIZE_MAX or not listing.endswith(b"\0"):
-        return
-    hints[path] = listing
-    if len(hints) > limit:
-        del hints[next(iter(hints))]
+def _keep(hints: Bounded[bytes, bytes], path: bytes, listing: bytes) -> None:
+    if len(listing) <= SIZE_MAX and listing.endswith(b"\0"):
+        hints.put(path, listing)
+    else:
+        hints.pop(path, None)

@@ -50,6 +50,8 @@ class NodeState(NamedTuple):
     has_children: bool
     readable: bool
     writable: bool
+    children_hash: int = 0
+    """Differs if the list of children differs; 0 if it is empty or unknown."""
 
 
 UNREADABLE: Final = NodeState(b"", False, False, True)
@@ -58,8 +60,8 @@ UNREADABLE: Final = NodeState(b"", False, False, True)
 EMPTY_NODE: Final = NodeState(b"", False, True, True)
 """A directory that is shown although its node does not exist: a fresh store has no /local/domain/0."""
 
-_LEAF: Final = NodeState(None, False, True, True)
-_PARENT: Final = NodeState(None, True, True, True)
+LEAF: Final = NodeState(None, False, True, True)
+"""A node without children, about whose value nothing was asked."""
 
 _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 """EINVAL: the path is longer than the store accepts, so there can be no such node."""
@@ -103,12 +105,13 @@ def interpret(
     assert not isinstance(value, XenstoreError)
     # E2BIG: the node has too many children for one reply.
     has_children = children != b""
+    children_hash = hash(children) if has_children and isinstance(children, bytes) else 0
     if perms is None:
-        if value is None:
-            return _PARENT if has_children else _LEAF
-        return NodeState(value, has_children, True, True)
+        if value is None and not has_children:
+            return LEAF
+        return NodeState(value, has_children, True, True, children_hash)
     _, writable = access_of(decode_perms(perms), domid)
-    return NodeState(value, has_children, True, writable)
+    return NodeState(value, has_children, True, writable, children_hash)
 
 
 def home_of(domid: int) -> bytes:

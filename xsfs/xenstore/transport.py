@@ -167,7 +167,7 @@ def open_transport(path: str) -> Transport:
     except PermissionError as error:
         raise StoreUnavailable(
             f"permission denied: {path}",
-            "Xenstore is restricted to root: run as root",
+            "Xenstore is restricted to root; run as root",
             denied=True,
         ) from error
     except OSError as error:
@@ -176,7 +176,9 @@ def open_transport(path: str) -> Transport:
             raise StoreUnavailable(f"{path}: {error.strerror}", NO_STORE_HINT) from error
         error.filename = path  # connect(2) leaves it out
         raise
-    raise StoreUnavailable(f"{path} is neither a socket nor a device", NO_STORE_HINT)
+    raise StoreUnavailable(
+        f"{path} is neither a socket nor a device", "SOURCE must be xenstored's socket or xenbus"
+    )
 
 
 def _open_device(path: str) -> DeviceTransport:
