@@ -237,6 +237,7 @@ class Mirror:
                 self._unrested += time.thread_time() - began
                 await self._rest()
             else:
+                self._files.release()
                 parked = time.monotonic()
                 await self._idle.park()
                 self._unrested = max(0.0, self._unrested - (time.monotonic() - parked))
@@ -291,7 +292,6 @@ class Mirror:
         finally:
             self._in_flight = frozenset()
         await self._carry_out(self._apply(batch, nodes))
-        self._files.release()
 
     def _apply(self, batch: Mapping[bytes, bool], nodes: Sequence[FetchedNode]) -> Steps:
         for (path, renew), node in zip(batch.items(), nodes, strict=True):

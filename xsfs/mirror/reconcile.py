@@ -7,6 +7,7 @@ use it.  Nodes that must be fetched as a consequence go into the work queue (xsf
 
 from __future__ import annotations
 
+import re
 import stat
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ from typing import Final, NamedTuple
 from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
+
+_LONG_NAME: Final = re.compile(rb"[^/]{%d}" % (NAME_MAX + 1))
 
 CHUNK: Final = 256
 """How many names one step goes through."""
@@ -76,7 +79,7 @@ class Reconciler:
         """The path of a node's file, relative to the mirror's directory."""
         root = self._view.root
         inside = path[1:] if root == b"/" else path[len(root) + 1 :]
-        if len(inside) <= NAME_MAX:
+        if _LONG_NAME.search(inside) is None:
             return inside
         return b"/".join(map(file_name, inside.split(b"/")))
 

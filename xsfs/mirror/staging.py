@@ -482,8 +482,8 @@ class MirrorDirectory:
                 os.rmdir(self._name, dir_fd=self._parent)
 
     def release(self) -> None:
-        """Close what was opened for the last changes.  To be called before each wait: nobody may find
-        directories open, or writable, that xsfs does not use."""
+        """Close the directories that were opened for the last changes.  To be called when there is nothing
+        to do: whoever has swapped one of them meanwhile swaps nothing that xsfs still uses."""
         self._copy.close()
 
     def _clear_now(self) -> None:
