@@ -246,5 +246,3 @@ def test_what_is_learned_while_the_copy_moves_to_its_place(moment: int, shm: Pat
             pass
         it.apply(NODE, EMPTY)
         assert (shm / "mirror/node").is_dir()
-
-

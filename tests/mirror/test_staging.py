@@ -209,9 +209,7 @@ def test_a_user_trusts_root_and_oneself(shm: Path, monkeypatch: pytest.MonkeyPat
     assert "belongs to another user" in why_not(shm / "own" / "mirror")
 
 
-def test_the_default_directory_lets_others_pass(
-    shm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_directory_lets_others_pass(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the umask is: that of the systemd unit is 077."""
     run = shm / "run"
     monkeypatch.setattr(staging, "RUN_DIRECTORY", str(run))

@@ -316,7 +316,9 @@ def live(
 
         async def serve() -> None:
             alive.token = trio.lowlevel.current_trio_token()
-            files = MirrorDirectory(str(alive.directory), Ownership(os.getuid(), os.getgid(), 0o077))
+            files = MirrorDirectory(
+                str(alive.directory), Ownership(os.getuid(), os.getgid(), 0o077)
+            )
             files.open()
             try:
                 with trio.CancelScope() as alive.scope:

@@ -145,8 +145,7 @@ def parse_perms(texts: list[bytes]) -> Perms:
 def format_perms(perms: Perms) -> bytes:
     """The payload of a GET_PERMS reply, which shows domids as signed numbers."""
     return b"".join(
-        b"%b%d\0" % (_BY_BITS[entry.bits].encode(), signed(entry.domid))
-        for entry in perms
+        b"%b%d\0" % (_BY_BITS[entry.bits].encode(), signed(entry.domid)) for entry in perms
     )
 
 

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from typing import Final
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, FUSEError, InodeT
+from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.fs.inodes import LISTING_BYTES_MAX
 from xsfs.fs.nodes import Caller, Handle, Node, refuse

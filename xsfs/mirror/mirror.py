@@ -324,7 +324,9 @@ class Mirror:
                 node = await self._interpret(path, [next(replies) for _ in asked])
             except (XenstoreError, WireError) as error:
                 if path == self._view.root:
-                    raise error if isinstance(error, StoreError) else StoreError(str(error)) from None
+                    raise (
+                        error if isinstance(error, StoreError) else StoreError(str(error))
+                    ) from None
                 self._leave_out(path, error)
                 node = GONE
             nodes.append(node)

@@ -165,7 +165,14 @@ class Reconciler:
         return stat.S_IFREG
 
     def _show(
-        self, path: bytes, place: bytes, kind: int, state: NodeState, node: FetchedNode, *, renew: bool
+        self,
+        path: bytes,
+        place: bytes,
+        kind: int,
+        state: NodeState,
+        node: FetchedNode,
+        *,
+        renew: bool,
     ) -> Steps:
         wanted = self._wanted(path, state)
         if kind not in (0, wanted):

@@ -532,9 +532,7 @@ class MirrorDirectory:
         self.set_perms(b"", perms)
         self.release()
 
-    def _move_all(
-        self, source: _OpenDirectories, target: int, *, renamed: bool = False
-    ) -> Steps:
+    def _move_all(self, source: _OpenDirectories, target: int, *, renamed: bool = False) -> Steps:
         """Move what is in a directory to another.
 
         renamed     by names that are not used there yet
@@ -614,7 +612,9 @@ class MirrorDirectory:
         """Raises OSError ENOSPC if less than the reserve is left."""
         room = os.fstatvfs(self._staging.fd)
         # Some file systems have no limit of the one or the other.
-        least = min(max(RESERVE_BYTES[0], room.f_blocks * room.f_frsize // RESERVE), RESERVE_BYTES[1])
+        least = min(
+            max(RESERVE_BYTES[0], room.f_blocks * room.f_frsize // RESERVE), RESERVE_BYTES[1]
+        )
         lacks = room.f_blocks and room.f_bavail * room.f_frsize < least
         inodes = min(max(RESERVE_INODES[0], room.f_files // RESERVE), RESERVE_INODES[1])
         if lacks or (room.f_files and room.f_favail < inodes):
