@@ -136,33 +136,6 @@ def test_hung_up_on_in_the_middle(place: Place, liar: LyingStore, tmp_path: Path
         alive.witness.rm(f"{HOME}/hung")
 
 
-def test_the_new_file_is_made_while_the_store_is_asked(
-    place: Place, liar: LyingStore, tmp_path: Path
-) -> None:
-    path = f"{HOME}/awaited"
-    with mirrored(behind(place, liar), tmp_path / "m") as alive:
-        alive.witness.write(path, "old")
-        alive.settle()
-        held: list[tuple[Talk, Message]] = []
-
-        def hold(talk: Talk, request: Message) -> bool:
-            if request.op != Op.READ or request.payload != path.encode() + b"\0":
-                return False
-            held.append((talk, request))
-            return True
-
-        liar.lie = hold
-        alive.witness.write(path, "new")
-        made = alive.directory.parent / f".{alive.directory.name}.xsfs" / "new"
-        await_true(lambda: bool(held) and made.exists())
-        liar.behave()
-        for talk, request in held:
-            talk.upstream.sendall(encode(*request))
-        alive.settle()
-        assert not made.exists()
-        alive.witness.rm(path)
-
-
 # ---------------------------------------------------------------------------------- lies
 
 
@@ -258,15 +231,65 @@ def many(store: XsClient, directory: str) -> None:
     store.pipeline(("WRITE", strings(f"{directory}/{n}") + b"%d" % n) for n in range(MANY))
 
 
-@pytest.mark.parametrize("number", [0, 200, MANY - 1])
-def test_no_mirror_where_one_of_many_makes_no_sense(
-    place: Place, liar: LyingStore, tmp_path: Path, number: int
+NONSENSE: dict[str, tuple[Op, Lie]] = {
+    "an error of a value": (Op.READ, says(b"EIO\0", Op.ERROR)),
+    "an unknown error": (Op.DIRECTORY, says(b"EWHATEVER\0", Op.ERROR)),
+    "a listing without its end": (Op.DIRECTORY, says(b"child")),
+    "permissions without their end": (Op.GET_PERMS, says(b"garbage")),
+    "permissions of nobody": (Op.GET_PERMS, says(b"")),
+    "unknown permissions": (Op.GET_PERMS, says(b"n0\0x7\0")),
+    "too many children to list": (Op.DIRECTORY, says(b"E2BIG\0", Op.ERROR)),
+}
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE)
+def test_a_node_that_makes_no_sense_costs_that_node(
+    place: Place, liar: LyingStore, caplog: pytest.LogCaptureFixture, nonsense: str
 ) -> None:
-    """It is looked at while the files of others are made."""
+    """The mirror has all the others, at the start and later, and the log tells once."""
+    top = "/sense"
+    bad = [f"{top}/bad", f"{top}/many/{MANY // 2}"]
+    op, reply = NONSENSE[nonsense]
+
+    def lie(talk: Talk, request: Message) -> bool:
+        path = request.payload.partition(b"\0")[0].decode()
+        if path not in bad:
+            return False
+        if nonsense == "too many children to list" and request.op == Op.DIRECTORY_PART:
+            return says(b"ENOSYS\0", Op.ERROR)(talk, request)
+        return request.op == op and reply(talk, request)
+
+    with place.witness() as store:
+        many(store, f"{top}/many")
+        store.write(f"{top}/bad", "v")
+        liar.lie = lie
+        with live(liar.path, store, root=top) as alive:
+            for number in range(3):
+                for path in bad:
+                    store.write(path, str(number))
+                store.write(f"{top}/good", str(number))
+                good = alive.path("good")
+                await_true(lambda good=good, number=number: good.exists() and good.read_text() == f"{number}\n")
+            assert alive.mirror.is_current
+            assert sorted(os.listdir(alive.directory)) == ["good", "many"]
+            assert len(os.listdir(alive.path("many"))) == MANY - 1
+            for path in bad:
+                said = [line for line in caplog.messages if f"left out of the mirror: {path.encode()!r}" in line]
+                assert len(said) == 1
+            liar.behave()
+            for path in bad:
+                store.write(path, "good")
+            alive.settle()
+        store.rm(top)
+
+
+def test_a_root_that_makes_no_sense_has_no_mirror(
+    place: Place, liar: LyingStore, tmp_path: Path
+) -> None:
     top = f"{HOME}/many"
 
     def lie(talk: Talk, request: Message) -> bool:
-        about = request.payload == f"{top}/{number}\0".encode()
+        about = request.payload == f"{top}\0".encode()
         return about and says(b"EIO\0", Op.ERROR)(talk, request)
 
     with place.witness() as store:
@@ -310,10 +333,12 @@ def test_nonsense_later_withdraws_it(place: Place, liar: LyingStore, tmp_path: P
             alive.settle()
             liar.lie = on(Op.GET_PERMS, says(b"garbage"))
             store.write(f"{HOME}/nonsense", "v")
+            store.write(HOME, "v")
             await_true(lambda: is_gone(alive))
             assert (mount.path / "nonsense").read_text() == "v\n"
             liar.behave()
             store.rm(f"{HOME}/nonsense")
+            store.write(HOME, "")
             await_true((mount.path / ".mirror").exists, 70)
             alive.settle()
         assert os.listdir(above) == []

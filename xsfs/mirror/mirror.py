@@ -301,6 +301,7 @@ class Mirror:
                 if error.errno not in _COSTS_THE_NODE:
                     raise
                 self._leave_out(path, error)
+            yield b""
 
     async def _carry_out(self, steps: Steps) -> None:
         """Change files, with a turn for other tasks after each slice."""
