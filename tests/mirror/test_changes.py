@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 import trio
 
-from tests.mirror.test_failures import FOREIGN
+from tests.mirror.test_failures import FOREIGN, contains
 from tests.support.mirroring import Live, await_true, busy, live
 from tests.support.mounting import Place, each_place
 from tests.support.xenstored.harness import XsClient
@@ -56,8 +56,7 @@ def test_a_value_is_fetched_once(alive: Live) -> None:
         requests = alive.mirror.store.requests
         fetched = alive.mirror.fetched
         alive.witness.write(NODE, str(number))
-        shown = alive.path("node")
-        await_true(lambda shown=shown, number=number: shown.read_text() == f"{number}\n")
+        await_true(partial(contains, alive.path("node"), f"{number}\n"))
         await_rest(alive)
         assert alive.mirror.fetched - fetched == 1
         assert alive.mirror.store.requests - requests == 2 + alive.view.asks_perms
@@ -189,7 +188,10 @@ def gaps(alive: Live) -> Iterator[list[float]]:
                 await trio.sleep(0)
                 found.append(time.thread_time() - began)
 
-    alive.tell(lambda: trio.lowlevel.spawn_system_task(tick))
+    def start() -> None:
+        trio.lowlevel.spawn_system_task(tick)
+
+    alive.tell(start)
     yield found
     alive.tell(stop.cancel)
 

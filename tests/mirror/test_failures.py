@@ -9,13 +9,22 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.mirror.test_places import refused
-from tests.support.lying_store import HangUp, LyingStore, Talk, on, says, silence
-from tests.support.mirroring import HOME, Mirrored, await_true, live, mirrored, scratch
+from tests.support.lying_store import HangUp, Lie, LyingStore, Talk, on, says, silence
+from tests.support.mirroring import (
+    HOME,
+    Mirrored,
+    await_true,
+    has_user_attributes,
+    live,
+    mirrored,
+    scratch,
+)
 from tests.support.mounting import LIMIT, Place, each_place, mounted
 from tests.support.xenstored.harness import XsClient, strings
 from xsfs.xenstore.protocol import Message, Op, encode
@@ -203,10 +212,9 @@ def test_names_of_no_file(place: Place, liar: LyingStore, tmp_path: Path) -> Non
     "lie",
     [
         on(Op.WATCH, silence),
-        on(Op.GET_PERMS, says(b"garbage")),
         on(Op.READ, says(b"EIO\0", Op.ERROR)),
     ],
-    ids=["no watch", "no permissions", "no values"],
+    ids=["no watch", "no values"],
 )
 def test_no_mirror_of_nonsense(place: Place, liar: LyingStore, tmp_path: Path, lie: object) -> None:
     def later(talk: Talk, request: Message) -> bool:
@@ -231,13 +239,14 @@ def many(store: XsClient, directory: str) -> None:
     store.pipeline(("WRITE", strings(f"{directory}/{n}") + b"%d" % n) for n in range(MANY))
 
 
+def contains(path: Path, content: str) -> bool:
+    return path.exists() and path.read_text() == content
+
+
 NONSENSE: dict[str, tuple[Op, Lie]] = {
     "an error of a value": (Op.READ, says(b"EIO\0", Op.ERROR)),
     "an unknown error": (Op.DIRECTORY, says(b"EWHATEVER\0", Op.ERROR)),
     "a listing without its end": (Op.DIRECTORY, says(b"child")),
-    "permissions without their end": (Op.GET_PERMS, says(b"garbage")),
-    "permissions of nobody": (Op.GET_PERMS, says(b"")),
-    "unknown permissions": (Op.GET_PERMS, says(b"n0\0x7\0")),
     "too many children to list": (Op.DIRECTORY, says(b"E2BIG\0", Op.ERROR)),
 }
 
@@ -268,19 +277,42 @@ def test_a_node_that_makes_no_sense_costs_that_node(
                 for path in bad:
                     store.write(path, str(number))
                 store.write(f"{top}/good", str(number))
-                good = alive.path("good")
-                await_true(lambda good=good, number=number: good.exists() and good.read_text() == f"{number}\n")
+                await_true(partial(contains, alive.path("good"), f"{number}\n"))
             assert alive.mirror.is_current
             assert sorted(os.listdir(alive.directory)) == ["good", "many"]
             assert len(os.listdir(alive.path("many"))) == MANY - 1
             for path in bad:
-                said = [line for line in caplog.messages if f"left out of the mirror: {path.encode()!r}" in line]
-                assert len(said) == 1
+                said = f"left out of the mirror: {path.encode()!r}"
+                assert sum(said in line for line in caplog.messages) == 1
             liar.behave()
             for path in bad:
                 store.write(path, "good")
             alive.settle()
         store.rm(top)
+
+
+@pytest.mark.parametrize(
+    "perms", [b"garbage", b"", b"n0\0x7\0", b"n0\0r-1\0", b"\xff" * 3000 + b"\0"]
+)
+def test_permissions_that_make_no_sense_are_shown_as_they_came(
+    place: Place, liar: LyingStore, perms: bytes
+) -> None:
+    """Domain 0 may do everything with the node, and sees it."""
+    path = "/sense/bad"
+
+    def lie(talk: Talk, request: Message) -> bool:
+        return request.payload == f"{path}\0".encode() and says(perms)(talk, request)
+
+    with place.witness() as store:
+        store.write(path, "v")
+        liar.lie = on(Op.GET_PERMS, lie)
+        with live(liar.path, store, root="/sense") as alive:
+            store.write(path, "w")
+            await_true(lambda: alive.path("bad").read_text() == "w\n")
+            if has_user_attributes(alive.directory.parent) and perms:
+                shown = os.getxattr(alive.path("bad"), "user.xs.perms")
+                assert shown == perms.rstrip(b"\0").replace(b"\0", b",")
+        store.rm("/sense")
 
 
 def test_a_root_that_makes_no_sense_has_no_mirror(
@@ -331,7 +363,7 @@ def test_nonsense_later_withdraws_it(place: Place, liar: LyingStore, tmp_path: P
         with mounted(["-o", options, liar.path], tmp_path / "m", tracebacks=True) as mount:
             alive = Mirrored(mount, above / "m", HOME, store)
             alive.settle()
-            liar.lie = on(Op.GET_PERMS, says(b"garbage"))
+            liar.lie = on(Op.DIRECTORY, says(b"garbage"))
             store.write(f"{HOME}/nonsense", "v")
             store.write(HOME, "v")
             await_true(lambda: is_gone(alive))

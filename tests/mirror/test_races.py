@@ -248,7 +248,7 @@ def test_a_subtree_removed_and_made_again_while_it_is_read(place: Place, tmp_pat
         for path in (b"/late/a/7", b"/late/a/149/x", b"/late/a"):
             liar.lie = late = Late(Op.READ, path)
             store.write("/late/a", "again")
-            alive.tell(lambda: alive.mirror._queue.setdefault(b"/late", False))
+            alive.tell(lambda: alive.mirror._queue.update({b"/late": False}))
             assert late.asked.wait(LIMIT)
             store.rm("/late/a")
             for number in range(0, count, 3):

@@ -40,7 +40,7 @@ import errno
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from typing import Final
 
@@ -50,6 +50,7 @@ from xsfs.mirror.reconcile import GONE, FetchedNode, Reconciler
 from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import shown_names
 from xsfs.view.view import View, interpret, requests_for
+from xsfs.xenstore.background import open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
 from xsfs.xenstore.protocol import WireError, check_path
@@ -87,6 +88,41 @@ class _Lost(ConnectionLost):
     """Events may have been missed, so the copy may be wrong."""
 
 
+Batch = dict[bytes, bool]
+"""Nodes that one pipeline fetches, with what the work queue says of them."""
+
+
+class _Fetching:
+    """A batch that a background task fetches."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        fetch: Callable[[Sequence[bytes]], Awaitable[list[FetchedNode]]],
+        background: trio.Nursery,
+    ) -> None:
+        self.batch = batch
+        self._fetch = fetch
+        self._done = trio.Event()
+        self._nodes: list[FetchedNode] | Exception = []
+        if batch:
+            background.start_soon(self._run)
+
+    async def _run(self) -> None:
+        try:
+            self._nodes = await self._fetch(list(self.batch))
+        except Exception as error:
+            self._nodes = error
+        self._done.set()
+
+    async def nodes(self) -> list[FetchedNode]:
+        """The nodes, once they are fetched.  Raises what fetching raised."""
+        await self._done.wait()
+        if isinstance(self._nodes, Exception):
+            raise self._nodes
+        return self._nodes
+
+
 class Mirror:
     """See the module's text.  `run` must be running.
 
@@ -106,7 +142,7 @@ class Mirror:
         self._releases = Subscription(RELEASE, self._wake)
         self._heard: set[Subscription] = set()
         """Those of the two whose first event has come since they were set."""
-        self._in_flight: frozenset[bytes] = frozenset()
+        self._in_flight: set[bytes] = set()
         """The nodes that are being fetched: what they become depends on what is known afterwards."""
         self._idle = trio.lowlevel.ParkingLot()
         self._unrested = 0.0
@@ -202,14 +238,28 @@ class Mirror:
         await self._armed()
         interruptions = self._interruptions
         self._left_out.clear()
+        self._in_flight.clear()
         self._files.begin()
         self._reconciler.begin()
-        while self._queue:
-            await self._work()
+        await self._copy_all()
         if self._interruptions != interruptions:
             raise _Lost("the connection was lost while the copy was made")
         await self._carry_out(self._reconciler.publish())
         self._copy_of = interruptions
+
+    async def _copy_all(self) -> None:
+        """Work until the queue is empty.  The store is another process: it replies to the next pipeline
+        while the files of the last one are made."""
+        async with open_background() as background:
+            fetching = _Fetching(self._next_batch(), self._fetch, background)
+            while fetching.batch:
+                nodes = await fetching.nodes()
+                ahead = _Fetching(self._next_batch(), self._fetch, background)
+                await trio.lowlevel.checkpoint()  # so that it is sent
+                await self._carry_out(self._apply(fetching.batch, nodes))
+                if not ahead.batch:
+                    ahead = _Fetching(self._next_batch(), self._fetch, background)
+                fetching = ahead
 
     async def _armed(self) -> None:
         """Return when both watches are set at the store, and their first events have come."""
@@ -281,19 +331,21 @@ class Mirror:
 
     async def _work(self) -> None:
         """Fetch the next nodes, and make the files agree with them."""
-        batch: dict[bytes, bool] = {}
+        batch = self._next_batch()
+        nodes = await self._fetch(list(batch))
+        await self._carry_out(self._apply(batch, nodes))
+
+    def _next_batch(self) -> Batch:
+        batch: Batch = {}
         while self._queue and len(batch) < BATCH:
             path, renew = self._queue.popitem(last=False)
             if not renew or self._is_inside(path):
                 batch[path] = renew
-        self._in_flight = frozenset(batch)
-        try:
-            nodes = await self._fetch(list(batch))
-        finally:
-            self._in_flight = frozenset()
-        await self._carry_out(self._apply(batch, nodes))
+        self._in_flight.update(batch)
+        return batch
 
-    def _apply(self, batch: Mapping[bytes, bool], nodes: Sequence[FetchedNode]) -> Steps:
+    def _apply(self, batch: Batch, nodes: Sequence[FetchedNode]) -> Steps:
+        self._in_flight.difference_update(batch)
         for (path, renew), node in zip(batch.items(), nodes, strict=True):
             try:
                 yield from self._reconciler.apply(path, node, renew=renew)
@@ -337,7 +389,8 @@ class Mirror:
     async def _interpret(self, path: bytes, replies: Sequence[Reply]) -> FetchedNode:
         value, listing, *rest = replies
         perms = rest[0] if rest else None
-        state = interpret(value, listing, perms, self._view.domid)
+        # Domain 0 may do everything, whatever a guest has made of the permissions.
+        state = interpret(value, listing, perms if self._view.domid else None, self._view.domid)
         if state is None:
             return GONE
         names: Sequence[bytes] = ()
