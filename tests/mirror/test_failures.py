@@ -27,7 +27,7 @@ from tests.support.mirroring import (
 )
 from tests.support.mounting import LIMIT, Place, each_place, mounted
 from tests.support.xenstored.harness import XsClient, strings
-from xsfs.xenstore.protocol import Message, Op, encode
+from xsfs.xenstore.protocol import Message, Op
 
 place = each_place("C", "ocaml")
 

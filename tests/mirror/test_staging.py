@@ -231,6 +231,11 @@ def test_the_default_directory_lets_others_pass(shm: Path, monkeypatch: pytest.M
 # ---------------------------------------------------------------------------------------- no room
 
 
+def fill(files: MirrorDirectory, content: bytes) -> None:
+    for number in range(100_000):
+        files.put(b"%d" % number, content, b"n0", new=True)
+
+
 @pytest.mark.parametrize(
     ("options", "content"),
     [("size=8m", b"x" * 4000), ("size=40m", b"x" * 4000), ("nr_inodes=900", b"")],
@@ -240,8 +245,7 @@ def test_a_reserve_stays_free(shm: Path, options: str, content: bytes) -> None:
         whole = os.statvfs(small)
         files.begin()
         with pytest.raises(OSError, match="No space left on device"):
-            for number in range(100_000):
-                files.put(b"%d" % number, content, b"n0", new=True)
+            fill(files, content)
         left = os.statvfs(small)
         if content:
             reserve = max(1 << 20, whole.f_blocks * whole.f_frsize // 20)

@@ -369,37 +369,53 @@ class Mirror:
 
         A node that makes no sense counts as missing, unless it is the root: that raises StoreError.
         """
-        requests = [requests_for(path, perms=self._view.asks_perms) for path in paths]
-        replies = iter(await self.store.pipeline([one for some in requests for one in some]))
+        perms = self._view.asks_perms
+        replies = await self.store.pipeline(
+            [request for path in paths for request in requests_for(path, perms=perms)]
+        )
+        each = len(replies) // len(paths) if paths else 0
         nodes = []
-        for path, asked in zip(paths, requests, strict=True):
+        for index, path in enumerate(paths):
             try:
-                node = await self._interpret(path, [next(replies) for _ in asked])
+                own = replies[index * each : (index + 1) * each]
+                node = self._interpret(path, *own) or await self._list_long(path, *own)
             except (XenstoreError, WireError) as error:
                 if path == self._view.root:
-                    raise (
-                        error if isinstance(error, StoreError) else StoreError(str(error))
-                    ) from None
+                    raise StoreError(f"the root makes no sense: {error}") from error
                 self._leave_out(path, error)
                 node = GONE
             nodes.append(node)
         self.fetched += len(paths)
         return nodes
 
-    async def _interpret(self, path: bytes, replies: Sequence[Reply]) -> FetchedNode:
-        value, listing, *rest = replies
-        perms = rest[0] if rest else None
+    def _interpret(
+        self, path: bytes, value: Reply, listing: Reply, perms: Reply = b""
+    ) -> FetchedNode | None:
+        """A node by what the store replied; None if there are too many children for one reply."""
         # Domain 0 may do everything, whatever a guest has made of the permissions.
-        state = interpret(value, listing, perms if self._view.domid else None, self._view.domid)
+        domid = self._view.domid
+        state = interpret(value, listing, perms if domid else None, domid)
         if state is None:
             return GONE
         names: Sequence[bytes] = ()
         if state.has_children:
             self._view.sticky.add(path)
             if not isinstance(listing, bytes):
-                listing = b"".join(b"%s\0" % name for name in await self.store.list(path))
+                return None
             names = shown_names(path, listing)
         return FetchedNode(state, names, perms if isinstance(perms, bytes) else b"")
+
+    async def _list_long(
+        self, path: bytes, value: Reply, _: Reply, perms: Reply = b""
+    ) -> FetchedNode:
+        try:
+            names = await self.store.list(path)
+        except XenstoreError as error:
+            if error.name in ("ENOENT", "EACCES"):
+                return GONE  # since its value was read
+            raise
+        listing = b"".join([b"%s\0" % name for name in names])
+        return self._interpret(path, value, listing, perms) or GONE
 
     def _leave_out(self, path: bytes, error: Exception) -> None:
         if path not in self._left_out and len(self._left_out) < LEFT_OUT_MAX:

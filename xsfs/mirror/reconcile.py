@@ -183,14 +183,12 @@ class Reconciler:
         if wanted == stat.S_IFREG:
             self._show_file(place, kind, content, perms, renew=renew)
             self.nodes += not kind
-            yield place
         else:
             if kind:
                 self._files.set_perms(place, perms)
             else:
                 self._files.make_directory(place, perms)
                 self.nodes += 1
-            yield place
             value_place = self._in(place, VALUE_NAME)
             kind = self._files.kind(value_place)
             if kind == stat.S_IFDIR:  # the files' owner has made it
@@ -200,7 +198,6 @@ class Reconciler:
                 self._show_file(value_place, kind, content, perms, renew=renew)
             elif kind:
                 self._files.remove_file(value_place)
-            yield value_place
             yield from self._show_children(path, place, node.names)
         if self._wanted(path, state) != wanted:
             # That was learned when the files did not contradict it yet.

@@ -274,8 +274,8 @@ class _OpenDirectories:
         try:
             self.enter(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            assert isinstance(error.filename, bytes)
-            return error.filename
+            missing: bytes = error.filename
+            return missing
         return None
 
     def _close(self, path: bytes) -> None:
