@@ -123,7 +123,7 @@ def test_a_watch_that_is_refused_is_tried_again(
         liar.lie = on(Op.WATCH, says(b"E2BIG\0", Op.ERROR))
         liar.hang_up()
         await_true(lambda: is_gone(alive))
-        await_true(lambda: "is refused" in alive.mount.stderr)
+        await_true(lambda: "refuses the watch" in alive.mount.stderr)
         liar.behave()
         alive.witness.close()
         alive.witness = place.witness()

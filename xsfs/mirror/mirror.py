@@ -219,10 +219,10 @@ class Mirror:
                     log.error("the mirror is gone: %s", error)
             except (StoreError, OSError) as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
-                log.error("the mirror is gone, and tried again in %g s: %s", delay, error)
+                log.error("the mirror is gone, xsfs retries in %g s: %s", delay, error)
             except Exception:
                 delay = RETRY_MAX
-                log.exception("the mirror is gone, and tried again in %g s", delay)
+                log.exception("the mirror is gone, xsfs retries in %g s", delay)
             await self._withdraw()
             await trio.sleep(delay)
 
