@@ -358,12 +358,16 @@ def test_hung_up_on_while_many_are_looked_at(
 
 
 def test_nonsense_later_withdraws_it(place: Place, liar: LyingStore, tmp_path: Path) -> None:
+    def about_home(talk: Talk, request: Message) -> bool:
+        about = request.payload == f"{HOME}\0".encode()
+        return about and says(b"EIO\0", Op.ERROR)(talk, request)
+
     with scratch() as above, place.witness() as store:
         options = f"timeout=0.5,mirror={above}/m"
         with mounted(["-o", options, liar.path], tmp_path / "m", tracebacks=True) as mount:
             alive = Mirrored(mount, above / "m", HOME, store)
             alive.settle()
-            liar.lie = on(Op.DIRECTORY, says(b"garbage"))
+            liar.lie = on(Op.READ, about_home)
             store.write(f"{HOME}/nonsense", "v")
             store.write(HOME, "v")
             await_true(lambda: is_gone(alive))

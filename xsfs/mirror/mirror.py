@@ -1,26 +1,27 @@
 """The live mirror: a watch, a work queue and one task, which keep a copy of a tree as plain files.
 
-What `Mirror` owns: subscriptions to the tree's watch and to @releaseDomain's; the work queue, in which
-each node stands once, first in, first out; and the task `run`, which alone changes files and takes nodes
-from the queue.  Other tasks wake it, and queue nodes of which the mount has learned something.
+`Mirror` owns subscriptions to two watches, the tree's and @releaseDomain's, and the work queue.  Each node
+stands in the queue once, first in, first out.  Only the task `run` takes nodes from it and changes files.
+Other tasks wake that task, and queue a node when the mount learns that it is a directory.
 
 Why the copy is exact whenever the store is at rest:
 
-An event says that something changed at a path or below it.  So the task fetches the node at that path,
-makes its file or directory what the reply says, and queues all its children; their children follow.  If a
-node's parent is not in the mirror, the task queues the highest missing ancestor instead, and from there
-the way down leads to the node.  Each fetch begins after the task has taken the event, and the task
-applies replies in the order of the fetches.  Take any node N and its last change:
+An event says that something changed at a path or below it.  So the task fetches the node at that path and
+makes its file or directory agree with the reply.  Then it queues all children; theirs follow.  If a node's
+parent is not in the mirror, the task queues the highest missing ancestor instead.  The way down from there
+leads to the node.  Each fetch begins after the task has taken the event, and the task applies replies in
+the order of the fetches.  Take any node N and its last change:
 
 - A client wrote N, made it, removed it or set its permissions.  The event came after the change, and the
   fetch after the event.
 - The store made N implicitly, as an ancestor of D.  D's event follows.  If N is missing in the mirror,
   the task fetches N on the way down to D.  It fetches N, too, if N is a directory that is shown without
-  a node.  If an older N is still shown, the event of its removal, at N or above, precedes D's.  The fetch
-  that this event caused was answered either before N was made again, and the task removed N; or later,
-  and it showed the new N.
-- N vanished with an ancestor A.  A's event follows.  The task finds that A is missing; or it finds a new
-  A, removes the files of what the new A does not list, and fetches each child that it does list.
+  a node.  If an older N is still shown, the event of its removal, at N or above, precedes D's.  That event
+  caused a fetch.  If it was answered before N was made again, the task removed N.  Otherwise the task
+  showed the new N.
+- N vanished with an ancestor A.  A's event follows.  If the task finds no A, it removes all files below.
+  If it finds a new A, it removes the files of all children that the new A does not list, and fetches the
+  others.
 - A domain died, and N vanished or lost permissions.  Some daemons send no event for N, but all send
   @releaseDomain.  Then the task queues the root, and everything below follows.
 - Events were lost.  If the backlog was full, the client reports an event of the root instead.  If the
@@ -81,7 +82,7 @@ LEFT_OUT_MAX: Final = 100
 RELEASE: Final = b"@releaseDomain"
 
 _COSTS_THE_NODE: Final = frozenset((errno.ENAMETOOLONG, errno.EMLINK, errno.EILSEQ, errno.EINVAL))
-"""What a file system answers if it cannot hold a node that another one could hold."""
+"""Errors of a file system that cannot hold a node which another one could hold."""
 
 
 class _Lost(ConnectionLost):
@@ -89,7 +90,7 @@ class _Lost(ConnectionLost):
 
 
 Batch = dict[bytes, bool]
-"""Nodes that one pipeline fetches, with what the work queue says of them."""
+"""Nodes that one pipeline fetches: a part of the work queue."""
 
 
 class _Fetching:
@@ -391,7 +392,7 @@ class Mirror:
     def _interpret(
         self, path: bytes, value: Reply, listing: Reply, perms: Reply = b""
     ) -> FetchedNode | None:
-        """A node by what the store replied; None if there are too many children for one reply."""
+        """The node, according to the replies; None if it has too many children for one reply."""
         # Domain 0 may do everything, whatever a guest has made of the permissions.
         domid = self._view.domid
         state = interpret(value, listing, perms if domid else None, domid)

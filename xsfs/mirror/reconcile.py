@@ -1,8 +1,8 @@
-"""What one node's state makes of the mirror's files.
+"""Turns one node's state into files of the mirror.
 
-`Reconciler` keeps no copy in memory: what is shown is what the files are.  What it owns is the number of
-nodes shown, and which of the directories that are always shown have no node.  Only the mirror's task may
-use it.  Nodes that must be fetched as a consequence go into the work queue (xsfs/mirror/mirror.py).
+`Reconciler` keeps no copy in memory; it looks at the files.  It owns the number of nodes shown, and the set
+of directories that are shown without a node.  Only the mirror's task may call `apply`.  Nodes that must be
+fetched as a consequence go into the work queue (xsfs/mirror/mirror.py).
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Reconciler:
         return b"/".join(map(file_name, inside.split(b"/")))
 
     def contradicts(self, path: bytes) -> bool:
-        """Whether the mirror may show a node as something else than what is known of it by now: that it
-        has been a directory, or that its `.value` was made."""
+        """Whether the files may contradict what the sticky directories say of a node by now: that it is a
+        directory, or that its `.value` was made."""
         if self._moves:
             return True
         place = self.place(path)
@@ -114,8 +114,8 @@ class Reconciler:
 
         renew   an event named the node: its file is replaced even by an equal one
         """
-        # Whoever queued it since it was fetched is a node of the same pipeline that was fetched before
-        # it; or has learned something that counts from here on.
+        # Since it was fetched, only nodes that were fetched before it can have queued it; or the mount
+        # has learned something, which counts from here on.
         self._queue.pop(path, None)
         for directory in self._nodeless:
             # It may have been made implicitly with this node, and has no event of its own.
