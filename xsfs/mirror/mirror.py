@@ -333,15 +333,21 @@ class Mirror:
     async def _work(self) -> None:
         """Fetch the next nodes, and make the files agree with them."""
         batch = self._next_batch()
-        nodes = await self._fetch(list(batch))
+        nodes = await self._fetch(list(batch))  # a checkpoint, even if there is nothing to fetch
         await self._carry_out(self._apply(batch, nodes))
 
     def _next_batch(self) -> Batch:
         batch: Batch = {}
+        until = time.perf_counter() + SLICE_SECONDS
         while self._queue and len(batch) < BATCH:
             path, renew = self._queue.popitem(last=False)
-            if not renew or self._is_inside(path):
+            if not renew:
                 batch[path] = renew
+                continue
+            if self._is_inside(path) and self._reconciler.is_within_reach(path):
+                batch[path] = renew
+            if time.perf_counter() > until:
+                break
         self._in_flight.update(batch)
         return batch
 

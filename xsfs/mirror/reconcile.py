@@ -107,6 +107,19 @@ class Reconciler:
         with closing(self._files.names(place)) as names:
             return any(name != VALUE_NAME for name in names)
 
+    def is_within_reach(self, path: bytes) -> bool:
+        """Whether a node that an event named can be shown.  If not, its highest missing ancestor is queued
+        instead: it may be one for many nodes, and the store walks up the path of each missing node.
+        """
+        for directory in self._nodeless:
+            # It may have been made implicitly with this node, and has no event of its own.
+            if path.startswith(directory + b"/"):
+                self._queue.setdefault(directory, False)
+        missing = self._first_missing(path)
+        if missing is not None:
+            self._queue.setdefault(missing, False)
+        return missing is None
+
     # ---------------------------------------------------------------------------------- apply
 
     def apply(self, path: bytes, node: FetchedNode, *, renew: bool) -> Steps:
@@ -117,10 +130,6 @@ class Reconciler:
         # Since it was fetched, only nodes that were fetched before it can have queued it; or the mount
         # has learned something, which counts from here on.
         self._queue.pop(path, None)
-        for directory in self._nodeless:
-            # It may have been made implicitly with this node, and has no event of its own.
-            if renew and path.startswith(directory + b"/"):
-                self._queue.setdefault(directory, False)
         state = node.state
         if state is not None and not state.readable:
             state = None
