@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Final
 
-
 from tests.support.mirroring import has_user_attributes
 from tests.support.xenstored.harness import XsClient
 from xsfs.mirror.mirror import BATCH
