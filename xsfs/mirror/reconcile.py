@@ -198,8 +198,9 @@ class Reconciler:
             else:
                 self._files.make_directory(place, perms)
                 self.nodes += 1
+            is_new = not kind
             value_place = self._in(place, VALUE_NAME)
-            kind = self._files.kind(value_place)
+            kind = 0 if is_new else self._files.kind(value_place)
             if kind == stat.S_IFDIR:  # the files' owner has made it
                 yield from self._files.removing(value_place)
                 kind = 0
@@ -207,7 +208,9 @@ class Reconciler:
                 self._show_file(value_place, kind, content, perms, renew=renew)
             elif kind:
                 self._files.remove_file(value_place)
-            yield from self._show_children(path, place, node.names)
+            yield from self._queue_children(path, node.names)
+            if not is_new:
+                yield from self._remove_others(path, place, node.names)
         if self._wanted(path, state) != wanted:
             # That was learned when the files did not contradict it yet.
             self._queue.setdefault(path, False)
@@ -220,12 +223,17 @@ class Reconciler:
         elif renew or self._files.read(place) != (content, perms):
             self._files.put(place, content, perms)
 
-    def _show_children(self, path: bytes, place: bytes, names: Iterable[bytes]) -> Steps:
-        """Queue the children, and remove the files of others."""
+    def _queue_children(self, path: bytes, names: Iterable[bytes]) -> Steps:
         above = join(path, b"")
-        shown = {VALUE_NAME}
         for number, name in enumerate(chain(names, self._view.always_there_below(path)), 1):
             self._queue.setdefault(above + name, False)
+            if number % CHUNK == 0:
+                yield b""
+
+    def _remove_others(self, path: bytes, place: bytes, names: Iterable[bytes]) -> Steps:
+        """Remove all files in a directory but those of the children of these names."""
+        shown = {VALUE_NAME}
+        for number, name in enumerate(chain(names, self._view.always_there_below(path)), 1):
             shown.add(file_name(name))
             if number % CHUNK == 0:
                 yield b""
