@@ -237,16 +237,12 @@ class Store(Commands):
             if error.name != "EAGAIN":
                 raise
 
-        async def work(transaction: Transaction) -> NamesOfEach | XenstoreError:
-            try:
-                return await transaction.list_all(paths)
-            except XenstoreError as error:
-                return error  # `atomically` would take EAGAIN for a conflict and try for long
-
-        names = await self.atomically(work)
-        if isinstance(names, XenstoreError):
-            raise names
-        return names
+        # Not `atomically`: a commit would conflict with the very changes that disturb the listing.
+        transaction = await self.begin()
+        try:
+            return await transaction.list_all(paths)
+        finally:
+            self.abandon(transaction)
 
     # -------------------------------------------------------------------------- transactions
 
