@@ -86,7 +86,7 @@ async def test_a_restart(mortal: Mortal) -> None:
         outcomes: Outcomes = {}
         calls: dict[str, Callable[[], Awaitable[object]]] = {
             "read": lambda: store.get_domain_path(3),
-            "reads": lambda: store.burst([protocol.get_domain_path(4)] * 3),
+            "reads": lambda: store.pipeline([protocol.get_domain_path(4)] * 3),
             "write": lambda: store.write(f"{base}/y", "1"),
             "transaction": lambda: tx.read(base),
             "watch": lambda: stack.enter_async_context(store.watch(f"{base}/late")),
@@ -176,7 +176,7 @@ async def test_a_daemon_that_stands_still(mortal: Mortal) -> None:
         started = trio.current_time()
         calls: dict[str, Callable[[], Awaitable[object]]] = {
             "read": lambda: store.read(base),
-            "reads": lambda: store.burst([protocol.get_domain_path(4)] * 3),
+            "reads": lambda: store.pipeline([protocol.get_domain_path(4)] * 3),
             "write": lambda: store.write(f"{base}/y", "1"),
             "watch": lambda: store.watches.subscribe(Subscription(b"/b")),
             "atomically": lambda: store.atomically(Transaction.commit),
@@ -285,4 +285,4 @@ def test_no_right(closed: str) -> None:
         )
         os.chmod(directory, 0o700)
     assert done.stderr == ""
-    assert done.stdout == f"True True no right to use {path}\n"
+    assert done.stdout == f"True True permission denied: {path}\n"

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 from trio.testing import trio_test
-from xsfs.xenstore.eventual import result_of
 
 from tests.support import client_places
 from tests.support.client_places import (
@@ -130,7 +129,7 @@ async def test_what_would_break_the_connection_is_not_sent(place: Place) -> None
         room = PAYLOAD_MAX - len(base) - 1
         too_long: list[tuple[str, Callable[[], Awaitable[object]]]] = [
             ("value", lambda: store.write(base, bytes(room + 1))),
-            ("path", lambda: store.read("/" + 3072 * "x")),
+            ("path", lambda: store.read("/" + 4095 * "x")),
             ("path", lambda: store.mkdir("/a//b")),
             ("path", lambda: store.list("")),
             ("path", lambda: store.get_perms("/a.b")),
@@ -246,7 +245,7 @@ async def test_each_task_gets_its_own_answer(place: Place) -> None:
 
 
 @trio_test
-async def test_bursts_larger_than_the_window(place: Place) -> None:
+async def test_pipelines_larger_than_the_window(place: Place) -> None:
     async with opened(place) as (store, base):
         count = 3 * WINDOW + 7
         requests = [
@@ -258,7 +257,7 @@ async def test_bursts_larger_than_the_window(place: Place) -> None:
         results: dict[int, list[bytes | XenstoreError]] = {}
 
         async def ask(number: int) -> None:
-            results[number] = await store.burst(requests)
+            results[number] = await store.pipeline(requests)
 
         async with trio.open_nursery() as nursery:
             for number in range(3):
@@ -275,65 +274,9 @@ async def test_bursts_larger_than_the_window(place: Place) -> None:
 
 
 @trio_test
-async def test_an_empty_burst(place: Place) -> None:
+async def test_an_empty_pipeline(place: Place) -> None:
     async with opened(place) as (store, _):
-        assert await store.burst([]) == []
-
-
-@trio_test
-async def test_what_is_done_while_the_store_is_at_work(place: Place) -> None:
-    """Once, whatever is asked and of whom."""
-    async with opened(place) as (store, base):
-        path = base.encode()
-        await store.write(path, b"1")
-        done: list[int] = []
-
-        def meanwhile() -> None:
-            done.append(len(done))
-
-        assert await store.burst([protocol.read(path)], meanwhile) == [b"1"]
-        assert done == [0]
-        assert await store.burst([], meanwhile) == []
-        assert done == [0, 1]
-        replies = await store.burst([protocol.read(path)] * (WINDOW + 1), meanwhile)
-        assert replies == [b"1"] * (WINDOW + 1)
-        assert done == [0, 1, 2]
-        transaction = await store.begin()
-        assert await transaction.burst([protocol.read(path)], meanwhile) == [b"1"]
-        await transaction.rollback()
-        assert done == [0, 1, 2, 3]
-        store.drop_connection("for the test")  # the next one has to connect first
-        assert await store.burst([protocol.read(path)], meanwhile) == [b"1"]
-        assert done == [0, 1, 2, 3, 4]
-
-
-@trio_test
-async def test_what_is_asked_behind_a_burst(place: Place) -> None:
-    """It is asked once, and its replies are its own, errors among them, whenever they come."""
-    async with opened(place) as (store, base):
-        path = base.encode()
-        await store.write(base, "7")
-        calls = []
-
-        def more() -> list[protocol.Request]:
-            calls.append(1)
-            return [protocol.get_domain_path(5), protocol.read(path + b"/missing")]
-
-        first, rest = await result_of(
-            store.ask_and([protocol.read(path), protocol.directory(path)], more)
-        )
-        assert first == [b"7", b""]
-        for replies in (list(rest()), list(rest())):
-            assert len(replies) <= 2
-            assert replies[:1] in ([], [b"/local/domain/5\0"])
-            for error in replies[1:]:
-                assert isinstance(error, XenstoreError)
-                assert error.name == "ENOENT"
-        assert calls == [1]
-        first, rest = await result_of(store.ask_and([protocol.read(path)], list))
-        assert first == [b"7"]
-        assert not list(rest())
-        assert store.reconnects == 0
+        assert await store.pipeline([]) == []
 
 
 @trio_test
@@ -342,6 +285,6 @@ async def test_those_who_leave_do_not_disturb(place: Place) -> None:
     async with opened(place) as (store, base):
         for number in range(50):
             with trio.move_on_after(0):
-                await store.burst([protocol.get_domain_path(number)] * 100)
+                await store.pipeline([protocol.get_domain_path(number)] * 100)
         assert await store.read(base) == b""
         assert store.reconnects == 0
