@@ -110,7 +110,7 @@ class Transaction(Commands):
         if deadline is None:
             deadline = trio.current_time() + self._timeout
         try:
-            with self._breaker.observe(deadline):
+            with self._breaker.observe():
                 return await self.connection.pipeline(requests, self._tx_id, deadline)
         except ConnectionLost as error:
             self._tx_id = None
@@ -217,7 +217,7 @@ class Store(Commands):
             await self.breaker.check()
         self.requests += len(requests)
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe(deadline):
+        with self.breaker.observe():
             while True:
                 connection = self._main.current
                 if connection is None or not connection.alive:
@@ -269,7 +269,7 @@ class Store(Commands):
         """Start a transaction with a connection of its own.  The caller must `abandon` it later."""
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe(deadline):
+        with self.breaker.observe():
             connection = await self._open(deadline)
             self.transactions += 1
             try:
@@ -309,7 +309,7 @@ class Store(Commands):
         """
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe(deadline):
+        with self.breaker.observe():
             async with self._one_of_few(deadline):
                 while True:
                     try:
