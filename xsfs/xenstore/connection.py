@@ -11,7 +11,8 @@ What always holds:
 - Each request in flight is known by its req_id until its reply has come.  A task that is cancelled leaves
   its requests in flight, so that late replies are recognised and dropped.  At most IN_FLIGHT_MAX are.
 - A task that waits for replies is woken when the last one has come, when its deadline has passed, or when
-  the connection has ended.  A reply that is later than a deadline ends the connection.
+  the connection has ended.  A request that is unanswered at its deadline ends the connection, even if the
+  task that sent it was cancelled.
 - A violation of the protocol ends the connection.
 
 A task that is alone waits for its replies right in `pipeline`, since the store answers within some 20
@@ -77,6 +78,7 @@ class _Batch:
     missing     how many of them are not answered
     replies     in the order of the requests, complete if nothing is missing
     task        the task that sleeps until then
+    deadline    in trio's time; 0 if no task has slept yet
     """
 
     __slots__ = ("deadline", "missing", "replies", "requests", "task")
@@ -115,7 +117,7 @@ class Connection:
         """By req_id: the batch, and the request's place in it."""
         self._next_id = 0
         self._waiting: dict[_Batch, None] = {}
-        """The batches for which a task sleeps."""
+        """The batches for which a task sleeps, or slept until it was cancelled."""
         self._outgoing: list[bytes] = []
         """Messages that the writer is to send."""
         self._unsent = b""
@@ -235,7 +237,6 @@ class Connection:
 
         def abort(_: object) -> Abort:
             batch.task = None
-            self._waiting.pop(batch, None)
             return Abort.SUCCEEDED
 
         replies: list[Reply] = await wait_task_rescheduled(abort)
@@ -366,7 +367,7 @@ class Connection:
             raise WireError(f"a reply of type {op} to a request of type {request.op}")
         del self._in_flight[req_id]
         batch.missing -= 1
-        if not batch.missing and batch.task is not None:
+        if not batch.missing and batch.deadline:
             del self._waiting[batch]
             batch.wake(outcome.Value(batch.replies))
 
