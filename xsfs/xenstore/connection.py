@@ -152,8 +152,12 @@ class Connection:
 
         deadline    in trio's time; `timeout` from now on if None
 
-        Raises ConnectionLost; RequestTimeout, and the connection then has ended.  If the caller is
-        cancelled, the store may still carry out requests that were sent.
+        A request that is too long for the transport is not sent.  Its reply is the XenstoreError `EINVAL`,
+        with which the daemons answer a path that is too long.
+
+        Raises ConnectionLost; RequestTimeout, and the connection then has ended; ValueError, and nothing
+        was sent, for a request that is no message.  If the caller is cancelled, the store may still carry
+        out requests that were sent.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if len(requests) > WINDOW:
@@ -206,14 +210,30 @@ class Connection:
         batch = _Batch(requests)
         messages = []
         req_id = self._next_id
-        for place, (op, payload) in enumerate(requests):
-            while req_id in in_flight:  # it has been waiting since the numbers last began at 0
+        payload_max = self.payload_max
+        try:
+            for place, (op, payload) in enumerate(requests):
+                if len(payload) > payload_max:
+                    # C xenstored closes the connection, and oxenstored gets out of step.
+                    batch.replies[place] = XenstoreError("EINVAL", requests[place])
+                    batch.missing -= 1
+                    continue
+                while req_id in in_flight:  # it has been waiting since the numbers last began at 0
+                    req_id = (req_id + 1) & 0xFFFFFFFF
+                messages.append(encode(op, req_id, tx_id, payload))
+                in_flight[req_id] = batch, place
                 req_id = (req_id + 1) & 0xFFFFFFFF
-            messages.append(encode(op, req_id, tx_id, payload))
-            in_flight[req_id] = batch, place
-            req_id = (req_id + 1) & 0xFFFFFFFF
+        except ValueError:
+            self._forget(batch)
+            raise
         self._next_id = req_id
         return batch, messages
+
+    def _forget(self, batch: _Batch) -> None:
+        """No replies will come to it."""
+        for req_id, (other, _) in list(self._in_flight.items()):
+            if other is batch:
+                del self._in_flight[req_id]
 
     def _send(self, messages: Sequence[bytes]) -> None:
         try:
@@ -259,9 +279,7 @@ class Connection:
             self.close("the kernel did not carry out a WATCH in time")
             raise RequestTimeout("the kernel did not carry out a WATCH in time") from None
         except WatchRefused as refused:
-            for req_id, (other, _) in list(self._in_flight.items()):
-                if other is batch:
-                    del self._in_flight[req_id]
+            self._forget(batch)
             raise XenstoreError(refused.name, requests[0]) from refused
         except OSError as error:
             self.close(f"cannot send: {error.strerror}")
