@@ -399,7 +399,8 @@ async def test_late_replies_are_dropped(liar: LyingStore) -> None:
         gate.open()
         await comes_back(store)
         assert await store.read(NODE) == b"truth"
-        assert store.reconnects == 0
+        # A connection that has not answered once may never again: it was replaced.
+        assert store.reconnects >= 1
 
 
 # ------------------------------------------------------------------- replies that make no sense
@@ -488,11 +489,13 @@ async def test_work_that_fails_keeps_its_own_error(liar: LyingStore) -> None:
             await tx.write("/test/x", "1")
             raise Failure
 
-        with pytest.raises(Failure):
-            await store.atomically(work)
+        for count in 1, 2:
+            with pytest.raises(Failure):
+                await store.atomically(work)
+            assert liar.connections == 1 + count
         liar.behave()
         await works(store)
-        assert store.reconnects == 1
+        assert store.reconnects == 0
 
 
 # ------------------------------------------------------------------------ listings without an end
@@ -508,7 +511,7 @@ def parts(part: Lie) -> Lie:
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"7", b"7\0", b"x\0a\0", b"7\0a", b"\0a\0"], ids=lambda payload: repr(payload)
+    "payload", [b"", b"7", b"7\0", b"x\0a\0", b"\0a\0", b"x"], ids=lambda payload: repr(payload)
 )
 @trio_test
 async def test_a_part_that_makes_no_sense(liar: LyingStore, payload: bytes) -> None:

@@ -155,7 +155,8 @@ class Connection:
         A request that is too long for the transport is not sent.  Its reply is the XenstoreError `EINVAL`,
         with which the daemons answer a path that is too long.
 
-        Raises ConnectionLost; RequestTimeout, and the connection then has ended; ValueError, and nothing
+        Raises ConnectionLost; RequestTimeout, for this or an earlier pipeline, and the connection then has
+        ended; ValueError, and nothing
         was sent, for a request that is no message.  If the caller is cancelled, the store may still carry
         out requests that were sent.
         """
@@ -323,8 +324,12 @@ class Connection:
         finally:
             self.close("the connection was closed")
 
-    def close(self, reason: str = "the connection was closed") -> None:
-        """End the connection, and wake all tasks that wait on it.  Any number of times."""
+    def close(
+        self,
+        reason: str = "the connection was closed",
+        error: type[ConnectionLost] | type[RequestTimeout] = ConnectionLost,
+    ) -> None:
+        """End the connection, and wake all tasks that wait on it with `error`.  Any number of times."""
         if not self.alive:
             return
         self._closed_because = reason
@@ -332,7 +337,7 @@ class Connection:
         self._scope.cancel()
         self._ended.set()
         for batch in self._waiting:
-            batch.wake(outcome.Error(ConnectionLost(reason)))
+            batch.wake(outcome.Error(error(reason)))
         self._waiting.clear()
         self._in_flight.clear()
         self._transport.close()
@@ -414,9 +419,5 @@ class Connection:
                 await self._watchdog_parked.park()
                 continue
             now = trio.current_time()
-            overdue = [batch for batch in self._waiting if batch.deadline <= now]
-            for batch in overdue:
-                del self._waiting[batch]
-                batch.wake(outcome.Error(RequestTimeout("Xenstore did not answer in time")))
-            if overdue:
-                self.close("Xenstore did not answer in time")
+            if any(batch.deadline <= now for batch in self._waiting):
+                self.close("Xenstore did not answer in time", RequestTimeout)

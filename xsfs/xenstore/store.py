@@ -220,16 +220,22 @@ class Store(Commands):
             await self.breaker.check()
         self.requests += len(requests)
         deadline = trio.current_time() + self.timeout
+        failure: ConnectionLost | RequestTimeout | None = None
         with self.breaker.observe():
             while True:
                 connection = self._main.current
                 if connection is None or not connection.alive:
-                    connection = await self._main.get(deadline)
+                    try:
+                        connection = await self._main.get(deadline)
+                    except ConnectionLost as error:
+                        raise failure or error from None
                 try:
                     return await connection.pipeline(requests, 0, deadline)
-                except ConnectionLost:
-                    if trio.current_time() >= deadline or not all(r.repeatable for r in requests):
+                except (ConnectionLost, RequestTimeout) as error:
+                    is_late = connection.alive or trio.current_time() >= deadline
+                    if is_late or not all(r.repeatable for r in requests):
                         raise
+                    failure = error
 
     async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
         """As in Commands.  A node that never stops changing is listed in a transaction, in which it
