@@ -198,6 +198,7 @@ async def test_a_daemon_that_stands_still(mortal: Mortal) -> None:
                     pass
         assert store.reconnects >= 1
         # The watch is set again, too; what has become of the first write is unknown.
+        assert (await events_until(events, base))[-1] == base
         await store.write(f"{base}/z", "1")
         assert (await events_until(events, f"{base}/z"))[-1] == f"{base}/z"
 
