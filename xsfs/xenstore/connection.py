@@ -396,7 +396,7 @@ class Connection:
 
     async def _write(self) -> None:
         try:
-            while True:
+            while self.alive:
                 if self._unsent:
                     self._unsent = await self._transport.send_rest(self._unsent)
                 elif self._outgoing:
