@@ -6,24 +6,39 @@ The command `xsfs` mounts it (xsfs.cli).  Programs that use trio open it:
         print(await store.read("name"))
 """
 
-from xsfs.xenstore.errors import (
-    ConnectionLost,
-    RequestTimeout,
-    StoreError,
-    StoreUnavailable,
-    TransactionEnded,
-    XenstoreError,
-)
-from xsfs.xenstore.permissions import (
-    Permission,
-    Permissions,
-    format_permissions,
-    parse_permissions,
-)
-from xsfs.xenstore.store import Store, Transaction, open_store
-from xsfs.xenstore.watches import Subscription
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xsfs.xenstore.errors import (
+        ConnectionLost,
+        RequestTimeout,
+        StoreError,
+        StoreUnavailable,
+        TransactionEnded,
+        XenstoreError,
+    )
+    from xsfs.xenstore.permissions import (
+        Permission,
+        Permissions,
+        format_permissions,
+        parse_permissions,
+    )
+    from xsfs.xenstore.store import Store, Transaction, open_store
+    from xsfs.xenstore.watches import Subscription
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "errors": (
+        *("ConnectionLost", "RequestTimeout", "StoreError", "StoreUnavailable"),
+        *("TransactionEnded", "XenstoreError"),
+    ),
+    "permissions": ("Permission", "Permissions", "format_permissions", "parse_permissions"),
+    "store": ("Store", "Transaction", "open_store"),
+    "watches": ("Subscription",),
+}
+"""The modules of xsfs.xenstore, and the names that come from each."""
 
 __all__ = [
     "ConnectionLost",
@@ -42,3 +57,14 @@ __all__ = [
     "open_store",
     "parse_permissions",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used.  `xsfs --help` and xsfs-watch need none of them, and trio
+    takes a tenth of a second to load."""
+    for module, names in _MODULES.items():
+        if name in names:
+            found = getattr(import_module(f"xsfs.xenstore.{module}"), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Ring: the command as a user starts it: options, background, exit statuses, ends."""
+"""The command as a user starts it: options, daemonizing, exit statuses, unmounting."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_signals_end_it_cleanly(
 ) -> None:
     mount = Mount([daemon.socket], mountpoint)
     mount.wait_mounted()
-    # Also with a file open, and with one that is still to be emptied.
+    # Also while a file is open, and another one has been truncated but not yet closed.
     opened = os.open(mountpoint / "domid", os.O_RDONLY)
     emptied = os.open(mountpoint / "data" / "due", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     assert mount.end(number) == 0
@@ -91,7 +91,7 @@ def test_killed_and_mounted_again(daemon: RealXenstored, mountpoint: Path) -> No
 
 
 def test_unmounted_while_files_are_being_closed(daemon: RealXenstored, mountpoint: Path) -> None:
-    """The kernel then says ECONNABORTED, and drops the RELEASEs that are still in its queue."""
+    """The kernel then reports ECONNABORTED, and drops the RELEASEs that are still in its queue."""
     with mounted([daemon.socket], mountpoint):
         data = mountpoint / "data"
         opened = [os.open(data / "f", os.O_WRONLY | os.O_CREAT | os.O_APPEND) for _ in range(500)]
@@ -219,6 +219,19 @@ def test_option_ro(daemon: RealXenstored, mountpoint: Path) -> None:
                 attempt()
 
 
+def test_option_visible(daemon: RealXenstored, mountpoint: Path) -> None:
+    names = {".root", ".domid", ".stats", ".transaction"}
+    with mounted([daemon.socket], mountpoint):
+        assert not names & set(os.listdir(mountpoint))
+    with mounted(["-o", "visible", daemon.socket], mountpoint):
+        found = set(os.listdir(mountpoint))
+        assert names <= found
+        assert ".watch" not in found
+        # They work as before, and other directories list no such names.
+        assert (mountpoint / ".domid").read_text() == "0\n"
+        assert not [name for name in os.listdir(mountpoint / "data") if name.startswith(".")]
+
+
 def test_options_of_ownership(daemon: RealXenstored, mountpoint: Path) -> None:
     let_others_reach(mountpoint)
     options = "uid=1234,gid=5678,umask=027,allow_other"
@@ -268,7 +281,7 @@ def test_debug_logs_each_operation(daemon: RealXenstored, mountpoint: Path) -> N
     assert "lookup /local/domain/0 'name': ok" in log
     assert "lookup /local/domain/0 'nothing': ENOENT" in log
     assert "write /local/domain/0/data/x 0 2 bytes: ok" in log
-    # What is not Xenstore's, and in which transaction.
+    # Also files that belong to xsfs, and the name of the transaction.
     assert "read /local/domain/0/data/.watch 0" in log
     assert "write /local/domain/0/data/.value 0 2 bytes: ok" in log
     assert "mkdir /local/domain/0/.transaction 't1'" in log

@@ -1,4 +1,4 @@
-"""Ring: the manual and the completions say what the program does, and their readers can read them."""
+"""The manual and the completions agree with the program, and their readers accept them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_mandoc_finds_nothing_wrong() -> None:
         timeout=LIMIT,
         check=False,
     )
-    # Which other manuals this system has is not the question.
+    # This system need not have the manuals that are referred to.
     said = [line for line in done.stdout.splitlines() if "referenced manual not found" not in line]
     assert said == []
 
@@ -147,7 +147,7 @@ SHELLS = {
 
 
 class Terminal:
-    """A shell that believes somebody sits in front of it."""
+    """An interactive shell on a pseudo terminal."""
 
     def __init__(self, arguments: list[str], directory: Path) -> None:
         # TERM=dumb switches zsh's line editor off.
@@ -178,18 +178,18 @@ class Terminal:
 
     def run(self, command: str) -> None:
         self._number += 1
-        # The echo of what is typed must not be taken for the output.
+        # The pattern must not match the echo of the command line.
         self.type(f"{command}; echo do''ne-{self._number}-\r")
         self.read_until(f"done-{self._number}-\r?\n")
 
     def completed(self, line: str) -> list[str]:
         """The words of the line after a tab."""
         self._number += 1
-        # To the begin of the line, and a printf in front of it.
+        # Go to the beginning of the line, and type a printf there.
         number = f"e''nd-{self._number}-"
         self.type(f"{line}\t\x01printf '<%s>' \x05 {number}; echo\r")
         found = self.read_until(rf"\r?\n?(<(?:(?!<end)[^\r\n])*)<end-{self._number}->")
-        # zsh takes a slash away that it has added itself.
+        # zsh removes a slash that it has added itself.
         return [word.removesuffix("/") for word in re.findall("<([^>]*)>", found[1])]
 
     def listed(self, line: str, *words: str) -> None:

@@ -1,4 +1,4 @@
-"""Ring: mount(8), umount(8) and /etc/fstab, on a host of its own (tests/support/host.py)."""
+"""mount(8), umount(8) and /etc/fstab, on a host of its own (tests/support/host.py)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_mount_and_umount(host: Host, kind: str) -> None:
 
 
 def test_a_file_called_like_the_source(host: Host) -> None:
-    """mount(8) then makes a path of the source, which is no Xenstore."""
+    """mount(8) then turns the source into a path, which is no Xenstore."""
     host.sh("cd /mnt && mount -t xsfs xenstore /mnt/xenstore")
     assert shown(host)[0] == "xenstore"
     host.sh(
@@ -75,7 +75,7 @@ def test_df_shows_what_it_shows_of_sysfs(host: Host) -> None:
     assert head.startswith("Filesystem")
     assert line.split() == ["xenstore", "0", "0", "0", "-", "/mnt/xenstore"]
     assert host.sh("df -i /mnt/xenstore").split()[-6:] == line.split()
-    # Who names nothing is not bothered with what has no blocks.
+    # Without arguments df omits file systems that have no blocks.
     assert "xenstore" not in host.sh("df")
 
 
@@ -101,14 +101,14 @@ def test_a_line_in_fstab(host: Host, kind: str, source: str) -> None:
     assert shown(host)[:2] == (source, "fuse.xsfs")
     assert host.sh("cat /mnt/xenstore/local/domain/0/name") == "Domain-0\n"
     host.sh("umount /mnt/xenstore")
-    # What is mounted already is known again, by its source and its place.
+    # mount(8) recognizes an existing mount by its source and its mountpoint.
     assert host.sh("cd /; mount -a; mount -a") == ""
     assert host.mounts() == ["/mnt/xenstore"]
 
 
 @pytest.mark.parametrize("kind", ["fuse.xsfs", "xsfs"])
 def test_mounted_at_the_first_use(host: Host, kind: str) -> None:
-    """The mountpoint is an autofs, where only the process group of whoever mounts is let through."""
+    """The mountpoint is an autofs, which lets only the process group of mount(8) through."""
     host.fstab.write_text(f"xenstore /mnt/xenstore {kind} noauto,x-systemd.automount 0 0\n")
     said = host.sh(
         "/mnt/.python/bin/python /mnt/.repository/tests/support/automount.py /mnt/xenstore"
@@ -127,7 +127,7 @@ def test_mount_with_another_fstab(host: Host) -> None:
 
 
 def test_a_user_mounts_what_fstab_lets_him(host: Host) -> None:
-    """What he can reach himself, that is: mount(8) gives its helpers the rights of the user."""
+    """mount(8) gives its helpers the rights of the user, who can mount the embedded store."""
     mountpoint = "/tmp/mine"
     host.fstab.write_text(f"embedded {mountpoint} fuse.xsfs user,noauto 0 0\n")
     host.sh(f"mkdir -p {mountpoint}; chown {NOBODY} {mountpoint}")
@@ -137,7 +137,7 @@ def test_a_user_mounts_what_fstab_lets_him(host: Host) -> None:
     assert "Permission denied" in host.run(f"cat {mountpoint}/name").stdout  # root, too
     host.sh(f"umount {mountpoint}", user=NOBODY)
     assert host.mounts() == []
-    # A Xenstore that is root's stays root's.
+    # The real Xenstore belongs to root.
     host.fstab.write_text(f"xenstore {mountpoint} xsfs user,noauto 0 0\n")
     done = host.run(f"mount {mountpoint}", user=NOBODY)
     assert done.returncode == 4
@@ -167,11 +167,11 @@ def test_options_that_the_kernel_shows(host: Host) -> None:
 
 
 def test_flags_of_mount(host: Host) -> None:
-    # -f: all but the mount itself, and the options are looked at.
+    # -f: xsfs checks the options, and does not mount.
     host.sh("mount -f -t xsfs xenstore /mnt/xenstore")
     assert host.mounts() == []
     assert host.run("mount -f -t xsfs -o nonsense xenstore /mnt/xenstore").returncode == 2
-    # -s: unknown options do not count.
+    # -s: xsfs ignores unknown options.
     assert host.run("mount -t xsfs -o nonsense xenstore /mnt/xenstore").returncode == 2
     host.sh("mount -s -n -t xsfs -o nonsense,root=/ xenstore /mnt/xenstore")
     assert "local" in host.sh("ls /mnt/xenstore").split()
@@ -196,7 +196,7 @@ def test_failures_reach_mount(host: Host) -> None:
 
 
 def line_of_the_manual() -> str:
-    """What it says one should write into /etc/fstab."""
+    """The line that it recommends for /etc/fstab."""
     found = re.search(r"^\.Dl (xenstore .*)$", (REPOSITORY / "docs" / "xsfs.8").read_text(), re.M)
     assert found is not None
     return found[1]
@@ -209,7 +209,7 @@ def test_the_line_of_the_manual(host: Host) -> None:
 
 
 def test_systemd_makes_a_unit_of_it(tmp_path: Path) -> None:
-    """Its options are what systemd gives to mount(8)."""
+    """systemd passes the options of the unit to mount(8)."""
     fstab = tmp_path / "fstab"
     fstab.write_text(f"{line_of_the_manual()}\n")
     options = line_of_the_manual().split()[3]

@@ -1,4 +1,4 @@
-"""Ring: the command as a user starts it, where it mounts nothing: refusals, and help."""
+"""The command as a user starts it, if it mounts nothing: refusals, and help."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import xsfs as package
-from tests.support.commands import let_others_reach, refused, xsfs
+from tests.support.commands import refused, xsfs
 from tests.support.mounting import LIMIT, mounted
 from tests.support.xenstored.harness import RealXenstored
 
@@ -55,7 +56,7 @@ def test_usage(daemon: RealXenstored, mountpoint: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--nonsense",), ("-f", "x", "/m")])
 def test_what_mounts_nothing_loads_nothing(arguments: Sequence[str]) -> None:
-    """Nobody waits for trio and pyfuse3 who asks for help.  (mount -f only pretends.)"""
+    """Help and mistakes need not wait for trio and pyfuse3.  (mount -f only pretends.)"""
     name = "mount.xsfs" if "-f" in arguments else "xsfs"
     program = f"import sys; sys.argv[0] = {name!r}; from xsfs.cli.main import main\n"
     loaded = "[name for name in ('trio', 'pyfuse3') if name in sys.modules]"
@@ -97,7 +98,7 @@ def test_a_daemon_that_has_gone(mountpoint: Path) -> None:
         daemon.kill()
         start = time.monotonic()
         refused(xsfs(daemon.socket, mountpoint), 3, f"at {daemon.socket}: Connection refused")
-        assert time.monotonic() - start < 5  # it is not waited for
+        assert time.monotonic() - start < 5  # xsfs does not wait for it
 
 
 def test_a_daemon_that_does_not_answer(mountpoint: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_daemon_that_does_not_answer(mountpoint: Path) -> None:
 
 
 def test_no_right_to_connect(daemon: RealXenstored, mountpoint: Path) -> None:
-    # Root may connect to everything by CAP_DAC_OVERRIDE: without it, and for another's socket.
+    # Root without CAP_DAC_OVERRIDE, and a socket of another user.
     os.chown(daemon.socket, 99, 99)
     try:
         done = subprocess.run(
@@ -139,13 +140,21 @@ def test_mounting_twice(daemon: RealXenstored, mountpoint: Path) -> None:
 
 
 @pytest.fixture
-def as_nobody(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def public() -> Iterator[Path]:
+    """A directory that every user can reach.  Each pytest that starts closes the parent of `tmp_path`."""
+    with tempfile.TemporaryDirectory(prefix="xsfs-test-") as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
+
+
+@pytest.fixture
+def as_nobody(public: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs xsfs with the embedded store as a user without rights, from a copy of the sources that this
     user can read."""
-    let_others_reach(tmp_path / "place")
-    sources = tmp_path / "sources"
+    sources = public / "sources"
     shutil.copytree(PACKAGE, sources / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     sources.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
 
     def run(mountpoint: Path, *options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -154,7 +163,7 @@ def as_nobody(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
                 *(sys.executable, "-m", "xsfs", *options, "embedded", str(mountpoint)),
             ],
             cwd=sources,
-            env={**os.environ, "PYTHONPATH": str(sources)},
+            env={**environment, "PYTHONPATH": str(sources)},
             capture_output=True,
             text=True,
             timeout=LIMIT,
@@ -165,10 +174,10 @@ def as_nobody(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_mountpoints_of_others(
-    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], public: Path
 ) -> None:
     """fusermount3 would refuse them, too, but not say what to do."""
-    place = tmp_path / "place"
+    place = public / "place"
     place.mkdir(0o755)
     refused(as_nobody(place), 5, f"no write access to the mountpoint {place}", "that you may write")
     place.chmod(0o1777)
@@ -176,9 +185,9 @@ def test_mountpoints_of_others(
 
 
 def test_a_mount_of_another_user(
-    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], public: Path
 ) -> None:
-    place = tmp_path / "place"
+    place = public / "place"
     place.mkdir()
     os.chown(place, 65534, 65534)
     try:
@@ -188,10 +197,20 @@ def test_a_mount_of_another_user(
         subprocess.run(["umount", place], check=False, timeout=LIMIT)
 
 
-def test_allow_other_has_to_be_allowed(
-    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+def test_a_mirror_without_a_default_directory(
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], public: Path
 ) -> None:
-    place = tmp_path / "place"
+    place = public / "place"
+    place.mkdir()
+    os.chown(place, 65534, 65534)
+    refused(as_nobody(place, "-o", "mirror"), 7, "XDG_RUNTIME_DIR is not set (use mirror=DIR)")
+    assert not os.path.ismount(place)
+
+
+def test_allow_other_has_to_be_allowed(
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], public: Path
+) -> None:
+    place = public / "place"
     place.mkdir()
     os.chown(place, 65534, 65534)
     assert "\nuser_allow_other" not in Path("/etc/fuse.conf").read_text()

@@ -1,4 +1,4 @@
-"""What systemd is told: the protocol, with real sockets.  A real systemd is in the lab
+"""Reports to systemd, by its protocol and with real sockets.  A real systemd is in the lab
 (tests/system/xen)."""
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_a_failure_is_the_status(tmp_path: Path) -> None:
 
 
 def test_a_manager_that_has_gone_is_no_matter(tmp_path: Path) -> None:
-    """Nobody listens: a mount is a mount all the same."""
+    """The mount works without the manager that NOTIFY_SOCKET names."""
     (tmp_path / "m").mkdir()
     environment = {**os.environ, "NOTIFY_SOCKET": f"{tmp_path}/nobody"}
     command = [sys.executable, "-m", "xsfs", "-f", "embedded", str(tmp_path / "m")]
@@ -85,7 +85,7 @@ def test_a_manager_that_has_gone_is_no_matter(tmp_path: Path) -> None:
 
 
 def test_the_journal_gets_levels(tmp_path: Path) -> None:
-    """Only where standard error is the journal itself, as JOURNAL_STREAM says."""
+    """Only if standard error is the journal itself, as JOURNAL_STREAM says."""
     log = tmp_path / "log"
     command = [sys.executable, "-m", "xsfs", "-f", f"{tmp_path}/none", str(tmp_path)]
     for matches in True, False:
@@ -109,7 +109,7 @@ def test_both_units_are_the_same_but_for_the_place() -> None:
 
 
 def test_the_units_are_in_order(tmp_path: Path) -> None:
-    """As the systemd here sees them, with the command where a package has it."""
+    """systemd-analyze(1) finds nothing wrong with them."""
     for name in "xsfs.service", "xsfs@.service":
         text = (UNITS / name).read_text().replace("ExecStart=xsfs ", "ExecStart=/bin/true ")
         (tmp_path / name).write_text(text)
@@ -138,8 +138,8 @@ NAMESPACES = (
 
 
 def test_no_hardening_hides_the_mount() -> None:
-    """Settings that give a service a mount namespace (systemd.exec(5)): what it mounts would be seen
-    by itself alone."""
+    """Some settings give a service a mount namespace (systemd.exec(5)).  Nobody else would see its
+    mount."""
     for unit in UNITS.glob("*.service"):
         for line in unit.read_text().splitlines():
             name = line.partition("=")[0]

@@ -1,4 +1,4 @@
-"""Ring: `.stats` tells which store is mounted, with each real daemon, in dom0 and in a guest."""
+"""`.stats` tells which store is mounted, with each real daemon, in dom0 and in a guest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DAEMONS = {"C": "C xenstored", "ocaml": "oxenstored"}
 
 def test_the_daemon_is_named(place: Place, mount: Mount) -> None:
     lines = (mount.path / ".stats").read_text().splitlines()
-    # What listens for the embedded store is a C xenstored to its clients.
+    # A client of the embedded store cannot tell it from C xenstored.
     assert lines[:2] == [
         f"store {place.socket}",
         f"daemon {DAEMONS.get(place.kind, 'C xenstored')}",

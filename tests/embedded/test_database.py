@@ -1,4 +1,4 @@
-"""The embedded store's data, without sockets: what the table of scenarios does not reach."""
+"""The embedded store's database without sockets, beyond the table of scenarios."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OTHER = 8
 
 
 class Recorder:
-    """A store which remembers whom it told what."""
+    """A database and the changes that it has reported."""
 
     def __init__(self) -> None:
         self.changes: list[Change] = []
@@ -38,7 +38,7 @@ class Recorder:
         self.changes.clear()
 
     def told(self, who: int = DOM0) -> list[tuple[bytes, bool]]:
-        """(path, exact) of what the domain may know, since the last time."""
+        """(path, exact) of each event that the domain would get, since the last call."""
         found = [
             (change.path, change.exact)
             for change in self.changes
@@ -122,7 +122,7 @@ def test_domids_are_read_as_strtol_does(text: bytes, entry: PermissionEntry) -> 
 
 
 @pytest.mark.parametrize("text", [b"", b"n", b"7", b"x7", b"n7 ", b"n08", b"n0x", b"n--1", b"n1_0"])
-def test_what_is_no_permission(text: bytes) -> None:
+def test_malformed_permissions(text: bytes) -> None:
     refused("EINVAL", parse_perms, [b"n0", text])
 
 
@@ -228,7 +228,7 @@ def test_lists_fixed_at_different_times_cannot_be_removed(store: Database) -> No
     assert store.readable(DOM0, b"/t").listing == b""
 
 
-def test_a_child_which_its_parent_does_not_list(store: Database) -> None:
+def test_a_child_that_its_parent_does_not_list(store: Database) -> None:
     store.mkdir(DOM0, b"/t")
     tx = store.start(DOM0)
     store.readable(DOM0, b"/t", tx)
@@ -261,7 +261,9 @@ def test_an_event_once_not_exact_stays_so(recorder: Recorder) -> None:
     assert recorder.told() == [(b"/t/a", False), (b"/t", False)]
 
 
-def test_what_a_transaction_removed_is_told_to_who_could_read_it(recorder: Recorder) -> None:
+def test_a_domain_that_could_read_a_node_gets_the_event_of_its_removal_in_a_transaction(
+    recorder: Recorder,
+) -> None:
     store = recorder.store
     store.set_perms(DOM0, b"/g7", [b"n7", b"r8"])
     store.write(DOM0, b"/g7/hidden", b"")
@@ -322,7 +324,7 @@ def test_the_root_survives_its_owner(recorder: Recorder) -> None:
     store.mkdir(OTHER, b"/made")
 
 
-def test_a_domain_which_was_never_introduced_dies_quietly(recorder: Recorder) -> None:
+def test_a_domain_that_was_never_introduced_ends_quietly(recorder: Recorder) -> None:
     store = recorder.store
     store.domains.create(9)
     store.write(DOM0, b"/nine", b"")
@@ -352,7 +354,7 @@ def test_targets_in_a_circle_stay_until_one_is_introduced_again(recorder: Record
 
 
 @pytest.mark.parametrize("domid", [0, -1, 0x7FF0, 1 << 32])
-def test_who_cannot_be_a_guest(store: Database, domid: int) -> None:
+def test_domids_that_no_guest_can_have(store: Database, domid: int) -> None:
     with pytest.raises(ValueError, match="domid"):
         store.introduce(domid)
 

@@ -1,9 +1,8 @@
-"""The embedded store does what the real daemons do: one table run against all of them, and random
-requests against the embedded store and the C daemon side by side.
+"""The embedded store behaves like the real daemons.
 
-Every store is spoken to with real bytes over a real socket.  A wait is bounded by TIMEOUT; nothing
-here sleeps: that all events of a request have come is known from the reply to a later request on
-the connection which gets them.
+One table of scenarios runs against all three, and random requests against the embedded store and
+the C daemon side by side.  The tests send real bytes over real sockets.  TIMEOUT bounds each wait,
+and nothing sleeps: the reply to a later request on a connection shows that all its events have come.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import subprocess
 import tempfile
 import threading
 import time
@@ -26,7 +26,13 @@ from hypothesis import strategies as st
 
 from tests.support.scenarios import (
     CONNECTIONS,
+    E2BIG,
+    EACCES,
+    EINVAL,
+    ENOENT,
+    ENOSPC,
     HOMES,
+    OK,
     SCENARIOS,
     Ask,
     Close,
@@ -44,8 +50,10 @@ from tests.support.scenarios import (
     Scenario,
     Step,
     Told,
+    end,
     node,
     set_perms,
+    start,
 )
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsEOF, XsError
 from xsfs.embedded.server import EmbeddedStore
@@ -69,6 +77,7 @@ class Backend(Protocol):
     def create(self, domid: int) -> None: ...
     def destroy(self, domid: int) -> None: ...
     def destroy_target(self, domid: int) -> None: ...
+    def socket(self, domid: int) -> str: ...
 
 
 class Embedded:
@@ -90,13 +99,13 @@ class Embedded:
             self._ready.put((trio.lowlevel.current_trio_token(), nursery.cancel_scope))
 
     async def _listen(self, domid: int) -> None:
-        await self._nursery.start(self._store.listen, self._path(domid), domid)
+        await self._nursery.start(self._store.listen, self.socket(domid), domid)
 
-    def _path(self, domid: int) -> str:
+    def socket(self, domid: int) -> str:
         return str(self._directory / f"{domid}.sock")
 
     def connect(self, domid: int) -> XsClient:
-        return XsClient(self._path(domid), TIMEOUT)
+        return XsClient(self.socket(domid), TIMEOUT)
 
     def create(self, domid: int) -> None:
         trio.from_thread.run_sync(self._store.introduce, domid, trio_token=self._token)
@@ -116,6 +125,9 @@ class Embedded:
 class Real:
     def __init__(self, daemon: RealXenstored) -> None:
         self._daemon = daemon
+
+    def socket(self, domid: int) -> str:
+        return self._daemon.guest_socket(domid) if domid else self._daemon.socket
 
     def connect(self, domid: int) -> XsClient:
         return self._daemon.client(domid or None, TIMEOUT)
@@ -235,7 +247,7 @@ class Run:
                 check_reply(request.op, request.op, got, expected)
 
     def events(self, who: str) -> tuple[Event, ...]:
-        """The events which a connection has got: all which the requests so far have caused."""
+        """The events of a connection: all that the requests so far have caused."""
         client = self.client(who)
         client.send("GET_DOMAIN_PATH", b"0\0")
         self.receive_reply(client)
@@ -324,6 +336,144 @@ def test_scenario(name: str, kind: str, tmp_path: Path) -> None:
             run.close()
 
 
+# ----------------------------------------------------------------------------------- CONTROL
+
+XENSTORE_CONTROL = "/usr/lib/xen-4.17/bin/xenstore-control"
+
+
+def set_quota(name: str, value: int, reply: Reply = OK) -> Ask:
+    return Ask("dom0", (Op.CONTROL, b"quota\0set\0%b\0%d\0" % (name.encode(), value)), reply)
+
+
+QUOTAS: Scenario = (
+    set_quota("watches", 1),
+    *(Ask("guest", protocol.watch(b"@releaseDomain", b"%d" % n)) for n in range(2)),
+    Ask("guest", protocol.watch(b"@releaseDomain", b"2"), E2BIG),
+    Told("guest", (("@releaseDomain", "0"), ("@releaseDomain", "1"))),
+    set_quota("transactions", 1),
+    *(start("guest", name) for name in ("first", "second")),
+    Ask("guest", protocol.transaction_start(), ENOSPC),
+    end("guest", name="first"),
+    set_quota("transaction-nodes", 2),
+    start("guest", "third"),
+    Ask("guest", protocol.read(b"data"), b"", tx="third"),
+    Ask("guest", protocol.read(b"name"), b"g7", tx="third"),
+    Ask("guest", protocol.read(b""), EINVAL, tx="third"),
+    Ask("guest", protocol.read(b"data/missing"), ENOSPC, tx="third"),
+    set_quota("nodes", 2),
+    Ask("guest", protocol.mkdir(b"data/a")),
+    Ask("guest", protocol.mkdir(b"data/b"), ENOSPC),
+    set_quota("node-size", 40),
+    Ask("guest", protocol.write(b"data/a", b"x" * 7)),
+    Ask("guest", protocol.write(b"data/a", b"x" * 8), ENOSPC),
+    Ask("dom0", protocol.write(b"/local/domain/7/data/a", b"x" * 8)),
+    set_quota("node-size", 2048),
+    set_quota("permissions", 1),
+    Ask("guest", set_perms(b"data/a", "n7")),
+    Ask("guest", set_perms(b"data/a", "n7 r8"), ENOSPC),
+    set_quota("path-max", 10),
+    Ask("dom0", protocol.mkdir(b"/234567890")),
+    Ask("dom0", protocol.mkdir(b"/2345678901"), EINVAL),
+    Ask("guest", protocol.read(b"data/a"), b"x" * 8),
+    Ask("guest", protocol.watch(b"/2345678901", b"t"), EINVAL),
+    *(set_quota(*wrong, EINVAL) for wrong in (("nodes", 0), ("nodes", -1), ("node", 1))),
+    set_quota("nodes", 99999999999999999999, EINVAL),
+    set_quota("nodes", 1 << 31, EINVAL),
+    *(
+        Ask("dom0", (Op.CONTROL, payload), EINVAL)
+        for payload in (
+            b"",
+            b"quota",
+            b"quota\0set\0",
+            b"quota\0set\0nodes\0",
+            b"quota\x007\x008\0",
+        )
+    ),
+    Ask("dom0", (Op.CONTROL, b"quota\x0099\0"), ENOENT),
+    Ask("guest", (Op.CONTROL, b"quota\0"), EACCES),
+)
+
+
+@pytest.mark.parametrize("kind", ["embedded", "C"])
+def test_quotas_can_be_set(kind: str, tmp_path: Path) -> None:
+    with backend(kind, tmp_path) as store:
+        run = Run(store, kind)
+        for number, step in enumerate((*HOMES, *QUOTAS)):
+            try:
+                run.step(step)
+            except Exception as error:
+                error.add_note(f"step {number - len(HOMES)}: {step!r:.300}")
+                raise
+        run.finish()
+        run.close()
+
+
+def xenstore_control(path: str, *arguments: str) -> str:
+    """The output of the real program; empty if it fails."""
+    environment = os.environ | {"XENSTORED_PATH": path}
+    found = subprocess.run(
+        [XENSTORE_CONTROL, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert (found.returncode == 0) is bool(found.stdout)
+    return found.stdout
+
+
+@pytest.mark.parametrize("kind", ["embedded", "C"])
+def test_xenstore_control(kind: str, tmp_path: Path) -> None:
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    with backend(kind, sockets) as store:
+        run = Run(store, kind)
+        for step in (*HOMES, Ask("guest", protocol.watch(b"data", b"t")), start("guest")):
+            run.step(step)
+        path = store.socket(0)
+        assert xenstore_control(path, "check") == "OK\n"
+        assert xenstore_control(path, "print", "hello") == "OK\n"
+        assert xenstore_control(path, "quota", "set", "nodes", "1234") == "OK\n"
+        settings = xenstore_control(path, "quota").splitlines()
+        assert settings[0] == "Quota settings:"
+        assert {
+            "nodes            :     1234 Nodes per domain",
+            "watches          :      128 Watches per domain",
+            "transactions     :       10 Transactions per domain",
+            "transaction-nodes:     1024 Max. number of accessed nodes per transaction",
+            "node-size        :     2048 Max. size of a node",
+            "path-max         :     2048 Max. length of a node path",
+            "permissions      :        5 Max. number of permissions per node",
+        } < set(settings)
+        usage = xenstore_control(path, "quota", "7").splitlines()
+        assert usage[:4] == [
+            "Domain 7:",
+            "nodes           :        1",
+            "watches         :        1",
+            "transactions    :        1",
+        ]
+        lines = xenstore_control(path, "help").splitlines()
+        assert {
+            *("check\t", "print\t<string>", "memreport\t[<file>]", "help\t"),
+            "quota\t[set <name> <val>|<domid>]",
+        } < set(lines)
+        report = tmp_path / "report"
+        for _ in range(2):
+            size = report.stat().st_size if report.exists() else 0
+            assert xenstore_control(path, "memreport", str(report)) == "OK\n"
+            assert report.stat().st_size > size
+        assert "connection" in report.read_text()
+        for arguments in (
+            ("memreport", str(tmp_path / "missing" / "report")),
+            ("memreport", str(report), "more"),
+            *(("check", "x"), ("help", "x"), ("print",), ("quota", "99")),
+        ):
+            assert xenstore_control(path, *arguments) == "", arguments
+        assert run.events("guest") == (("data", "t"),)
+        run.close()
+
+
 # ------------------------------------------------------------------------- random requests, twice
 
 EXAMPLES = 200
@@ -340,7 +490,7 @@ PERMS = (
 )
 VALUES = (b"", b"1", b"2", b"n\0ul", b"v" * 1990, b"v" * 2020)
 MORTAL = 9
-"""The domain which comes and goes."""
+"""The domain that comes and goes."""
 
 FIRST: Scenario = (
     Create(MORTAL),
@@ -356,13 +506,12 @@ FIRST: Scenario = (
     *(Ask("guest", protocol.watch(path, b"t")) for path in (b"/w", b"data", b"data/a")),
     *(Ask("guest", protocol.watch(path, b"u")) for path in (b"/w/a", b"@releaseDomain")),
 )
-"""Nodes of all owners and watches of all kinds, so that most steps have something to tell."""
+"""Nodes of all owners and watches of all kinds, so most steps cause events."""
 
 
 @dataclass(frozen=True)
 class Random:
-    """A request, in one of the transactions which the connection has open then, if any: `tx` picks
-    it (None: outside)."""
+    """A request.  `tx` picks one of the transactions that the connection has open (None: none)."""
 
     who: str
     request: tuple[int, bytes]
@@ -371,11 +520,11 @@ class Random:
 
 @dataclass(frozen=True)
 class LifeOrDeath:
-    """MORTAL begins to exist, or ceases to."""
+    """MORTAL starts to exist, or ends."""
 
 
 def survivable(permissions: tuple[bytes, str]) -> bool:
-    """xenstored loses its root, and everything, when the domain dies which owns it."""
+    """When the domain that owns the root ends, xenstored loses its whole store."""
     path, perms = permissions
     return path != b"/" or perms[1:2] != str(MORTAL)
 
@@ -438,7 +587,7 @@ class Side:
         self._run.close()
 
     def step(self, step: Random | LifeOrDeath) -> object:
-        """What is to be the same on both sides: the reply, and the events of each connection."""
+        """The reply and the events of each connection, which must agree on both sides."""
         seen: object = None
         if isinstance(step, Random):
             seen = self._ask(step)
@@ -471,7 +620,7 @@ class Side:
         return reply
 
     def _listing(self, payload: bytes, tx_id: int, reply: bytes) -> object:
-        """A part of a listing, and whether the generation is another than the last one outside of
+        """A part of a listing, and whether the generation differs from the last one outside of
         transactions.  The numbers themselves mean nothing."""
         generation, _, names = reply.partition(b"\0")
         path = payload.partition(b"\0")[0]

@@ -1,22 +1,25 @@
-"""The embedded store as a server: sockets, their ends, and clients which do not read.
+"""The embedded store as a server: sockets, the end of connections, and clients that do not read.
 
-Everything runs in one trio loop, with clients of its own; each test is bounded by TIMEOUT.
+The store and its clients run in one trio loop.  TIMEOUT bounds each test.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 import stat
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 
+from xsfs.embedded import server
 from xsfs.embedded.client_connection import OUTPUT_HIGH, OUTPUT_MAX
 from xsfs.embedded.server import EmbeddedStore
 from xsfs.xenstore import protocol
@@ -55,7 +58,7 @@ class Client:
             if not data:
                 return None
             self._parser.feed(data)
-            self._received.extend(Message(*fields) for fields in self._parser.messages())
+            self._received.extend(self._parser.messages())
         return self._received.popleft()
 
     async def ask(self, request: Request) -> bytes | str:
@@ -118,7 +121,7 @@ def test_serve_ends_all_it_started() -> None:
     run(test)
 
 
-def test_arguments_which_are_no_single_string() -> None:
+def test_arguments_that_are_no_single_string() -> None:
     async def test() -> None:
         async with serving() as store:
             client = Client(store.connect())
@@ -189,10 +192,57 @@ def test_a_request_too_long_ends_the_connection_and_no_other() -> None:
     run(test)
 
 
-# ---------------------------------------------------------------------------- who does not read
+# -------------------------------------------------------------------------------------- fairness
 
 
-def test_who_does_not_read_replies_is_not_served_further() -> None:
+def test_clients_that_flood_leave_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading of the clock takes as long as a fifth of the time that one round may last."""
+    ticks = itertools.count(0.0, server.TURN / 5)
+    monkeypatch.setattr(server, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+
+    async def test() -> None:
+        async with serving() as store:
+            op, body = protocol.write(b"/flood", b"x")
+            flood = protocol.encode(op, 5, 0, body) * 2000
+            reply = len(protocol.encode(op, 5, 0, b"OK\0"))
+            sockets = [store.connect() for _ in range(4)]
+            other = Client(store.connect())
+
+            def replies() -> int:
+                """How many requests the store has handled since the last call."""
+                received = 0
+                for sock in sockets:
+                    with suppress(BlockingIOError):
+                        received += len(sock.recv(1 << 20))
+                return received // reply
+
+            for sock in sockets:
+                assert sock.send(flood) > 1000 * reply
+            for _ in range(20):
+                assert await other.ask(protocol.read(b"/tool")) == b""
+                # A round in which the request came, the round of its reply, and what trio does
+                # between the reply and this task.
+                assert 0 < replies() <= 4 * 3 * 3
+
+    run(test)
+
+
+def test_a_report_does_not_wait_for_a_reader_of_a_fifo(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving() as store:
+            client = Client(store.connect())
+            os.mkfifo(tmp_path / "fifo")
+            payload = b"memreport\0%b\0" % os.fsencode(tmp_path / "fifo")
+            assert await client.ask(Request(Op.CONTROL, payload)) == "EINVAL"
+            assert await client.ask(Request(Op.CONTROL, b"memreport\0")) == b"OK\0"
+
+    run(test)
+
+
+# ---------------------------------------------------------------------------- clients that do not read
+
+
+def test_a_client_that_does_not_read_replies_is_not_served_further() -> None:
     async def test() -> None:
         async with serving() as store:
             sock = store.connect()
@@ -201,7 +251,7 @@ def test_who_does_not_read_replies_is_not_served_further() -> None:
             op, body = protocol.read(b"/a")
             request = protocol.encode(op, 1, 0, body)
             sent = refusals = 0
-            # What is taken is bounded by what sockets hold, and is less than this many requests.
+            # The store takes fewer requests than this; the buffers of the sockets bound their number.
             while refusals < 100:
                 assert sent < OUTPUT_HIGH + (4 << 20)
                 try:
@@ -219,7 +269,7 @@ def test_who_does_not_read_replies_is_not_served_further() -> None:
     run(test)
 
 
-def test_who_does_not_read_events_is_dropped_and_delays_nobody() -> None:
+def test_a_client_that_does_not_read_events_is_dropped_and_delays_no_other() -> None:
     async def test() -> None:
         async with serving() as store:
             slow, writer, other = (Client(store.connect()) for _ in range(3))
@@ -336,7 +386,7 @@ def test_introduce_makes_a_domain() -> None:
     run(test)
 
 
-def test_quotas_are_a_domain_s_however_many_connections_it_has() -> None:
+def test_quotas_hold_for_a_domain_however_many_connections_it_has() -> None:
     async def test() -> None:
         async with serving() as store:
             clients = [Client(store.connect(7)) for _ in range(12)]
@@ -396,7 +446,7 @@ def test_listen_for_a_guest(tmp_path: Path) -> None:
     run(test)
 
 
-def test_listen_replaces_what_nobody_listens_on(tmp_path: Path) -> None:
+def test_listen_replaces_a_socket_file_without_a_listener(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)

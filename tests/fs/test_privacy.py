@@ -1,4 +1,4 @@
-"""Ring: values are secrets, and the log never has them, not even with -d."""
+"""Values are secrets: the log never has them, not even with -d."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_no_value_is_logged(tmp_path: Path) -> None:
     with mounted(["-d", "-o", "root=/", "embedded"], tmp_path / "m") as mount:
         _use_the_secret(mount)
         log = mount.stderr
-    # The operations are there, and only their lengths.
+    # The log has the operations, and only the lengths of the values.
     assert f"write /tool/vnc 0 {len(SECRET) + 1} bytes: ok" in log
     assert f"setxattr /tool/vnc 'user.xs.value' {len(SECRET)} bytes" in log
     assert "read /tool/vnc 0" in log

@@ -402,8 +402,11 @@ def test_modes(place: Place, mount: Mount, box: Path, witness: XsClient) -> None
     os.chmod(box / "f", 0o600)
     os.utime(box / "f", (1, 1))
     os.chown(box / "f", os.getuid(), os.getgid())
+    os.chmod(box / "f", 0o644)
+    os.chmod(box / "f", 0o755)
+    assert stat.filemode((box / "f").stat().st_mode) == "-rw-------"
     with fails(errno.EPERM):
-        os.chmod(box / "f", 0o644)
+        os.chmod(box / "f", 0o4755)
     with fails(errno.EPERM):
         os.chown(box / "f", 1234, -1)
     if place.guest:
@@ -447,7 +450,7 @@ def test_extended_attributes(place: Place, mount: Mount, box: Path, witness: XsC
     for text in (f"n{me},r0", f"n{me} w0", f"b{me}"):
         os.setxattr(file, "user.xs.perms", text.encode())
         assert ",".join(witness.get_perms(path)) == text.replace(" ", ",")
-    for bad in (b"", b"x0", b"n", b"n0,,q1", b"r-1", b"n0;r1", b"n99999999999", b"\xff"):
+    for bad in (b"", b"x0", b"n", b"n0,,q1", b"r--1", b"n0;r1", b"n99999999999", b"\xff"):
         with fails(errno.EINVAL):
             os.setxattr(file, "user.xs.perms", bad)
     assert ",".join(witness.get_perms(path)) == f"b{me}"

@@ -1,11 +1,11 @@
-"""What a Xenstore daemon does, as one table of scenarios.
+"""The behaviour of Xenstore daemons as one table of scenarios.
 
-A scenario is a name and steps.  Each runs on a store of its own, in which domains 7 and 8 exist and
-have homes (`HOMES`), so scenarios may do what they like.  Where the daemons differ, a step says
-`Differs(c=..., ocaml=...)`; the embedded store does what the C daemon does.
+A scenario is a name and steps.  Each scenario has a new store, in which domains 7 and 8 exist and
+have homes (`HOMES`).  If the daemons differ, a step has `Differs(c=..., ocaml=...)`; the embedded
+store behaves like the C daemon.
 
-Who speaks is named by CONNECTIONS.  A connection is opened when it is first used; what a scenario
-does not expect (an event, above all) is an error: at the end no connection may have events left.
+CONNECTIONS names the clients.  The first step of a client opens its connection.  An unexpected event
+is an error: at the end of a scenario no connection may have events left.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Differs(Generic[T]):
-    """What the C daemon, and with it the embedded store, does, and what the OCaml daemon does."""
+    """The behaviour of the C daemon and the embedded store, and that of the OCaml daemon."""
 
     c: T
     ocaml: T
@@ -72,9 +72,9 @@ CONNECTIONS: Final = {"dom0": 0, "second": 0, "guest": 7, "other": 8}
 
 @dataclass(frozen=True)
 class Ask:
-    """One request and its reply.  The header of the reply repeats the request's.
+    """One request and its reply.  The reply's header repeats the request's.
 
-    `tx` names the transaction it belongs to, `starts` the one that its reply begins."""
+    `tx` names the request's transaction, `starts` the transaction that the reply starts."""
 
     who: str
     request: Request | tuple[int, bytes]
@@ -95,7 +95,7 @@ class Many:
 
 @dataclass(frozen=True)
 class Told:
-    """All events which a connection has got since it was last asked, in their order."""
+    """All events of a connection since its last `Told`, in their order."""
 
     who: str
     events: tuple[Event, ...] | Differs[tuple[Event, ...]]
@@ -103,7 +103,7 @@ class Told:
 
 @dataclass(frozen=True)
 class Order:
-    """A request which causes one event for who sends it: which of the two comes first?"""
+    """A request that causes one event for its sender: does the event or the reply come first?"""
 
     who: str
     request: Request
@@ -112,8 +112,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Oversize:
-    """A request of 4097 bytes.  Either the connection ends, or there is an answer (and then the
-    rest is taken for the next request, so nothing more can be done with it)."""
+    """A request of 4097 bytes.  Either the connection ends, or the daemon replies.
+
+    In the second case the daemon takes the rest for the next request, so the connection is of no
+    more use."""
 
     who: str
     ends: bool | Differs[bool]
@@ -121,7 +123,7 @@ class Oversize:
 
 @dataclass(frozen=True)
 class Create:
-    """The domain exists from now on, and is introduced."""
+    """The domain exists and is introduced from now on."""
 
     domid: int
 
@@ -140,7 +142,7 @@ class DestroyTarget:
 
 @dataclass(frozen=True)
 class Close:
-    """The connection is closed; when it is used again, it is a new one."""
+    """Close the connection.  A later step opens a new one."""
 
     who: str
 
@@ -164,7 +166,7 @@ def end(
 
 
 def set_perms(path: bytes, perms: str) -> Request:
-    """Also permissions of which the client knows that no daemon takes them."""
+    """Unlike the client's, it also accepts permissions that every daemon rejects."""
     entries = b"".join(entry.encode() + b"\0" for entry in perms.split())
     return Request(Op.SET_PERMS, path + b"\0" + entries)
 
@@ -181,7 +183,7 @@ def home(domid: int) -> tuple[Step, ...]:
 
 
 HOMES: Final[Scenario] = (*home(7), *home(8))
-"""What every scenario finds."""
+"""The first steps of every scenario."""
 
 read, write, mkdir, rm, directory = (
     protocol.read,
@@ -199,7 +201,7 @@ get_perms, watch, unwatch, part = (
 
 
 def node(path: bytes, perms: str, value: bytes = b"") -> tuple[Ask, Ask]:
-    """dom0 makes a node with these permissions."""
+    """dom0 creates a node with these permissions."""
     return Ask("dom0", write(path, value)), Ask("dom0", set_perms(path, perms))
 
 
@@ -261,7 +263,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("guest", directory(b"data"), Differs(names("ab"), names("ab", "abc"))),
     ),
     # -- names
-    "which paths there can be": (
+    "valid paths": (
         Ask("dom0", write(b"/aZ09-_@/@x", b"")),
         Ask("dom0", directory(b"/aZ09-_@"), names("@x")),
         *(
@@ -294,7 +296,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("guest", directory(b"/"), EACCES),
         Ask("guest", (Op.RM, b"/\0"), EACCES),
     ),
-    "what a fresh store has": (
+    "a fresh store": (
         Ask("dom0", directory(b"/tool"), names("xenstored")),
         Ask("dom0", directory(b"/tool/xenstored"), b""),
         Ask("dom0", get_perms(b"/tool/xenstored"), names("n0")),
@@ -315,7 +317,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         # name of whatever error was last.
     ),
     # -- listings
-    "children are listed as they were made": (
+    "children are listed in the order of their creation": (
         *(Ask("dom0", mkdir(b"/l/" + name)) for name in (b"b", b"c", b"a")),
         Ask("dom0", directory(b"/l"), Differs(names("b", "c", "a"), names("a", "b", "c"))),
         Ask("dom0", rm(b"/l/b")),
@@ -389,7 +391,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         *(Ask("dom0", (op, b"/\0"), ENOSYS) for op in (15, 16, 20, 23, 1000)),
         Ask("guest", (20, b"/\0"), ENOSYS),
     ),
-    "what a guest may not ask for": (
+    "requests that a guest must not send": (
         Ask("guest", (Op.INTRODUCE, b"9\x001\x001\0"), EACCES),
         Ask("guest", (Op.RELEASE, b"8\0"), EACCES),
         Ask("guest", (Op.RESUME, b"8\0"), EACCES),
@@ -402,7 +404,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("dom0", (Op.CONTROL, b"print\0"), Differs[Reply](EINVAL, OK)),
         Ask("dom0", (Op.CONTROL, b"nonsense\0"), Differs[Reply](EINVAL, OK)),
     ),
-    "arguments which are missing": (
+    "missing arguments": (
         Ask("dom0", (Op.WRITE, b"/a"), EINVAL),
         Ask("dom0", (Op.WATCH, b"/a\0"), EINVAL),
         Ask("dom0", (Op.WATCH, b"/a\0token\0depth\0"), EINVAL),
@@ -420,7 +422,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("second", read(b"/v"), b"x" * 2048),
     ),
     # -- writing and removing
-    "writing makes the parents, and tells of the last node only": (
+    "writing creates the parents, and makes an event for the last node only": (
         Ask("second", watch(b"/w", b"t")),
         told("second", ("/w", "t")),
         Ask("dom0", write(b"/w/a/b", b"1")),
@@ -429,7 +431,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         told("second", ("/w/c/d", "t")),
         Ask("dom0", read(b"/w/a"), b""),
     ),
-    "MKDIR of what is there": (
+    "MKDIR of an existing node": (
         Ask("dom0", write(b"/m", b"1")),
         Ask("second", watch(b"/m", b"t")),
         told("second", ("/m", "t")),
@@ -438,7 +440,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         told("second"),
         Ask("guest", mkdir(b"name"), EACCES),
     ),
-    "RM of what is not there": (
+    "RM of a missing node": (
         Ask("dom0", rm(b"/missing")),
         Ask("dom0", rm(b"/missing/below"), ENOENT),
         Ask("guest", rm(b"data/missing")),
@@ -463,7 +465,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("guest", write(b"/e", b"1"), EACCES),
     ),
     # -- permissions
-    "who may not even know": (
+    "nodes that a guest may not read": (
         *node(b"/p/hidden", "n0"),
         Ask("guest", read(b"/p/hidden"), EACCES),
         Ask("guest", read(b"/p/missing"), Differs(EACCES, ENOENT)),
@@ -500,7 +502,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("guest", read(b"/p/first"), EACCES),
         Ask("guest", read(b"/p/second"), b"v"),
     ),
-    "who owns what a guest makes": (
+    "the owner of a node that a guest creates": (
         *node(b"/p", "n0 b7 r8"),
         Ask("guest", write(b"/p/new/er", b"1")),
         Ask(
@@ -524,7 +526,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("dom0", set_perms(b"/local/domain/7/data", "n7x"), EINVAL),
         Ask("dom0", set_perms(b"/local/domain/7/data", "n99"), Differs[Reply](ENOENT, OK)),
     ),
-    "permissions for domains which do not exist": (
+    "permissions for domains that do not exist": (
         *node(b"/p", "n0 r99"),
         Ask("dom0", get_perms(b"/p"), names("n0", "r99")),
         Ask("dom0", set_perms(b"/p", "n0 r-1"), OK),
@@ -645,7 +647,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         told("dom0", ("/w", "t")),
         Order("dom0", write(b"/w", b"1"), event_first=Differs(True, False)),
     ),
-    "the same watch twice": (
+    "a watch set twice": (
         Ask("dom0", watch(b"/w", b"t")),
         Ask("dom0", watch(b"/w", b"t"), EEXIST),
         Ask("dom0", watch(b"/w", b"u")),
@@ -666,7 +668,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("second", write(b"/w", b"1")),
         told("dom0"),
     ),
-    "which paths can be watched": (
+    "paths that can be watched": (
         *(Ask("dom0", watch(path, b"t"), EINVAL) for path in (b"", b"/a//b", b"/a/", b"/a.b")),
         Ask("dom0", watch(b"/" + LONG_NAME + b"n", b"t"), Differs[Reply](EINVAL, OK)),
         Told("dom0", Differs((), (("/" + LONG_NAME.decode() + "n", "t"),))),
@@ -702,7 +704,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("second", write(b"/local/domain/0/a/b", b"")),
         told("dom0", ("a", "t"), ("a/b", "t")),
     ),
-    "removal tells each watch of an existing node, the deepest first": (
+    "removal fires the watches of each existing node, the deepest first": (
         Ask("dom0", write(b"/w/a/b", b"")),
         Ask("dom0", write(b"/w/c", b"")),
         Ask("second", watch(b"/w/a/b", b"b")),
@@ -739,7 +741,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("dom0", set_perms(b"/w", "n0")),
         told("second", ("/w", "t"), ("/w", "t")),
     ),
-    "guests are told what they may read": (
+    "guests get the events of nodes that they may read": (
         *node(b"/w", "n0"),
         *node(b"/w/mine", "n0 r7"),
         Ask("guest", watch(b"/w", b"t")),
@@ -755,7 +757,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("dom0", set_perms(b"/w/mine", "n0 r7")),
         told("guest", ("/w/mine", "t")),
     ),
-    "guests are told what they may not read, if they may read its parent": (
+    "guests get the events of nodes whose parent they may read": (
         *node(b"/w", "n0 r7"),
         *node(b"/w/hidden", "n0"),
         Ask("guest", watch(b"/w/hidden", b"t")),
@@ -765,7 +767,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("dom0", rm(b"/w/hidden")),
         told("guest", ("/w/hidden", "t")),
     ),
-    "events which are too long are not sent": (
+    "events that are too long are not sent": (
         Ask("dom0", watch(b"/w", b"t" * 4000)),
         told("dom0", ("/w", "t" * 4000)),
         Ask("second", write(b"/w/" + b"x" * 92, b"")),
@@ -787,7 +789,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         end("dom0", commit=False),
         told("dom0", ("/w", "t")),
     ),
-    "the same event for two watches": (
+    "one event for two watches": (
         Ask("dom0", watch(b"/w", b"t")),
         Ask("dom0", watch(b"/w/a", b"t")),
         told("dom0", ("/w", "t"), ("/w/a", "t")),
@@ -837,7 +839,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         told("second", ("/t", "t")),
         end("dom0", Differs(ENOENT, Error("EIO"))),
     ),
-    "transactions which there are not": (
+    "unknown transactions": (
         start("dom0"),
         Ask("second", read(b"/tool"), Differs(ENOENT, Error("EIO")), tx="t"),
         Ask("dom0", protocol.transaction_start(), EBUSY, tx="t"),
@@ -878,7 +880,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("dom0", read(b"/t"), b"0", tx="t"),
         end("dom0", Differs[Reply](EAGAIN, OK)),
     ),
-    "a node is fixed when it is first touched": (
+    "a transaction copies a node when it first accesses the node": (
         Ask("dom0", write(b"/t/a", b"0")),
         Ask("dom0", write(b"/t/b", b"0")),
         start("dom0"),
@@ -887,7 +889,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("dom0", read(b"/t/b"), Differs(b"1", b"0"), tx="t"),
         end("dom0"),
     ),
-    "a missing node which has been made since": (
+    "a missing node that was created since": (
         start("dom0"),
         Ask("dom0", read(b"/t"), ENOENT, tx="t"),
         Ask("second", write(b"/t", b"1")),
@@ -909,7 +911,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         end("dom0", Differs[Reply](EAGAIN, OK)),
         Ask("dom0", read(b"/t/a/b"), Differs[Reply](ENOENT, b"1")),
     ),
-    "a tree changed which a transaction removes": (
+    "a tree that changes while a transaction removes it": (
         Ask("dom0", write(b"/t/a/b", b"")),
         start("dom0"),
         Ask("dom0", rm(b"/t/a"), tx="t"),
@@ -917,7 +919,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         end("dom0", Differs[Reply](EAGAIN, OK)),
         Ask("dom0", directory(b"/t"), Differs(names("a"), b"")),
     ),
-    "a child made anew in a list which was fixed before": (
+    "a child created again in a list that a transaction has copied before": (
         Ask("dom0", write(b"/t/a", b"")),
         Ask("dom0", write(b"/t/b", b"")),
         start("dom0"),
@@ -1070,7 +1072,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         told("dom0", ("@releaseDomain", "r")),
         told("guest", ("@releaseDomain", "r")),
     ),
-    "the death of a domain": (
+    "the end of a domain": (
         Create(9),
         *node(b"/a", "n0"),
         *node(b"/a/x", "n9 r7"),
@@ -1097,7 +1099,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("dom0", get_perms(b"/c"), Differs(names("n0", "r9"), names("n0"))),
         Ask("dom0", protocol.is_domain_introduced(9), b"F\0"),
     ),
-    "permissions of the dead do not come back to life": (
+    "a new domain does not inherit the permissions of its predecessor": (
         Ask("dom0", write(b"/elsewhere", b"")),
         *node(b"/c", "n0 r8", b"v"),
         Ask("other", read(b"/c"), b"v"),
@@ -1124,7 +1126,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("dom0", protocol.is_domain_introduced(8), b"F\0"),
         Ask("dom0", read(b"/local/domain/8/data"), ENOENT),
     ),
-    "INTRODUCE of a domain which is introduced": (
+    "INTRODUCE of an introduced domain": (
         Ask("dom0", watch(b"@introduceDomain", b"i")),
         told("dom0", ("@introduceDomain", "i")),
         Ask("dom0", protocol.domain_request(Op.INTRODUCE, 7, 4103, 1)),

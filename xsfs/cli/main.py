@@ -49,7 +49,7 @@ _ACTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
 """The flags that are not switches."""
 
 
-class _Parser(argparse.ArgumentParser):
+class _MountParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
@@ -68,7 +68,7 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Comman
 
     helper      called by mount(8), where -f means `pretend`
     """
-    parser = _Parser(
+    parser = _MountParser(
         prog="xsfs",
         usage=USAGE,
         description=DESCRIPTION,

@@ -128,7 +128,8 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                 view = await _view(options, store)
                 async with _mirror(options, connect, view) as mirror:
                     about = {"store": _source(options), "daemon": await _daemon(options, store)}
-                    operations = _operations(options, view, mirror, background_tasks, about)
+                    transactions = Transactions(background_tasks, view, options.tx_timeout)
+                    operations = _operations(options, view, mirror, transactions, about)
                     _fuse_mount(operations, options)
                     try:
                         ready()
@@ -139,7 +140,7 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                             ended.append(serving)
                             await _answer_the_kernel()
                     finally:
-                        await _unmount(operations, view)
+                        await _unmount(operations, transactions, view)
     return was_ready
 
 
@@ -155,10 +156,11 @@ def _source(options: Options) -> str:
     return options.source
 
 
-async def _unmount(operations: Operations, view: View) -> None:
+async def _unmount(operations: Operations, transactions: Transactions, view: View) -> None:
     notify(STOPPING)
     with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
         await operations.end(view)
+        await transactions.roll_back_all()
     pyfuse3.close(unmount=True)
 
 
@@ -303,7 +305,7 @@ def _operations(
     options: Options,
     view: View,
     mirror: Mirror | None,
-    background_tasks: trio.Nursery,
+    transactions: Transactions,
     about: Mapping[str, str],
 ) -> Operations:
     """The tree over the store, with nothing mounted yet.
@@ -333,7 +335,6 @@ def _operations(
         options.ownership, counters, allow_other=options.allow_other, visible=options.visible
     )
     table.mirror = mirror
-    transactions = Transactions(background_tasks, view, options.tx_timeout)
     table.add_root(MountRoot(table, view, transactions))
     operations = Operations(table, store.drop_connection)
     return operations

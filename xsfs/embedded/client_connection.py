@@ -4,12 +4,12 @@ The task that reads a `ClientConnection` owns it.  Any task that serves a reques
 for any connection (`queue_event`) and `flush` it, because an event goes to every watcher.  All of
 that is synchronous.  While the socket does not accept everything, only one task (`_drain`) sends.
 
-What always holds:
+Invariants:
 
 - The output is bounded.  At OUTPUT_HIGH bytes the store stops serving the connection's requests
   until the client has read its replies.  Events come from other clients' requests, which must not
   wait: past OUTPUT_MAX bytes the store closes the connection.  (xenstored keeps any number of events
-  for a socket, and drops events that a guest does not read within 20 s.)
+  for a socket.  It drops events that a guest does not read within 20 s.)
 - No event is queued twice at one time, except special ones.  An event that the kernel has accepted
   no longer counts as queued, because the client may have acted on it.
 """
@@ -122,8 +122,13 @@ class ClientConnection:
         self.queue_reply(protocol.Op.WATCH_EVENT, 0, 0, payload)
 
     @property
+    def unsent(self) -> int:
+        """The bytes of output that the socket has not accepted."""
+        return len(self._out)
+
+    @property
     def full(self) -> bool:
-        return len(self._out) >= OUTPUT_HIGH
+        return self.unsent >= OUTPUT_HIGH
 
     def flush(self) -> None:
         """Send what the socket accepts without waiting, and let a task send the rest."""

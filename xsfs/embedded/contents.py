@@ -9,7 +9,7 @@ from xsfs.embedded.domains import DOM0
 from xsfs.embedded.record import home_of
 
 NewNode = tuple[bytes, bytes, list[bytes] | None]
-"""Path, value, and permissions (None: those of the parent)."""
+"""Path, value, and permissions (None: inherited from the parent)."""
 
 
 def _below(base: bytes, entries: dict[str, str], perms: list[bytes] | None = None) -> list[NewNode]:

@@ -6,7 +6,7 @@ from two threads.  The database reports each change by calling `changed` in the 
 `changed` may only query `Domains`.  A refused request (`Refused`) has changed no node.  Only in a
 transaction a refused request may leave marks, and then the transaction cannot succeed.
 
-What always holds:
+Invariants:
 
 - `_records` maps the absolute path of each node to its record.  Each node but the root is among its
   parent's children, and each child is in `_records`.
@@ -61,6 +61,10 @@ class Database:
         perms = self.domains.resolve((PermissionEntry(DOM0, 0),))
         self._place(ROOT, Record(b"", perms), None)
         self._create(DOM0, b"/tool/xenstored", b"", None)
+
+    @property
+    def node_count(self) -> int:
+        return len(self._records)
 
     # -- finding a node
 

@@ -34,8 +34,10 @@ RELEASE_DOMAIN: Final = b"@releaseDomain"
 
 @dataclass(slots=True)
 class Quotas:
-    """What a domain other than 0 may use.  As in xenstored, a domain may have one watch and one
-    transaction more than its quota."""
+    """The limits for a domain other than 0.
+
+    As in xenstored, a domain may have one watch and one transaction more than its quota.
+    """
 
     nodes: int = 1000
     watches: int = 128

@@ -1,6 +1,6 @@
 """One node of the embedded store: the rules for its path, and its record.
 
-Nothing here knows a database: the rules are those of C xenstored 4.17.  A record lists its children
+Nothing here knows a database.  The rules follow C xenstored 4.17.  A record lists its children
 in the order of their creation, because xenstored lists them in that order.
 """
 
@@ -155,10 +155,10 @@ def format_perms(perms: Perms) -> bytes:
 class Record:
     """The value, permissions and children of one node.
 
-    `generation` is the number of the node's last change; whoever changes a record sets it.
+    `generation` is the number of the node's last change.  The database sets it.
 
     A transaction keeps copies of records.  A copy shares `children` with the original until one of
-    the two changes them, so a copy of a record of any size costs the same.
+    the two changes them, so copying takes no longer for many children than for few.
 
     `children` has the names as its values.  The key is the name, too, unless the record lists the
     name twice.  As in xenstored, that happens in a transaction when another client has removed a

@@ -11,7 +11,9 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from xsfs.embedded import control
 from xsfs.embedded.client_connection import ClientConnection, RegisteredWatch, WatchTable
+from xsfs.embedded.control import OK, MemoryReport
 from xsfs.embedded.database import Database
 from xsfs.embedded.domains import DOM0, DOMID_LIMIT, Change
 from xsfs.embedded.record import (
@@ -29,9 +31,9 @@ from xsfs.xenstore.protocol import Op
 
 log = logging.getLogger(__name__)
 
-OK: Final = b"OK\0"
-
-_Handler = Callable[["Requests", ClientConnection, bytes, DatabaseTransaction | None], bytes]
+_Handler = Callable[
+    ["Requests", ClientConnection, bytes, DatabaseTransaction | None], bytes | MemoryReport
+]
 
 
 def _one_string(payload: bytes) -> bytes:
@@ -52,10 +54,16 @@ class Requests:
         self._watches = WatchTable()
         self.database = Database(self._fire_watches)
 
-    def serve(self, connection: ClientConnection, request: protocol.Message) -> None:
+    def serve(self, connection: ClientConnection, request: protocol.Message) -> MemoryReport | None:
+        """Handle one request.
+
+        If it returns a report, the caller must write the report and queue the reply.
+        """
         op, req_id, tx_id, payload = request
         try:
             reply = self._handle(connection, op, tx_id, payload)
+            if isinstance(reply, MemoryReport):
+                return reply
             if len(reply) > protocol.PAYLOAD_MAX:
                 raise Refused("E2BIG")
         except Refused as refused:
@@ -69,8 +77,11 @@ class Requests:
             # The first event of the new watch follows the reply.
             watch = next(reversed(connection.watches.values()))
             watch.fire(watch.path)
+        return None
 
-    def _handle(self, connection: ClientConnection, op: int, tx_id: int, payload: bytes) -> bytes:
+    def _handle(
+        self, connection: ClientConnection, op: int, tx_id: int, payload: bytes
+    ) -> bytes | MemoryReport:
         found = _HANDLERS.get(op)
         if found is None:
             raise Refused("ENOSYS")
@@ -323,17 +334,8 @@ class Requests:
 
     def _control(
         self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        match _all_strings(payload):
-            case [b"help"]:
-                return b"check\t\nprint\t<string>\nhelp\t\n\0"
-            case [b"print", text]:
-                log.info("control: %s", text.decode("ascii", "backslashreplace"))
-                return OK
-            case [b"check"]:
-                return OK
-            case _:
-                raise Refused("EINVAL")
+    ) -> bytes | MemoryReport:
+        return control.run(self.database, self.connections, _all_strings(payload))
 
 
 _PRIVILEGED: Final = 1

@@ -18,20 +18,24 @@ import logging
 import os
 import socket
 import stat
+import time
 from typing import Final
 
 import trio
 
 from xsfs.embedded.client_connection import ClientConnection
 from xsfs.embedded.contents import create_nodes, dom0_nodes, guest_nodes
+from xsfs.embedded.control import OK, MemoryReport
 from xsfs.embedded.domains import DOM0
 from xsfs.embedded.requests import Requests
 from xsfs.xenstore import protocol
+from xsfs.xenstore.protocol import Op
 
 log = logging.getLogger(__name__)
 
 RECEIVE: Final = 64 << 10
-BURST: Final = 128
+TURN: Final = 0.0005
+"""Seconds.  All connections with received requests share this time for one turn of each."""
 BACKLOG: Final = 128
 
 
@@ -42,6 +46,8 @@ class EmbeddedStore:
         self._database = self._requests.database
         self._dirty: set[ClientConnection] = set()
         """The connections whose new output no task has tried to send yet."""
+        self._busy = 0
+        """The number of connections whose tasks handle received requests."""
         self._nursery: trio.Nursery | None = None
         if populate:
             create_nodes(self._database, dom0_nodes())
@@ -182,19 +188,44 @@ class EmbeddedStore:
                 return
 
     async def _serve_requests(self, connection: ClientConnection, parser: protocol.Parser) -> None:
-        served = 0
+        self._busy += 1
+        turn_end = self._turn_end()
         try:
-            for fields in parser.messages():
-                self._requests.serve(connection, protocol.Message(*fields))
-                served += 1
+            for request in parser.messages():
+                report = self._requests.serve(connection, request)
+                if report is not None:
+                    await self._write_report(connection, request, report)
                 if connection.full:
                     self._flush()
                     await connection.drain()
-                elif served % BURST == 0:
+                elif time.perf_counter() < turn_end:
+                    continue
+                else:
                     self._flush()
                     await trio.lowlevel.checkpoint()
+                turn_end = self._turn_end()
         finally:
+            self._busy -= 1
             self._flush()
+
+    def _turn_end(self) -> float:
+        return time.perf_counter() + TURN / self._busy
+
+    @staticmethod
+    async def _write_report(
+        connection: ClientConnection, request: protocol.Message, report: MemoryReport
+    ) -> None:
+        """Write the report and queue the reply.
+
+        The file may be on a slow disk, or in a mount that this thread serves.
+        """
+        op, payload = request.op, OK
+        try:
+            await trio.to_thread.run_sync(report.write, abandon_on_cancel=True)
+        except OSError as error:
+            log.warning("cannot write a memory report: %s", error)
+            op, payload = Op.ERROR, b"EINVAL\0"
+        connection.queue_reply(op, request.req_id, request.tx_id, payload)
 
     def _flush(self) -> None:
         while self._dirty:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from pyfuse3 import EntryAttributes
+from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
@@ -63,6 +63,7 @@ class ValueFile(XenstoreNode):
         """What the mount shows of the node now.  Fails with ESTALE if it is no file any more."""
         self.require()
         path = self.path
+        await self.open_files.wait_closed(path)
         state = self.open_files.as_seen(path, await self.view.fetch_one(path))
         if state is None or self.gone or not self.is_of_kind(state):
             refuse(errno.ESTALE)
@@ -272,6 +273,8 @@ class ValueHandle(ReadHandle):
         if not data:
             return 0
         if not self._appends and offset > self._limit:
+            if self.file.debt is not None:
+                self.file.debt.is_refused = True
             refuse(errno.EFBIG)
 
         def overwrite(present: bytes) -> bytes:
@@ -300,12 +303,17 @@ class ValueHandle(ReadHandle):
                 self._change_orphan(change)
                 return
             node.require()
-            if file.debt is not None and not needs_present:
-                result = change(b"")
-                request = protocol.write(file.path, self._value_of(result))
-                await node.view.commands.call(request)
-            else:
-                result = await self._splice(change, as_file=as_file)
+            try:
+                if file.debt is not None and not needs_present:
+                    result = change(b"")
+                    request = protocol.write(file.path, self._value_of(result))
+                    await node.view.commands.call(request)
+                else:
+                    result = await self._splice(change, as_file=as_file)
+            except (FUSEError, XenstoreError):
+                if file.debt is not None:
+                    file.debt.is_refused = True
+                raise
             file.debt = None
         self._content = None
         self._written = result
@@ -370,6 +378,7 @@ class ValueHandle(ReadHandle):
         file, debt = self.file, self.file.debt
         try:
             if debt is not None and debt.holders == {self} and not self.node.view.ended:
+                debt.is_closing = True
                 await self.node.open_files.settle_file(file)
         except StoreError as error:
             # close(2) has long returned.

@@ -129,9 +129,6 @@ class Node(ABC):
         if self.gone or self.view.ended:
             refuse(errno.ESTALE)
 
-    def orphaned(self, file: object) -> None:
-        """Its open file became an orphan."""
-
     def position_of(self, name: bytes) -> tuple[object, ...]:
         """A key that tells a child of this name from all other nodes of the mount."""
         return self.inode, name

@@ -15,7 +15,9 @@ What always holds:
   tells into the state that the mount shows.
 - What another client writes between the open and the close stays: a debt is settled in a transaction, and
   only if the value is still the one that the open found.
-- A write that the store refuses keeps the debt.  A write that it accepts settles it.
+- A write that the store accepts settles the debt.  After a write that it refuses the old value stays, and
+  the next write replaces all of it.
+- After the last close xsfs settles the debt at once, and any later look-up of the path waits for that.
 - When the mount removes or replaces a path, its open file becomes an *orphan*: the handles go on with the
   last content, in memory.  Nothing of it ever reaches the store, and its debt is forgotten.
 - While a task changes an open file (`changing`), no other one does.
@@ -25,11 +27,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import trio
 
-from xsfs.fs.nodes import Handle, Node
+from xsfs.fs.nodes import Handle
 from xsfs.view.names import join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
 from xsfs.xenstore import protocol
@@ -41,29 +43,40 @@ if TYPE_CHECKING:
     from xsfs.fs.inodes import InodeTable
 
 
+class OrphanableNode(Protocol):
+    """The part of a node that its open file needs."""
+
+    gone: bool
+    orphan_file: OpenFile | None
+
+
 class Debt:
     """A truncation or creation that is not carried out yet.
 
     found       the value that the open found; None if there was no node
     holders     the handles whose close settles it
     is_blind    whether the value may not be read, so that it cannot be compared
+    is_refused  whether the store refused a write: then the old value stays until the next write
+    is_closing  whether the last holder has closed, and the debt is being settled
     """
 
-    __slots__ = ("found", "holders", "is_blind")
+    __slots__ = ("found", "holders", "is_blind", "is_closing", "is_refused")
 
     def __init__(self, found: bytes | None, *, is_blind: bool = False) -> None:
         self.found = found
         self.holders: set[Handle] = set()
         self.is_blind = is_blind
+        self.is_refused = False
+        self.is_closing = False
 
     def replaces(self, value: bytes | None) -> bool:
         """Whether the node, which has this value now (None: there is none), counts as empty."""
-        return self.is_blind or value == self.found
+        return (self.is_blind or value == self.found) and not self.is_refused
 
     def as_seen(self, state: NodeState | None) -> NodeState | None:
         """What the mount shows of a node of this state."""
         if state is None:
-            return EMPTY_NODE if self.found is None else None
+            return EMPTY_NODE if self.found is None and not self.is_refused else None
         return state._replace(value=b"") if self.replaces(state.value) else state
 
 
@@ -92,7 +105,7 @@ class OpenFile:
     def __init__(self, path: bytes) -> None:
         self.path = path
         self.handles = 0
-        self.nodes: set[Node] = set()
+        self.nodes: set[OrphanableNode] = set()
         self.debt: Debt | None = None
         self.orphan: Orphan | None = None
         self.is_pinned = False
@@ -135,7 +148,7 @@ class OpenFiles:
         file = self._by_path.get(path)
         return state if file is None else file.as_seen(state)
 
-    def open(self, path: bytes, node: Node) -> OpenFile:
+    def open(self, path: bytes, node: OrphanableNode) -> OpenFile:
         """One more handle."""
         file = self._by_path.get(path)
         if file is None:
@@ -160,6 +173,13 @@ class OpenFiles:
             if file.debt is not None and file.debt.found is None and parent_path(path) == directory
         ]
 
+    async def wait_closed(self, path: bytes) -> None:
+        """If the last handle of this path was just closed, return when its debt is settled."""
+        file = self._by_path.get(path)
+        if file is not None and file.debt is not None and file.debt.is_closing:
+            async with file.changing():
+                pass
+
     async def settle(self, path: bytes) -> None:
         """Carry out what the file at this path owes, if it is open and owes anything."""
         file = self._by_path.get(path)
@@ -182,7 +202,7 @@ class OpenFiles:
     async def settle_file(self, file: OpenFile) -> None:
         async with file.changing():
             debt = file.debt
-            if debt is None or file.orphan is not None:
+            if debt is None or debt.is_refused or file.orphan is not None:
                 return
 
             async def work(commands: Commands) -> Request | None:
@@ -211,7 +231,9 @@ class OpenFiles:
 
     # -------------------------------------------------------------------- removal and renaming
 
-    def orphan(self, path: bytes, node: Node | None, content: bytes, perms: bytes) -> None:
+    def orphan(
+        self, path: bytes, node: OrphanableNode | None, content: bytes, perms: bytes
+    ) -> None:
         """The file at this path was removed or replaced.
 
         node    the inode by which that was done, if the kernel knows it
@@ -224,7 +246,7 @@ class OpenFiles:
         for each in (*file.nodes, node):
             if each is not None:
                 each.gone = True
-                each.orphaned(file)
+                each.orphan_file = file
 
     def move(self, source: bytes, target: bytes) -> None:
         """A subtree was renamed."""

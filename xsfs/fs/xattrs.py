@@ -23,6 +23,9 @@ from xsfs.xenstore.permissions import parse_permissions, perms_text, set_perms
 if TYPE_CHECKING:
     from xsfs.fs.inodes import InodeTable
 
+DOMID_LIMIT: Final = 0xFFFFFFFF
+"""The daemons keep a domid in 32 bits."""
+
 ATTRIBUTE_MAX: Final = 4096
 """No permissions and no value are longer in a request."""
 
@@ -75,10 +78,6 @@ class XenstoreNode(Node):
     def has_dot_value(self, state: NodeState) -> bool:
         """Whether there is a `.value` in this directory."""
         return False
-
-    def orphaned(self, file: object) -> None:
-        assert isinstance(file, OpenFile)
-        self.orphan_file = file
 
     async def getxattr(self, name: bytes) -> bytes:
         attribute = _ATTRIBUTES.get(name)
@@ -137,6 +136,8 @@ async def _set_perms(node: XenstoreNode, value: bytes) -> None:
         # setfattr and scripts may leave a newline or a NUL at the end.
         perms = parse_permissions(value.rstrip(b"\n\0").decode("ascii"))
     except ValueError:
+        refuse(errno.EINVAL)
+    if any(abs(entry.domid) > DOMID_LIMIT for entry in perms):
         refuse(errno.EINVAL)
     if any(entry.is_reserved for entry in perms) and not await node.view.takes_reserved_domids():
         refuse(errno.EINVAL)

@@ -100,7 +100,9 @@ def default_directory(mountpoint: str) -> str:
     above = RUN_DIRECTORY
     if os.geteuid() != 0:
         if "XDG_RUNTIME_DIR" not in os.environ:
-            raise MirrorPlaceError("there is no place for a mirror", "name one: mirror=DIR")
+            raise MirrorPlaceError(
+                "no default directory for the mirror: XDG_RUNTIME_DIR is not set", "use mirror=DIR"
+            )
         above = os.path.join(os.environ["XDG_RUNTIME_DIR"], "xsfs")
     try:
         with suppress(FileExistsError):

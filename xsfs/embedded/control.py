@@ -1,0 +1,124 @@
+"""CONTROL: the commands of `xenstore-control` that the embedded store has.
+
+Nothing here keeps state or waits.  docs/embedded.md lists the commands that only C xenstored has.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from collections.abc import Collection
+from typing import Final, NamedTuple
+
+from xsfs.embedded.client_connection import ClientConnection
+from xsfs.embedded.database import Database
+from xsfs.embedded.domains import Quotas
+from xsfs.embedded.record import Refused, signed, unsigned
+
+log = logging.getLogger(__name__)
+
+OK: Final = b"OK\0"
+
+_HELP: Final = (
+    b"check\t\nmemreport\t[<file>]\nprint\t<string>\nquota\t[set <name> <val>|<domid>]\nhelp\t\n\0"
+)
+
+_QUOTAS: Final = {
+    b"nodes": "Nodes per domain",
+    b"watches": "Watches per domain",
+    b"transactions": "Transactions per domain",
+    b"transaction-nodes": "Max. number of accessed nodes per transaction",
+    b"node-size": "Max. size of a node",
+    b"path-max": "Max. length of a node path",
+    b"permissions": "Max. number of permissions per node",
+}
+"""xenstored's names and descriptions.  For each name `Quotas` has an attribute."""
+
+
+class MemoryReport(NamedTuple):
+    """A text to append to the file `path`."""
+
+    path: bytes
+    text: str
+
+    def write(self) -> None:
+        """Append the text, which may block for any time; OSError if it fails."""
+        # Without O_NONBLOCK, opening a FIFO waits for a reader.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        with open(os.open(self.path, flags, 0o600), "w") as file:
+            file.write(self.text)
+
+
+def run(
+    database: Database, connections: Collection[ClientConnection], strings: list[bytes]
+) -> bytes | MemoryReport:
+    """The payload of the reply; or a report, and the reply is OK once the caller has written it.
+
+    Refused (EINVAL) for an unknown command or wrong arguments, (ENOENT) for an unknown domain.
+    """
+    match strings:
+        case [b"help"]:
+            return _HELP
+        case [b"check"]:
+            return OK
+        case [b"print", text]:
+            log.info("control: %s", text.decode("ascii", "backslashreplace"))
+            return OK
+        case [b"quota"]:
+            return _settings(database.quotas)
+        case [b"quota", b"set", name, value]:
+            return _set_quota(database.quotas, name, signed(unsigned(value)))
+        case [b"quota", domid] if domid != b"set":
+            return _usage(database, unsigned(domid))
+        case [b"memreport"]:
+            # xenstored appends it to its trace file.
+            for line in _memory(database, connections):
+                log.info("memreport: %s", line)
+            return OK
+        case [b"memreport", path]:
+            lines = _memory(database, connections)
+            return MemoryReport(path, "".join(line + "\n" for line in lines))
+        case _:
+            raise Refused("EINVAL")
+
+
+def _attribute(name: bytes) -> str:
+    return name.decode().replace("-", "_")
+
+
+def _settings(quotas: Quotas) -> bytes:
+    lines = [
+        f"{name.decode():<17}: {getattr(quotas, _attribute(name)):>8} {description}\n"
+        for name, description in _QUOTAS.items()
+    ]
+    return "".join(["Quota settings:\n", *lines, "\0"]).encode()
+
+
+def _set_quota(quotas: Quotas, name: bytes, value: int) -> bytes:
+    if value < 1 or name not in _QUOTAS:
+        raise Refused("EINVAL")
+    setattr(quotas, _attribute(name), value)
+    return OK
+
+
+def _usage(database: Database, domid: int) -> bytes:
+    domain = database.domains.known.get(domid)
+    if domain is None:
+        raise Refused("ENOENT")
+    lines = [
+        f"{name:<16}: {getattr(domain, name):>8}\n" for name in ("nodes", "watches", "transactions")
+    ]
+    return "".join([f"Domain {domid}:\n", *lines, "\0"]).encode()
+
+
+def _memory(database: Database, connections: Collection[ClientConnection]) -> list[str]:
+    return [
+        f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss} KiB",
+        f"nodes: {database.node_count}",
+        *(
+            f"connection of domain {connection.domid}: {len(connection.watches)} watches, "
+            f"{len(connection.transactions)} transactions, {connection.unsent} bytes unsent"
+            for connection in connections
+        ),
+    ]
