@@ -140,18 +140,18 @@ async def test_a_child_that_is_looked_up_before_it_is_read(w: World) -> None:
     made = found[1]
     await w.operations.forget([(made.inode, made.lookups)])
     file = (await w.lookup(b"data", b"file")).st_ino
-    known = w.tree.get(file)
+    known = w.table.get(file)
     assert known is not made
     await listed(w, fh)
-    assert w.tree.get(file) is known
+    assert w.table.get(file) is known
     assert known.lookups == 2
     assert made.lookups == FORGOTTEN
 
 
 async def forget(w: World, inode: pyfuse3.InodeT) -> None:
     """The kernel forgets the node."""
-    await w.operations.forget([(inode, w.tree.get(inode).lookups)])
-    assert w.tree.peek(inode) is None
+    await w.operations.forget([(inode, w.table.get(inode).lookups)])
+    assert w.table.peek(inode) is None
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -166,9 +166,9 @@ def test_a_child_that_is_renamed_before_it_is_read(*, forgotten: bool) -> None:
         if forgotten:
             await forget(w, file)
         inode = (await entries_of(w, fh))[b"file"].inode
-        assert w.tree.get(inode).path == b"/local/domain/0/data/file"
+        assert w.table.get(inode).path == b"/local/domain/0/data/file"
         if not forgotten:
-            assert w.tree.get(file).path == b"/local/domain/0/data/new"
+            assert w.table.get(file).path == b"/local/domain/0/data/new"
 
     run()
 
@@ -185,7 +185,7 @@ async def test_a_directory_that_was_renamed_and_is_forgotten_before_it_is_read(w
     inode = (await entries_of(w, fh))[b"new"].inode
     assert inode != old
     await w.operations.rename(data, b"new", data, b"third", cast(Any, 0), ctx())
-    assert w.tree.get(inode).path == b"/local/domain/0/data/third"
+    assert w.table.get(inode).path == b"/local/domain/0/data/third"
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -216,8 +216,8 @@ async def test_a_child_that_is_moved_to_another_directory_before_it_is_read(w: W
     file = (await w.lookup(b"data", b"file")).st_ino
     await w.operations.rename(data, b"file", other, b"file", cast(Any, 0), ctx())
     inode = (await entries_of(w, fh))[b"file"].inode
-    assert w.tree.get(inode).path == b"/local/domain/0/data/file"
-    assert w.tree.get(file).path == b"/local/domain/0/data/other/file"
+    assert w.table.get(inode).path == b"/local/domain/0/data/file"
+    assert w.table.get(file).path == b"/local/domain/0/data/other/file"
 
 
 @pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
@@ -242,7 +242,7 @@ def test_an_empty_directory_that_goes_before_it_is_read(how: str) -> None:
         told = await entries_of(w, fh, told[b"a"].next_id)
         assert list(told) == [b"empty"]
         for entry in told.values():
-            node = w.tree.get(entry.inode)
+            node = w.table.get(entry.inode)
             assert stat.S_IFMT(entry.mode) == node.kind
             assert entry.timeout == node.entry_timeout
 
@@ -309,8 +309,8 @@ async def test_a_listing_in_parts(w: World) -> None:
     first = await entries_of(w, fh, 0, 5)
     assert list(first) == [b".", b"..", b".value", b"0", b"1"]
     known = {entry.inode for entry in first.values()}
-    assert [w.tree.get(inode).lookups for inode in known - {data}] == [1, 1, 1]
-    assert len(w.tree) == 2 + 3, "the root and data, and what was listed"
+    assert [w.table.get(inode).lookups for inode in known - {data}] == [1, 1, 1]
+    assert len(w.table) == 2 + 3, "the root and data, and what was listed"
     rest = await entries_of(w, fh, first[b"1"].next_id)
     assert list(rest) == [b"2", b"3"]
     assert await entries_of(w, fh, 2) == {
@@ -341,10 +341,10 @@ async def test_a_reply_that_fails_in_the_middle_tells_the_kernel_of_nothing(w: W
         for times in (1, 2):
             await refused(errno.EIO, listed(w, fh))
             assert asked == 2 * times
-            assert len(w.tree) == 3, "the root, data, and what was looked up"
-            assert w.tree.get(known.st_ino).lookups == 1
+            assert len(w.table) == 3, "the root, data, and what was looked up"
+            assert w.table.get(known.st_ino).lookups == 1
     assert len(await listed(w, fh)) == 2 + LOOK_WINDOW + 50
-    assert w.tree.get(known.st_ino).lookups == 2
+    assert w.table.get(known.st_ino).lookups == 2
 
 
 @in_world

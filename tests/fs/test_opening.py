@@ -133,4 +133,4 @@ async def test_a_value_is_opened_as_the_node_that_the_tree_has(w: World) -> None
     await w.store.write("data/x/child", "value")
     entry = await w.lookup(b"data", b"x", b".value")
     info = await w.operations.open(entry.st_ino, RDONLY, ctx())
-    assert w.operations._handles.get(info.fh).node is w.tree.get(entry.st_ino)
+    assert w.operations._handles[info.fh].node is w.table.get(entry.st_ino)
