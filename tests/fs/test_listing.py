@@ -1,6 +1,6 @@
-"""Ring: listings in process, over the embedded store, without a kernel.
+"""Listings in process, over the embedded store, without a kernel.
 
-How they are asked for, what the kernel is told, and what may happen between the opening, the parts in
+How xsfs fetches them, what it replies to the kernel, and what may happen between the opening, the parts in
 which a directory is read, and a rewind.
 """
 
@@ -13,8 +13,6 @@ from typing import Any, cast
 
 import pyfuse3
 import pytest
-from xsfs.view.children import Children, LookInside
-from xsfs.view.looks import Look
 
 from tests.support.operating import (
     ROOT,
@@ -27,21 +25,19 @@ from tests.support.operating import (
     refused,
 )
 from xsfs.fs.inodes import FORGOTTEN
-from xsfs.fs.listing import DirectoryHandle
 from xsfs.view.names import join
-from xsfs.view.view import LOOK_WINDOW
+from xsfs.view.view import FETCH_WINDOW, NodeState
 from xsfs.xenstore.errors import ConnectionLost
-from xsfs.xenstore.protocol import WireError
 from xsfs.xenstore.store import open_store
 
 
 @in_world
-async def test_a_listing_asks_one_burst_for_the_names(w: World) -> None:
+async def test_a_listing_is_one_pipeline(w: World) -> None:
     assert await w.costs(lambda: w.operations.opendir(ROOT, ctx())) == 2
 
 
 @in_world
-async def test_a_stat_tells_which_names_to_ask_for(w: World) -> None:
+async def test_a_stat_hints_the_names(w: World) -> None:
     await w.store.write("data/d/x", b"1")
     directory = (await w.lookup(b"data", b"d")).st_ino
     assert await w.costs(lambda: w.operations.getattr(directory, ctx())) == 1
@@ -52,50 +48,57 @@ async def test_a_stat_tells_which_names_to_ask_for(w: World) -> None:
 async def test_a_listing_asks_for_values_only_where_the_kind_depends_on_them(w: World) -> None:
     await w.store.write("data/file", b"value")
     await w.store.mkdir("device")
-    looks: dict[bytes, Look | None] = {}
+    states: dict[bytes, NodeState | None] = {}
 
-    async def look(path: bytes, *names: bytes) -> None:
-        looks.update(await w.view.look_at_children(path, names))
+    async def fetch(path: bytes, *names: bytes) -> None:
+        states.update(await w.view.kinds(path, names))
 
     home = w.view.home
-    assert await w.costs(lambda: look(home + b"/data", b"file")) == 1
+    assert await w.costs(lambda: fetch(home + b"/data", b"file")) == 1
     # What has children is a directory, whatever its value.
-    assert await w.costs(lambda: look(home, b"data")) == 1
+    assert await w.costs(lambda: fetch(home, b"data")) == 1
     # What is empty may be one by custom, or because it was one.
-    assert await w.costs(lambda: look(home, b"device", b"data")) == 4
+    assert await w.costs(lambda: fetch(home, b"device", b"data")) == 4
     await w.store.delete("data/file")
-    assert await w.costs(lambda: look(home, b"data")) == 3
+    assert await w.costs(lambda: fetch(home, b"data")) == 3
     shown = {
-        name: look is not None and w.view.is_directory(join(home, name), look)
-        for name, look in looks.items()
+        name: state is not None and w.view.is_directory(join(home, name), state)
+        for name, state in states.items()
     }
     assert shown == {b"file": False, b"device": True, b"data": True}
 
 
 @in_world
-async def test_it_makes_no_difference_when_the_answers_are_looked_at(w: World) -> None:
-    """While the next request is awaited, or when it comes; where a guess was right, wrong, or none."""
+async def test_hints_that_are_right_wrong_or_missing_give_one_listing(w: World) -> None:
     await w.store.write("data/file", b"value")
     await w.store.write("data/directory/x", b"value")
     data = (await w.lookup(b"data")).st_ino
     await w.operations.mkdir(data, b"empty", cast(Any, 0), ctx())
     expected = {b".": True, b"..": True, b"file": False, b"directory": True, b"empty": True}
 
-    async def opened(*, early: bool) -> pyfuse3.FileHandleT:
-        fh = await w.operations.opendir(data, ctx())
-        if early:
-            w.operations._handles.get(fh).prepare()
-        return fh
+    for _ in range(2):
+        assert await listed(w, await w.operations.opendir(data, ctx())) == expected
+    await w.store.write("data/new", b"value")
+    with_new = await w.operations.opendir(data, ctx())
+    await w.store.delete("data/new")
+    # Its name was not hinted: its kind is fetched when the listing is read, and it has gone.
+    assert await listed(w, with_new) == expected
+    assert await listed(w, await w.operations.opendir(data, ctx())) == expected
 
-    for early in (True, False):
-        for _ in range(2):
-            assert await listed(w, await opened(early=early)) == expected
-        await w.store.write("data/new", b"value")
-        with_new = await opened(early=early)
-        await w.store.delete("data/new")
-        # Its name came too late for a guess: it is asked for when it is read, and has gone.
-        assert await listed(w, with_new) == expected
-        assert await listed(w, await opened(early=early)) == expected
+
+@in_world
+async def test_a_listing_with_hints_is_one_round_trip(w: World) -> None:
+    for number in range(5):
+        await w.store.write(f"data/{number}", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    await listed(w, await w.operations.opendir(data, ctx()))
+    handles: list[pyfuse3.FileHandleT] = []
+
+    async def open_it() -> None:
+        handles.append(await w.operations.opendir(data, ctx()))
+
+    assert await w.costs(open_it) == 2 + 5
+    assert await w.costs(lambda: listed(w, handles[0])) == 0
 
 
 @in_world
@@ -109,23 +112,15 @@ async def test_a_directory_that_is_renamed_before_it_is_read(w: World) -> None:
     assert await listed(w, await w.operations.opendir(before, ctx())) == expected
 
     fh = await w.operations.opendir(before, ctx())
-    w.operations.waiter.do_chore()
     await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
     assert await listed(w, fh) == expected
     assert await listed(w, fh) == expected, "after a rewind"
 
 
-async def prepared(
-    w: World, directory: pyfuse3.InodeT, child: bytes = b"file"
-) -> pyfuse3.FileHandleT:
-    """A listing with this child that is made, but has not been read."""
+async def prepared(w: World, directory: pyfuse3.InodeT) -> pyfuse3.FileHandleT:
+    """An open listing whose children's kinds are fetched, and that has not been read."""
     await listed(w, await w.operations.opendir(directory, ctx()))
-    fh = await w.operations.opendir(directory, ctx())
-    w.operations.waiter.do_chore()
-    handle = w.operations._handles.get(fh)
-    assert isinstance(handle, DirectoryHandle)
-    assert child in handle.made
-    return fh
+    return await w.operations.opendir(directory, ctx())
 
 
 @in_world
@@ -133,19 +128,15 @@ async def test_a_child_that_is_looked_up_before_it_is_read(w: World) -> None:
     await w.store.write("data/file", b"value")
     data = (await w.lookup(b"data")).st_ino
     fh = await prepared(w, data)
-    handle = w.operations._handles.get(fh)
-    assert isinstance(handle, DirectoryHandle)
-    found = handle.made[b"file"]
-    assert found is not None
-    made = found[1]
-    await w.operations.forget([(made.inode, made.lookups)])
+    listed_before = w.table.get((await w.lookup(b"data", b"file")).st_ino)
+    await forget(w, listed_before.inode)
     file = (await w.lookup(b"data", b"file")).st_ino
     known = w.table.get(file)
-    assert known is not made
-    await listed(w, fh)
+    assert known is not listed_before
+    assert (await entries_of(w, fh))[b"file"].inode == file
     assert w.table.get(file) is known
     assert known.lookups == 2
-    assert made.lookups == FORGOTTEN
+    assert listed_before.lookups == FORGOTTEN
 
 
 async def forget(w: World, inode: pyfuse3.InodeT) -> None:
@@ -180,7 +171,7 @@ async def test_a_directory_that_was_renamed_and_is_forgotten_before_it_is_read(w
     data = (await w.lookup(b"data")).st_ino
     old = (await w.lookup(b"data", b"old")).st_ino
     await w.operations.rename(data, b"old", data, b"new", cast(Any, 0), ctx())
-    fh = await prepared(w, data, b"new")
+    fh = await prepared(w, data)
     await forget(w, old)
     inode = (await entries_of(w, fh))[b"new"].inode
     assert inode != old
@@ -230,7 +221,6 @@ def test_an_empty_directory_that_goes_before_it_is_read(how: str) -> None:
         data = (await w.lookup(b"data")).st_ino
         await w.operations.mkdir(data, b"empty", cast(Any, 0), ctx())
         fh = await w.operations.opendir(data, ctx())
-        w.operations.waiter.do_chore()
         told = await entries_of(w, fh, 0, 3)
         assert list(told) == [b".", b"..", b"a"]
         if how == "renamed":
@@ -280,25 +270,6 @@ async def test_a_listing_that_is_begun_at_its_end(w: World) -> None:
 
 
 @in_world
-async def test_a_listing_that_makes_no_sense_is_met_by_who_reads_it(w: World) -> None:
-    data = (await w.lookup(b"data")).st_ino
-
-    class Nonsense(LookInside):
-        def digest(self) -> Children:
-            raise WireError("a listing that makes no sense")
-
-    fh = await w.operations.opendir(data, ctx())
-    handle = w.operations._handles.get(fh)
-    assert isinstance(handle, DirectoryHandle)
-    handle.inside = Nonsense(w.view, b"/")
-    w.operations.waiter.do_chore()
-    await refused(errno.EIO, listed(w, fh))
-    # It was met; from the start on it is asked again.
-    assert await listed(w, fh, 1) == {b"..": True}
-    assert await listed(w, fh) == {b".": True, b"..": True}
-
-
-@in_world
 async def test_a_listing_in_parts(w: World) -> None:
     """The kernel knows what it was given, and no more; from anywhere on, also back, it is the same."""
     await w.store.write("data", b"value")
@@ -321,35 +292,35 @@ async def test_a_listing_in_parts(w: World) -> None:
 
 @in_world
 async def test_a_reply_that_fails_in_the_middle_tells_the_kernel_of_nothing(w: World) -> None:
-    for number in range(LOOK_WINDOW + 50):
+    for number in range(FETCH_WINDOW + 50):
         await w.store.write(f"data/{number}", b"1")
     data = (await w.lookup(b"data")).st_ino
     known = await w.lookup(b"data", b"7")
-    look_at_children = w.view.look_at_children
+    kinds = w.view.kinds
     asked = 0
 
-    async def look(path: bytes, names: Sequence[bytes]) -> dict[bytes, Look | None]:
+    async def failing(path: bytes, names: Sequence[bytes]) -> dict[bytes, NodeState | None]:
         nonlocal asked
         asked += 1
         if asked % 2 == 0:
             raise ConnectionLost("in the middle")
-        return await look_at_children(path, names)
+        return await kinds(path, names)
 
     fh = await w.operations.opendir(data, ctx())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(w.view, "look_at_children", look)
+        patch.setattr(w.view, "kinds", failing)
         for times in (1, 2):
             await refused(errno.EIO, listed(w, fh))
             assert asked == 2 * times
             assert len(w.table) == 3, "the root, data, and what was looked up"
             assert w.table.get(known.st_ino).lookups == 1
-    assert len(await listed(w, fh)) == 2 + LOOK_WINDOW + 50
+    assert len(await listed(w, fh)) == 2 + FETCH_WINDOW + 50
     assert w.table.get(known.st_ino).lookups == 2
 
 
 @in_world
 async def test_a_directory_that_is_renamed_between_two_parts(w: World) -> None:
-    for number in range(LOOK_WINDOW + 50):
+    for number in range(FETCH_WINDOW + 50):
         await w.store.write(f"data/d/{number}", b"1")
     data = (await w.lookup(b"data")).st_ino
     fh = await w.operations.opendir((await w.lookup(b"data", b"d")).st_ino, ctx())
@@ -357,7 +328,7 @@ async def test_a_directory_that_is_renamed_between_two_parts(w: World) -> None:
     await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
     last = list(first.values())[-1]
     rest = await entries_of(w, fh, last.next_id)
-    assert len(first) + len(rest) == LOOK_WINDOW + 50 + 2
+    assert len(first) + len(rest) == FETCH_WINDOW + 50 + 2
 
 
 @in_world
