@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import errno
 import stat
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any, cast
 
 import pyfuse3
 import pytest
+from pyfuse3 import FUSEError, RequestContext
 
 from tests.support.operating import (
     ROOT,
+    WRONLY,
     World,
     ctx,
     entries_of,
@@ -24,10 +27,12 @@ from tests.support.operating import (
     listed,
     refused,
 )
+from xsfs.fs import listing
 from xsfs.fs.inodes import FORGOTTEN
 from xsfs.view.names import join
 from xsfs.view.view import FETCH_WINDOW, NodeState
 from xsfs.xenstore.errors import ConnectionLost
+from xsfs.xenstore.protocol import write
 from xsfs.xenstore.store import open_store
 
 
@@ -372,3 +377,76 @@ async def test_the_directory_data_is_listed_while_it_is_not_there(w: World) -> N
     await w.store.delete("data")
     for _ in range(2):  # the second time it is among the names that are guessed, and is not
         assert (await listed(w, await w.operations.opendir(ROOT, ctx())))[b"data"]
+
+
+async def write_children(w: World, count: int) -> None:
+    home = w.view.home
+    await w.store.pipeline([write(b"%s/data/%d" % (home, number), b"") for number in range(count)])
+
+
+@in_world
+async def test_the_memory_of_open_listings_is_bounded(w: World) -> None:
+    await write_children(w, 5000)
+    await w.store.write("other/x", b"")
+    data = (await w.lookup(b"data")).st_ino
+    other = (await w.lookup(b"other")).st_ino
+    nobody, root = ctx(uid=65534), ctx()
+
+    async def open_all(caller: RequestContext) -> list[pyfuse3.FileHandleT]:
+        handles = []
+        for _ in range(1000):
+            try:
+                handles.append(await w.operations.opendir(data, caller))
+            except FUSEError as error:
+                assert error.errno == errno.ENFILE
+                return handles
+            await entries_of(w, handles[-1], 0, FETCH_WINDOW)
+        raise AssertionError("never refused")
+
+    await w.operations.releasedir(await w.operations.opendir(data, root))
+    assert listing.LISTING_BYTES_MAX == 64 << 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "LISTING_BYTES_MAX", 8 << 20)  # the test is quicker so
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            by_nobody = await open_all(nobody)
+            by_root = await open_all(root)
+            after, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert after - before <= 8 << 20
+        assert len(by_nobody) >= 5
+        assert len(by_root) >= 5
+
+        # One that is closed makes room for another, of any user.
+        await w.operations.releasedir(by_root.pop())
+        assert set(await listed(w, await w.operations.opendir(other, root))) == {b".", b"..", b"x"}
+        for fh in (*by_nobody, *by_root):
+            await w.operations.releasedir(fh)
+        assert len(await open_all(nobody)) == len(by_nobody)
+
+
+@in_world
+async def test_listings_of_others_work_while_one_user_has_all_that_are_for_users(w: World) -> None:
+    await write_children(w, 5000)
+    data = (await w.lookup(b"data")).st_ino
+    with pytest.raises(FUSEError) as refusal:
+        for _ in range(1000):
+            await w.operations.opendir(data, ctx(uid=65534))
+    assert refusal.value.errno == errno.ENFILE
+    assert len(await listed(w, await w.operations.opendir(data, ctx()))) == 5002
+
+
+@in_world
+async def test_a_file_whose_creation_is_owed_is_listed(w: World) -> None:
+    data = (await w.lookup(b"data")).st_ino
+    info, _ = await w.operations.create(data, b"new", cast(Any, 0o644), cast(Any, WRONLY), ctx())
+    expected = {b".": True, b"..": True, b"new": False}
+    for _ in range(2):
+        assert await listed(w, await w.operations.opendir(data, ctx())) == expected
+    by_root = (await w.lookup(b".root", b"local", b"domain", b"0", b"data")).st_ino
+    assert await listed(w, await w.operations.opendir(by_root, ctx())) == expected
+    await refused(errno.ENOTEMPTY, w.operations.rmdir(ROOT, b"data", ctx()))
+    await w.operations.release(info.fh)
+    assert await w.store.read("data/new") == b""
