@@ -113,8 +113,7 @@ class Directory(ListedDirectory):
         path = join(self.path, name)
         if len(path) > protocol.PATH_MAX:
             refuse(errno.ENAMETOOLONG)
-        await self.open_files.wait_closed(path)
-        state = self.open_files.as_seen(path, await self.view.fetch_one(path))
+        state = await self.open_files.fetch_one(path)
         if state is None and name in self.always_there_below():
             state = EMPTY_NODE
         if state is None:
