@@ -34,26 +34,23 @@ class Differs(Generic[T]):
     c           C xenstored of Xen 4.17, and with it the embedded store
     ocaml       oxenstored
     c_4_20      C xenstored since 4.20, if it differs from 4.17
-    c_4_22      C xenstored since 4.22, if it differs from 4.20
     cause       what made the difference between versions: the change in Xen's source, and its commit
     """
 
     c: T
     ocaml: T
     c_4_20: T | None = None
-    c_4_22: T | None = None
     cause: str = ""
 
     def __post_init__(self) -> None:
-        newer = self.c_4_20 is not None or self.c_4_22 is not None
-        assert newer == bool(self.cause), "a difference between versions has a cause"
+        assert bool(self.cause) == (self.c_4_20 is not None), (
+            "a difference between versions has a cause"
+        )
 
     def of(self, kind: str, version: Version) -> T:
         """What a store of that kind ("embedded", "C", "ocaml") and that version of Xen does."""
         if kind == "ocaml":
             return self.ocaml
-        if self.c_4_22 is not None and version >= (4, 22):
-            return self.c_4_22
         if self.c_4_20 is not None and version >= (4, 20):
             return self.c_4_20
         return self.c

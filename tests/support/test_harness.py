@@ -34,9 +34,9 @@ from tests.support.xenstored.ring import Ring
 
 GUEST = 7
 HOME = f"/local/domain/{GUEST}"
-TRANSACTIONS = 10
+TRANSACTIONS = 9
 WATCHES = 100
-"""What either daemon certainly lets a guest have at once; C lets it have 28 watches more."""
+"""What every daemon certainly lets a guest have at once; C lets it have 27 watches more."""
 
 
 @pytest.fixture(params=["C", "ocaml"])
