@@ -1,9 +1,9 @@
-"""Put what follows from tables of the program into the manual and the completions.
+"""Put the parts that are made from the program's tables into the manual and the completions.
 
     python3 -m docs.generate
 
-Each of the files has parts between a line that ends with "generated: NAME" and one that ends with "end
-of generated"; they are replaced, all else is written by hand.
+A generated part stands between a line that ends with "generated: NAME" and one that ends with "end of
+generated".  Everything else in these files is written by hand.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+from xsfs import __version__
 from xsfs.cli.exit_statuses import STATUSES
 from xsfs.cli.options import FLAGS, MOUNT_FLAGS, OPTIONS, Flag, Option
 
 WIDTH: Final = 80
-"""What mandoc(1) takes for a line of good style."""
+"""The longest line for which mandoc(1) does not warn."""
 
 DOCUMENTS: Final = Path(__file__).resolve().parent
 
 FILES: Final = {"SOCKET": "_files", "DIR": "_directories"}
-"""Placeholders of options whose value is a file or directory of this machine, and zsh's name for it."""
+"""Placeholders that mean a file or directory of this machine, and zsh's function that completes it."""
 
 NO_VALUE, A_VALUE, PERHAPS = "no value", "a value", "perhaps a value"
 
@@ -36,21 +37,27 @@ _PART = re.compile(
 
 
 def value_of(option: Option) -> str:
-    """What comes after its name."""
+    """Whether the option has a value."""
     if option.parse is None:
         return NO_VALUE
     return A_VALUE if option.without_value is None else PERHAPS
 
 
 def sentences(help: str, details: str) -> Iterator[str]:
-    """Whole sentences, one a line as mdoc(7) wants it, with dashes that stay dashes."""
+    """Whole sentences, one a line as mdoc(7) requires.  Backslashes keep dashes as they are,
+    and names that begin with a dot from being taken for macros."""
     text = f"{help[0].upper()}{help[1:]}. {details}".strip()
     for sentence in re.split(r"(?<=\.) ", text):
         dashed = re.sub(r"(?<!\S)-(?=\w)", r"\\-", sentence)
-        yield from textwrap.wrap(dashed, WIDTH, break_long_words=False, break_on_hyphens=False)
+        for line in textwrap.wrap(dashed, WIDTH, break_long_words=False, break_on_hyphens=False):
+            yield rf"\&{line}" if line.startswith(".") else line
 
 
 # ---------------------------------------------------------------------------------- the manual
+
+
+def manual_version() -> Iterator[str]:
+    yield f".Os xsfs {__version__}"
 
 
 def manual_flags(flags: Iterable[Flag]) -> Iterator[str]:
@@ -105,6 +112,7 @@ def zsh_text(text: str) -> str:
 
 
 PARTS: Final[Mapping[str, Callable[[], Iterable[str]]]] = {
+    "version": manual_version,
     "flags": lambda: manual_flags(FLAGS),
     "mount flags": lambda: manual_flags(MOUNT_FLAGS),
     "options": manual_options,
@@ -120,7 +128,7 @@ FILES_WITH_PARTS: Final = tuple(
 
 
 def generated(text: str) -> str:
-    """The text of a file, with its parts as they have to be."""
+    """The text of a file with up-to-date parts."""
 
     def part(match: re.Match[str]) -> str:
         lines = PARTS[match["name"]]()

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 
 import pyfuse3
 import trio
-
 from xsfs.view.looks import questions, questions_of_kind
-from xsfs.xenstore.commands import Rest
 from xsfs.xenstore.eventual import result_of
+
+from xsfs.xenstore.commands import Rest
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.store import Store, open_store
-from xsfs.xenstore.unanswered import Reply
 
 from .bare import OPTIONS
 from .plain_tree import Answers, OpenDirectory, PlainTree

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Final
 
+from xsfs.mirror.windows import WINDOW, WINDOWS_AHEAD
+
 from tests.support.mirroring import has_user_attributes
 from tests.support.xenstored.harness import XsClient
 from xsfs.mirror.staging import PERMS_ATTRIBUTE
-from xsfs.mirror.windows import WINDOW, WINDOWS_AHEAD
 
 from .errors import BenchmarkError
 from .kinds import (

@@ -31,10 +31,10 @@ from pyfuse3 import (
     ReaddirToken,
     RequestContext,
 )
+from xsfs.fs.prefetched import PREFETCH_MAX, PREFETCH_SECONDS
 
 from xsfs.fs.fuse_loop import install
 from xsfs.fs.inodes import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
-from xsfs.fs.prefetched import PREFETCH_MAX, PREFETCH_SECONDS
 from xsfs.view.kinds import is_container
 from xsfs.xenstore.protocol import Op, decode_names
 

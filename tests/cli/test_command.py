@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import re
 import signal
 import stat
@@ -129,7 +131,7 @@ def test_relative_paths(daemon: RealXenstored, mountpoint: Path, tmp_path: Path)
 def test_mounting_twice_at_a_name_of_any_letters(daemon: RealXenstored, tmp_path: Path) -> None:
     path = tmp_path / "é \\ x"
     with mounted([daemon.socket], path):
-        refused(xsfs(daemon.socket, path), 5, "busy")
+        refused(xsfs(daemon.socket, path), 5, "already an xsfs mount")
 
 
 def test_listening_where_one_cannot(mountpoint: Path, tmp_path: Path) -> None:
@@ -144,6 +146,10 @@ def test_a_domain_that_cannot_tell_its_number(mountpoint: Path) -> None:
         with other.client() as client:
             client.set_perms(f"/local/domain/{GUEST}/domid", ["n0"])
         refused(xsfs(other.guest_socket(GUEST), mountpoint), 4, "which domain")
+        with other.client() as client:
+            client.set_perms(f"/local/domain/{GUEST}/domid", ["n0", f"r{GUEST}"])
+            client.write(f"/local/domain/{GUEST}/domid", b"seven")
+        refused(xsfs(other.guest_socket(GUEST), mountpoint), 4, "its domid is not a number")
 
 
 @pytest.mark.parametrize("source", [(), ("xenstore",), ("none",), ("auto",)])
@@ -233,6 +239,13 @@ def test_options_of_ownership(daemon: RealXenstored, mountpoint: Path) -> None:
             assert (done.returncode == 0) is allowed, done.stderr
 
 
+def test_owners_by_name(mountpoint: Path) -> None:
+    with mounted(["-o", "uid=daemon,gid=adm", "embedded"], mountpoint):
+        found = (mountpoint / "name").stat()
+    assert found.st_uid == pwd.getpwnam("daemon").pw_uid
+    assert found.st_gid == grp.getgrnam("adm").gr_gid
+
+
 def test_without_allow_other_nobody_else_gets_in(daemon: RealXenstored, mountpoint: Path) -> None:
     let_others_reach(mountpoint)
     with mounted(["-o", "umask=000", daemon.socket], mountpoint):
@@ -254,10 +267,10 @@ def test_debug_logs_each_operation(daemon: RealXenstored, mountpoint: Path) -> N
         log = mount.stderr
     assert "lookup /local/domain/0 'name': ok" in log
     assert "lookup /local/domain/0 'nothing': ENOENT" in log
-    assert "write /local/domain/0/data/x 0 '1\\n': ok" in log
+    assert "write /local/domain/0/data/x 0 2 bytes: ok" in log
     # What is not Xenstore's, and in which transaction.
     assert "read /local/domain/0/data/.watch 0" in log
-    assert "write /local/domain/0/data/.value 0 'v\\n': ok" in log
+    assert "write /local/domain/0/data/.value 0 2 bytes: ok" in log
     assert "mkdir /local/domain/0/.transaction 't1'" in log
     assert "read t1:/local/domain/0/data/x 0" in log
     for line in log.splitlines():

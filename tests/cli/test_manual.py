@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from docs.generate import DOCUMENTS, FILES_WITH_PARTS, generated
+from docs.generate import DOCUMENTS, FILES_WITH_PARTS, generated, sentences
 from tests.support.mounting import LIMIT, mounted
+from xsfs import __version__
 from xsfs.cli.options import FLAGS, OPTIONS
 
 MANUAL = DOCUMENTS / "xsfs.8"
@@ -38,6 +39,11 @@ def test_a_part_is_replaced_and_nothing_else() -> None:
     assert lines[:2] == ["x", '.\\" generated: exit statuses']
     assert lines[2:4] == [".It 0", "Mounted."]
     assert lines[-2:] == ['.\\" end of generated', "y"]
+
+
+def test_no_text_is_taken_for_a_macro() -> None:
+    lines = list(sentences("the first", ".watch is one. " + "word " * 14 + "and .mirror"))
+    assert [line.partition(" ")[0] for line in lines] == ["The", r"\&.watch", "word", r"\&.mirror"]
 
 
 def test_man_finds_nothing_wrong() -> None:
@@ -108,9 +114,22 @@ def test_the_manual_has_every_counter(tmp_path: Path) -> None:
     with mounted(["embedded"], tmp_path / "m") as mount:
         lines = (mount.path / ".stats").read_text().splitlines()
     text = MANUAL.read_text()
-    counters = text[text.index("The counters of") : text.index("Errors, as seen")]
+    counters = text[text.index(".Pa .stats\nhas one") : text.index(".Ss Errors")]
     described = re.findall(r"^\.It Cm ([a-z_]+)", counters, re.MULTILINE)
     assert described == [line.split()[0] for line in lines]
+
+
+def test_the_manual_has_the_version_and_the_usual_sections() -> None:
+    text = page(str(MANUAL))
+    assert text.splitlines()[-1].startswith(f"xsfs {__version__} ")
+    for section in ("COMPATIBILITY", "AUTHORS", "CAVEATS", "BUGS"):
+        assert f"\n{section}\n" in text
+
+
+def test_the_synopsis_can_be_typed() -> None:
+    synopsis = page(str(MANUAL)).partition("SYNOPSIS")[2].partition("DESCRIPTION")[0]
+    assert "|" not in synopsis
+    assert "mount -t xsfs " in synopsis
 
 
 # -------------------------------------------------------------------------------- the completions
@@ -201,6 +220,7 @@ def test_completion(shell: str, tmp_path: Path) -> None:
             ("xsfs --deb", "xsfs", "--debug"),
             ("xsfs -o um", "xsfs", "-o", "umask="),
             ("xsfs -o raw,root=/,um", "xsfs", "-o", "raw,root=/,umask="),
+            ("xsfs -o vis", "xsfs", "-o", "visible"),
             ("xsfs -o root=/,ra", "xsfs", "-o", "root=/,raw"),
             ("xsfs -o ro,listen=soc", "xsfs", "-o", "ro,listen=sockets"),
             ("xsfs emb", "xsfs", "embedded"),

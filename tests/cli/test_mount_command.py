@@ -141,7 +141,7 @@ def test_a_user_mounts_what_fstab_lets_him(host: Host) -> None:
     host.fstab.write_text(f"xenstore {mountpoint} xsfs user,noauto 0 0\n")
     done = host.run(f"mount {mountpoint}", user=NOBODY)
     assert done.returncode == 4
-    assert done.stdout.startswith("xsfs: no right to use /var/run/xenstored/socket")
+    assert done.stdout.startswith("xsfs: permission denied: /var/run/xenstored/socket (")
 
 
 def test_remount(host: Host) -> None:
@@ -152,6 +152,18 @@ def test_remount(host: Host) -> None:
     host.sh("mount -i -o remount,ro /mnt/xenstore")
     assert "Read-only" in host.run("mkdir /mnt/xenstore/data/x").stdout
     host.sh("mount -i -o remount,rw /mnt/xenstore; mkdir /mnt/xenstore/data/x")
+
+
+def test_options_that_the_kernel_shows(host: Host) -> None:
+    """mount(8) of util-linux 2.41 reads them from the mount that it is to remount."""
+    host.sh("mount -t xsfs -o allow_other,umask=022 xenstore /mnt/xenstore")
+    shows = host.sh("awk '$2 == \"/mnt/xenstore\" { print $4 }' /proc/mounts").strip()
+    assert {"user_id=0", "group_id=0", "allow_other"} <= set(shows.split(","))
+    done = host.run(f"mount.xsfs xenstore /mnt/xenstore -o {shows},remount,ro")
+    assert done.returncode == 2
+    assert "mount -i -o remount,ro" in done.stdout
+    host.sh(f"umount /mnt/xenstore; mount.xsfs xenstore /mnt/xenstore -o {shows},max_read=4096")
+    assert host.mounts() == ["/mnt/xenstore"]
 
 
 def test_flags_of_mount(host: Host) -> None:
@@ -176,6 +188,7 @@ def test_failures_reach_mount(host: Host) -> None:
         ("/run/nothing /mnt/xenstore", 3, "No such file"),
         ("xenstore /mnt/missing", 5, "does not exist"),
         ("xenstore /mnt/xenstore -o root=x", 2, "must begin with /"),
+        ("/etc/passwd /mnt/xenstore", 3, "neither a socket nor a device (SOURCE must be"),
     ):
         done = host.run(f"mount -t xsfs {arguments}")
         assert done.returncode == status

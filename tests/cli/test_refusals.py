@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.support.commands import refused, xsfs
+import xsfs as package
+from tests.support.commands import let_others_reach, refused, xsfs
 from tests.support.mounting import LIMIT, mounted
 from tests.support.xenstored.harness import RealXenstored
+
+PACKAGE = Path(package.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,8 @@ def daemon() -> Iterator[RealXenstored]:
 
 def test_usage(daemon: RealXenstored, mountpoint: Path) -> None:
     for arguments, word in (
-        ((), "required"),
+        ((), "the mountpoint is missing"),
+        (("-f",), "the mountpoint is missing"),
         (("a", "b", "c"), "too many"),
         (("-o", "nonsense", mountpoint), "nonsense"),
         (("-o", "umask=9", mountpoint), "umask"),
@@ -35,6 +40,13 @@ def test_usage(daemon: RealXenstored, mountpoint: Path) -> None:
         (("-o", "timeout=0", mountpoint), "timeout"),
         (("-o", "uid=1_0", mountpoint), "number"),
         (("-o", "uid=4294967295", mountpoint), "number"),
+        (("-o", "uid=no-such-user", mountpoint), "must be the name of a user, or a number"),
+        (("-o", "gid=no-such-group", mountpoint), "must be the name of a group, or a number"),
+        (("-o", "timeout=abc", mountpoint), "'timeout=abc' must be a number of seconds"),
+        (("-o", "tx_timeout=nan", mountpoint), "must be a number of seconds"),
+        (("-o", "timeout=86400", mountpoint), "less than 86400"),
+        (("-o", os.fsdecode(b"root=/\xff"), mountpoint), "is not a path that Xenstore accepts"),
+        (("-o", "root=/a//b", mountpoint), "is not a path that Xenstore accepts"),
         (("-o", "domid=3", daemon.socket, mountpoint), "embedded"),
         (("--nonsense", mountpoint), "--nonsense"),
     ):
@@ -65,6 +77,8 @@ def test_help_and_version() -> None:
     assert helped.returncode == 0
     for name in OPTIONS:
         assert f"\n  {name}" in helped.stdout
+    assert max(map(len, helped.stdout.splitlines())) <= 80
+    assert helped.stdout.partition("\nexamples:\n")[2].count("\n  xsfs ") >= 1
     assert xsfs("--version").stdout == f"xsfs {__version__}\n"
 
 
@@ -109,7 +123,7 @@ def test_no_right_to_connect(daemon: RealXenstored, mountpoint: Path) -> None:
         )
     finally:
         os.chown(daemon.socket, 0, 0)
-    refused(done, 4, "no right", "root")
+    refused(done, 4, f"permission denied: {daemon.socket} (", "run as root")
 
 
 def test_wrong_mountpoints(daemon: RealXenstored, tmp_path: Path, mountpoint: Path) -> None:
@@ -120,5 +134,65 @@ def test_wrong_mountpoints(daemon: RealXenstored, tmp_path: Path, mountpoint: Pa
 
 def test_mounting_twice(daemon: RealXenstored, mountpoint: Path) -> None:
     with mounted([daemon.socket], mountpoint) as mount:
-        refused(xsfs(daemon.socket, mountpoint), 5, "busy", "umount")
+        refused(xsfs(daemon.socket, mountpoint), 5, "already an xsfs mount (umount it first)")
         assert mount.bash("cat name") == "Domain-0\n"
+
+
+@pytest.fixture
+def as_nobody(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs xsfs with the embedded store as a user without rights, from a copy of the sources that this
+    user can read."""
+    let_others_reach(tmp_path / "place")
+    sources = tmp_path / "sources"
+    shutil.copytree(PACKAGE, sources / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    sources.chmod(0o755)
+
+    def run(mountpoint: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+                *(sys.executable, "-m", "xsfs", *options, "embedded", str(mountpoint)),
+            ],
+            cwd=sources,
+            env={**os.environ, "PYTHONPATH": str(sources)},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+
+    return run
+
+
+def test_mountpoints_of_others(
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """fusermount3 would refuse them, too, but not say what to do."""
+    place = tmp_path / "place"
+    place.mkdir(0o755)
+    refused(as_nobody(place), 5, f"no write access to the mountpoint {place}", "that you may write")
+    place.chmod(0o1777)
+    refused(as_nobody(place), 5, "sticky and belongs to another user", "that you own")
+
+
+def test_a_mount_of_another_user(
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    os.chown(place, 65534, 65534)
+    try:
+        assert as_nobody(place).returncode == 0
+        refused(xsfs("embedded", place), 5, "Permission denied", f"umount {place} first")
+    finally:
+        subprocess.run(["umount", place], check=False, timeout=LIMIT)
+
+
+def test_allow_other_has_to_be_allowed(
+    as_nobody: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    os.chown(place, 65534, 65534)
+    assert "\nuser_allow_other" not in Path("/etc/fuse.conf").read_text()
+    refused(as_nobody(place, "-o", "allow_other"), 6, "add user_allow_other to /etc/fuse.conf")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -120,6 +121,13 @@ def test_the_units_are_in_order(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_directories_of_the_units_can_be_passed() -> None:
+    """`mkdir -p` of the unit makes the directories on the way to the mountpoint, too."""
+    for unit in UNITS.glob("*.service"):
+        (umask,) = re.findall("^UMask=(.*)$", unit.read_text(), re.MULTILINE)
+        assert int(umask, 8) & 0o055 == 0, unit
 
 
 NAMESPACES = (

@@ -32,6 +32,7 @@ from tests.support.scenarios import (
     Close,
     Create,
     Destroy,
+    DestroyTarget,
     Differs,
     Error,
     Event,
@@ -69,6 +70,7 @@ class Backend(Protocol):
     def connect(self, domid: int) -> XsClient: ...
     def create(self, domid: int) -> None: ...
     def destroy(self, domid: int) -> None: ...
+    def destroy_target(self, domid: int) -> None: ...
 
 
 class Embedded:
@@ -104,6 +106,8 @@ class Embedded:
     def destroy(self, domid: int) -> None:
         trio.from_thread.run_sync(self._store.destroy, domid, trio_token=self._token)
 
+    destroy_target = destroy
+
     def close(self) -> None:
         trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
         self._thread.join(TIMEOUT)
@@ -131,6 +135,21 @@ class Real:
         with self._daemon.client(timeout=TIMEOUT) as dom0:
             deadline = time.monotonic() + TIMEOUT
             while dom0.introduced(domid):
+                assert time.monotonic() < deadline
+
+    def destroy_target(self, domid: int) -> None:
+        self._daemon.destroy_domain(domid)
+        with self._daemon.client(timeout=TIMEOUT) as dom0:
+            deadline = time.monotonic() + TIMEOUT
+            if self._daemon.kind == "ocaml":
+                while dom0.introduced(domid):
+                    assert time.monotonic() < deadline
+                return
+            # The C daemon goes on reporting it as introduced, and refuses RESUME.
+            while True:
+                dom0.send("RESUME", b"%d\0" % domid)
+                if dom0.receive()[0] == Op.ERROR:
+                    return
                 assert time.monotonic() < deadline
 
 
@@ -265,6 +284,8 @@ class Run:
                 self._store.create(step.domid)
             case Destroy():
                 self._store.destroy(step.domid)
+            case DestroyTarget():
+                self._store.destroy_target(step.domid)
             case Close():
                 self.shut(step)
 
@@ -409,6 +430,7 @@ class Side:
         for step in (*HOMES, *FIRST):
             self._run.step(step)
         self._open: dict[str, list[int]] = {"dom0": [], "second": [], "guest": []}
+        self._generations: dict[bytes, bytes] = {}
         self._mortal = True
 
     def close(self) -> None:
@@ -443,7 +465,19 @@ class Side:
             started.remove(tx_id)
         elif op == Op.RESET_WATCHES:
             started.clear()
+        elif op == Op.DIRECTORY_PART and reply[0] == op:
+            return reply[:3], self._listing(payload, tx_id, reply[3])
         return reply
+
+    def _listing(self, payload: bytes, tx_id: int, reply: bytes) -> object:
+        """A part of a listing, and whether the generation is another than the last one outside of
+        transactions.  The numbers themselves mean nothing."""
+        generation, _, names = reply.partition(b"\0")
+        path = payload.partition(b"\0")[0]
+        changed = self._generations.get(path) != generation
+        if not tx_id:
+            self._generations[path] = generation
+        return changed, names
 
 
 @pytest.mark.skipif(

@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 import stat
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ class Client:
         assert not sock.getblocking()
         self.stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
         self._parser = protocol.Parser()
+        self._received: deque[Message] = deque()
 
     async def send(self, *requests: Request) -> None:
         await self.stream.send_all(
@@ -45,7 +47,7 @@ class Client:
 
     async def receive(self) -> Message | None:
         """The next message; None at the end of the connection."""
-        while (message := self._parser.next()) is None:
+        while not self._received:
             try:
                 data = await self.stream.receive_some()
             except trio.BrokenResourceError:
@@ -53,7 +55,8 @@ class Client:
             if not data:
                 return None
             self._parser.feed(data)
-        return message
+            self._received.extend(Message(*fields) for fields in self._parser.messages())
+        return self._received.popleft()
 
     async def ask(self, request: Request) -> bytes | str:
         """The reply's payload, or the name of the error."""

@@ -18,6 +18,7 @@ import pytest
 import trio
 from pyfuse3 import EntryAttributes, FUSEError
 from trio.testing import trio_test, wait_all_tasks_blocked
+from xsfs.xenstore.eventual import Eventual, result_of
 
 from tests.support.lying_store import LyingStore
 from tests.support.operating import RDONLY, ROOT, ctx, operations_on
@@ -27,12 +28,11 @@ from xsfs.fs.files import ReadHandle
 from xsfs.fs.inodes import Handle, Node
 from xsfs.fs.listing import DirectoryHandle
 from xsfs.fs.operations import Operations
-from xsfs.view.known import KnownDirectories
+from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import TEXT
 from xsfs.view.view import View
 from xsfs.xenstore import connection as module
-from xsfs.xenstore.background import open_servants
-from xsfs.xenstore.eventual import Eventual, result_of
+from xsfs.xenstore.background import open_background
 from xsfs.xenstore.store import Store
 
 R = TypeVar("R")
@@ -58,8 +58,8 @@ def liar(daemon: RealXenstored, tmp_path: Path) -> Iterator[LyingStore]:
 
 @asynccontextmanager
 async def operating(liar: LyingStore) -> AsyncIterator[tuple[Operations, Store]]:
-    async with opened(liar) as store, open_servants() as nursery:
-        yield operations_on(View(store, 0, b"/top", TEXT, KnownDirectories()), nursery), store
+    async with opened(liar) as store, open_background() as nursery:
+        yield operations_on(View(store, 0, b"/top", TEXT, StickyDirectories()), nursery), store
 
 
 async def at_once(store: Store, ask: Callable[[], Eventual[R]]) -> R:

@@ -22,7 +22,7 @@ from tests.support.commands import let_others_reach
 from tests.support.mounting import LIMIT, Mount, mounted, refusal
 from tests.support.programs import program
 from tests.support.xenstored.harness import RealXenstored
-from xsfs.fs.transactions import EACH_FOREIGN_MAX, FOREIGN_MAX, OPEN_MAX
+from xsfs.fs.transactions import EACH_UNPRIVILEGED_MAX, OPEN_MAX, UNPRIVILEGED_MAX
 from xsfs.fs.watch_files import READERS_MAX
 
 HOME = "/local/domain/0"
@@ -188,7 +188,7 @@ def test_as_many_transactions_as_he_gets(mount: Mount) -> None:
         return done.stdout.strip()
 
     full = "No space left on device"
-    each, together = EACH_FOREIGN_MAX, FOREIGN_MAX
+    each, together = EACH_UNPRIVILEGED_MAX, UNPRIVILEGED_MAX
     for uid in range(65530, 65530 - together // each, -1):
         assert begun_by(uid) == f"{each} {full}"
     assert begun_by(65534) == f"0 {full}"

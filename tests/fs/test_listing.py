@@ -13,6 +13,8 @@ from typing import Any, cast
 
 import pyfuse3
 import pytest
+from xsfs.view.children import Children, LookInside
+from xsfs.view.looks import Look
 
 from tests.support.operating import (
     ROOT,
@@ -26,8 +28,6 @@ from tests.support.operating import (
 )
 from xsfs.fs.inodes import FORGOTTEN
 from xsfs.fs.listing import DirectoryHandle
-from xsfs.view.children import Children, LookInside
-from xsfs.view.looks import Look
 from xsfs.view.names import join
 from xsfs.view.view import LOOK_WINDOW
 from xsfs.xenstore.errors import ConnectionLost

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pyfuse3
 import pytest
 from pyfuse3 import FUSEError
+from xsfs.fs.handles import Handles
 
 from tests.support.operating import (
     RDONLY,
@@ -21,7 +22,6 @@ from tests.support.operating import (
     refused,
 )
 from xsfs.fs import prefetched
-from xsfs.fs.handles import Handles
 from xsfs.fs.operations import Operations
 from xsfs.xenstore.store import open_store
 

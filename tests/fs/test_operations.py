@@ -12,6 +12,8 @@ import logging
 import pyfuse3
 import pytest
 from pyfuse3 import FUSEError
+from xsfs.fs.verdicts import errno_of
+from xsfs.view.known import KNOWN_MAX, StickyDirectories
 
 from tests.support.operating import (
     APPEND,
@@ -26,8 +28,6 @@ from tests.support.operating import (
     refused,
 )
 from xsfs.fs.directories import Directory
-from xsfs.fs.verdicts import errno_of
-from xsfs.view.known import KNOWN_MAX, KnownDirectories
 from xsfs.xenstore.errors import (
     ConnectionLost,
     RequestTimeout,
@@ -101,7 +101,7 @@ async def test_echo_is_one_request(w: World) -> None:
 
 
 def test_known_directories_are_bounded() -> None:
-    known = KnownDirectories()
+    known = StickyDirectories()
     for number in range(KNOWN_MAX + 10):
         known.add(b"/%d" % number)
     assert known.get(b"/9") is None

@@ -29,7 +29,7 @@ from tests.support.transaction_dirs import (
 )
 from tests.support.xenstored.harness import RealXenstored, XsClient
 from xsfs.fs.transactions import KnownInTransaction
-from xsfs.view.known import KnownDirectories
+from xsfs.view.kinds import StickyDirectories
 
 # ---------------------------------------------------------------------------------- the ordinary
 
@@ -477,7 +477,7 @@ STEPS = st.lists(
 )
 
 
-def take(known: KnownDirectories, step: tuple[Any, ...]) -> None:
+def take(known: StickyDirectories, step: tuple[Any, ...]) -> None:
     if step[0] == "add":
         known.add(step[1], with_value=step[2])
     elif step[0] == "move":
@@ -491,7 +491,7 @@ def test_what_a_transaction_knows_of_directories(
     before: list[tuple[Any, ...]], within: list[tuple[Any, ...]]
 ) -> None:
     """The same as if it were true, and what it knew becomes true by the commit, not before."""
-    outside, model = KnownDirectories(), KnownDirectories()
+    outside, model = StickyDirectories(), StickyDirectories()
     for step in before:
         take(outside, step)
         take(model, step)

@@ -12,13 +12,13 @@ from itertools import count
 
 import pytest
 import trio
+from xsfs.mirror.pace import PAUSE_SECONDS
 
 from tests.mirror.test_failures import FOREIGN
 from tests.support.mirroring import Live, await_true, live
 from tests.support.mounting import LIMIT, Place, each_place
 from tests.support.xenstored.harness import XsClient
 from xsfs.mirror.mirror import BREAK_SECONDS
-from xsfs.mirror.pace import PAUSE_SECONDS
 from xsfs.mirror.reconcile import READY_SECONDS
 from xsfs.view.view import Sight
 from xsfs.xenstore.protocol import directory, read

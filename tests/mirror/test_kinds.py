@@ -15,7 +15,7 @@ import pytest
 from tests.support.mirroring import Live, await_true, live, live_at
 from tests.support.mounting import Place, each_place
 from tests.support.xenstored.harness import XsClient, strings
-from xsfs.view import known
+from xsfs.view import kinds
 from xsfs.view.names import RAW
 
 ROOT = "/test"
@@ -126,20 +126,20 @@ def test_what_the_mount_knows_is_told(alive: Live, store: XsClient) -> None:
     store.mkdir("/test/n")
     alive.settle()
     assert kind(alive, "n") == "file"
-    alive.tell(lambda: alive.known.add(b"/test/n"))
+    alive.tell(lambda: alive.sticky.add(b"/test/n"))
     alive.settle()
     assert kind(alive, "n") == "directory"
-    alive.tell(lambda: alive.known.add(b"/test/n", with_value=True))
+    alive.tell(lambda: alive.sticky.add(b"/test/n", with_value=True))
     alive.settle()
     assert kind(alive, "n/.value") == "file"
     store.write("/test/n", "v")
     alive.settle()
     assert kind(alive, "n/.value") == "file"
-    alive.tell(lambda: alive.known.discard_value(b"/test/n"))
+    alive.tell(lambda: alive.sticky.discard_value(b"/test/n"))
     alive.settle()
     assert kind(alive, "n") == "file"
     store.write("/test/n", "")
-    alive.tell(lambda: alive.known.discard(b"/test/n"))
+    alive.tell(lambda: alive.sticky.discard(b"/test/n"))
     alive.settle()
     assert kind(alive, "n") == "file"
 
@@ -148,10 +148,10 @@ def test_an_empty_value_is_forgotten_beside_children(alive: Live, store: XsClien
     """As when more directories are known than can be remembered."""
     store.write("/test/n/c", "v")
     alive.settle()
-    alive.tell(lambda: alive.known.add(b"/test/n", with_value=True))
+    alive.tell(lambda: alive.sticky.add(b"/test/n", with_value=True))
     alive.settle()
     assert kind(alive, "n/.value") == "file"
-    alive.tell(lambda: alive.known.discard(b"/test/n"))
+    alive.tell(lambda: alive.sticky.discard(b"/test/n"))
     alive.settle()
     assert kind(alive, "n/.value") == "nothing"
 
@@ -160,14 +160,14 @@ def test_more_directories_than_can_be_remembered(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is forgotten is not looked at for that: another would be forgotten then, for ever."""
-    monkeypatch.setattr(known, "KNOWN_MAX", 5)
+    monkeypatch.setattr(kinds, "STICKY_MAX", 5)
     with place.witness() as store:
         for number in range(20):
             store.write(f"/many/d{number}", "v")
             store.write(f"/many/d{number}/c", "v")
         with live(place.socket, store, root="/many") as alive:
             alive.settle()
-            looks = alive.mirror.looks
+            looks = alive.mirror.fetched
             for number in range(20):
                 store.write(f"/many/d{number}", "w")
             alive.settle()
@@ -175,7 +175,7 @@ def test_more_directories_than_can_be_remembered(
                 store.write("/many/d0/c", f"{number}")
                 alive.settle()
             # Of all and of their children, and of the one child each time.
-            assert alive.mirror.looks - looks <= 100
+            assert alive.mirror.fetched - looks <= 100
         store.rm("/many")
 
 
@@ -188,7 +188,7 @@ def test_what_was_made_a_directory_while_its_removal_is_looked_at(
 
         def learn(path: bytes = path) -> None:
             store.mkdir(path.decode())
-            alive.known.add(path)
+            alive.sticky.add(path)
 
         store.mkdir(path.decode())
         store.rm(path.decode())

@@ -1,6 +1,6 @@
 """Ring: the live mirror in process, driven by hand, when everything happens in every order.
 
-Between any two steps of the mirror (each question of a burst, each reply, each file, each rest) comes
+Between any two steps of the mirror (each request of a pipeline, each reply, each file, each rest) comes
 whatever may come there: changes of the store, events that are late, what the mount learns and when.
 The mirror, its files, the view and the store's data are the real ones; only who runs next is chance's.
 XSFS_TEST_SEEDS says how many histories there are, in hundreds.
@@ -20,24 +20,21 @@ import pytest
 import trio
 
 from tests.support.mirroring import Entry, Tree, differences, scratch, tree_of_files
-from xsfs.embedded.database import Store as Data
+from xsfs.embedded.database import Database as Data
 from xsfs.embedded.domains import Change
 from xsfs.embedded.record import Refused, format_perms
-from xsfs.mirror import mirror, windows
+from xsfs.mirror import mirror
 from xsfs.mirror.mirror import RELEASE, Mirror
-from xsfs.mirror.pace import Pace
-from xsfs.mirror.staging import MirrorFiles
-from xsfs.view.known import KnownDirectories
-from xsfs.view.looks import Look
+from xsfs.mirror.staging import MirrorDirectory
+from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import TEXT, join
 from xsfs.view.ownership import Ownership
-from xsfs.view.view import View
+from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
-from xsfs.xenstore.permissions import perms_text
 from xsfs.xenstore.protocol import Op, Request
 from xsfs.xenstore.store import Store
-from xsfs.xenstore.unanswered import Reply
 
 HISTORIES: Final = 100 * int(os.environ.get("XSFS_TEST_SEEDS", "2"))
 
@@ -87,12 +84,9 @@ class Parked:
             await pause("parked")
 
 
-class PaceByHand(Pace):
+async def rest() -> None:
     """No clock tells how long a rest is."""
-
-    async def rest(self) -> None:
-        await pause("rest")
-        self.owed = 0.0
+    await pause("rest")
 
 
 class History:
@@ -113,18 +107,18 @@ class History:
         self.lessons: list[Callable[[], object]] = []
         """What the mount is about to learn."""
         self.watches = self
-        self.files = MirrorFiles(str(directory), Ownership(os.getuid(), os.getgid(), 0o077))
-        self.view = View(cast(Store, self), 0, root, TEXT, KnownDirectories())
+        self.files = MirrorDirectory(str(directory), Ownership(os.getuid(), os.getgid(), 0o077))
+        self.view = View(cast(Store, self), 0, root, TEXT, StickyDirectories())
         below = (b"", b"/a", b"/b", b"/a/a", b"/a/b", b"/b/a", b"/a/a/a", b"/a/a/b", b"/a/a/b/a")
         self.paths = [root + path for path in below]
-        self.paths += [join(root, name) for name in self.view.lasting_children(root)]
+        self.paths += [join(root, name) for name in self.view.always_there_below(root)]
 
     def start(self) -> None:
         self.files.open()
         self.mirror = Mirror(cast(Store, self), self.view, self.files)
-        self.mirror._work = cast(trio.lowlevel.ParkingLot, Parked())
-        self.mirror._pace = PaceByHand()
-        self.view.known.on_change = self.mirror._known_changed
+        self.mirror._idle = cast(trio.lowlevel.ParkingLot, Parked())
+        self.mirror._rest = rest  # type: ignore[method-assign]
+        self.view.sticky.on_change = self.mirror._sticky_changed
         self._run = cast(Coroutine[str, None, None], self._make_and_follow())
 
     def end(self) -> None:
@@ -133,12 +127,11 @@ class History:
 
     async def _make_and_follow(self) -> None:
         self.files.begin()
-        self.mirror._copy.begin()
-        while paths := windows.next_window(self.mirror._copy.again):
-            sights = await self.mirror._survey(paths)
-            await self.mirror._apply(paths, sights, renew=False)
-        await self.mirror._carry_out(self.mirror._copy.publish())
-        self.mirror._true_of = self.mirror._interruptions
+        self.mirror._reconciler.begin()
+        while self.mirror._queue:
+            await self.mirror._work()
+        await self.mirror._carry_out(self.mirror._reconciler.publish())
+        self.mirror._copy_of = self.mirror._interruptions
         await self.mirror._follow()
 
     def step(self) -> str:
@@ -160,11 +153,7 @@ class History:
             return node.value
         return node.listing if request.op == Op.DIRECTORY else format_perms(node.perms)
 
-    async def burst(
-        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
-    ) -> list[Reply]:
-        if meanwhile is not None:
-            meanwhile()
+    async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
         replies = []
         for request in requests:
             await pause("the store's turn")
@@ -172,19 +161,11 @@ class History:
         await pause("replied")
         return replies
 
-    def at_once(
-        self, requests: Sequence[Request], meanwhile: Callable[[], None]
-    ) -> list[Reply] | None:
-        meanwhile()
-        return (
-            [self._answer(request) for request in requests] if self.chance.random() < 0.8 else None
-        )
-
     # -------------------------------------------------------------------------- what may happen
 
     def change(self) -> None:
         path = self.chance.choice(self.paths)
-        data, known = self.data, self.view.known
+        data, sticky = self.data, self.view.sticky
         what = self.chance.choice(CHANGES)
         with suppress(Refused):  # no node is there
             if what == "write":
@@ -201,21 +182,21 @@ class History:
                 data.destroy(GUEST)
             elif what == "mkdir":  # through the mount, which learns it a little later
                 data.mkdir(0, path)
-                self.lessons.append(lambda: known.add(path))
+                self.lessons.append(lambda: sticky.add(path))
             elif what == "rmdir":
                 data.rm(0, path)
-                self.lessons.append(lambda: known.discard(path))
+                self.lessons.append(lambda: sticky.discard(path))
             elif what == "look":
-                asked = known.moment
-                answers = [self._answer(ask(path)) for ask in (protocol.read, protocol.directory)]
-                self.lessons.append(lambda: self.view.learn(path, answers, asked))
+                listing = self._answer(protocol.directory(path))
+                if isinstance(listing, bytes) and listing:
+                    self.lessons.append(lambda: sticky.add(path))
             elif what == ".value":
-                known.add(path, with_value=True)
+                sticky.add(path, with_value=True)
             elif what == "rm .value":
                 data.write(0, path, b"")
-                self.lessons.append(lambda: known.discard_value(path))
+                self.lessons.append(lambda: sticky.discard_value(path))
             elif what == "overflow":  # the oldest of too many are forgotten
-                known.discard(path)
+                sticky.discard(path)
 
     def event(self) -> None:
         path = self.events.pop(0)
@@ -250,22 +231,22 @@ class History:
         )
         there = not isinstance(value, XenstoreError)
         lasts = path == self.root or path in [
-            join(self.root, name) for name in self.view.lasting_children(self.root)
+            join(self.root, name) for name in self.view.always_there_below(self.root)
         ]
         if not (there or lasts):
             return
         value, listing, perms = (
             b"" if isinstance(reply, XenstoreError) else reply for reply in (value, listing, perms)
         )
-        text = perms_text(perms).decode() if perms and self.files.has_perms else ""
-        look = Look(value, bool(listing), True, True)
-        if not (path == self.root or not there or self.view.is_directory(path, look)):
+        text = perms.rstrip(b"\0").replace(b"\0", b",").decode() if self.files.has_perms else ""
+        state = NodeState(value, bool(listing), True, True)
+        if not (path == self.root or not there or self.view.is_directory(path, state)):
             tree[place] = Entry(False, TEXT.render(value), text)
             return
         tree[place] = Entry(True, b"", text)
-        if self.view.has_dot_value(path, look):
+        if there and self.view.has_dot_value(path, state):
             tree[f"{place}/.value".lstrip("/")] = Entry(False, TEXT.render(value), text)
-        names = dict.fromkeys((*listing.split(b"\0")[:-1], *self.view.lasting_children(path)))
+        names = dict.fromkeys((*listing.split(b"\0")[:-1], *self.view.always_there_below(path)))
         for name in names:
             self._expect(join(path, name), f"{place}/{name.decode()}".lstrip("/"), tree)
 
@@ -277,7 +258,6 @@ def each_step_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(trio.lowlevel, "checkpoint", checkpoint)
     monkeypatch.setattr(mirror, "SLICE_SECONDS", -1.0)
-    monkeypatch.setattr(mirror, "BREAK_SECONDS", -1.0)
 
 
 @pytest.fixture
@@ -287,14 +267,12 @@ def shm() -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("each_step_waits")
-@pytest.mark.parametrize("window", [2, windows.WINDOW])
+@pytest.mark.parametrize("batch", [2, mirror.BATCH])
 @pytest.mark.parametrize("root", [b"/r", b"/local/domain/0"])
 def test_it_is_exact_at_rest(
-    root: bytes, window: int, shm: Path, monkeypatch: pytest.MonkeyPatch
+    root: bytes, batch: int, shm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows.next_window, "__kwdefaults__", {"size": window, "fair": False})
-    monkeypatch.setattr(windows, "WINDOW", window)
-    monkeypatch.setattr(mirror, "WINDOW", window)
+    monkeypatch.setattr(mirror, "BATCH", batch)
     changed = 0
     for seed in range(HISTORIES):
         chance = random.Random(seed)

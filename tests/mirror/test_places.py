@@ -13,19 +13,18 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.mirroring import HOME, Mirrored, await_true, mirrored, scratch
+from tests.support.mirroring import HOME, Mirrored, await_true, mirrored, scratch, tmpfs
 from tests.support.mounting import LIMIT, Mount, Place, mounted, open_place
 from tests.support.xenstored.harness import strings
 from xsfs.cli.exit_statuses import EXIT_MIRROR
 from xsfs.cli.mount import ENDING
-from xsfs.mirror.staging import MirrorFiles
-from xsfs.mirror.workshop import MirrorPlaceError
+from xsfs.mirror.staging import MirrorDirectory, MirrorPlaceError
 from xsfs.view.ownership import Ownership
 
 
@@ -61,16 +60,6 @@ def refused(place: Place, directory: object, mountpoint: Path, *options: str) ->
     return done.stderr
 
 
-@contextmanager
-def tmpfs(path: Path, options: str) -> Iterator[Path]:
-    path.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", path], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", path], check=True)
-
-
 # ------------------------------------------------------------------------------------ refused
 
 
@@ -96,7 +85,7 @@ def test_directories_that_cannot_be_it(place: Place, shm: Path, tmp_path: Path) 
         if name in ("full", "nowhere/m"):
             said_there = refused(place, shm / name, mountpoint)
         else:
-            files = MirrorFiles(str(shm / name), Ownership(0, 0, 0o077))
+            files = MirrorDirectory(str(shm / name), Ownership(0, 0, 0o077))
             with pytest.raises(MirrorPlaceError) as caught:
                 files.open()
             said_there = str(caught.value)
@@ -196,7 +185,7 @@ def test_an_empty_directory_is_given_back_as_it_was(
     mine = shm / "mine"
     mine.mkdir()
     mine.chmod(0o751)
-    os.chown(mine, 12, 34)
+    os.chown(mine, 0, 34)
     before = mine.stat()
     with mounted(["-o", f"umask=022,uid=99,mirror={mine}", place.socket], tmp_path / "m"):
         now = mine.stat()
@@ -292,7 +281,7 @@ def as_nobody() -> None:
 
 def test_an_unprivileged_user(tmp_path: Path, shm: Path) -> None:
     """Directories are read-only for their owner, too, who has to unlock them for each change."""
-    shm.chmod(0o777)
+    os.chown(shm, 65534, 65534)
     socket = shm / "socket"
     mountpoint = shm / "mount"
     mountpoint.mkdir()
@@ -324,6 +313,7 @@ def test_an_unprivileged_user(tmp_path: Path, shm: Path) -> None:
         said = process.communicate(timeout=LIMIT)[1]
     assert process.returncode == 0, said
     assert "Traceback" not in said
+    os.chown(shm, 0, 0)
     assert os.listdir(shm) == ["mount"]
 
 

@@ -44,7 +44,7 @@ def test_what_has_changed_together_is_looked_at_once(place: Place) -> None:
         mirror = alive.mirror
 
         def at_rest() -> bool:
-            return bool(mirror._work)  # its task is parked there
+            return bool(mirror._idle)  # its task is parked there
 
         def looks_after(paths: Iterable[str]) -> int:
             def tell() -> None:
@@ -52,10 +52,10 @@ def test_what_has_changed_together_is_looked_at_once(place: Place) -> None:
                     mirror._changes.put(path.encode())
 
             await_true(at_rest)
-            before = mirror.looks
+            before = mirror.fetched
             alive.tell(tell)
-            await_true(lambda: mirror.looks > before and at_rest())
-            return mirror.looks - before
+            await_true(lambda: mirror.fetched > before and at_rest())
+            return mirror.fetched - before
 
         # A directory comes first: a file would be looked at on the spot.
         for others in ([], below, below[::-1]):
@@ -99,8 +99,8 @@ class Chance:
                 client.set_perms(path, ["n0", f"r{self.random.randrange(9)}"], tx)
             else:
                 client.mkdir(path)
-                known = self.alive.known
-                known.add(path.encode(), with_value=self.random.random() < 0.3)
+                sticky = self.alive.sticky
+                sticky.add(path.encode(), with_value=self.random.random() < 0.3)
         except XsError as error:
             if error.name not in REFUSED:
                 raise
@@ -248,7 +248,7 @@ def test_a_subtree_removed_and_made_again_while_it_is_read(place: Place, tmp_pat
         for path in (b"/late/a/7", b"/late/a/149/x", b"/late/a"):
             liar.lie = late = Late(Op.READ, path)
             store.write("/late/a", "again")
-            alive.tell(lambda: alive.mirror._copy.again.update({b"/late": None}))
+            alive.tell(lambda: alive.mirror._queue.setdefault(b"/late", False))
             assert late.asked.wait(LIMIT)
             store.rm("/late/a")
             for number in range(0, count, 3):

@@ -1,38 +1,33 @@
-"""Ring: the copy of a live mirror in process: what one look after the other makes of its files."""
+"""Ring: the copy of a live mirror in process: what fetched nodes make of its files, one after the other."""
 
 from __future__ import annotations
 
 import os
-import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import product
-from operator import add
 from pathlib import Path
 from typing import Final, NamedTuple, cast
 
 import pytest
 
 from tests.support.mirroring import scratch
-from xsfs.mirror.reconcile import READY_SECONDS, Copy
-from xsfs.mirror.staging import PERMS_ATTRIBUTE, MirrorFiles
-from xsfs.view.known import KnownDirectories
-from xsfs.view.looks import Look
+from xsfs.mirror.reconcile import CHUNK, GONE, FetchedNode, Reconciler
+from xsfs.mirror.staging import PERMS_ATTRIBUTE, MirrorDirectory
+from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import TEXT
 from xsfs.view.ownership import Ownership
-from xsfs.view.view import Sight, View
+from xsfs.view.view import NodeState, View
 from xsfs.xenstore.store import Store
 
 NODE: Final = b"/node"
 CHILD: Final = NODE + b"/child"
 
 
-def seen(value: bytes, *names: bytes, perms: bytes = b"n0\0") -> Sight:
-    return Sight(Look(value, bool(names), True, True), list(names), perms)
+def seen(value: bytes, *names: bytes, perms: bytes = b"n0\0") -> FetchedNode:
+    return FetchedNode(NodeState(value, bool(names), True, True), names, perms)
 
-
-GONE: Final = Sight(None, [], b"")
 
 SEEN: Final = {
     "nothing": GONE,
@@ -74,30 +69,31 @@ def shown(top: Path, *, has_perms: bool) -> Shown:
     )
 
 
-def expected(sight: Sight, *, has_perms: bool) -> Shown:
-    look = sight.look
-    if look is None:
+def expected(node: FetchedNode, *, has_perms: bool) -> Shown:
+    state = node.state
+    if state is None:
         return Shown({}, {})
-    node, child = "node", "node/child"
-    contents: dict[str, bytes | None] = {node: TEXT.render(look.value)}
-    if look.has_children:
-        contents = {node: None, child: b"of the child\n"}
-        if look.value:
-            contents["node/.value"] = TEXT.render(look.value)
-    perms = cast(bytes, sight.perms).rstrip(b"\0").replace(b"\0", b",")
+    assert state.value is not None
+    child = "node/child"
+    contents: dict[str, bytes | None] = {"node": TEXT.render(state.value)}
+    if state.has_children:
+        contents = {"node": None, child: b"of the child\n"}
+        if state.value:
+            contents["node/.value"] = TEXT.render(state.value)
+    perms = node.perms.rstrip(b"\0").replace(b"\0", b",")
     of_all = {name: b"n0" if name == child else perms for name in contents}
     of_all = {name: text for name, text in of_all.items() if text}
     return Shown(contents, of_all if has_perms else {})
 
 
 class Copied(NamedTuple):
-    files: MirrorFiles
-    copy: Copy
+    files: MirrorDirectory
+    copy: Reconciler
+    queue: OrderedDict[bytes, bool]
 
-    def look(self, path: bytes, sight: Sight) -> None:
-        self.copy.again.pop(path, None)
-        for _ in self.copy.apply(path, sight, renew=False):
-            pass
+    def apply(self, path: bytes, node: FetchedNode, *, renew: bool = False) -> int:
+        """How many steps that took."""
+        return sum(1 for _ in self.copy.apply(path, node, renew=renew))
 
     def publish(self) -> None:
         for _ in self.files.publish():
@@ -106,15 +102,16 @@ class Copied(NamedTuple):
 
 @contextmanager
 def copied(directory: Path) -> Iterator[Copied]:
-    """A copy in the workshop, of a root with one node that was not looked at."""
-    view = View(cast(Store, None), 0, b"/", TEXT, KnownDirectories())
-    files = MirrorFiles(str(directory), Ownership(0, 0, 0o077))
+    """A copy in the staging directory, of a root with one node that was not fetched."""
+    view = View(cast(Store, None), 0, b"/", TEXT, StickyDirectories())
+    files = MirrorDirectory(str(directory), Ownership(0, 0, 0o077))
     files.open()
     try:
-        it = Copied(files, Copy(view, files))
+        queue: OrderedDict[bytes, bool] = OrderedDict()
+        it = Copied(files, Reconciler(view, files, queue), queue)
         files.begin()
         it.copy.begin()
-        it.look(b"/", seen(b"", b"node"))
+        it.apply(b"/", seen(b"", b"node"))
         yield it
     finally:
         files.close()
@@ -126,19 +123,20 @@ def shm() -> Iterator[Path]:
         yield path
 
 
-@pytest.mark.parametrize("staged", [True, False], ids=["in the workshop", "seen by readers"])
+@pytest.mark.parametrize("renew", [True, False], ids=["an event names it", "none does"])
+@pytest.mark.parametrize("staged", [True, False], ids=["staged", "seen by readers"])
 @pytest.mark.parametrize(("first", "second"), list(product(SEEN, SEEN)))
 def test_a_node_is_shown_as_it_was_seen_last(
-    first: str, second: str, staged: bool, shm: Path
+    first: str, second: str, staged: bool, renew: bool, shm: Path
 ) -> None:
     with copied(shm / "mirror") as it:
         if not staged:
             it.publish()
-        for sight in (SEEN[first], SEEN[second]):
-            it.look(NODE, sight)
-            assert (CHILD in it.copy.again) == bool(sight.names)
-            if sight.names:
-                it.look(CHILD, seen(b"of the child"))
+        for node in (SEEN[first], SEEN[second]):
+            it.apply(NODE, node, renew=renew)
+            assert (CHILD in it.queue) == bool(node.names)
+            if node.names:
+                it.apply(CHILD, seen(b"of the child"))
         if staged:
             it.publish()
         has_perms = it.files.has_perms
@@ -146,21 +144,45 @@ def test_a_node_is_shown_as_it_was_seen_last(
         assert result == expected(SEEN[second], has_perms=has_perms)
         nodes = [name for name in result.contents if not name.endswith(".value")]
         assert it.copy.nodes == len(nodes)
+        assert "new" not in os.listdir(shm / ".mirror.xsfs")
 
 
-@pytest.mark.parametrize("staged", [True, False], ids=["in the workshop", "seen by readers"])
+def test_a_file_is_replaced_by_an_equal_one_if_an_event_names_the_node(shm: Path) -> None:
+    with copied(shm / "mirror") as it:
+        it.publish()
+        file = shm / "mirror" / "node"
+        inodes = []
+        for renew in (True, False, True):
+            it.apply(NODE, seen(b"value"), renew=renew)
+            with file.open("rb"):
+                inodes.append(file.stat().st_ino)
+        assert inodes[0] == inodes[1] != inodes[2]
+
+
+def test_no_step_goes_through_all_children(shm: Path) -> None:
+    many = [b"%d" % number for number in range(10_000)]
+    with copied(shm / "mirror") as it:
+        assert it.apply(NODE, seen(b"", *many)) > len(many) / CHUNK
+        for name in many:
+            it.apply(NODE + b"/" + name, seen(b""))
+        it.publish()
+        assert it.apply(NODE, seen(b"", *many)) > 2 * (len(many) // CHUNK)
+        assert it.apply(NODE, GONE) > len(many)
+
+
+@pytest.mark.parametrize("staged", [True, False], ids=["staged", "seen by readers"])
 @pytest.mark.parametrize("parent", ["nothing", "a file"])
 def test_a_child_waits_for_its_parent(parent: str, staged: bool, shm: Path) -> None:
     """Where it cannot be shown, the way down to it begins at the parent."""
     with copied(shm / "mirror") as it:
         if not staged:
             it.publish()
-        it.look(NODE, SEEN[parent])
-        it.look(CHILD, seen(b"of the child"))
-        assert list(it.copy.again) == [NODE]
-        it.look(NODE, SEEN["a directory"])
-        it.look(CHILD, seen(b"of the child"))
-        assert not it.copy.again
+        it.apply(NODE, SEEN[parent])
+        it.apply(CHILD, seen(b"of the child"))
+        assert list(it.queue) == [NODE]
+        it.apply(NODE, SEEN["a directory"])
+        it.apply(CHILD, seen(b"of the child"))
+        assert not it.queue
         if staged:
             it.publish()
         has_perms = it.files.has_perms
@@ -179,33 +201,33 @@ def test_what_is_learned_of_a_node_while_its_children_go(
     """It is empty now: whether it is a directory is a matter of what is known."""
     with copied(shm / "mirror") as it:
         it.publish()
-        known = it.copy._view.known
+        sticky = it.copy._view.sticky
 
         def changed(path: bytes) -> None:  # as the mirror does
             if it.copy.contradicts(path):
-                it.copy.again[path] = None
+                it.queue[path] = False
 
-        known.on_change = changed
+        sticky.on_change = changed
         names = [b"%d" % number for number in range(5)]
-        it.look(NODE, seen(b"", *names))
+        it.apply(NODE, seen(b"", *names))
         for name in names:
-            it.look(NODE + b"/" + name, seen(b"value"))
+            it.apply(NODE + b"/" + name, seen(b"value"))
         if becomes == "a file":
-            known.add(NODE)
-        assert not it.copy.again
+            sticky.add(NODE)
+        assert not it.queue
 
         steps = it.copy.apply(NODE, EMPTY, renew=True)
         for _ in range(moment):
             next(steps, None)
         if becomes == "a file":
-            known.discard(NODE)
+            sticky.discard(NODE)
         else:
-            known.add(NODE)
+            sticky.add(NODE)
         for _ in steps:
             pass
-        while it.copy.again:
-            assert list(it.copy.again) == [NODE]
-            it.look(NODE, EMPTY)
+        while it.queue:
+            assert list(it.queue) == [NODE]
+            it.apply(NODE, EMPTY)
         assert list((shm / "mirror").iterdir()) == [shm / "mirror/node"]
         assert (shm / "mirror/node").is_dir() == (becomes == "a directory")
         assert list(it.files.names(b"node") if becomes == "a directory" else []) == []
@@ -214,71 +236,13 @@ def test_what_is_learned_of_a_node_while_its_children_go(
 @pytest.mark.parametrize("moment", range(3))
 def test_what_is_learned_while_the_copy_moves_to_its_place(moment: int, shm: Path) -> None:
     with copied(shm / "mirror") as it:
-        it.look(NODE, EMPTY)
+        it.apply(NODE, EMPTY)
         steps = it.copy.publish()
         for _ in range(moment):
             next(steps, None)
-        it.copy._view.known.add(NODE)
+        it.copy._view.sticky.add(NODE)
         assert it.copy.contradicts(NODE)
         for _ in steps:
             pass
-        it.look(NODE, EMPTY)
+        it.apply(NODE, EMPTY)
         assert (shm / "mirror/node").is_dir()
-
-
-# ----------------------------------------------------------------- what is made ready meanwhile
-
-
-@pytest.mark.parametrize(("first", "second"), list(product(SEEN, SEEN)))
-def test_a_change_whose_file_was_made_ready(first: str, second: str, shm: Path) -> None:
-    """Whatever it turns out to be, and whatever was there."""
-    with copied(shm / "mirror") as it:
-        it.publish()
-        it.look(NODE, SEEN[first])
-        if SEEN[first].names:
-            it.look(CHILD, seen(b"of the child"))
-        it.copy.make_ready(NODE)
-        assert it.copy.is_ready(NODE)
-        for _ in it.copy.apply(NODE, SEEN[second], renew=True):
-            pass
-        if SEEN[second].names:
-            it.look(CHILD, seen(b"of the child"))
-        it.files.rest()
-        has_perms = it.files.has_perms
-        result = shown(shm / "mirror", has_perms=has_perms)
-        assert result == expected(SEEN[second], has_perms=has_perms)
-        assert "new" not in os.listdir(shm / ".mirror.xsfs")
-
-
-def test_what_cannot_be_shown_is_not_made_ready(shm: Path) -> None:
-    with copied(shm / "mirror") as it:
-        it.publish()
-        it.look(NODE, SEEN["a file"])
-        it.copy.make_ready(CHILD)
-        assert not it.copy.is_ready(CHILD)
-        assert list(it.copy.again) == [NODE]
-        assert "new" not in os.listdir(shm / ".mirror.xsfs")
-
-
-def test_what_is_ready_is_of_one_node_and_of_a_moment(
-    shm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else the place is looked at anew: what was a file may be a directory by now."""
-    with copied(shm / "mirror") as it:
-        it.publish()
-        it.look(NODE, SEEN["a file"])
-
-        def becomes_a_directory() -> None:
-            it.copy.make_ready(NODE)
-            assert it.copy.is_ready(NODE)
-            (shm / "mirror" / "node").unlink()
-            (shm / "mirror" / "node").mkdir()
-
-        becomes_a_directory()
-        it.look(b"/", seen(b"", b"node"))
-        it.look(NODE, SEEN["another file"])
-        assert (shm / "mirror" / "node").read_bytes() == b"other\n"
-        becomes_a_directory()
-        monkeypatch.setattr(time, "perf_counter", partial(add, time.perf_counter(), READY_SECONDS))
-        it.look(NODE, SEEN["a file"])
-        assert (shm / "mirror" / "node").read_bytes() == b"value\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import trio
 from trio.testing import MockClock
-
 from xsfs.mirror.pace import REST_SECONDS, SPARE_SECONDS, Pace
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.support.mirroring import scratch
-from xsfs.mirror.staging import MirrorFiles
+from tests.support.mirroring import scratch, tmpfs
+from xsfs.mirror import staging
+from xsfs.mirror.staging import MirrorDirectory, MirrorPlaceError, Steps, default_directory
 from xsfs.view.ownership import Ownership
+
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -20,12 +25,39 @@ def shm() -> Iterator[Path]:
         yield path
 
 
+@contextmanager
+def opened(directory: Path, umask: int = 0o077) -> Iterator[MirrorDirectory]:
+    files = MirrorDirectory(str(directory), Ownership(0, 0, umask))
+    files.open()
+    try:
+        yield files
+    finally:
+        files.close()
+
+
+def carry_out(steps: Steps) -> None:
+    for _ in steps:
+        pass
+
+
+def why_not(directory: Path) -> str:
+    """Why there can be no mirror there."""
+    files = MirrorDirectory(str(directory), Ownership(0, 0, 0o077))
+    with pytest.raises(MirrorPlaceError) as caught:
+        files.open()
+    assert "mirror=DIR" in caught.value.hint
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------- swapped for links
+
+
 def test_the_owner_leads_nobody_outside_when_a_copy_is_given_up(shm: Path) -> None:
-    """What was put into DIR meanwhile is moved out and removed, while its owner still has it open."""
+    """xsfs moves out and removes what was put into DIR meanwhile, while its owner still has it open."""
     precious = shm / "outside" / "y" / "precious"
     precious.parent.mkdir(parents=True)
     precious.touch()
-    files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o077))
+    files = MirrorDirectory(str(shm / "mirror"), Ownership(0, 0, 0o077))
     files.open()
     files.begin()
     (shm / "mirror" / "D" / "x" / "y").mkdir(parents=True)
@@ -46,114 +78,229 @@ def test_the_owner_leads_nobody_outside_when_a_copy_is_given_up(shm: Path) -> No
         os.close(directory)
         files.close()
     assert precious.exists()
+    assert os.listdir(shm) == ["outside"]
 
 
-def test_the_workshop_is_exchanged(shm: Path) -> None:
-    """By the owner of the directory above, while a copy is made in it."""
-    outside = shm / "outside"
-    (outside / "tree").mkdir(parents=True)
-    files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o022))
-    files.open()
+def every_operation(files: MirrorDirectory) -> None:
     files.begin()
-    workshop = shm / ".mirror.xsfs"
-    workshop.rename(shm / "gone")
-    workshop.symlink_to(outside)
+    files.make_directory(b"d", b"n0")
+    files.put(b"d/f", b"v", b"n0", new=True)
+    carry_out(files.publish())
+    files.put(b"d/f", b"w", b"n0")
+    files.put(b"f", b"w", b"n0")
+    files.make_directory(b"d/e", b"")
+    files.set_perms(b"d", b"n1")
+    files.set_perms(b"", b"n1")
+    files.release()
+    assert files.read(b"d/f") == (b"w", b"n0" if files.has_perms else b"")
+    files.remove_file(b"d/f")
+    carry_out(files.removing(b"d"))
+    assert list(files.names(b"")) == [b"f"]
+    carry_out(files.clear())
+    files.begin()
+    files.put(b"g", b"w", b"", new=True)
+
+
+@pytest.mark.parametrize("swapped", ["the directory", "the staging directory", "the parent"])
+def test_a_directory_that_is_swapped_leads_nobody_outside(shm: Path, swapped: str) -> None:
+    """Where it was stands a symbolic link then."""
+    outside = shm / "outside"
+    parent = shm / "parent"
+    for directory in ("tree/d", "old/d", "d", "mirror/d"):
+        (outside / directory).mkdir(parents=True)
+        (outside / directory / "f").write_text("mine")
+    outside.chmod(0o751)
+    parent.mkdir()
+    before = {path: path.lstat() for path in (outside, *outside.rglob("*"))}
+    path = {
+        "the directory": parent / "mirror",
+        "the staging directory": parent / ".mirror.xsfs",
+        "the parent": parent,
+    }[swapped]
+    files = MirrorDirectory(str(parent / "mirror"), Ownership(NOBODY, NOBODY, 0o022))
+    files.open()
+    path.rename(shm / "away")
+    path.symlink_to(outside)
     try:
-        files.make_directory(b"d")
-        files.set_perms(b"d", b"n0", new=True)
-        files.put(b"d/f", b"v", b"", new=True)
-        assert files.content(b"d/f") == b"v"
-        assert os.listdir(outside / "tree") == []
+        every_operation(files)
     finally:
-        workshop.unlink()
-        (shm / "gone").rename(workshop)
         files.close()
+    assert path.is_symlink()
+    after = {path: path.lstat() for path in (outside, *outside.rglob("*"))}
+    for name in ("st_ino", "st_mode", "st_uid", "st_gid", "st_mtime_ns", "st_ctime_ns"):
+        assert {path: getattr(found, name) for path, found in after.items()} == {
+            path: getattr(found, name) for path, found in before.items()
+        }
 
 
 def test_a_directory_that_was_taken_away_is_none(shm: Path) -> None:
-    """Even one that is held open, since something was just put into it."""
-    files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o077))
-    files.open()
-    try:
+    """Even one that was open, since something was just put into it."""
+    with opened(shm / "mirror") as files:
         files.begin()
-        files.make_directory(b"d")
+        files.make_directory(b"d", b"")
         files.put(b"d/f", b"v", b"")
-        assert files.is_directory(b"d")
-        for _ in files.publish():
-            pass
+        assert files.first_missing(b"d") is None
+        carry_out(files.publish())
         files.put(b"d/f", b"w", b"")
-        assert files.is_directory(b"d")
+        assert files.first_missing(b"d") is None
+        files.release()
         (shm / "mirror" / "d").rename(shm / "away")
-        assert not files.is_directory(b"d")
-    finally:
-        files.close()
+        assert files.first_missing(b"d") == b"d"
+        assert files.kind(b"d") == 0
     assert (shm / "away" / "f").read_bytes() == b"w"
 
 
-def test_what_was_made_ahead_is_used_or_goes(shm: Path) -> None:
-    files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o077))
-    files.open()
-    new = shm / ".mirror.xsfs" / "new"
-    try:
-        files.begin()
-        files.make_directory(b"d")
-        for _ in files.publish():
+# ---------------------------------------------------------------------------------- trusted places
+
+
+def others_write(path: Path) -> None:
+    path.chmod(0o777)
+
+
+def a_group_writes(path: Path) -> None:
+    path.chmod(0o775)
+
+
+def anothers(path: Path) -> None:
+    os.chown(path, NOBODY, NOBODY)
+
+
+def sticky(path: Path) -> None:
+    path.chmod(0o1777)
+
+
+UNSAFE: dict[str, Callable[[Path], None]] = {
+    "can be written by others": others_write,
+    "can be written by others ": a_group_writes,
+    "belongs to another user": anothers,
+    "can be written by others, sticky": sticky,
+}
+
+
+@pytest.mark.parametrize("why", UNSAFE)
+@pytest.mark.parametrize("where", ["parent", "parent/mirror", ""])
+def test_nobody_else_can_write_where_the_mirror_is(shm: Path, where: str, why: str) -> None:
+    """Nor swap anything above it; which a sticky bit, as that of /tmp, prevents."""
+    (shm / "parent" / "mirror").mkdir(parents=True)
+    UNSAFE[why](shm / where)
+    if (where, why) == ("", "can be written by others, sticky"):
+        with opened(shm / "parent" / "mirror"):
             pass
-        files.rest()
-        descriptors = os.listdir("/proc/self/fd")
+    else:
+        said = why_not(shm / "parent" / "mirror")
+        assert why.partition(",")[0].strip() in said
+        assert str(shm / where) in said
+    shm.chmod(0o700)
+    os.chown(shm, 0, 0)
+    assert os.listdir(shm / "parent") == ["mirror"]
 
-        files.expect()
-        assert new.exists()
-        files.put(b"d/f", b"value", b"")
-        assert not new.exists()
-        assert (shm / "mirror" / "d" / "f").read_bytes() == b"value"
 
-        files.expect()
-        files.expect()
-        files.rest()
-        assert not new.exists()
-        assert os.listdir("/proc/self/fd") == descriptors
+def test_a_user_trusts_root_and_oneself(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shm.chmod(0o755)
+    (shm / "own").mkdir()
+    (shm / "own" / "mirror").mkdir()
+    for path in ("own", "own/mirror"):
+        os.chown(shm / path, NOBODY, NOBODY)
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    monkeypatch.setattr(staging.StagingDirectory, "__init__", lambda *_: pytest.fail("is trusted"))
+    with pytest.raises(pytest.fail.Exception, match="is trusted"):
+        MirrorDirectory(str(shm / "own" / "mirror"), Ownership(0, 0, 0o077)).open()
+    os.chown(shm / "own", 1, 1)
+    assert "belongs to another user" in why_not(shm / "own" / "mirror")
 
-        files.expect()
-        for _ in files.clear():
-            pass
-        assert not new.exists()
+
+def test_the_default_directory_lets_others_pass(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the umask is: that of the systemd unit is 077."""
+    run = shm / "run"
+    monkeypatch.setattr(staging, "RUN_DIRECTORY", str(run))
+    mask = os.umask(0o077)
+    try:
+        directory = default_directory("/mnt/xen/store")
+    finally:
+        os.umask(mask)
+    assert directory == f"{run}/mnt-xen-store"
+    assert stat.S_IMODE(run.stat().st_mode) == 0o755
+    with opened(Path(directory), 0o022):
+        assert stat.S_IMODE(os.stat(directory).st_mode) == 0o555
+        run.chmod(0o711)
+        assert default_directory("/mnt") == f"{run}/mnt"
+        assert stat.S_IMODE(run.stat().st_mode) == 0o711, "an administrator's choice"
+    assert not run.exists()
+
+
+# ---------------------------------------------------------------------------------------- no room
+
+
+@pytest.mark.parametrize(
+    ("options", "content"),
+    [("size=8m", b"x" * 4000), ("size=40m", b"x" * 4000), ("nr_inodes=900", b"")],
+)
+def test_a_reserve_stays_free(shm: Path, options: str, content: bytes) -> None:
+    with tmpfs(shm / "small", options) as small, opened(small / "mirror") as files:
+        whole = os.statvfs(small)
         files.begin()
-        files.expect()
-    finally:
-        files.close()
-    assert os.listdir(shm) == []
+        with pytest.raises(OSError, match="No space left on device"):
+            for number in range(100_000):
+                files.put(b"%d" % number, content, b"n0", new=True)
+        left = os.statvfs(small)
+        if content:
+            reserve = max(1 << 20, whole.f_blocks * whole.f_frsize // 20)
+            assert 0.85 * reserve < left.f_bavail * left.f_frsize < 1.15 * reserve
+        else:
+            assert 40 <= left.f_favail < 70
+        (small / "others").write_bytes(b"y" * 100_000 if content else b"")
+        carry_out(files.clear())
+        files.begin()
+        files.put(b"f", content, b"", new=True)
 
 
-def test_an_empty_file_that_was_made_ahead_is_from_now(shm: Path) -> None:
-    """Nothing is written into it that would tell when."""
-    files = MirrorFiles(str(shm / "mirror"), Ownership(0, 0, 0o077))
-    files.open()
+def test_nothing_is_begun_where_there_is_no_room(shm: Path) -> None:
+    with tmpfs(shm / "small", "size=8m") as small, opened(small / "mirror") as files:
+        (small / "others").write_bytes(bytes(7 * 1024 * 1024 + 100_000))
+        with pytest.raises(OSError, match="No space left on device"):
+            files.begin()
+        assert files.staged is False
+        (small / "others").unlink()
+        files.begin()
+
+
+# ------------------------------------------------------------------------------------------- depth
+
+
+def test_no_path_is_too_deep(shm: Path) -> None:
+    """Neither for the number of open files, nor for the time that each step takes."""
+    depth = 1500
+    paths = [b"/".join([b"d"] * levels) for levels in range(1, depth + 1)]
+    with opened(shm / "mirror") as files:
+        files.begin()
+        before = len(os.listdir("/proc/self/fd"))
+        for path in paths:
+            files.make_directory(path, b"")
+        assert len(os.listdir("/proc/self/fd")) - before <= staging.OPEN_MAX
+        assert files.first_missing(paths[-1] + b"/d/d/d") == paths[-1] + b"/d"
+        files.put(paths[-1] + b"/f", b"v", b"", new=True)
+        carry_out(files.publish())
+        assert files.read(paths[-1] + b"/f") is not None
+        files.release()
+        assert len(os.listdir("/proc/self/fd")) <= before
+        carry_out(files.removing(b"d"))
+        assert list(files.names(b"")) == []
+
+
+def test_permissions_that_are_too_long_for_the_file_system_are_left_out(tmp_path: Path) -> None:
+    """A guest can make them; ext4, for one, has room for about one block of them."""
+    with suppress(OSError):
+        tmp_path.chmod(0o700)
+    image = tmp_path / "image"
+    subprocess.run(["truncate", "-s", "16M", image], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-O", "^ea_inode", "-b", "1024", image], check=True)
+    (tmp_path / "ext4").mkdir()
+    subprocess.run(["mount", "-o", "loop", image, tmp_path / "ext4"], check=True)
     try:
-        files.expect()
-        os.utime(shm / ".mirror.xsfs" / "new", (0, 0))
-        files.put(b"f", b"", b"")
-        assert (shm / "mirror" / "f").stat().st_mtime > 0
+        with opened(tmp_path / "ext4" / "mirror") as files:
+            files.begin()
+            files.make_directory(b"d", b"n0," * 1300)
+            files.put(b"d/f", b"v", b"n0," * 1300, new=True)
+            assert files.read(b"d/f") == (b"v", b"")
     finally:
-        files.close()
-
-
-def test_the_last_inode_is_not_kept_for_a_file_that_does_not_come(shm: Path) -> None:
-    small = shm / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=8", "none", small], check=True)
-    try:
-        files = MirrorFiles(str(small / "mirror"), Ownership(0, 0, 0o077))
-        files.open()
-        try:
-            made = 0
-            while os.statvfs(small).f_ffree > 1:
-                files.put(b"f%d" % made, b"", b"")
-                made += 1
-            files.expect()
-            assert os.statvfs(small).f_ffree == 0
-            files.make_directory(b"d")
-        finally:
-            files.close()
-    finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", tmp_path / "ext4"], check=True)

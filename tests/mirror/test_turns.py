@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
+from xsfs.mirror.windows import TRIED_MAX, WINDOW, full_window, next_window
 
 from tests.support.mirroring import Live, await_true, live_at
 from tests.support.mounting import Place, each_place
 from tests.support.xenstored.harness import XsClient, strings
 from xsfs.mirror.mirror import RELEASE
-from xsfs.mirror.windows import TRIED_MAX, WINDOW, full_window, next_window
 
 ROOT = "/test"
 

@@ -63,7 +63,7 @@ async def make_many(path: str) -> None:
         await dom0.set_perms(SECRET, "n0")
         await dom0.mkdir(MANY_PATH)
         await dom0.set_perms(MANY_PATH, "r0")
-        replies = await dom0.burst(
+        replies = await dom0.pipeline(
             [protocol.mkdir(f"{MANY_PATH}/{name}".encode()) for name in many_names()]
         )
         assert not any(isinstance(reply, XenstoreError) for reply in replies)

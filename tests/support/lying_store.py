@@ -92,7 +92,7 @@ class Talk:
                 if not data:
                     return
                 self._parser.feed(data)
-                while (request := self._parser.next()) is not None:
+                for request in self._parser.messages():
                     self.requests += 1
                     if not lie()(self, request):
                         self.upstream.sendall(encode(*request))

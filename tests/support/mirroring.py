@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import stat
+import subprocess
 import tempfile
 import threading
 import time
@@ -25,12 +26,11 @@ import trio
 from tests.support.mounting import LIMIT, Mount, Place, mounted
 from tests.support.xenstored.harness import XsClient, XsError, strings
 from xsfs.mirror.mirror import Mirror
-from xsfs.mirror.staging import MirrorFiles
-from xsfs.view.known import KnownDirectories
-from xsfs.view.looks import Look
-from xsfs.view.names import TEXT, Format
+from xsfs.mirror.staging import MirrorDirectory
+from xsfs.view.kinds import StickyDirectories
+from xsfs.view.names import TEXT, ValueFormat
 from xsfs.view.ownership import Ownership
-from xsfs.view.view import View
+from xsfs.view.view import NodeState, View
 from xsfs.xenstore.store import open_store
 
 PERMS = "user.xs.perms"
@@ -64,6 +64,18 @@ def scratch() -> Iterator[Path]:
         yield Path(path)
     finally:
         shutil.rmtree(path)
+
+
+@contextmanager
+def tmpfs(path: Path, options: str) -> Iterator[Path]:
+    """A tmpfs mounted there, that nobody else can write to."""
+    path.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"{options},mode=755", "none", path]
+    subprocess.run(command, check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
 
 
 def has_user_attributes(directory: Path) -> bool:
@@ -232,8 +244,8 @@ class Live:
     scope: trio.CancelScope = field(init=False)
 
     @property
-    def known(self) -> KnownDirectories:
-        return self.view.known
+    def sticky(self) -> StickyDirectories:
+        return self.view.sticky
 
     def tell(self, change: Callable[[], None]) -> None:
         """Have it done in the mirror's thread."""
@@ -243,25 +255,25 @@ class Live:
         return self.directory / place
 
     def is_directory(self, path: str, value: bytes, has_children: bool) -> bool:
-        return self.view.is_directory(path.encode(), Look(value, has_children, True, True))
+        return self.view.is_directory(path.encode(), NodeState(value, has_children, True, True))
 
     def differences(self) -> list[str]:
         must = tree_of_store(
             self.witness,
             self.root,
             self.is_directory,
-            made_value=lambda path: self.known.has_value(path.encode()),
+            made_value=lambda path: bool(self.sticky.get(path.encode())),
             render=self.view.content.render,
             lasting=[
                 f"{self.root}/{name.decode()}"
-                for name in self.view.lasting_children(self.root.encode())
+                for name in self.view.always_there_below(self.root.encode())
             ],
         )
         perms = has_user_attributes(self.directory.parent)
         if not perms:
             must = {place: entry._replace(perms="") for place, entry in must.items()}
         found = tree_of_files(self.directory, perms=perms)
-        if not self.mirror.true:
+        if not self.mirror.is_current:
             return ["the mirror is gone"]
         if self.mirror.nodes != (count := sum(not is_own(place) for place in found)):
             return [f"{count} nodes are there, {self.mirror.nodes} are counted"]
@@ -274,8 +286,8 @@ class Live:
         """The witness; there is nothing below the root, which is there, and nothing is known of it."""
         self.witness.rm(self.root)
         self.witness.mkdir(self.root)
-        for path in self.known.below(self.root.encode()):
-            self.tell(partial(self.known.discard, path))
+        for path in list(self.sticky._has_value):
+            self.tell(partial(self.sticky.discard, path))
         self.settle()
         return self.witness
 
@@ -291,7 +303,7 @@ def live(
     witness: XsClient,
     *,
     root: str = "/",
-    content: Format = TEXT,
+    content: ValueFormat = TEXT,
     domid: int = 0,
     timeout: float = 10.0,
     wait: bool = True,
@@ -304,7 +316,9 @@ def live(
 
         async def serve() -> None:
             alive.token = trio.lowlevel.current_trio_token()
-            files = MirrorFiles(str(alive.directory), Ownership(os.getuid(), os.getgid(), 0o077))
+            files = MirrorDirectory(
+                str(alive.directory), Ownership(os.getuid(), os.getgid(), 0o077)
+            )
             files.open()
             try:
                 with trio.CancelScope() as alive.scope:
@@ -312,8 +326,8 @@ def live(
                         open_store(socket, timeout=timeout) as store,
                         trio.open_nursery() as nursery,
                     ):
-                        known = KnownDirectories()
-                        alive.view = View(store, domid, root.encode(), content, known)
+                        sticky = StickyDirectories()
+                        alive.view = View(store, domid, root.encode(), content, sticky)
                         alive.mirror = Mirror(store, alive.view, files)
                         if wait:
                             await nursery.start(alive.mirror.run)

@@ -100,7 +100,7 @@ class Mount:
 
     def counter(self, name: str) -> int:
         for line in (self.path / ".stats").read_text().splitlines():
-            key, value = line.split()
+            key, _, value = line.partition(" ")
             if key == name:
                 return int(value)
         raise KeyError(name)

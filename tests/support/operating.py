@@ -17,15 +17,15 @@ import trio
 from pyfuse3 import FUSEError, RequestContext
 
 from xsfs.embedded.server import EmbeddedStore
-from xsfs.fs.inodes import Tree
+from xsfs.fs.inodes import InodeTable
 from xsfs.fs.operations import Operations
 from xsfs.fs.transaction_dirs import MountRoot
 from xsfs.fs.transactions import Transactions
-from xsfs.view.known import KnownDirectories
+from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import TEXT
 from xsfs.view.ownership import Ownership
 from xsfs.view.view import View
-from xsfs.xenstore.background import open_servants
+from xsfs.xenstore.background import open_background
 from xsfs.xenstore.store import Store, open_store
 from xsfs.xenstore.transport import SocketTransport
 
@@ -56,7 +56,7 @@ class World:
         self.operations = operations
         self.store = store
         self.view = view
-        self.tree = operations.tree
+        self.table = operations.table
 
     async def lookup(self, *names: bytes, pid: int = 1) -> pyfuse3.EntryAttributes:
         inode = ROOT
@@ -76,7 +76,7 @@ class World:
         """Another thread's LOOKUP: the block runs when the store was asked and has not answered yet,
         and what the thread gets is there after it."""
         entries: list[pyfuse3.EntryAttributes] = []
-        connection = self.store._link.connection
+        connection = self.store._main.current
         assert connection is not None
 
         async def look() -> None:
@@ -84,7 +84,7 @@ class World:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(look)
-            while not connection._unanswered.outstanding:
+            while not connection._in_flight:
                 await trio.lowlevel.checkpoint()
             yield entries
 
@@ -97,22 +97,22 @@ class World:
 
 def operations_on(view: View, nursery: trio.Nursery) -> Operations:
     """Those of a mount that shows this."""
-    tree = Tree(Ownership(0, 0, 0o077), lambda: {"requests": view.store.requests})
-    tree.add_root(MountRoot(tree, view, Transactions(nursery, view, IDLE_SECONDS)))
-    return Operations(tree, view.store.distrust)
+    table = InodeTable(Ownership(0, 0, 0o077), lambda: {"requests": view.store.requests})
+    table.add_root(MountRoot(table, view, Transactions(nursery, view, IDLE_SECONDS)))
+    return Operations(table, view.store.drop_connection)
 
 
 @asynccontextmanager
 async def world(domid: int = 0) -> AsyncIterator[World]:
     embedded = EmbeddedStore()
-    async with open_servants() as nursery:
+    async with open_background() as nursery:
         await nursery.start(embedded.serve)
 
         def connect() -> SocketTransport:
             return SocketTransport(embedded.connect(domid), same_loop=True)
 
         async with open_store(connect=connect) as store:
-            view = View(store, domid, b"/local/domain/%d" % domid, TEXT, KnownDirectories())
+            view = View(store, domid, b"/local/domain/%d" % domid, TEXT, StickyDirectories())
             yield World(embedded, operations_on(view, nursery), store, view)
 
 

@@ -165,13 +165,20 @@ class Destroy:
 
 
 @dataclass(frozen=True)
+class DestroyTarget:
+    """The domain no longer exists, but the C daemon keeps it for a domain that targets it."""
+
+    domid: int
+
+
+@dataclass(frozen=True)
 class Close:
     """The connection is closed; when it is used again, it is a new one."""
 
     who: str
 
 
-Step = Ask | Many | Told | Order | Oversize | Create | Destroy | Close
+Step = Ask | Many | Told | Order | Oversize | Create | Destroy | DestroyTarget | Close
 Scenario = tuple[Step, ...]
 
 
@@ -621,6 +628,47 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("dom0", get_perms(b"/p"), names("n0", "r7")),
         Ask("guest", read(b"/p"), b""),
     ),
+    "numbers that do not fit are cut as strtol and C cut them": (
+        Ask("dom0", mkdir(b"/p")),
+        Ask("dom0", set_perms(b"/p", "n99999999999999999999"), Differs(ENOENT, EINVAL)),
+        *(
+            step
+            for given, shown in (
+                ("n0 r99999999999999999999 w-99999999999999999999", names("n0", "r-1", "w0")),
+                (
+                    "n0 b4294967303 r0xffffffffffffffffff r-2147483649",
+                    names("n0", "b7", "r-1", "r2147483647"),
+                ),
+            )
+            for step in (
+                Ask("dom0", set_perms(b"/p", given), Differs[Reply](OK, EINVAL)),
+                Ask("dom0", get_perms(b"/p"), Differs(shown, names("n0"))),
+            )
+        ),
+        *(
+            Ask(
+                "dom0",
+                (Op.GET_DOMAIN_PATH, number + b"\0"),
+                Differs(names("/local/domain/" + c), names("/local/domain/" + ocaml)),
+            )
+            for number, c, ocaml in (
+                (b"99999999999999999999", "4294967295", "7766279631452241919"),
+                (b"-99999999999999999999", "0", "7766279631452241919"),
+                (b"4294967303", "7", "4294967303"),
+                (b"-1", "4294967295", "1"),
+            )
+        ),
+        *(
+            Ask("dom0", (Op.INTRODUCE, b"7\x001\0" + port + b"\0"), Differs(reply, EINVAL))
+            for port, reply in (
+                (b"-1", OK),
+                (b"99999999999999999999", OK),
+                (b"-99999999999999999999", EINVAL),
+                (b"4294967296", EINVAL),
+            )
+        ),
+        Ask("dom0", (Op.INTRODUCE, b"4294967303\x001\x001\0")),
+    ),
     "a guest may set five permissions": (
         Ask("guest", set_perms(b"data", "n7 r1 r2 r3 r4")),
         Ask("guest", set_perms(b"data", "n7 r1 r2 r3 r4 r5"), Differs[Reply](ENOSPC, OK)),
@@ -635,6 +683,50 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("guest", read(b"/local/domain/8/data"), b""),
         Ask("other", read(b"/local/domain/7/data"), EACCES),
         Ask("dom0", protocol.domain_request(Op.SET_TARGET, 7, 99), Differs[Reply](ENOENT, OK)),
+    ),
+    "a target stays until the domain that targets it ends": (
+        Create(9),
+        *node(b"/p", "n0 r9", b"v"),
+        *node(b"/q", "n9", b"v"),
+        Ask("dom0", protocol.domain_request(Op.SET_TARGET, 7, 9)),
+        Ask("dom0", watch(b"@releaseDomain", b"r")),
+        told("dom0", ("@releaseDomain", "r")),
+        DestroyTarget(9),
+        Told("dom0", Differs((), (("@releaseDomain", "r"),))),
+        Ask("guest", read(b"/p"), Differs[Reply](b"v", EACCES)),
+        Ask("guest", read(b"/q"), Differs[Reply](b"v", ENOENT)),
+        Ask("dom0", protocol.is_domain_introduced(9), Differs(b"T\0", b"F\0")),
+        *(
+            Ask("dom0", request, Differs(EINVAL, ocaml))
+            for request, ocaml in (
+                (protocol.domain_request(Op.RELEASE, 9), EINVAL),
+                (protocol.domain_request(Op.RESUME, 9), EINVAL),
+                (protocol.domain_request(Op.SET_TARGET, 8, 9), OK),
+            )
+        ),
+        Close("guest"),
+        Destroy(7),
+        Told("dom0", Differs((("@releaseDomain", "r"),) * 2, (("@releaseDomain", "r"),))),
+        Ask("dom0", protocol.is_domain_introduced(9), b"F\0"),
+        Ask("dom0", read(b"/q"), ENOENT),
+    ),
+    "each target stays until the domain that targeted it ends": (
+        Create(9),
+        Ask("dom0", protocol.domain_request(Op.SET_TARGET, 7, 9)),
+        Ask("dom0", protocol.domain_request(Op.SET_TARGET, 7, 8)),
+        DestroyTarget(9),
+        Ask("dom0", protocol.is_domain_introduced(9), Differs(b"T\0", b"F\0")),
+        Ask("guest", read(b"/local/domain/8/data"), b""),
+        Close("guest"),
+        Destroy(7),
+        Ask("dom0", protocol.is_domain_introduced(9), b"F\0"),
+        Ask("dom0", protocol.is_domain_introduced(8), b"T\0"),
+    ),
+    "RELEASE of a target": (
+        Ask("dom0", protocol.domain_request(Op.SET_TARGET, 7, 8)),
+        Ask("dom0", protocol.domain_request(Op.RELEASE, 8)),
+        Ask("dom0", protocol.is_domain_introduced(8), Differs(b"T\0", b"F\0")),
+        Ask("guest", read(b"/local/domain/8/data"), Differs[Reply](b"", ENOENT)),
     ),
     # -- watches
     "the first event follows the reply, and comes for a missing node too": (

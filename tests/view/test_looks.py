@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Final
 
 import pytest
-
 from xsfs.view.looks import HIDDEN, LEAF, PARENT, Look, understand
+
 from xsfs.xenstore import protocol
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
-from xsfs.xenstore.unanswered import Reply
 
 GUEST: Final = 7
 ANY: Final = protocol.read(b"/n")

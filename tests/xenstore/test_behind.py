@@ -15,21 +15,21 @@ from pathlib import Path
 import pytest
 import trio
 from trio.testing import trio_test, wait_all_tasks_blocked
+from xsfs.view.children import LookInside
+from xsfs.view.looks import LEAF, PARENT
+from xsfs.xenstore.eventual import result_of
 
 from tests.support.lying_store import HangUp, LyingStore, Talk, silence
 from tests.support.xenstored.harness import DAEMONS, RealXenstored
-from xsfs.view.children import LookInside
-from xsfs.view.known import KnownDirectories
-from xsfs.view.looks import LEAF, PARENT
+from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import TEXT
 from xsfs.view.view import View
 from xsfs.xenstore import connection as module
 from xsfs.xenstore import protocol
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import RequestTimeout
-from xsfs.xenstore.eventual import result_of
 from xsfs.xenstore.protocol import Message, Request, encode
 from xsfs.xenstore.store import Store, open_store
-from xsfs.xenstore.unanswered import Reply
 
 LIMIT = 15.0
 """Seconds a test may take, over which something hangs."""
@@ -294,7 +294,7 @@ async def test_a_silent_store(liar: LyingStore) -> None:
 async def test_a_directory_is_opened_before_its_children_are_known(liar: LyingStore) -> None:
     """Who reads it asks for what has not come."""
     async with opened(liar) as store:
-        view = View(store, 0, b"/", TEXT, KnownDirectories())
+        view = View(store, 0, b"/", TEXT, StickyDirectories())
         view.guesses.saw(b"/test", await store.call(protocol.directory(b"/test")))
         held = liar.lie = Held(CHILD)
         inside = LookInside(view, b"/test")
@@ -314,7 +314,7 @@ async def test_a_directory_is_opened_before_its_children_are_known(liar: LyingSt
 @trio_test
 async def test_what_has_come_is_not_asked_again(liar: LyingStore) -> None:
     async with opened(liar) as store:
-        view = View(store, 0, b"/", TEXT, KnownDirectories())
+        view = View(store, 0, b"/", TEXT, StickyDirectories())
         view.guesses.saw(b"/test", await store.call(protocol.directory(b"/test")))
         before = store.requests
         inside = LookInside(view, b"/test")

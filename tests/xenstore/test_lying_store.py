@@ -46,8 +46,7 @@ from xsfs.xenstore.errors import (
     XenstoreError,
 )
 from xsfs.xenstore.protocol import Message, Op, WireError, encode
-from xsfs.xenstore.store import Store, open_store
-from xsfs.xenstore.transaction import Transaction
+from xsfs.xenstore.store import Store, Transaction, open_store
 from xsfs.xenstore.transport import SocketTransport, Transport
 from xsfs.xenstore.watches import Subscription
 

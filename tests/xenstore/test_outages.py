@@ -30,8 +30,7 @@ from xsfs.xenstore.errors import (
     StoreUnavailable,
     TransactionEnded,
 )
-from xsfs.xenstore.store import open_store
-from xsfs.xenstore.transaction import Transaction
+from xsfs.xenstore.store import Transaction, open_store
 from xsfs.xenstore.watches import Subscription
 
 SHORT = 0.3

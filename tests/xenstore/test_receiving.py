@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 from trio.testing import trio_test, wait_all_tasks_blocked
+from xsfs.mirror.windows import WINDOW, WINDOWS_AHEAD, Windows
 
 from tests.support.clients import LIMIT, TIMEOUT
 from tests.support.lying_store import Gate, HangUp, Lie, LyingStore, Talk, hang_up, honest, on, says
@@ -21,12 +22,10 @@ from tests.support.mirroring import Live, live
 from tests.support.mounting import Place, each_place
 from tests.support.xenstored.harness import RealXenstored, XsClient
 from xsfs.mirror.mirror import Mirror
-from xsfs.mirror.windows import WINDOW, WINDOWS_AHEAD, Windows
 from xsfs.view.view import Sight
-from xsfs.xenstore.connection import PROMPT_MAX, Connection
+from xsfs.xenstore.connection import PROMPT_MAX, Connection, Reply
 from xsfs.xenstore.protocol import Message, Op, read
 from xsfs.xenstore.store import Store, open_store
-from xsfs.xenstore.unanswered import Reply
 
 place = each_place("C", "ocaml", "embedded")
 

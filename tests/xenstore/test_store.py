@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 from trio.testing import trio_test
+from xsfs.xenstore.eventual import result_of
 
 from tests.support import client_places
 from tests.support.client_places import (
@@ -23,7 +24,6 @@ from tests.support.clients import GUEST, HOME, Place, opened
 from xsfs.xenstore import protocol
 from xsfs.xenstore.connection import WINDOW
 from xsfs.xenstore.errors import XenstoreError
-from xsfs.xenstore.eventual import result_of
 from xsfs.xenstore.permissions import Permission
 from xsfs.xenstore.protocol import PAYLOAD_MAX
 
@@ -302,7 +302,7 @@ async def test_what_is_done_while_the_store_is_at_work(place: Place) -> None:
         assert await transaction.burst([protocol.read(path)], meanwhile) == [b"1"]
         await transaction.rollback()
         assert done == [0, 1, 2, 3]
-        store.distrust("for the test")  # the next one has to connect first
+        store.drop_connection("for the test")  # the next one has to connect first
         assert await store.burst([protocol.read(path)], meanwhile) == [b"1"]
         assert done == [0, 1, 2, 3, 4]
 

@@ -16,8 +16,7 @@ from tests.support.client_places import (
 from tests.support.clients import Place, opened
 from xsfs.xenstore import protocol
 from xsfs.xenstore.errors import TransactionEnded
-from xsfs.xenstore.store import Store
-from xsfs.xenstore.transaction import Transaction
+from xsfs.xenstore.store import Store, Transaction
 
 places, place = client_places.places, client_places.place
 

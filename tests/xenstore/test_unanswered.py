@@ -8,12 +8,12 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from xsfs.xenstore.unanswered import BATCH_MAX, OUTSTANDING_MAX, PLACE_BITS, Batch, Unanswered
 
 from xsfs.view.hints import SIZE_MAX
 from xsfs.xenstore import protocol, unanswered
 from xsfs.xenstore.errors import RequestTimeout, XenstoreError
 from xsfs.xenstore.protocol import Op, Parser, Request, WireError, encode_all
-from xsfs.xenstore.unanswered import BATCH_MAX, OUTSTANDING_MAX, PLACE_BITS, Batch, Unanswered
 
 
 def req_ids(batch: Batch) -> list[int]:

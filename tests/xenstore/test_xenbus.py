@@ -23,10 +23,9 @@ from hypothesis import strategies as st
 from trio.testing import trio_test, wait_all_tasks_blocked
 
 from xsfs.xenstore import protocol
-from xsfs.xenstore.connection import Connection
+from xsfs.xenstore.connection import Connection, Reply
 from xsfs.xenstore.errors import RequestTimeout
 from xsfs.xenstore.protocol import Message, Op, Parser, Request, encode, read, watch
-from xsfs.xenstore.unanswered import Reply
 from xsfs.xenstore.xenbus import DESCRIPTORS_MAX, DeviceTransport
 
 LIMIT = 20.0

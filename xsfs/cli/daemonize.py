@@ -1,10 +1,11 @@
-"""Going into the background when, and only when, the file system answers.
+"""Daemonize once the tree is usable, and not before.
 
-The process forks before anything is opened or any event loop runs.  The child does all the work and
-says by a pipe how it went; the parent waits for that, and ends with it.
+The process forks before it opens anything or runs an event loop.  The child does all the work and
+reports through a pipe how it went.  The parent waits for that report and exits with it.
 
-Until then both are of one process group.  On an autofs, as systemd lays on a mountpoint, everybody
-waits who comes before the mount is done, but for the process group of the mount(8) that is to do it.
+Until then both processes share one process group.  While an autofs mount is pending, as systemd lays
+on a mountpoint, the kernel blocks everybody who comes there, except for the process group of the
+mount(8) that is to carry it out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SYSLOG = "/dev/log"
 
 
 class Background:
-    """Fork.  `in_foreground` tells the two processes apart."""
+    """Fork.  `in_foreground` is true in the parent, false in the child."""
 
     def __init__(self) -> None:
         reading, writing = os.pipe()
@@ -33,16 +34,16 @@ class Background:
             self._pipe = writing
 
     def wait(self) -> None:
-        """In the foreground: return when the other process is ready; exit with its status if it
-        fails, having said why itself."""
+        """In the parent: return when the child is ready; exit with the child's status if it fails.
+        The child prints the reason."""
         status = os.read(self._pipe, 1)
         if status != READY:
-            # Nothing at all: it has died without a word.
+            # The child died without a report if there is no byte at all.
             sys.exit(status[0] if status else 1)
 
     def ready(self) -> None:
-        """In the background: let go of the terminal, and of the waiting process.  BrokenPipeError:
-        nobody waits any more."""
+        """In the child: leave the terminal, and release the parent.  Raises BrokenPipeError if the
+        parent has gone."""
         log_to_syslog()
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
@@ -55,6 +56,7 @@ class Background:
         os.close(self._pipe)
 
     def failed(self, status: int, message: str) -> None:
+        """In the child: print the reason, report the status to the parent, and exit."""
         with suppress(BrokenPipeError):
             print(f"xsfs: {message}", file=sys.stderr, flush=True)
             os.write(self._pipe, bytes((status,)))

@@ -1,4 +1,5 @@
-"""What the command's exit status says: one table, for the command, its help and the manual."""
+"""The exit statuses of the command: one table for the command, its help and the manual; and the error
+that carries one of them."""
 
 from __future__ import annotations
 
@@ -16,12 +17,23 @@ EXIT_INTERRUPTED: Final = 8
 
 STATUSES: Final = {
     EXIT_MOUNTED: "mounted",
-    EXIT_BUG: "a bug",
-    EXIT_USAGE: "usage",
-    EXIT_NO_STORE: "no Xenstore that answers",
-    EXIT_DENIED: "no right to use it",
+    EXIT_BUG: "internal error",
+    EXIT_USAGE: "usage error",
+    EXIT_NO_STORE: "cannot reach Xenstore",
+    EXIT_DENIED: "permission denied",
     EXIT_MOUNTPOINT: "unusable mountpoint",
     EXIT_FUSE: "FUSE failed",
-    EXIT_MIRROR: "no mirror can be kept",
-    EXIT_INTERRUPTED: "ended by a signal before the mount",
+    EXIT_MIRROR: "mirror failed",
+    EXIT_INTERRUPTED: "interrupted before the mount",
 }
+
+
+class MountError(Exception):
+    """Nothing can be mounted.  The text is one line: the reason, and a hint in brackets.
+
+    status      the exit status of the command
+    """
+
+    def __init__(self, status: int, reason: str, hint: str) -> None:
+        super().__init__(f"{reason} ({hint})")
+        self.status = status

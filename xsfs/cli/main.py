@@ -1,4 +1,4 @@
-"""The command `xsfs`, and what mount(8) calls as `mount.xsfs`."""
+"""The command `xsfs`, which mount(8) calls as `mount.xsfs`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, NoReturn
 
 from xsfs import __version__
-from xsfs.cli.exit_statuses import EXIT_BUG, EXIT_MOUNTED, EXIT_USAGE, STATUSES
+from xsfs.cli.exit_statuses import EXIT_BUG, EXIT_MOUNTED, EXIT_USAGE, STATUSES, MountError
 from xsfs.cli.options import FLAGS, MOUNT_FLAGS, Options, UsageError, help_lines, parse, source_of
 from xsfs.cli.service import JournalFormatter, in_journal, notify, status
 
@@ -20,9 +20,9 @@ USAGE: Final = "xsfs [-f] [-d] [-o OPT[,OPT...]]... [SOURCE] MOUNTPOINT"
 DESCRIPTION: Final = "Mount Xenstore, the configuration store of the Xen hypervisor."
 
 EPILOG: Final = """\
-SOURCE is a socket or device of Xenstore, or 'embedded' for a store of its own,
-which needs no Xen.  Without it, or as 'xenstore', 'none' or 'auto', it is
-looked for: $XENSTORED_PATH, then the socket in $XENSTORED_RUNDIR (or
+SOURCE is a socket or device of Xenstore, or 'embedded' for a store inside xsfs
+that needs no Xen.  If SOURCE is missing, or 'xenstore', 'none' or 'auto', xsfs
+finds Xenstore itself: $XENSTORED_PATH, then the socket in $XENSTORED_RUNDIR (or
 /var/run/xenstored), then /dev/xen/xenbus.
 
 options of -o:
@@ -30,8 +30,13 @@ options of -o:
 
 exit status:
 {statuses}
-"""
 
+examples:
+  xsfs -o root=/,ro /mnt/xenstore    mount the whole store, read-only
+  xsfs embedded /mnt/xenstore        try xsfs without Xen
+
+Unmount with 'umount MOUNTPOINT'.  The manual is xsfs(8).
+"""
 
 _SWITCH: Final[Mapping[str, Any]] = {"action": "store_true"}
 
@@ -41,7 +46,7 @@ _ACTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "r": {"action": "append_const", "const": "ro", "dest": "options"},
     "w": {"action": "append_const", "const": "rw", "dest": "options"},
 }
-"""What the flags do that are no switches."""
+"""The flags that are not switches."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,18 +55,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 class Command(NamedTuple):
-    """The command line, understood."""
+    """A parsed command line."""
 
     options: Options
     pretend: bool = False
-    """mount -f: all but the mount itself."""
+    """mount -f: do everything except the mount itself."""
     verbose: bool = False
 
 
 def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Command:
     """Raises UsageError.
 
-    helper      called by mount(8), to which -f means something else
+    helper      called by mount(8), where -f means `pretend`
     """
     parser = _Parser(
         prog="xsfs",
@@ -74,14 +79,14 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Comman
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    parser.add_argument("places", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("places", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument(
         "-o",
         action="append",
         default=[],
         metavar="OPT[,OPT...]",
         dest="options",
-        help="see below; may be given several times",
+        help="mount options, see below; may be repeated",
     )
     for flag in FLAGS:
         parser.add_argument(
@@ -91,8 +96,10 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Comman
         action = _ACTIONS.get(flag.letter, _SWITCH)
         parser.add_argument(f"-{flag.letter}", help=argparse.SUPPRESS, **action)
     found = parser.parse_intermixed_args(arguments)
+    if not found.places:
+        raise UsageError("the mountpoint is missing: xsfs [SOURCE] MOUNTPOINT")
     if len(found.places) > 2:
-        raise UsageError("too many arguments: [SOURCE] MOUNTPOINT")
+        raise UsageError("too many arguments: xsfs [SOURCE] MOUNTPOINT")
     *source, mountpoint = found.places
     options = Options(
         mountpoint,
@@ -102,12 +109,12 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Comman
         **parse(found.options, sloppy=found.s),
     )
     if not options.embedded and (options.listen is not None or options.domid):
-        raise UsageError("the options 'listen' and 'domid' are for the embedded store")
+        raise UsageError("the options 'listen' and 'domid' require the source 'embedded'")
     return Command(options, pretend=found.foreground and helper, verbose=found.v)
 
 
 def _open_standard_files() -> None:
-    """A caller may have closed some: what is opened later must not take their places."""
+    """Open the standard files that the caller has closed, so that no other file takes their numbers."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -134,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if in_journal(2):
         logging.getLogger().handlers[0].setFormatter(JournalFormatter())
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
-    # It takes a tenth of a second to load, for which nobody need wait who asks for help.
-    from xsfs.cli.mount import MountError, mount
+    # Loading it takes a tenth of a second, for which `--help` and mistakes need not wait.
+    from xsfs.cli.mount import mount
 
     try:
         mount(options)
@@ -144,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         notify(status(str(error)))
         return error.status
     except Exception:
-        logging.exception("a bug in xsfs")
+        logging.exception("internal error, please report it")
         return EXIT_BUG
     if command.verbose and not options.foreground:
         print(f"xsfs: {options.label} mounted on {options.mountpoint}")

@@ -1,6 +1,6 @@
-"""Mounting: connect, mount, go into the background, serve, unmount.
+"""Mounting: connect, mount, daemonize, serve, unmount.
 
-`mount` reads from top to bottom; each resource is let go of where it was taken.
+`mount` and `_serve` read from top to bottom.  Each resource is released by the block that took it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ import errno
 import gc
 import logging
 import os
-import re
 import signal
-import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -24,29 +22,28 @@ import trio
 from xsfs.cli.daemonize import Background
 from xsfs.cli.exit_statuses import (
     EXIT_DENIED,
-    EXIT_FUSE,
     EXIT_INTERRUPTED,
     EXIT_MIRROR,
-    EXIT_MOUNTPOINT,
     EXIT_NO_STORE,
+    MountError,
 )
+from xsfs.cli.mountpoint import check_fuse, check_mountpoint, fuse_failure
 from xsfs.cli.options import AUTOMATIC_SOURCES, Options
-from xsfs.cli.service import READY, STOPPING, notify, status
-from xsfs.cli.tasks import describe_tasks
-from xsfs.fs.inodes import Tree
+from xsfs.cli.service import READY, STOPPING, describe_tasks, notify, status
+from xsfs.fs.inodes import InodeTable
 from xsfs.fs.operations import Operations
 from xsfs.fs.transaction_dirs import MountRoot
 from xsfs.fs.transactions import Transactions
 from xsfs.fs.watch_files import READERS_MAX
 from xsfs.mirror.mirror import Mirror
-from xsfs.mirror.staging import MirrorFiles
-from xsfs.mirror.workshop import MirrorPlaceError, default_directory
-from xsfs.view.known import KnownDirectories
+from xsfs.mirror.staging import MirrorDirectory, MirrorPlaceError, default_directory
+from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import RAW, TEXT
 from xsfs.view.view import View, home_of
-from xsfs.xenstore.background import open_servants
+from xsfs.xenstore.background import open_background
 from xsfs.xenstore.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.xenstore.event_reader import SWITCH_SECONDS
+from xsfs.xenstore.protocol import decode_names, directory, directory_part, read
 from xsfs.xenstore.reconnect import Connect
 from xsfs.xenstore.store import Store, open_store
 from xsfs.xenstore.transport import NO_STORE_HINT, SocketTransport, find_store
@@ -55,40 +52,33 @@ log = logging.getLogger(__name__)
 
 ENDING: Final = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
-    # Nobody sends these; but what ends a process by default must not leave a mirror behind.
+    # Nobody sends these.  But a signal that ends a process by default must not leave a mirror behind.
     *(signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGPOLL),
     *(signal.SIGPWR, signal.SIGXCPU, signal.SIGXFSZ),
 )
 
-FUSE_DEVICE: Final = "/dev/fuse"
-
 TASKS_MAX: Final = READERS_MAX + 128
-"""How many requests pyfuse3 serves at once.  Each reader of a watch file may keep one waiting; what is
-left is for everything else, a bit more than the 99 that pyfuse3 has for all."""
+"""How many requests pyfuse3 serves at once.  Each reader of a watch file may keep one of them waiting.
+The rest are for everything else; pyfuse3's own default is 99 for all."""
 
 TASKS_IDLE: Final = 64
-"""How many of pyfuse3's tasks stay when there is nothing to do.  Each allocates a MiB in the beginning
-and frees it in the end.  By default they come and go with each two requests that meet."""
+"""How many of pyfuse3's tasks stay when there is nothing to do.  Each allocates a MiB when it starts
+and frees it when it ends.  With pyfuse3's default they come and go whenever two requests coincide."""
 
 GC_THRESHOLD: Final = 20_000
-"""How many more objects there must be before cycles are looked for.  A burst makes thousands that die
-with it by themselves."""
+"""How many more objects must exist before the collector looks for cycles.  One pipeline of requests
+makes thousands of objects that are freed with it, without the collector."""
+
+C_XENSTORED: Final = "C xenstored"
+OXENSTORED: Final = "oxenstored"
 
 END_SECONDS: Final = 2.0
-"""How long the end of the mount may wait for what open files have not yet written."""
-
-
-class MountError(Exception):
-    """Why nothing can be mounted, in one line, with what to do about it."""
-
-    def __init__(self, status: int, reason: str, hint: str) -> None:
-        super().__init__(f"{reason} ({hint})")
-        self.status = status
+"""How long the unmount may wait for changes that open files have not yet written."""
 
 
 def mount(options: Options) -> None:
-    """Mount and serve until the end.  In the background this returns in the foreground process, as
-    soon as the tree answers.  Raises MountError."""
+    """Mount, and serve until the unmount.  If xsfs daemonizes, this returns in the foreground process
+    as soon as the tree is usable.  Raises MountError."""
     check_mountpoint(options.mountpoint)
     check_fuse()
     background = None if options.foreground else Background()
@@ -97,7 +87,7 @@ def mount(options: Options) -> None:
         return
     try:
         if not trio.run(_serve, options, _ready_of(background)):
-            raise MountError(EXIT_INTERRUPTED, "ended by a signal before the mount", "try again")
+            raise MountError(EXIT_INTERRUPTED, "interrupted before the mount", "try again")
     except MountError as error:
         if background is None:
             raise
@@ -105,7 +95,7 @@ def mount(options: Options) -> None:
 
 
 def _ready_of(background: Background | None) -> Callable[[], None]:
-    """What to call when the tree answers."""
+    """The function to call when the tree is usable."""
 
     def ready() -> None:
         try:
@@ -113,15 +103,15 @@ def _ready_of(background: Background | None) -> Callable[[], None]:
                 background.ready()
         except BrokenPipeError:
             raise MountError(
-                EXIT_INTERRUPTED, "whoever waited for the mount has gone", "try again"
+                EXIT_INTERRUPTED, "the process that waited for the mount has ended", "try again"
             ) from None
 
     return ready
 
 
 async def _serve(options: Options, ready: Callable[[], None]) -> bool:
-    """Whether it was ever ready."""
-    # What there is by now stays: the collector need not look at it again.
+    """Returns whether the tree was ever usable."""
+    # The objects that exist by now stay: the collector need not look at them again.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     was_ready = False
@@ -129,15 +119,16 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
         trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals,
         trio.CancelScope() as scope,
     ):
-        # What a signal ends.  Once mounted it is the serving alone: what files still owe the store
-        # needs its connections.
+        # A signal cancels the last of these.  Once mounted this is the serving alone, because open
+        # files need the connections for what they have not yet written.
         ended = [scope]
-        async with open_servants() as servants, _connect(options) as connect:
-            servants.start_soon(_obey_signals, signals, ended)
+        async with open_background() as background_tasks, _connect(options) as connect:
+            background_tasks.start_soon(_obey_signals, signals, ended)
             async with _store(options, connect) as store:
                 view = await _view(options, store)
                 async with _mirror(options, connect, view) as mirror:
-                    operations = _operations(options, view, mirror, servants)
+                    about = {"store": _source(options), "daemon": await _daemon(options, store)}
+                    operations = _operations(options, view, mirror, background_tasks, about)
                     _fuse_mount(operations, options)
                     try:
                         ready()
@@ -148,32 +139,36 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                             ended.append(serving)
                             await _answer_the_kernel()
                     finally:
-                        await _unmount(operations)
+                        await _unmount(operations, view)
     return was_ready
 
 
 def _description(options: Options, view: View) -> str:
-    """What is mounted, for people."""
-    source = options.source
-    if source in (None, *AUTOMATIC_SOURCES):
-        source = find_store(os.environ)
-    return f"{view.root.decode()} of {source} at {options.mountpoint}"
+    """The store, its path and the mountpoint, in words."""
+    return f"{view.root.decode()} of {_source(options)} at {options.mountpoint}"
 
 
-async def _unmount(operations: Operations) -> None:
+def _source(options: Options) -> str:
+    """The socket or device that is mounted, or `embedded`."""
+    if options.source is None or options.source in AUTOMATIC_SOURCES:
+        return find_store(os.environ)
+    return options.source
+
+
+async def _unmount(operations: Operations, view: View) -> None:
     notify(STOPPING)
     with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
-        await operations.end()
+        await operations.end(view)
     pyfuse3.close(unmount=True)
 
 
 async def _answer_the_kernel() -> None:
-    """Return when the file system has been unmounted."""
+    """Returns when the file system has been unmounted."""
     try:
         await pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
     except* OSError as failures:
-        # What the kernel says when it was unmounted with requests still in its queue: the RELEASEs
-        # of files just closed, whose handles `Operations.end` sees to.
+        # The kernel reports ECONNABORTED if requests were still in its queue at the unmount: the
+        # RELEASEs of files just closed.  `Operations.end` releases their handles.
         if failures.split(_is_abort)[1] is not None:
             raise
         log.info("unmounted with requests still in the kernel's queue")
@@ -190,7 +185,7 @@ async def _obey_signals(signals: AsyncIterator[int], ended: Sequence[trio.Cancel
             ended[-1].cancel()
         else:
             for line in ("all tasks:", *describe_tasks()):
-                log.info("%s", line)  # one message each: a journal takes no lines within
+                log.info("%s", line)  # one message each: the journal accepts no line breaks
 
 
 # ------------------------------------------------------------------------------------ the store
@@ -198,7 +193,7 @@ async def _obey_signals(signals: AsyncIterator[int], ended: Sequence[trio.Cancel
 
 @asynccontextmanager
 async def _store(options: Options, connect: Connect | None) -> AsyncIterator[Store]:
-    """The store that is to be mounted.  Raises MountError if it does not answer."""
+    """The store to mount.  Raises MountError if it does not answer."""
     path = options.source
     if options.embedded or path in AUTOMATIC_SOURCES:
         path = None
@@ -214,15 +209,15 @@ async def _store(options: Options, connect: Connect | None) -> AsyncIterator[Sto
 
 @asynccontextmanager
 async def _connect(options: Options) -> AsyncIterator[Connect | None]:
-    """How to connect to the embedded store, which runs meanwhile; None for a real one."""
+    """Run the embedded store, and give the function that connects to it; None for a real store."""
     if not options.embedded:
         yield None
         return
-    # Not needed where Xen is, and a thirtieth of all that is loaded before a mount answers.
+    # A real store does not need it, and loading it is a thirtieth of the time until the mount.
     from xsfs.embedded.server import EmbeddedStore
 
     embedded = EmbeddedStore()
-    async with open_servants() as nursery:
+    async with open_background() as nursery:
         await nursery.start(embedded.serve)
         if options.listen is not None:
             try:
@@ -231,50 +226,73 @@ async def _connect(options: Options) -> AsyncIterator[Connect | None]:
                 raise MountError(
                     EXIT_NO_STORE,
                     f"cannot listen at {options.listen}: {error.strerror}",
-                    "name a path where a socket can be made",
+                    "choose another path for the socket",
                 ) from None
         yield lambda: SocketTransport(embedded.connect(options.domid), same_loop=True)
 
 
+_MISSING: Final = b"/xsfs-no-such-node"
+
+
+async def _daemon(options: Options, store: Store) -> str:
+    """Which daemon has answered at the mount, as far as its replies tell."""
+    if options.embedded:
+        return "embedded"
+    part, children, missing = await store.pipeline(
+        (directory_part(b"/", 0), directory(b"/"), read(_MISSING))
+    )
+    if isinstance(children, bytes) and b"@releaseDomain" in decode_names(children):
+        return OXENSTORED  # only it lists the special watches; xapi's knows DIRECTORY_PART
+    if isinstance(part, bytes):
+        return C_XENSTORED
+    if part.name in ("ENOSYS", "EINVAL"):
+        return OXENSTORED
+    # A guest may not read "/".  C xenstored does not tell it whether a child exists.
+    error = missing.name if isinstance(missing, XenstoreError) else None
+    return {"EACCES": C_XENSTORED, "ENOENT": OXENSTORED}.get(error or "", "unknown")
+
+
 async def _view(options: Options, store: Store) -> View:
     """The tree as the mount shows it."""
+    unknown = "cannot tell which domain this is"
+    hint = "the node 'domid' in the domain's home must be readable and contain a number"
     try:
         domid = await store.domid()
-    except (XenstoreError, ValueError) as error:
-        raise MountError(
-            EXIT_DENIED,
-            f"cannot tell which domain this is: {error}",
-            "the node domid of its home must be readable, and a number",
-        ) from None
+    except XenstoreError as error:
+        raise MountError(EXIT_DENIED, f"{unknown}: {error}", hint) from None
+    except ValueError:
+        raise MountError(EXIT_DENIED, f"{unknown}: its domid is not a number", hint) from None
     root = options.root if options.root is not None else home_of(domid)
-    return View(store, domid, root, RAW if options.raw else TEXT, KnownDirectories())
+    return View(store, domid, root, RAW if options.raw else TEXT, StickyDirectories())
 
 
 @asynccontextmanager
 async def _mirror(
     options: Options, connect: Connect | None, view: View
 ) -> AsyncIterator[Mirror | None]:
-    """The live mirror, if one was asked for, complete.  Raises MountError."""
+    """The live mirror, complete; None without the option.  Raises MountError."""
     if options.mirror is None:
         yield None
         return
     try:
         directory = options.mirror or default_directory(options.mountpoint)
-        files = MirrorFiles(directory, options.ownership)
+        files = MirrorDirectory(directory, options.ownership)
         if files.is_inside(options.mountpoint):
-            raise MirrorPlaceError("the mirror is inside the mount", "name another: mirror=DIR")
+            raise MirrorPlaceError("the mirror is inside the mount", "choose another: mirror=DIR")
         files.open()
     except MirrorPlaceError as error:
         raise MountError(EXIT_MIRROR, str(error), error.hint) from error
     try:
-        async with _store(options, connect) as store, open_servants() as servants:
-            own = View(store, view.domid, view.root, view.content, view.known)
+        async with _store(options, connect) as store, open_background() as background_tasks:
+            own = View(store, view.domid, view.root, view.content, view.sticky)
             mirror = Mirror(store, own, files)
             try:
-                await servants.start(mirror.run)
+                await background_tasks.start(mirror.run)
             except (StoreError, OSError) as error:
                 raise MountError(
-                    EXIT_MIRROR, f"cannot make the mirror: {error}", "mount without it, or a part"
+                    EXIT_MIRROR,
+                    f"cannot make the mirror: {error}",
+                    "mount without it, or a part of the store by root=PATH",
                 ) from error
             yield mirror
     finally:
@@ -282,87 +300,47 @@ async def _mirror(
 
 
 def _operations(
-    options: Options, view: View, mirror: Mirror | None, servants: trio.Nursery
+    options: Options,
+    view: View,
+    mirror: Mirror | None,
+    background_tasks: trio.Nursery,
+    about: Mapping[str, str],
 ) -> Operations:
-    """The tree over the store, with nothing mounted yet."""
+    """The tree over the store, with nothing mounted yet.
+
+    about       what `.stats` shows of the store in front of the counters
+    """
     store = view.store
     stores = [store] if mirror is None else [store, mirror.store]
 
-    def counters() -> dict[str, int]:
+    def counters() -> dict[str, int | str]:
         return {
+            **about,
             "requests": sum(each.requests for each in stores),
             "operations": operations.answered,
             "errors": operations.errors,
             "watches": sum(len(each.watches) for each in stores),
-            "readers": tree.readers,
+            "readers": table.readers,
             "transactions": store.transactions,
             "mirror": mirror.nodes if mirror is not None else 0,
-            "mirror_looks": mirror.looks if mirror is not None else 0,
+            "mirror_looks": mirror.fetched if mirror is not None else 0,
             "reconnects": sum(each.reconnects + each.watches.reconnects for each in stores),
-            "inodes": len(tree),
+            "inodes": len(table),
             "handles": len(operations),
         }
 
-    tree = Tree(options.ownership, counters)
-    tree.mirror = mirror
-    transactions = Transactions(servants, view, options.tx_timeout)
-    tree.add_root(MountRoot(tree, view, transactions))
-    operations = Operations(tree, store.distrust)
+    table = InodeTable(
+        options.ownership, counters, allow_other=options.allow_other, visible=options.visible
+    )
+    table.mirror = mirror
+    transactions = Transactions(background_tasks, view, options.tx_timeout)
+    table.add_root(MountRoot(table, view, transactions))
+    operations = Operations(table, store.drop_connection)
     return operations
 
 
-# ---------------------------------------------------------------------------------- mountpoints
-
-
-def check_mountpoint(path: str) -> None:
-    """Raises MountError where nothing can be mounted."""
-    if path.startswith("/dev/fd/"):
-        return  # mount.fuse3 has opened and mounted it already (drop_privileges)
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise MountError(
-            EXIT_MOUNTPOINT, f"the mountpoint {path} does not exist", f"mkdir -p {path}"
-        ) from None
-    except OSError as error:
-        # ENOTCONN: a file system whose process has died.
-        raise MountError(
-            EXIT_MOUNTPOINT,
-            f"the mountpoint {path} is unusable: {error.strerror}",
-            f"is a dead mount there?  umount {path}",
-        ) from None
-    if not stat.S_ISDIR(mode):
-        raise MountError(
-            EXIT_MOUNTPOINT, f"the mountpoint {path} is not a directory", "name a directory"
-        )
-    if os.path.realpath(path) in _mounted("fuse.xsfs"):
-        raise MountError(
-            EXIT_MOUNTPOINT, f"the mountpoint {path} is busy: xsfs is there", f"umount {path}"
-        )
-
-
-def _mounted(kind: str) -> set[str]:
-    """Where file systems of this type are mounted: proc(5), mountinfo."""
-    found = set()
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            fields, _, rest = line.partition(" - ")
-            if rest.split(" ", 1)[0] == kind:
-                path = fields.split(" ")[4]
-                # Blanks, tabs, newlines and backslashes stand there as octal numbers.
-                found.add(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path))
-    return found
-
-
-def check_fuse() -> None:
-    if not os.path.exists(FUSE_DEVICE):
-        raise MountError(EXIT_FUSE, f"{FUSE_DEVICE} is missing", "modprobe fuse")
-    if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
-        raise MountError(EXIT_FUSE, f"no right to use {FUSE_DEVICE}", "run as root")
-
-
 def _fuse_mount(operations: Operations, options: Options) -> None:
-    """pyfuse3.init, with what libfuse prints to stderr made the reason of the error."""
+    """Call pyfuse3.init.  Raises MountError with the text that libfuse prints to stderr."""
     with tempfile.TemporaryFile() as captured:
         sys.stderr.flush()
         saved = os.dup(2)
@@ -372,12 +350,7 @@ def _fuse_mount(operations: Operations, options: Options) -> None:
         except RuntimeError as error:
             captured.seek(0)
             said = " ".join(captured.read().decode(errors="replace").split())
-            hint = "mounting needs root, or the fuse3 package"
-            if options.allow_other and os.getuid() != 0:
-                hint = "allow_other needs user_allow_other in /etc/fuse.conf"
-            raise MountError(
-                EXIT_FUSE, f"cannot mount at {options.mountpoint}: {said or error}", hint
-            ) from None
+            raise fuse_failure(options.mountpoint, said or str(error)) from None
         finally:
             os.dup2(saved, 2)
             os.close(saved)

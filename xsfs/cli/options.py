@@ -1,9 +1,12 @@
-"""The options: tables from which parsing, `--help`, the manual and the completions follow."""
+"""The options: tables from which parsing, `--help`, the manual and the completions are made."""
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -18,10 +21,20 @@ AUTOMATIC_SOURCES: Final = frozenset(("xenstore", "none", "auto"))
 
 DEFAULT_TX_TIMEOUT: Final = 60.0
 
+ID_LIMIT: Final = 0xFFFFFFFF
+DOMID_LIMIT: Final = 0x7FF0
+"""Xen reserves the numbers from here on."""
+
+HELP_WIDTH: Final = 80
+"""Columns of a terminal."""
+
+HELP_INDENT: Final = 21
+"""The column in which the help of an option begins."""
+
 
 def source_of(text: str) -> str:
-    """The source meant.  mount(8) makes an absolute path of any word that is also the name of a file in
-    its working directory: `cd /mnt; mount -t xsfs xenstore /mnt/xenstore`."""
+    """The source that the user meant.  If the working directory has a file of that name, mount(8) turns
+    the word into an absolute path: `cd /mnt; mount -t xsfs xenstore /mnt/xenstore`."""
     word = os.path.basename(text)
     if word in AUTOMATIC_SOURCES | {EMBEDDED} and os.path.isdir(text):
         return word
@@ -29,22 +42,24 @@ def source_of(text: str) -> str:
 
 
 class UsageError(Exception):
-    """The command line makes no sense."""
+    """The command line is wrong; the text says how."""
 
 
 @dataclass
 class Options:
-    """What the user asked for."""
+    """The options and arguments of one command line."""
 
     mountpoint: str
     source: str | None = None
-    """A socket or device, `embedded`, or None: look for it."""
+    """A socket or device, or `embedded`.  None: find it."""
     foreground: bool = False
     debug: bool = False
     root: bytes | None = None
     """None: the home of the domain."""
     raw: bool = False
     ro: bool = False
+    visible: bool = False
+    """Whether the root of the mount lists the names that belong to xsfs."""
     allow_other: bool = False
     uid: int = field(default_factory=os.getuid)
     gid: int = field(default_factory=os.getgid)
@@ -52,7 +67,7 @@ class Options:
     timeout: float = DEFAULT_TIMEOUT
     tx_timeout: float = DEFAULT_TX_TIMEOUT
     mirror: str | None = None
-    """The directory of the live mirror; empty: one by the mountpoint's name."""
+    """The directory of the live mirror.  Empty: the default directory."""
     listen: str | None = None
     domid: int = 0
 
@@ -62,8 +77,8 @@ class Options:
 
     @property
     def label(self) -> str:
-        """The source as mount(8), findmnt(8) and df(1) show it: what was given, so that `mount -a`
-        knows it again."""
+        """The source as mount(8), findmnt(8) and df(1) show it.  It is the word that the user gave, so
+        that `mount -a` recognizes the mount."""
         source = self.source or DEFAULT_LABEL
         return source if source.isascii() and source.isprintable() else DEFAULT_LABEL
 
@@ -72,28 +87,29 @@ class Options:
         return Ownership(self.uid, self.gid, self.umask)
 
     def fuse_options(self) -> set[str]:
-        """What the kernel and libfuse are to know of it."""
+        """The options for the kernel and libfuse."""
         # libfuse takes a comma for the end of an option.
         label = self.label.replace("\\", "\\\\").replace(",", "\\,")
         options = {f"fsname={label}", "subtype=xsfs", "nosuid", "nodev", "noexec"}
         if self.ro:
             options.add("ro")
         if self.allow_other:
-            # Then, and only then, the kernel must enforce the modes.
+            # Only if other users can enter must the kernel enforce the modes.
             options |= {"allow_other", "default_permissions"}
         return options
 
 
 class Option(NamedTuple):
-    """One name of `-o`: how its value is understood, None for a flag."""
+    """One name of `-o`."""
 
     parse: Callable[[str], Any] | None
+    """Makes the value of its text; ValueError says what it must be.  None: a flag without value."""
     placeholder: str
     help: str
     details: str = ""
-    """What the manual says after `help`, in whole sentences."""
+    """Whole sentences that the manual has after `help`."""
     without_value: str | None = None
-    """What is meant by the name alone; None where a value is needed."""
+    """The value if the option is given by its name alone.  None: it requires a value."""
 
 
 class Flag(NamedTuple):
@@ -101,7 +117,7 @@ class Flag(NamedTuple):
 
     letter: str
     name: str
-    """After two dashes; empty for what mount(8) alone passes on."""
+    """After two dashes.  Empty for a flag that only mount(8) passes."""
     help: str
     details: str = ""
 
@@ -112,131 +128,158 @@ FLAGS: Final = (
         "d",
         "debug",
         "log every operation, and stay in the foreground",
-        "A line says what was asked for, of which Xenstore path, how it ended, and how many "
-        "microseconds it took.",
+        "Each line has the operation, the Xenstore path, the result, and the time in microseconds. "
+        "Values are not logged, only their lengths.",
     ),
-    Flag("V", "version", "show the version and exit"),
-    Flag("h", "help", "show this help and exit"),
+    Flag("V", "version", "print the version and exit"),
+    Flag("h", "help", "print this help and exit"),
 )
 
 MOUNT_FLAGS: Final = (
     Flag("r", "", "the same as -o ro"),
     Flag("w", "", "the same as -o rw"),
-    Flag("s", "", "ignore options of -o that are unknown"),
-    Flag("n", "", "nothing: there is no /etc/mtab to be left alone"),
-    Flag("v", "", "say what has been mounted where"),
+    Flag("s", "", "ignore unknown options of -o"),
+    Flag("n", "", "ignored, for compatibility with mount(8)"),
+    Flag("v", "", "print the source and the mountpoint after mounting"),
 )
-"""mount(8) passes these on to a helper; `-f` too, and there it means: do not mount."""
+"""mount(8) passes these to its helpers.  It passes `-f` too, which then means: do not mount."""
 
 
 def _root(text: str) -> bytes:
-    path = text.encode()
-    if not path.startswith(b"/"):
+    if not text.startswith("/"):
         raise ValueError("must begin with /")
-    return check_path(path)
+    try:
+        return check_path(os.fsencode(text))
+    except ValueError:
+        raise ValueError("is not a path that Xenstore accepts") from None
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < 86400:
-        raise ValueError("must be seconds, more than 0 and less than a day")
-    return seconds
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", text) or not 0 < float(text) < 86400:
+        raise ValueError("must be a number of seconds, more than 0 and less than 86400")
+    return float(text)
 
 
 def _octal(text: str) -> int:
     if not re.fullmatch("0?[0-7]{1,3}", text):
-        raise ValueError("must be octal, 777 at most")
+        raise ValueError("must be an octal number, 777 at most")
     return int(text, 8)
 
 
-def _number(text: str, limit: int) -> int:
-    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= limit:
-        raise ValueError(f"must be a number below {limit}")
-    return int(text)
+def _is_below(text: str, limit: int) -> bool:
+    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) < limit
 
 
-def _id(text: str) -> int:
-    return _number(text, 0xFFFFFFFF)
+def _id(text: str, kind: str, id_of: Callable[[str], int]) -> int:
+    if _is_below(text, ID_LIMIT):
+        return int(text)
+    try:
+        return id_of(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"must be the name of a {kind}, or a number below {ID_LIMIT}") from None
+
+
+def _user(text: str) -> int:
+    return _id(text, "user", lambda name: pwd.getpwnam(name).pw_uid)
+
+
+def _group(text: str) -> int:
+    return _id(text, "group", lambda name: grp.getgrnam(name).gr_gid)
 
 
 def _domid(text: str) -> int:
-    return _number(text, 0x7FF0)
+    if not _is_below(text, DOMID_LIMIT):
+        raise ValueError(f"must be a number below {DOMID_LIMIT}")
+    return int(text)
 
 
 OPTIONS: Final[dict[str, Option]] = {
     "root": Option(
         _root,
         "PATH",
-        "show the store from PATH on, not from this domain's home",
-        "PATH begins with /; its node need not be there.",
+        "mount the tree below PATH (default: the domain's home)",
+        "PATH must begin with /. Its node need not exist.",
     ),
     "raw": Option(
         None,
         "",
-        "values as they are: no newline is added or taken off",
+        "exact values: do not add or strip a newline",
     ),
     "ro": Option(
         None,
         "",
         "mount read-only",
-        "What would change anything is EROFS. The last of ro and rw counts.",
+        "Every change fails with EROFS. If both ro and rw are given, the last one counts.",
+    ),
+    "visible": Option(
+        None,
+        "",
+        "list .root, .stats and the like in the root of the mount",
+        "Then ls -a and completion by the Tab key find them. .watch is never listed.",
     ),
     "allow_other": Option(
         None,
         "",
-        "let other users in, as the modes say",
-        "Without it only the user who mounted gets in, whatever the modes say; root does not get "
-        "in either. Give umask, uid or gid with it: all who may read a file read with the rights "
-        "that xsfs has. For other users than root it needs user_allow_other in /etc/fuse.conf.",
+        "allow other users access, subject to file modes",
+        "Without it only the user who mounted has access, and not even root. Use it together with "
+        "umask, uid or gid: anyone who may read a file reads it with the rights of xsfs. If you are "
+        "not root, it requires user_allow_other in /etc/fuse.conf.",
     ),
-    "uid": Option(_id, "N", "the owner of all files (default: who mounts)"),
-    "gid": Option(_id, "N", "their group (default: the group of who mounts)"),
+    "uid": Option(_user, "USER", "owner of all files (default: the user who mounts)"),
+    "gid": Option(_group, "GROUP", "group of all files (default: that user's group)"),
     "umask": Option(
         _octal,
         "OCTAL",
-        "what is cut from their modes (default: 077)",
-        "The store holds secrets, such as VNC passwords.",
+        "permission bits to remove from all files (default: 077)",
+        "The store contains secrets, such as VNC passwords.",
     ),
     "timeout": Option(
         _seconds,
         "SECONDS",
-        f"how long one request to Xenstore may take (default: {DEFAULT_TIMEOUT:g})",
-        "After that it is ETIMEDOUT. It is also how long a change is tried again that conflicts "
-        "with changes of others: after that it is EAGAIN.",
+        f"time limit of one request to Xenstore (default: {DEFAULT_TIMEOUT:g})",
+        "After that the operation fails with ETIMEDOUT. A change that conflicts with other changes is "
+        "retried for the same time, and then fails with EAGAIN.",
     ),
     "tx_timeout": Option(
         _seconds,
         "SECONDS",
-        f"after how long without use a transaction is rolled back (default: {DEFAULT_TX_TIMEOUT:g})",
+        f"roll back a transaction idle for SECONDS (default: {DEFAULT_TX_TIMEOUT:g})",
     ),
     "mirror": Option(
         os.path.abspath,
         "DIR",
-        "keep a live copy as plain files in DIR (default: a directory in /run/xsfs)",
-        "It follows the store within milliseconds; .mirror in the mount leads there, and is not "
-        "there while the copy cannot be true. Reading it asks neither xsfs nor Xenstore. DIR must "
-        "not exist, or be empty, and its parent be on the same file system: a tmpfs, best.",
+        "keep a live copy in DIR (default: in /run/xsfs)",
+        "The copy consists of plain files. Changes arrive within milliseconds. The symbolic link "
+        ".mirror in the mount leads to the copy; it is missing while the copy is not current. Reading "
+        "the copy makes no requests. DIR must be empty or missing, and its parent directory must be on "
+        "the same file system, best a tmpfs.",
         without_value="",
     ),
     "listen": Option(
         os.path.abspath,
         "SOCKET",
-        "embedded store: serve it to other programs there, too",
-        "XENSTORED_PATH=SOCKET in the environment leads xenstore-ls and other programs there.",
+        "embedded store only: also accept Xenstore clients on SOCKET",
+        "Set XENSTORED_PATH=SOCKET to connect xenstore-ls and other programs to it.",
     ),
-    "domid": Option(_domid, "N", "embedded store: mount it as domain N sees it (default: 0)"),
+    "domid": Option(_domid, "N", "embedded store only: mount as domain N (default: 0)"),
 }
 
 IGNORED: Final = frozenset(
     (
-        # mount(8), fstab and systemd add these; they are for them, or are always so anyway.
+        # mount(8), fstab and systemd add these.  They concern those programs, or hold always.
         *("defaults", "auto", "noauto", "user", "nouser", "users", "nofail", "_netdev"),
         *("dev", "nodev", "suid", "nosuid", "exec", "noexec", "sync", "async", "dirsync"),
         *("atime", "noatime", "relatime", "norelatime", "strictatime", "diratime", "nodiratime"),
         *("lazytime", "nolazytime", "group", "owner", "default_permissions"),
+        *("mand", "nomand", "symfollow", "nosymfollow", "silent", "loud", "seclabel"),
     )
 )
-IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "setuid=", "user=")
+IGNORED_PREFIXES: Final = (
+    *("x-", "X-", "comment=", "setuid=", "user="),
+    # The kernel shows these in /proc/mounts, from where mount(8) of util-linux 2.41 takes the options
+    # of a mount that it is to remount.
+    *("user_id=", "group_id=", "max_read=", "blksize=", "dax=", "context=", "rootcontext="),
+)
 
 REMOUNT: Final = "remount"
 
@@ -250,8 +293,12 @@ def split(texts: Iterable[str]) -> Iterable[str]:
 
 
 def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
-    """The values of the options given; UsageError for one that makes no sense, or that is unknown
-    unless that is to be overlooked."""
+    """The values of the options, by name.
+
+    sloppy      ignore unknown options
+
+    Raises UsageError.
+    """
     found: dict[str, Any] = {}
     for text in split(texts):
         name, equals, value = text.partition("=")
@@ -261,8 +308,8 @@ def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
             continue
         if text == REMOUNT:
             raise UsageError(
-                "remount is for ro and rw alone, as in 'mount -i -o remount,ro MOUNTPOINT': "
-                "for all else umount, and mount again"
+                "only ro and rw can be changed by a remount: 'mount -i -o remount,ro MOUNTPOINT'; "
+                "umount and mount again for other options"
             )
         if option is None:
             if sloppy or text in IGNORED or text.startswith(IGNORED_PREFIXES):
@@ -277,16 +324,16 @@ def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
             found[name] = option.without_value
             continue
         if not value:
-            raise UsageError(f"the option '{name}' needs a value: {usage(name)}")
+            raise UsageError(f"the option '{name}' requires a value: {usage(name)}")
         try:
             found[name] = option.parse(value)
         except ValueError as error:
-            raise UsageError(f"the option '{name}={value}': {error}") from None
+            raise UsageError(f"the value of '{text}' {error}") from None
     return found
 
 
 def usage(name: str) -> str:
-    """The option as one writes it."""
+    """How the option is written."""
     option = OPTIONS[name]
     if option.parse is None:
         return name
@@ -295,5 +342,11 @@ def usage(name: str) -> str:
 
 
 def help_lines() -> Iterable[str]:
+    """The options as `--help` shows them."""
     for name, option in OPTIONS.items():
-        yield f"  {usage(name):<18} {option.help}"
+        yield from textwrap.wrap(
+            option.help,
+            HELP_WIDTH,
+            initial_indent=f"  {usage(name):<18} ",
+            subsequent_indent=" " * HELP_INDENT,
+        )

@@ -1,13 +1,16 @@
-"""What systemd is told: that the mount is ready, how it is, that it ends (sd_notify(3)); and how grave
-each line of the log is (sd-daemon(3)).
-"""
+"""Reports of a running mount: its state for systemd (sd_notify(3)), the severity of log lines for the
+journal (sd-daemon(3)), and on request the state of every task."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-from typing import Final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from trio.lowlevel import Task
 
 log = logging.getLogger(__name__)
 
@@ -21,16 +24,16 @@ LEVELS: Final = {
     logging.INFO: 6,
     logging.DEBUG: 7,
 }
-"""Those of syslog(3)."""
+"""The levels of syslog(3)."""
 
 
 def status(text: str) -> str:
-    """What `systemctl status` shows."""
+    """The assignment that makes `systemctl status` show the text."""
     return f"STATUS={' '.join(text.split())}"
 
 
 def notify(*assignments: str) -> None:
-    """Tell it to the service manager, where one wants to know."""
+    """Send these to the service manager, if one has asked for them."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
@@ -45,7 +48,7 @@ def notify(*assignments: str) -> None:
 
 
 def in_journal(descriptor: int) -> bool:
-    """Whether what is written there goes to systemd's journal: JOURNAL_STREAM of systemd.exec(5)."""
+    """Whether this descriptor leads to systemd's journal: JOURNAL_STREAM of systemd.exec(5)."""
     try:
         found = os.fstat(descriptor)
     except OSError:
@@ -54,8 +57,28 @@ def in_journal(descriptor: int) -> bool:
 
 
 class JournalFormatter(logging.Formatter):
-    """Each line with its level in front, as the journal takes it; it knows the name and the time."""
+    """Each line begins with its level, as the journal expects.  The journal adds name and time."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = LEVELS.get(record.levelno, LEVELS[logging.INFO])
         return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
+
+
+def describe_tasks() -> Iterator[str]:
+    """A line for each task of the running event loop, and one for each call in its stack."""
+    import trio  # `xsfs --help` imports this module, and does not wait for trio to load
+
+    root = trio.lowlevel.current_root_task()
+    if root is not None:
+        yield from _describe(root, 0)
+
+
+def _describe(task: Task, depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    yield f"{indent}{task.name}"
+    for frame, line in task.iter_await_frames():
+        code = frame.f_code
+        yield f"{indent}    {code.co_filename}:{line} {code.co_qualname}"
+    for nursery in task.child_nurseries:
+        for child in nursery.child_tasks:
+            yield from _describe(child, depth + 1)

@@ -1,15 +1,17 @@
-"""One client of the embedded store: its connection, its watches, and what is queued for it.
+"""One client of the embedded store: its connection, watches, transactions and unsent output.
 
-A `Connection` belongs to the task which reads it.  Any code which serves any connection may queue
-output to it (`queue_event`) and `flush` it, because an event goes to whoever watches; all that is
-synchronous.  While the socket does not take all, one task (`_drain`) alone sends.
+The task that reads a `ClientConnection` owns it.  Any task that serves a request may queue output
+for any connection (`queue_event`) and `flush` it, because an event goes to every watcher.  All of
+that is synchronous.  While the socket does not accept everything, only one task (`_drain`) sends.
 
-The queue is bounded.  Past OUTPUT_HIGH bytes no more requests are taken from the connection until
-it has read its replies, so replies stay below OUTPUT_HIGH and one reply more.  Events come from
-others' requests, which must not wait: past OUTPUT_MAX the connection is closed.  (xenstored keeps
-any number of events for a socket, and drops those which a guest does not read in 20 s.)
-An event identical to one which is still queued is dropped, except special ones.  An event handed to
-the kernel no longer counts as queued, since the client may have acted on it already.
+What always holds:
+
+- The output is bounded.  At OUTPUT_HIGH bytes the store stops serving the connection's requests
+  until the client has read its replies.  Events come from other clients' requests, which must not
+  wait: past OUTPUT_MAX bytes the store closes the connection.  (xenstored keeps any number of events
+  for a socket, and drops events that a guest does not read within 20 s.)
+- No event is queued twice at one time, except special ones.  An event that the kernel has accepted
+  no longer counts as queued, because the client may have acted on it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import trio
 
 from xsfs.embedded.domains import Change
 from xsfs.embedded.record import home_of, parent_of
-from xsfs.embedded.transaction import Transaction
+from xsfs.embedded.transaction import DatabaseTransaction
 from xsfs.xenstore import protocol
 
 OUTPUT_HIGH: Final = 256 << 10
@@ -31,40 +33,45 @@ OUTPUT_MAX: Final = 4 << 20
 _numbers = itertools.count()
 
 
-class Watch:
-    """`stripped` is how much of a path its events leave out: a relative watch is told of relative
-    paths.  `number` grows, since a connection's events come in the order of its watches."""
+class RegisteredWatch:
+    """One watch of one connection.
+
+    `stripped` is how many bytes of a path its events omit: a relative watch gets relative paths.
+    `number` grows, because a connection gets events in the order of its watches.
+    """
 
     __slots__ = ("connection", "number", "path", "stripped", "token")
 
-    def __init__(self, connection: Connection, path: bytes, token: bytes, relative: bool) -> None:
+    def __init__(
+        self, connection: ClientConnection, path: bytes, token: bytes, relative: bool
+    ) -> None:
         self.connection = connection
         self.path = path
         self.token = token
         self.stripped = len(home_of(connection.domid)) + 1 if relative else 0
         self.number = next(_numbers)
 
-    def tell(self, path: bytes) -> None:
+    def fire(self, path: bytes) -> None:
         self.connection.queue_event(path[self.stripped :], self.token)
 
 
-class Watches:
-    """All watches, by path: a change looks at its own path and those above, not at each watch."""
+class WatchTable:
+    """The watches of all connections by path, so a change queries only its path and ancestors."""
 
     def __init__(self) -> None:
-        self._by_path: dict[bytes, dict[Watch, None]] = {}
+        self._by_path: dict[bytes, dict[RegisteredWatch, None]] = {}
 
-    def add(self, watch: Watch) -> None:
+    def add(self, watch: RegisteredWatch) -> None:
         self._by_path.setdefault(watch.path, {})[watch] = None
 
-    def remove(self, watch: Watch) -> None:
+    def remove(self, watch: RegisteredWatch) -> None:
         found = self._by_path[watch.path]
         del found[watch]
         if not found:
             del self._by_path[watch.path]
 
-    def of(self, change: Change) -> list[Watch]:
-        """The watches which a change is for, in their order."""
+    def matching(self, change: Change) -> list[RegisteredWatch]:
+        """The watches that a change fires, in the order of their registration."""
         by_path = self._by_path
         path = change.path
         found = list(by_path.get(path, ()))
@@ -76,21 +83,22 @@ class Watches:
         return found
 
 
-class Connection:
+class ClientConnection:
     def __init__(
-        self, sock: socket.socket, domid: int, dirty: set[Connection], nursery: trio.Nursery
+        self, sock: socket.socket, domid: int, dirty: set[ClientConnection], nursery: trio.Nursery
     ) -> None:
         self.sock = sock
         self.domid = domid
-        self.watches: dict[tuple[bytes, bytes], Watch] = {}
-        self.transactions: dict[int, Transaction] = {}
+        self.watches: dict[tuple[bytes, bytes], RegisteredWatch] = {}
+        self.transactions: dict[int, DatabaseTransaction] = {}
         self._last_transaction = 0
         self._dirty = dirty
+        """The connections whose new output no task has tried to send yet."""
         self._nursery = nursery
         self._out = bytearray()
         self._queued_events: set[bytes] = set()
-        # Set while a task sends what the socket did not take at once.
         self._drained: trio.Event | None = None
+        """Exists while a task sends the rest of the output."""
         self._closed = False
 
     # -- output
@@ -118,7 +126,7 @@ class Connection:
         return len(self._out) >= OUTPUT_HIGH
 
     def flush(self) -> None:
-        """Send what the socket takes without waiting; a task does the rest."""
+        """Send what the socket accepts without waiting, and let a task send the rest."""
         if self._drained is None and not self._closed:
             self._send()
             if self._out and not self._closed:
@@ -146,12 +154,12 @@ class Connection:
             drained.set()
 
     async def drain(self) -> None:
-        """Wait until the client has taken all that was queued."""
+        """Wait until the socket has accepted all output."""
         while self._drained is not None:
             await self._drained.wait()
 
     def close(self) -> None:
-        """End the connection: its tasks are cancelled, and the one which reads it cleans up."""
+        """Discard the output and cancel the connection's tasks; its reading task cleans up."""
         self._closed = True
         self._out.clear()
         self._nursery.cancel_scope.cancel()

@@ -1,18 +1,18 @@
-"""What is in a store at first: what the toolstack of a Xen host has written there."""
+"""The first nodes of a store, as the toolstack of a Xen host writes them."""
 
 from __future__ import annotations
 
 import uuid
 
-from xsfs.embedded.database import Store
+from xsfs.embedded.database import Database
 from xsfs.embedded.domains import DOM0
 from xsfs.embedded.record import home_of
 
-Made = tuple[bytes, bytes, list[bytes] | None]
-"""Path, value, and permissions unless they are the parent's."""
+NewNode = tuple[bytes, bytes, list[bytes] | None]
+"""Path, value, and permissions (None: those of the parent)."""
 
 
-def _below(base: bytes, entries: dict[str, str], perms: list[bytes] | None = None) -> list[Made]:
+def _below(base: bytes, entries: dict[str, str], perms: list[bytes] | None = None) -> list[NewNode]:
     return [(base + b"/" + key.encode(), value.encode(), perms) for key, value in entries.items()]
 
 
@@ -20,8 +20,8 @@ def _uuid_of(domid: int) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, f"xsfs domain {domid}"))
 
 
-def dom0_nodes() -> list[Made]:
-    """What xen-init-dom0 and libxl have written once domain 0 is up."""
+def dom0_nodes() -> list[NewNode]:
+    """The nodes that xen-init-dom0 and libxl write at the start of a host."""
     home = home_of(DOM0)
     vm = f"/vm/{_uuid_of(DOM0)}"
     return [
@@ -49,8 +49,8 @@ def dom0_nodes() -> list[Made]:
     ]
 
 
-def guest_nodes(domid: int) -> list[Made]:
-    """The home of a guest, as libxl makes it."""
+def guest_nodes(domid: int) -> list[NewNode]:
+    """The nodes that libxl writes for a new guest."""
     home = home_of(domid)
     vm = f"/vm/{_uuid_of(domid)}"
     toolstacks = [b"n0", b"r%d" % domid]
@@ -94,8 +94,8 @@ def guest_nodes(domid: int) -> list[Made]:
     ]
 
 
-def make(store: Store, nodes: list[Made]) -> None:
+def create_nodes(database: Database, nodes: list[NewNode]) -> None:
     for path, value, perms in nodes:
-        store.write(DOM0, path, value)
+        database.write(DOM0, path, value)
         if perms:
-            store.set_perms(DOM0, path, perms)
+            database.set_perms(DOM0, path, perms)

@@ -1,24 +1,27 @@
-"""The embedded store's data: a whole xenstored 4.17 without its connections.
+"""The embedded store's database: a whole xenstored 4.17 without its connections.
 
-`Store` owns the nodes and, in `Domains`, those who use them.  It is synchronous and knows no
-sockets: whoever owns it calls one method for each request, and is told of each change by the
-function `changed`, which is called in the middle of a request and may only ask `Domains` then.
-A request either is refused (`Refused`), and then no node has changed, or is done completely; only
-in a transaction a refused request may leave marks, and the transaction then cannot succeed.
+`Database` owns the records of all nodes, the quotas and, in `Domains`, the domains.  It is
+synchronous and knows no sockets.  Its owner calls one method per request, from any task, and never
+from two threads.  The database reports each change by calling `changed` in the middle of a request;
+`changed` may only query `Domains`.  A refused request (`Refused`) has changed no node.  Only in a
+transaction a refused request may leave marks, and then the transaction cannot succeed.
 
-What always holds: the nodes are a flat table of absolute paths; each node but the root is among
-the children of its parent, and each child is in the table; `Domain.nodes` is the number of nodes
-whose first permission entry names the domain.  A node's generation is that of its last change: by
-it a transaction sees conflicts, and a client that a listing has changed under it.
+What always holds:
 
-The order in which a request looks at nodes is xenstored's own, since in a transaction it decides
-what conflicts, and in which order events come.
+- `_records` maps the absolute path of each node to its record.  Each node but the root is among its
+  parent's children, and each child is in `_records`.
+- `Domain.nodes` is the number of nodes whose first permission entry names the domain.
+- A record's generation changes whenever the record changes, and no generation occurs twice.  By the
+  generation a transaction finds conflicts, and a client finds that a listing has changed.
+
+The order in which a request accesses nodes is xenstored's.  In a transaction this order decides
+which nodes conflict, and the order of the events.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Final
 
 from xsfs.embedded.domains import (
     DOM0,
@@ -27,374 +30,396 @@ from xsfs.embedded.domains import (
     Change,
     Domain,
     Domains,
+    Quotas,
 )
 from xsfs.embedded.record import (
-    DEAD,
     OWNER,
     READ,
     ROOT,
     WRITE,
-    Entry,
-    Node,
+    PermissionEntry,
     Perms,
+    Record,
     Refused,
     child_of,
     is_path,
+    name_of,
     parent_of,
     parse_perms,
     record_size,
 )
-from xsfs.embedded.transaction import Transaction
-
-# The quotas of a domain other than 0.
-NODES_MAX: Final = 1000
-NODE_SIZE_MAX: Final = 2048
-PERMS_MAX: Final = 5
-TRANSACTIONS_MAX: Final = 10
-WATCHES_MAX: Final = 128
+from xsfs.embedded.transaction import MISSING, DatabaseTransaction
 
 
-class Store:
+class Database:
     def __init__(self, changed: Callable[[Change], None]) -> None:
         self._changed = changed
+        self.quotas = Quotas()
         self.domains = Domains()
-        self._nodes: dict[bytes, Node] = {}
-        for path in (ROOT, b"/tool", b"/tool/xenstored"):
-            self.domains.generation += 1
-            self._place(path, Node(b"", (Entry(DOM0, 0),), self.domains.generation), None)
-        self._nodes[ROOT].add_child(b"tool")
-        self._nodes[b"/tool"].add_child(b"xenstored")
+        self._generation = 0
+        self._records: dict[bytes, Record] = {}
+        perms = self.domains.resolve((PermissionEntry(DOM0, 0),))
+        self._place(ROOT, Record(b"", perms), None)
+        self._create(DOM0, b"/tool/xenstored", b"", None)
 
     # -- finding a node
 
-    def _look(self, path: bytes, tx: Transaction | None) -> Node | None:
-        """The node as the request sees it, whoever asks."""
+    def _lookup(self, path: bytes, tx: DatabaseTransaction | None) -> Record | None:
+        """The record that the request sees, whatever its permissions."""
         if tx is None:
-            return self._nodes.get(path)
-        touched = tx.touched.get(path)
-        if touched is not None:
-            return touched.node
-        node = self._nodes.get(path)
-        return tx.touch(path, node, None if node is None else self.domains.live(node))
+            return self._records.get(path)
+        accessed = tx.accessed.get(path)
+        if accessed is not None:
+            return accessed.record
+        return tx.access(path, self._records.get(path))
 
-    def _find(self, who: int, path: bytes, needed: int, tx: Transaction | None) -> Node | None:
-        """The node, if the domain may; None if it is missing, and the domain may know that."""
-        if not is_path(path):
+    def _find(
+        self, domid: int, path: bytes, needed: int, tx: DatabaseTransaction | None
+    ) -> Record | None:
+        """The record, if the domain has all the permissions `needed`.
+
+        None if the node is missing and the domain may know that; otherwise Refused (EACCES).
+        """
+        if not is_path(path, self.quotas.path_max):
             raise Refused("EINVAL")
-        node = self._look(path, tx)
-        if node is not None and (
-            who == DOM0 or self.domains.access(who, self.domains.live(node)) & needed == needed
-        ):
-            return node
+        record = self._lookup(path, tx)
+        if record is not None and self.domains.access(domid, record.perms) & needed == needed:
+            return record
         ancestor = self._nearest(parent_of(path), tx)
-        if node is not None or not self.domains.access(who, self.domains.live(ancestor)) & needed:
+        if record is not None or not self.domains.access(domid, ancestor.perms) & needed:
             raise Refused("EACCES")
         return None
 
-    def _nearest(self, path: bytes, tx: Transaction | None) -> Node:
-        """The node at `path`, or at the longest part of it at which there is one."""
+    def _nearest(self, path: bytes, tx: DatabaseTransaction | None) -> Record:
+        """The record of `path`, or else of its nearest ancestor."""
         while True:
-            node = self._look(path, tx)
-            if node is not None:
-                return node
+            record = self._lookup(path, tx)
+            if record is not None:
+                return record
             path = parent_of(path)
 
-    def readable(self, who: int, path: bytes, tx: Transaction | None = None) -> Node:
-        """READ, DIRECTORY and GET_PERMS: the node, to take what is asked for.  Not to be kept."""
-        node = self._find(who, path, READ, tx)
-        if node is None:
+    def readable(self, domid: int, path: bytes, tx: DatabaseTransaction | None = None) -> Record:
+        """The record for READ, DIRECTORY and GET_PERMS.  The caller must not keep it."""
+        record = self._find(domid, path, READ, tx)
+        if record is None:
             raise Refused("ENOENT")
-        return node
+        return record
 
     # -- changing a node
 
-    def _step(self, path: bytes, tx: Transaction | None) -> int:
-        """A change to one node begins; returns the node's new generation."""
-        self.domains.generation += 1
+    def _modified(self, path: bytes, record: Record, tx: DatabaseTransaction | None) -> None:
+        """The request has changed the record."""
+        self._generation += 1
+        record.generation = self._generation
         if tx is not None:
-            tx.touched[path].modified = True
-        return self.domains.generation
+            tx.accessed[path].modified = True
 
-    @staticmethod
-    def _check_size(who: int, size: int, tx: Transaction | None) -> None:
-        if who != DOM0 and size >= NODE_SIZE_MAX:
+    def _check_size(self, domid: int, size: int, tx: DatabaseTransaction | None) -> None:
+        if domid != DOM0 and size >= self.quotas.node_size:
             if tx is not None:
                 tx.failed = True
             raise Refused("ENOSPC")
 
-    def _count(self, owner: int, difference: int, tx: Transaction | None) -> None:
+    def _count(self, owner: int, difference: int, tx: DatabaseTransaction | None) -> None:
         if tx is not None:
             tx.count(owner, difference)
-            return
-        if domain := self.domains.meet(owner):
+        elif domain := self.domains.find(owner):
             domain.nodes += difference
 
-    def _tell(
-        self, path: bytes, exact: bool, tx: Transaction | None, node: Node, *old: Perms
+    def _notify(
+        self, path: bytes, exact: bool, tx: DatabaseTransaction | None, perms: Perms, *old: Perms
     ) -> None:
+        """Report a change of the node, whose permissions are now `perms`."""
         if tx is not None:
             tx.queue_event(path, exact)
             return
-        readable_by = (*old, self.domains.live(node))
-        parent = self._nodes.get(parent_of(path))
+        readable_by = (*old, perms)
+        parent = self._records.get(parent_of(path))
         if parent is not None:
-            readable_by += (self.domains.live(parent),)
+            readable_by += (parent.perms,)
         self._changed(Change(path, exact, readable_by))
 
-    def write(self, who: int, path: bytes, value: bytes, tx: Transaction | None = None) -> None:
-        node = self._find(who, path, WRITE, tx)
-        if node is None:
-            node = self._create(who, path, value, tx)
+    def write(
+        self, domid: int, path: bytes, value: bytes, tx: DatabaseTransaction | None = None
+    ) -> None:
+        record = self._find(domid, path, WRITE, tx)
+        if record is None:
+            record = self._create(domid, path, value, tx)
         else:
-            generation = self._step(path, tx)
-            self._check_size(who, record_size(value, node.perms, node.child_bytes), tx)
-            node.update(generation, self.domains.live(node))
-            node.value = value
-        self._tell(path, False, tx, node)
+            self._check_size(domid, record_size(value, record.perms, record.child_bytes), tx)
+            record.value = value
+            self._modified(path, record, tx)
+        self._notify(path, False, tx, record.perms)
 
-    def mkdir(self, who: int, path: bytes, tx: Transaction | None = None) -> None:
-        if self._find(who, path, WRITE, tx) is None:
-            node = self._create(who, path, b"", tx)
-            self._tell(path, False, tx, node)
+    def mkdir(self, domid: int, path: bytes, tx: DatabaseTransaction | None = None) -> None:
+        if self._find(domid, path, WRITE, tx) is None:
+            record = self._create(domid, path, b"", tx)
+            self._notify(path, False, tx, record.perms)
 
-    def _create(self, who: int, path: bytes, value: bytes, tx: Transaction | None) -> Node:
-        """Make the node, and all parents which are missing."""
+    def _create(
+        self, domid: int, path: bytes, value: bytes, tx: DatabaseTransaction | None
+    ) -> Record:
+        """Create the node and all its missing ancestors."""
         missing = [path]
-        while (parent := self._look(parent_of(missing[-1]), tx)) is None:
+        while (parent := self._lookup(parent_of(missing[-1]), tx)) is None:
             missing.append(parent_of(missing[-1]))
-        perms = self.domains.live(parent)
-        if who != DOM0:
-            # What an unprivileged domain makes is its own.
-            perms = (Entry(who, perms[0].bits), *perms[1:])
+        perms = parent.perms
+        if domid != DOM0:
+            # An unprivileged domain owns what it creates.
+            perms = (
+                PermissionEntry(domid, perms[0].bits, self.domains.known[domid].incarnation),
+                *perms[1:],
+            )
         if tx is not None:
             tx.created = True
-        generations = self._check_creation(who, missing, parent, perms, value, tx)
+        self._check_creation(domid, missing, parent, perms, value, tx)
 
-        lowest = Node(value, perms, generations[0])
+        lowest = Record(value, perms)
         self._place(path, lowest, tx)
-        for name, higher, generation in zip(missing, missing[1:], generations[1:], strict=False):
-            node = Node(b"", perms, generation)
-            node.add_child(name.rpartition(b"/")[2])
-            self._place(higher, node, tx)
-        parent.update(generations[-1], self.domains.live(parent))
-        parent.add_child(missing[-1].rpartition(b"/")[2])
+        for below, above in itertools.pairwise(missing):
+            record = Record(b"", perms)
+            record.add_child(name_of(below))
+            self._place(above, record, tx)
+        parent.add_child(name_of(missing[-1]))
+        self._modified(parent_of(missing[-1]), parent, tx)
         return lowest
 
-    def _place(self, path: bytes, node: Node, tx: Transaction | None) -> None:
+    def _place(self, path: bytes, record: Record, tx: DatabaseTransaction | None) -> None:
         if tx is None:
-            self._nodes[path] = node
+            self._records[path] = record
         else:
-            tx.touched[path].node = node
-        self._count(node.perms[0].domid, 1, tx)
+            tx.accessed[path].record = record
+        self._modified(path, record, tx)
+        self._count(record.perms[0].domid, 1, tx)
 
     def _check_creation(
         self,
-        who: int,
+        domid: int,
         missing: list[bytes],
-        parent: Node,
+        parent: Record,
         perms: Perms,
         value: bytes,
-        tx: Transaction | None,
-    ) -> list[int]:
-        """Whether the quotas allow it; returns the generations of the new nodes and the parent."""
-        generations = []
-        child_bytes = 0
-        for count, path in enumerate(missing):
-            # Within a transaction the nodes only count at its end.
-            if who != DOM0 and (
-                self.domains.known[who].nodes + (count if tx is None else 0) >= NODES_MAX
-            ):
-                raise Refused("ENOSPC")
-            generations.append(self._step(path, tx))
-            self._check_size(who, record_size(value, perms, child_bytes), tx)
-            value = b""
-            child_bytes = len(path.rpartition(b"/")[2]) + 1
-        generations.append(self._step(parent_of(missing[-1]), tx))
-        self._check_size(who, parent.size + child_bytes, tx)
-        return generations
+        tx: DatabaseTransaction | None,
+    ) -> None:
+        """Refused (ENOSPC) if the quotas do not allow the domain to create the missing nodes."""
+        if domid == DOM0:
+            return
+        # The nodes that a transaction creates count when it ends.
+        created = 0 if tx is not None else len(missing) - 1
+        if self.domains.known[domid].nodes + created >= self.quotas.nodes:
+            raise Refused("ENOSPC")
+        self._check_size(domid, record_size(value, perms, 0), tx)
+        for path in missing[:-1]:
+            self._check_size(domid, record_size(b"", perms, len(name_of(path)) + 1), tx)
+        child_bytes = parent.child_bytes + len(name_of(missing[-1])) + 1
+        self._check_size(domid, record_size(parent.value, parent.perms, child_bytes), tx)
 
     def set_perms(
-        self, who: int, path: bytes, texts: list[bytes], tx: Transaction | None = None
+        self, domid: int, path: bytes, texts: list[bytes], tx: DatabaseTransaction | None = None
     ) -> None:
-        if who != DOM0 and len(texts) > PERMS_MAX:
+        if domid != DOM0 and len(texts) > self.quotas.permissions:
             raise Refused("ENOSPC")
-        perms = self.domains.given(parse_perms(texts))
-        owner = perms[0].domid
-        if perms[0].bits & DEAD:
+        perms = self.domains.resolve(parse_perms(texts))
+        owner = perms[0]
+        if owner.incarnation is None:
             raise Refused("ENOENT")
         if path.startswith(b"@"):
-            self.domains.set_special_perms(who, path, perms)
+            self.domains.set_special_perms(domid, path, perms)
             return
-        node = self._find(who, path, WRITE | OWNER, tx)
-        if node is None:
+        record = self._find(domid, path, WRITE | OWNER, tx)
+        if record is None:
             raise Refused("ENOENT")
-        old = self.domains.live(node)
-        if who != DOM0 and owner != old[0].domid:
+        old = record.perms
+        if domid != DOM0 and owner.domid != old[0].domid:
             raise Refused("EPERM")
-        generation = self._step(path, tx)
-        self._check_size(who, record_size(node.value, perms, node.child_bytes), tx)
+        self._check_size(domid, record_size(record.value, perms, record.child_bytes), tx)
         self._count(old[0].domid, -1, tx)
-        self._count(owner, 1, tx)
-        node.update(generation, perms)
-        self._tell(path, False, tx, node, old)
+        self._count(owner.domid, 1, tx)
+        record.perms = perms
+        self._modified(path, record, tx)
+        self._notify(path, False, tx, perms, old)
 
     # -- removal
 
-    def rm(self, who: int, path: bytes, tx: Transaction | None = None) -> None:
-        if self._find(who, path, WRITE, tx) is None:
-            if self._look(parent_of(path), tx) is None:
+    def rm(self, domid: int, path: bytes, tx: DatabaseTransaction | None = None) -> None:
+        if self._find(domid, path, WRITE, tx) is None:
+            if self._lookup(parent_of(path), tx) is None:
                 raise Refused("ENOENT")
             return
         if path == ROOT:
             raise Refused("EINVAL")
         self._remove(path, tx)
 
-    def _remove(self, path: bytes, tx: Transaction | None) -> None:
-        """Remove the tree at `path`, the deepest nodes first; what is below has exact events."""
-        parent = self._look(parent_of(path), tx)
+    def _remove(self, path: bytes, tx: DatabaseTransaction | None) -> None:
+        """Remove the tree at `path`, the deepest nodes first.  Events below `path` are exact."""
+        parent = self._lookup(parent_of(path), tx)
         if parent is None:
             raise Refused("EINVAL")
         try:
             self._remove_tree(path, tx)
         except Refused as refused:
-            # Only in a transaction: too many nodes, or the lists of children, fixed at different
-            # times, name nodes which are not there.
+            # Only in a transaction: it accesses too many nodes, or it copied the lists of children
+            # at different times and they name missing nodes.
             raise Refused("EIO") from refused
-        name = path.rpartition(b"/")[2]
-        generation = self._step(parent_of(path), tx)
+        name = name_of(path)
         if name not in parent.children:
             raise Refused("EIO")
         parent.remove_child(name)
-        parent.update(generation, self.domains.live(parent))
+        self._modified(parent_of(path), parent, tx)
 
-    def _remove_tree(self, top: bytes, tx: Transaction | None) -> None:
-        node = self._look(top, tx)
-        if node is None:
+    def _remove_tree(self, top: bytes, tx: DatabaseTransaction | None) -> None:
+        record = self._lookup(top, tx)
+        if record is None:
             raise Refused("ENOENT")
-        # A path may have a thousand components: no recursion.
-        stack = [(top, node, iter(tuple(node.children.values())))]
+        # A path may have a thousand components, too many for recursion.
+        stack = [(top, record, iter(tuple(record.children.values())))]
         while stack:
-            path, node, names = stack[-1]
+            path, record, names = stack[-1]
             name = next(names, None)
             if name is not None:
                 below = child_of(path, name)
-                child = self._look(below, tx)
+                child = self._lookup(below, tx)
                 if child is None:
                     raise Refused("ENOENT")
                 stack.append((below, child, iter(tuple(child.children.values()))))
                 continue
             stack.pop()
-            self._remove_one(path, node, path != top, tx)
-            if stack:
-                # xenstored writes the parent again without this child, which only shows if the
-                # rest of the removal is refused.
-                above, parent, _ = stack[-1]
-                self._step(above, tx)
-                if tx is not None:
-                    parent.remove_child(path.rpartition(b"/")[2])
+            self._remove_one(path, record, path != top, tx)
+            if stack and tx is not None:
+                # It shows if the database refuses the rest of the removal.
+                stack[-1][1].remove_child(name_of(path))
 
-    def _remove_one(self, path: bytes, node: Node, exact: bool, tx: Transaction | None) -> None:
-        self._step(path, tx)
-        if tx is not None:
-            tx.touched[path].node = None
-        self._tell(path, exact, tx, node)
+    def _remove_one(
+        self, path: bytes, record: Record, exact: bool, tx: DatabaseTransaction | None
+    ) -> None:
+        self._notify(path, exact, tx, record.perms)
         if tx is None:
-            del self._nodes[path]
-        self._count(node.perms[0].domid, -1, tx)
+            del self._records[path]
+        else:
+            tx.accessed[path].record = None
+            tx.accessed[path].modified = True
+        self._count(record.perms[0].domid, -1, tx)
 
     # -- transactions
 
-    def start(self, who: int) -> Transaction:
-        domain = self.domains.known[who]
-        if who != DOM0 and domain.transactions > TRANSACTIONS_MAX:
+    def start(self, domid: int) -> DatabaseTransaction:
+        domain = self.domains.known[domid]
+        if domid != DOM0 and domain.transactions > self.quotas.transactions:
             raise Refused("ENOSPC")
         domain.transactions += 1
-        self.domains.generation += 1
-        return Transaction(who)
+        nodes_max = None if domid == DOM0 else self.quotas.transaction_nodes
+        return DatabaseTransaction(domid, nodes_max)
 
-    def abort(self, tx: Transaction) -> None:
+    def abort(self, tx: DatabaseTransaction) -> None:
         domain = self.domains.known.get(tx.domid)
         if domain is not None and domain.transactions:
             domain.transactions -= 1
 
-    def commit(self, tx: Transaction) -> None:
-        """End the transaction; if it is refused, it has ended all the same."""
+    def commit(self, tx: DatabaseTransaction) -> None:
+        """End the transaction.  It has ended even if the commit is refused."""
         self.abort(tx)
         if tx.failed:
             raise Refused("ENOMEM")
         self._check_owned(tx)
-        for path, touched in tx.touched.items():
-            node = self._nodes.get(path)
-            if touched.generation != (None if node is None else node.generation):
+        for path, accessed in tx.accessed.items():
+            record = self._records.get(path)
+            if accessed.generation != (MISSING if record is None else record.generation):
                 raise Refused("EAGAIN")
-        for path, touched in tx.touched.items():
-            if not touched.modified:
+        for path, accessed in tx.accessed.items():
+            if not accessed.modified:
                 continue
-            if touched.node is not None:
-                self.domains.generation += 1
-                touched.node.generation = self.domains.generation
-                self._nodes[path] = touched.node
-            elif touched.generation is not None:
-                del self._nodes[path]
-            if touched.fires:
-                self._tell_committed(path, touched.exact, touched.perms)
+            if accessed.record is not None:
+                self._records[path] = accessed.record
+                self._modified(path, accessed.record, None)
+            elif accessed.generation != MISSING:
+                del self._records[path]
+            if accessed.fires:
+                self._notify_committed(path, accessed.exact, accessed.perms)
         for owner, difference in tx.owned.items():
             self.domains.known[owner].nodes += difference
 
-    def _check_owned(self, tx: Transaction) -> None:
+    def _check_owned(self, tx: DatabaseTransaction) -> None:
         for owner, difference in tx.owned.items():
-            domain = self.domains.meet(owner)
+            domain = self.domains.find(owner)
             if domain is None:
                 raise Refused("ENOMEM")
-            full = owner != DOM0 and domain.nodes + difference >= NODES_MAX
+            full = owner != DOM0 and domain.nodes + difference >= self.quotas.nodes
             if full and tx.created and tx.domid != DOM0:
                 raise Refused("ENOSPC")
 
-    def _tell_committed(self, path: bytes, exact: bool, old: Perms | None) -> None:
-        # A parent which the same transaction has made may not be in the table yet: like xenstored,
-        # one then only asks the node itself.
-        node = self._nodes.get(path)
-        if node is not None:
-            self._tell(path, exact, None, node, *(() if old is None else (old,)))
-        elif old is not None:
-            self._changed(Change(path, exact, (old,)))
+    def _notify_committed(self, path: bytes, exact: bool, old: Perms | None) -> None:
+        # If the transaction has created the parent, too, the parent may not be in the table yet.
+        # As in xenstored, only the node's own permissions count then.
+        record = self._records.get(path)
+        found = () if old is None else (old,)
+        if record is not None:
+            self._notify(path, exact, None, record.perms, *found)
+        elif found:
+            self._changed(Change(path, exact, found))
 
     # -- domains
 
+    def create(self, domid: int) -> Domain:
+        """The domain exists from now on and can own nodes.  It need not be introduced.
+
+        ValueError if no guest can have this domid.
+        """
+        earlier = self.domains.known.get(domid)
+        if earlier is not None and earlier.ended:
+            # xenstored crashes here.
+            self._forget(earlier)
+        return self.domains.create(domid)
+
     def introduce(self, domid: int) -> None:
-        domain = self.domains.create(domid)
+        """The domain exists and is introduced from now on.  ValueError as for `create`."""
+        domain = self.create(domid)
         if not domain.introduced:
             domain.introduced = True
             self._changed(self.domains.special(INTRODUCE_DOMAIN))
 
     def release(self, domid: int) -> None:
-        """The store forgets the domain: its nodes vanish, and its permissions lose their effect."""
+        """Forget the domain, which may still exist."""
+        self._forget(self.domains.known[domid])
+
+    def destroy(self, domid: int) -> None:
+        """The domain no longer exists.  The store forgets it when no other domain holds it."""
+        self.domains.destroy(domid)
         domain = self.domains.known.get(domid)
         if domain is None or domid == DOM0:
             return
-        self._remove_owned(domain)
-        self.domains.forget(domid)
-        if domain.introduced:
-            self._changed(self.domains.special(RELEASE_DOMAIN))
+        if domain.holders:
+            domain.ended = True
+        else:
+            self._forget(domain)
 
-    def destroy(self, domid: int) -> None:
-        self.domains.end(domid)
-        self.release(domid)
+    def _forget(self, domain: Domain) -> None:
+        """Remove the domain's nodes and void its permissions; so for all it was the last to hold."""
+        domain.ended = False
+        ending = [domain]
+        for one in ending:
+            ending += self.domains.drop_holds(one)
+        # As in xenstored, a target ends before the domain that held it.
+        for one in reversed(ending):
+            self._remove_owned(one)
+            self.domains.forget(one.domid)
+            if one.introduced:
+                self._changed(self.domains.special(RELEASE_DOMAIN))
 
     def _remove_owned(self, domain: Domain) -> None:
         """Remove each tree whose top the domain owns, in the order of a walk from the root."""
         stack = [ROOT]
         while stack and domain.nodes > 0:
             path = stack.pop()
-            node = self._nodes[path]
-            owned = node.perms[0].domid == domain.domid
+            record = self._records[path]
+            owned = record.perms[0].domid == domain.domid
             if owned and path != ROOT:
                 self._remove(path, None)
             else:
                 if owned:
-                    # xenstored would remove the root, and with it everything, for good.
+                    # xenstored removes the root, and the whole store with it.
                     self._count(domain.domid, -1, None)
                     self._count(DOM0, 1, None)
-                    perms = (Entry(DOM0, node.perms[0].bits), *self.domains.live(node)[1:])
-                    node.update(self._step(ROOT, None), perms)
-                stack += [child_of(path, name) for name in reversed(node.children.values())]
+                    owner = PermissionEntry(DOM0, record.perms[0].bits)
+                    record.perms = (*self.domains.resolve((owner,)), *record.perms[1:])
+                    self._modified(ROOT, record, None)
+                stack += [child_of(path, name) for name in reversed(record.children.values())]

@@ -1,28 +1,60 @@
-"""The domains which the embedded store knows, and what permissions mean for each.
+"""The domains that the embedded store knows, their quotas, and what permissions give them.
 
-`Domains` plays the hypervisor's part (which domains exist) and xenstored's (which it has met, what
-they use of their quotas).  It also owns the generation, which counts every change ever made to a
-node: a domain remembers at which generation it was met, and a permission which was written before
-that was meant for an earlier domain with the same domid.
+`Domains` plays the hypervisor's part (which domains exist) and xenstored's (which domains it knows
+and what they use of their quotas).  Each domain that it gets to know has an incarnation number.
+Permission entries keep that number, so a later domain with the same domid does not inherit them.
+
+Only the `Database` that owns it changes it, and only while it handles a request.
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from xsfs.embedded.record import ALL, DEAD, OWNER, READ, WRITE, Entry, Node, Perms, Refused
+from xsfs.embedded.record import (
+    ALL,
+    OWNER,
+    PATH_MAX,
+    READ,
+    WRITE,
+    PermissionEntry,
+    Perms,
+    Refused,
+)
 
 DOM0: Final = 0
 DOMID_LIMIT: Final = 0x7FF0
-"""DOMID_FIRST_RESERVED, which is DOMID_SELF too."""
+"""DOMID_FIRST_RESERVED, which is also DOMID_SELF."""
 
 INTRODUCE_DOMAIN: Final = b"@introduceDomain"
 RELEASE_DOMAIN: Final = b"@releaseDomain"
 
 
+@dataclass(slots=True)
+class Quotas:
+    """What a domain other than 0 may use.  As in xenstored, a domain may have one watch and one
+    transaction more than its quota."""
+
+    nodes: int = 1000
+    watches: int = 128
+    transactions: int = 10
+    transaction_nodes: int = 1024
+    """How many nodes one transaction may access."""
+    node_size: int = 2048
+    path_max: int = PATH_MAX
+    """Holds for domain 0, too."""
+    permissions: int = 5
+    """How many permission entries SET_PERMS accepts."""
+
+
 class Change(NamedTuple):
-    """Something happened at `path`: to all which is watched at or above it, or, if `exact`, to
-    what is watched at `path` alone.  Who may read one of `readable_by` may know."""
+    """A change at `path`.
+
+    Its event goes to the watches at or above `path`; if `exact`, only to those at `path`.  A domain
+    gets the event only if one of the permissions in `readable_by` lets it read.
+    """
 
     path: bytes
     exact: bool
@@ -30,116 +62,153 @@ class Change(NamedTuple):
 
 
 class Domain:
-    """A domain which the store has met; `generation` is when."""
+    """A domain that the store knows, and its use of the quotas.
 
-    __slots__ = ("domid", "generation", "introduced", "nodes", "target", "transactions", "watches")
+    target   the domain whose permissions it has, too
+    holders  the domains that have had this one as their target, in the order of SET_TARGET.  As in
+             xenstored, a domain that ends stays known until the last of them ends.
+    ended    it no longer exists, and only its holders keep it known
+    """
 
-    def __init__(self, domid: int, generation: int) -> None:
+    __slots__ = (
+        *("domid", "incarnation", "introduced", "target", "holders", "ended"),
+        *("nodes", "transactions", "watches"),
+    )
+
+    def __init__(self, domid: int, incarnation: int) -> None:
         self.domid = domid
-        self.generation = generation
+        self.incarnation = incarnation
         self.introduced = False
-        self.target: int | None = None
+        self.target: Domain | None = None
+        self.holders: dict[Domain, None] = {}
+        self.ended = False
         self.nodes = 0
         self.watches = 0
         self.transactions = 0
 
 
-def dead(entry: Entry) -> Entry:
-    return Entry(entry.domid, entry.bits | DEAD)
-
-
 class Domains:
     def __init__(self) -> None:
-        self.generation = 0
         self._existing = {DOM0}
-        dom0 = Domain(DOM0, 0)
+        self._incarnations = itertools.count()
+        self.known: dict[int, Domain] = {}
+        dom0 = self._add(DOM0)
         dom0.introduced = True
-        self.known = {DOM0: dom0}
         self._special: dict[bytes, Perms] = dict.fromkeys(
-            (INTRODUCE_DOMAIN, RELEASE_DOMAIN), (Entry(DOM0, 0),)
+            (INTRODUCE_DOMAIN, RELEASE_DOMAIN), (PermissionEntry(DOM0, 0, dom0.incarnation),)
         )
 
-    # -- who may do what
+    def _add(self, domid: int) -> Domain:
+        domain = self.known[domid] = Domain(domid, next(self._incarnations))
+        return domain
 
-    def access(self, who: int, perms: Perms) -> int:
-        """READ, WRITE and OWNER, as far as `perms` give them to the domain."""
-        if who == DOM0:
+    # -- permissions
+
+    def access(self, domid: int, perms: Perms) -> int:
+        """READ, WRITE and OWNER, as far as `perms` give them to the domain or to its target."""
+        if domid == DOM0:
             return ALL
-        domain = self.known.get(who)
-        target = None if domain is None else domain.target
-        owner, others = perms[0]
-        if owner in (who, target):
+        domain = self.known[domid]
+        target = domain.target
+        owner, others, _ = perms[0]
+        if owner == domid or (target is not None and owner == target.domid):
             return ALL
-        for domid, bits in perms[1:]:
-            if not bits & DEAD and domid in (who, target):
+        for _, bits, incarnation in perms[1:]:
+            if incarnation == domain.incarnation or (
+                target is not None and incarnation == target.incarnation
+            ):
                 return bits
         return others
 
-    def may_know(self, who: int, change: Change) -> bool:
-        return any(self.access(who, perms) & READ for perms in change.readable_by)
+    def may_read(self, domid: int, change: Change) -> bool:
+        """Whether the domain gets the event of the change."""
+        return any(self.access(domid, perms) & READ for perms in change.readable_by)
 
-    def live(self, node: Node) -> Perms:
-        """The node's permissions, with the entries of domains marked which do not exist, or came
-        into being after the node was last written."""
-        perms = node.perms
-        if len(perms) == 1:
-            return perms
-        return perms[:1] + tuple(
-            entry if self._was_there(entry.domid, node.generation) else dead(entry)
-            for entry in perms[1:]
-        )
+    def resolve(self, perms: Perms) -> Perms:
+        """The permissions with the incarnations of the domains that they name now."""
+        found = []
+        for domid, bits, _ in perms:
+            domain = self.find(domid)
+            found.append(PermissionEntry(domid, bits, domain.incarnation if domain else None))
+        return tuple(found)
 
-    def _was_there(self, domid: int, generation: int) -> bool:
-        domain = self.known.get(domid)
-        return domain is not None and domain.generation <= generation
+    # -- the domains
 
-    def given(self, perms: Perms) -> Perms:
-        """New permissions, with the entries of domains marked which do not exist."""
-        return tuple(entry if self.meet(entry.domid) else dead(entry) for entry in perms)
-
-    # -- the domains themselves
-
-    def meet(self, domid: int) -> Domain | None:
-        """What the store knows of a domain, from now on if need be; None if there is no such."""
+    def find(self, domid: int) -> Domain | None:
+        """The domain, which the store knows from now on; None if it does not exist."""
         domain = self.known.get(domid)
         if domain is None and domid in self._existing:
-            domain = self.known[domid] = Domain(domid, self.generation)
+            domain = self._add(domid)
         return domain
 
     def create(self, domid: int) -> Domain:
-        """The domain exists from now on, and can own nodes; it need not be introduced."""
+        """For `Database.create`."""
         if not 0 < domid < DOMID_LIMIT:
             raise ValueError(f"not the domid of a guest: {domid}")
         self._existing.add(domid)
-        return self.known.get(domid) or self.known.setdefault(domid, Domain(domid, self.generation))
+        return self.known.get(domid) or self._add(domid)
 
     def is_introduced(self, domid: int) -> bool:
         domain = self.known.get(domid)
         return domain is not None and domain.introduced
 
-    def end(self, domid: int) -> None:
-        """The domain exists no longer; what the store knows of it stays until `forget`."""
+    def is_connected(self, domid: int) -> bool:
+        """Whether the domain is introduced and exists."""
+        return self.is_introduced(domid) and not self.known[domid].ended
+
+    def connected(self, domid: int) -> Domain:
+        """The domain; Refused if it is not introduced (ENOENT) or has ended (EINVAL)."""
+        if not self.is_introduced(domid):
+            raise Refused("ENOENT")
+        if self.known[domid].ended:
+            raise Refused("EINVAL")
+        return self.known[domid]
+
+    def set_target(self, domid: int, target_domid: int) -> None:
+        domain, target = self.connected(domid), self.connected(target_domid)
+        domain.target = target
+        target.holders.pop(domain, None)
+        target.holders[domain] = None
+
+    def destroy(self, domid: int) -> None:
+        """The domain no longer exists; the store knows it until `forget`."""
         self._existing.discard(domid)
+
+    def drop_holds(self, domain: Domain) -> list[Domain]:
+        """The domain no longer holds any other.
+
+        Returns the domains that have ended and that nothing holds any more; the caller must forget
+        them.
+        """
+        unheld = []
+        for other in self.known.values():
+            if domain in other.holders:
+                del other.holders[domain]
+                if other.ended and not other.holders:
+                    other.ended = False
+                    unheld.append(other)
+        return unheld
 
     def forget(self, domid: int) -> None:
         for name, perms in self._special.items():
-            owner = Entry(DOM0, perms[0].bits) if perms[0].domid == domid else perms[0]
-            others = (entry for entry in perms[1:] if entry.domid != domid)
-            self._special[name] = (owner, *others)
-        del self.known[domid]
+            owner = perms[0]
+            if owner.domid == domid:
+                owner = owner._replace(domid=DOM0, incarnation=self.known[DOM0].incarnation)
+            self._special[name] = (owner, *(entry for entry in perms[1:] if entry.domid != domid))
+        forgotten = self.known.pop(domid)
         for other in self.known.values():
-            if other.target == domid:
+            if other.target is forgotten:
                 other.target = None
 
     # -- special watches
 
-    def set_special_perms(self, who: int, name: bytes, perms: Perms) -> None:
+    def set_special_perms(self, domid: int, name: bytes, perms: Perms) -> None:
         if name not in self._special:
             raise Refused("EINVAL")
-        if self.access(who, self._special[name]) & (WRITE | OWNER) != WRITE | OWNER:
+        if self.access(domid, self._special[name]) & (WRITE | OWNER) != WRITE | OWNER:
             raise Refused("EACCES")
         self._special[name] = perms
 
     def special(self, name: bytes) -> Change:
-        """What is told when a domain comes or goes."""
+        """The change that reports a domain's introduction or end."""
         return Change(name, True, (self._special[name],))

@@ -1,8 +1,7 @@
-"""A node of the embedded store: its path, who may do what with it, and its record.
+"""One node of the embedded store: the rules for its path, and its record.
 
-Everything here is about one node and knows no store: the rules are those of C xenstored 4.17.
-A node's children are kept in the order in which they were made, because that is the order in which
-xenstored lists them.
+Nothing here knows a database: the rules are those of C xenstored 4.17.  A record lists its children
+in the order of their creation, because xenstored lists them in that order.
 """
 
 from __future__ import annotations
@@ -12,38 +11,67 @@ from typing import Final, NamedTuple
 
 ROOT: Final = b"/"
 
-PATH_LENGTH_MAX: Final = 2048
-"""quota_max_path_len: it counts from behind /local/domain/<domid>/, where a path begins so."""
+PATH_MAX: Final = 2048
+"""XENSTORE_REL_PATH_MAX, and xenstored's default for the quota `path-max`."""
 
 RECORD_HEADER: Final = 24
 RECORD_ENTRY: Final = 8
-"""The sizes xenstored adds up (struct xs_tdb_record_hdr, struct xs_permissions) to see whether a
-node is too large."""
+"""The sizes that xenstored adds up to check the quota `node-size` (struct xs_tdb_record_hdr and
+struct xs_permissions)."""
 
 
 class Refused(Exception):
-    """The store says no to a request; `name` is what the ERROR reply carries."""
+    """The store refuses a request; `name` is the error name in the ERROR reply."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
 
 
+# ---------------------------------------------------------------------------------------- numbers
+
+
+_DECIMAL = re.compile(rb"[ \t\n\v\f\r]*([+-]?[0-9]+)")
+_LONG_MAX: Final = (1 << 63) - 1
+
+
+def _from_long(number: int) -> int:
+    """The unsigned int that C makes of the result of strtol(), which stops at the limits of long."""
+    return min(max(number, -_LONG_MAX - 1), _LONG_MAX) & 0xFFFFFFFF
+
+
+def signed(number: int) -> int:
+    """The int with the bits of an unsigned int."""
+    return number - (number >> 31 << 32)
+
+
+def unsigned(text: bytes) -> int:
+    """The number at the start of `text`, 0 if there is none: C's atoi() as an unsigned int.
+
+    xenstored reads domids and ports in this way.
+    """
+    match = _DECIMAL.match(text)
+    return _from_long(int(match[1])) if match else 0
+
+
 # ---------------------------------------------------------------------------------------- paths
 
 _PATH = re.compile(rb"/|(?:/[A-Za-z0-9_@-]+)+")
-# xenstored reads the domid with %5u, which takes a sign and at most five characters.
+# xenstored reads the domid with %5u, which accepts a sign and at most five characters.
 _HOME = re.compile(rb"/local/domain/(?:-[0-9]{1,4}|[0-9]{1,5})/")
 
 
-def is_path(path: bytes) -> bool:
-    """Whether this can be the (absolute) path of a node."""
+def is_path(path: bytes, path_max: int = PATH_MAX) -> bool:
+    """Whether a node can have this absolute path.
+
+    `path_max` limits the bytes after /local/domain/<domid>/, or of the whole path elsewhere.
+    """
     if not _PATH.fullmatch(path):
         return False
-    if len(path) <= PATH_LENGTH_MAX:
+    if len(path) <= path_max:
         return True
     home = _HOME.match(path)
-    return home is not None and len(path) <= home.end() + PATH_LENGTH_MAX
+    return home is not None and len(path) <= home.end() + path_max
 
 
 def home_of(domid: int) -> bytes:
@@ -51,7 +79,7 @@ def home_of(domid: int) -> bytes:
 
 
 def absolute(path: bytes, domid: int) -> bytes:
-    """`path` as the domain means it: what is neither absolute nor special is below its home."""
+    """The path that the domain means: a relative path starts at the domain's home."""
     if path.startswith((b"/", b"@")):
         return path
     return b"%b/%b" % (home_of(domid), path)
@@ -60,6 +88,10 @@ def absolute(path: bytes, domid: int) -> bytes:
 def parent_of(path: bytes) -> bytes:
     """The root's parent is the root."""
     return path.rpartition(b"/")[0] or ROOT
+
+
+def name_of(path: bytes) -> bytes:
+    return path.rpartition(b"/")[2]
 
 
 def child_of(path: bytes, name: bytes) -> bytes:
@@ -72,85 +104,86 @@ READ: Final = 1
 WRITE: Final = 2
 OWNER: Final = 4
 ALL: Final = READ | WRITE | OWNER
-DEAD: Final = 8
-"""Marks the entry of a domain which no longer exists: it is shown, but has no effect, not even if
-another domain gets the same domid."""
 
 
-class Entry(NamedTuple):
+class PermissionEntry(NamedTuple):
+    """`bits` are READ and WRITE.
+
+    `incarnation` tells which of the domains that have had this domid the entry means; None if no
+    such domain existed.  If a later domain gets the domid, the entry has no effect for it.
+    """
+
     domid: int
     bits: int
+    incarnation: int | None = None
 
 
-Perms = tuple[Entry, ...]
+Perms = tuple[PermissionEntry, ...]
+"""The first entry is the owner and what all other domains may do."""
 
 _LETTERS: Final = {b"n"[0]: 0, b"r"[0]: READ, b"w"[0]: WRITE, b"b"[0]: READ | WRITE}
 _BY_BITS: Final = {bits: chr(letter) for letter, bits in _LETTERS.items()}
-# strtol() with base 0: white space, a sign, and hexadecimal and octal numbers are all let in.
+# strtol() with base 0 accepts white space, a sign, hexadecimal and octal numbers.
 _DOMID = re.compile(rb"[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9A-Fa-f]+)|(0[0-7]*)|([1-9][0-9]*))")
 
 
-def _parse_entry(text: bytes) -> Entry:
+def _parse_entry(text: bytes) -> PermissionEntry:
     bits = _LETTERS.get(text[0]) if text else None
     number = _DOMID.fullmatch(text, 1)
     if bits is None or number is None:
         raise Refused("EINVAL")
     sign, hexadecimal, octal, decimal = number.groups()
     domid = int(hexadecimal, 16) if hexadecimal else int(octal, 8) if octal else int(decimal)
-    return Entry((-domid if sign == b"-" else domid) & 0xFFFFFFFF, bits)
+    return PermissionEntry(_from_long(-domid if sign == b"-" else domid), bits)
 
 
 def parse_perms(texts: list[bytes]) -> Perms:
+    """Permissions such as `n0`, `r7`; Refused (EINVAL) if one is malformed."""
     return tuple(map(_parse_entry, texts))
 
 
 def format_perms(perms: Perms) -> bytes:
-    """As GET_PERMS replies; a domid is shown as a signed number."""
+    """The payload of a GET_PERMS reply, which shows domids as signed numbers."""
     return b"".join(
-        b"%b%d\0" % (_BY_BITS[bits & ALL].encode(), domid - (domid >> 31 << 32))
-        for domid, bits in perms
+        b"%b%d\0" % (_BY_BITS[entry.bits].encode(), signed(entry.domid)) for entry in perms
     )
 
 
-# ------------------------------------------------------------------------------------- the node
+# ------------------------------------------------------------------------------------- the record
 
 
-class Node:
-    """One node's record.  Who changes a node sets its generation; nobody else can tell.
+class Record:
+    """The value, permissions and children of one node.
 
-    A transaction keeps copies of nodes.  A copy shares `children` with the original until one of
-    the two changes them, so that copying costs the same for a node of any size.
+    `generation` is the number of the node's last change; whoever changes a record sets it.
 
-    `children` has the names as its values.  A key is the name too, but for a name that is there
-    once more: as in xenstored, a transaction's list can name a child twice, if others have removed
-    it and the transaction makes it anew.  (Such a transaction cannot succeed.)
+    A transaction keeps copies of records.  A copy shares `children` with the original until one of
+    the two changes them, so a copy of a record of any size costs the same.
+
+    `children` has the names as its values.  The key is the name, too, unless the record lists the
+    name twice.  As in xenstored, that happens in a transaction when another client has removed a
+    child and the transaction creates it.  (Such a transaction cannot succeed.)
     """
 
     __slots__ = ("_listing", "_shared", "child_bytes", "children", "generation", "perms", "value")
 
-    def __init__(self, value: bytes, perms: Perms, generation: int) -> None:
+    def __init__(self, value: bytes, perms: Perms) -> None:
         self.value = value
         self.perms = perms
-        self.generation = generation
+        self.generation = 0
         self.children: dict[bytes, bytes] = {}
         self.child_bytes = 0
         self._shared = False
         self._listing: bytes | None = b""
 
-    def copy(self, perms: Perms) -> Node:
-        """A copy with these permissions instead."""
-        copied = Node(self.value, perms, self.generation)
+    def copy(self) -> Record:
+        copied = Record(self.value, self.perms)
+        copied.generation = self.generation
         copied.children = self.children
         copied.child_bytes = self.child_bytes
         copied._listing = self._listing
         copied._shared = self._shared = True
         return copied
-
-    def update(self, generation: int, perms: Perms) -> None:
-        """The node is written; `perms` have the marks of the dead, whom the new generation would
-        make look alive."""
-        self.perms = perms
-        self.generation = generation
 
     def add_child(self, name: bytes) -> None:
         self._own_children()
@@ -183,16 +216,12 @@ class Node:
 
     @property
     def listing(self) -> bytes:
-        """The children's names, each with its NUL.  Kept, since DIRECTORY_PART asks repeatedly."""
+        """The children's names, each with its NUL.  Cached for DIRECTORY_PART."""
         if self._listing is None:
             self._listing = b"".join(name + b"\0" for name in self.children.values())
         return self._listing
 
-    @property
-    def size(self) -> int:
-        return record_size(self.value, self.perms, self.child_bytes)
-
 
 def record_size(value: bytes, perms: Perms, child_bytes: int) -> int:
-    """What counts against the quota for the size of a node."""
+    """The bytes that count for the quota `node-size`."""
     return RECORD_HEADER + RECORD_ENTRY * len(perms) + len(value) + child_bytes

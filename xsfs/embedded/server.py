@@ -1,16 +1,14 @@
 """A whole xenstored in this process, behind the real wire protocol.
 
-`EmbeddedStore` owns the sockets and the tasks, `Requests` what they are about.  Each connection has
-one task which reads it; all the work of a request is synchronous, so requests are atomic, and no
-lock is needed.  Output which a request has caused, for whichever connection, is sent at the end of
-the batch in which the request came: a client which sends many requests at once gets their replies
-in few pieces.  After BURST requests of one client the others have their turn.  What happens to a
-client which does not read is said in store_watch.py.
+`EmbeddedStore` owns the sockets and the tasks; `Requests` owns the data.  One task reads each
+connection.  A request is synchronous, so requests are atomic and need no lock.  At the end of its
+turn a task flushes the output that its requests have caused for any connection, so a client that
+sends many requests at once gets few large replies.  client_connection.py says how the store
+treats a client that does not read.
 
-It does what C xenstored 4.17 does, and plays the hypervisor's part as well: INTRODUCE of a domain
-which does not exist makes it exist, and any number of connections may speak for one guest.
-Of xenstored's protections these are missing: the rate limit of guests' writes, the quotas for
-memory and for outstanding requests.  CONTROL knows `check`, `help` and `print`.
+The store behaves like C xenstored 4.17 and plays the hypervisor's part, too: INTRODUCE of a domain
+that does not exist creates it, and any number of connections may speak for one guest.
+docs/embedded.md lists what it lacks.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ from typing import Final
 
 import trio
 
-from xsfs.embedded.client_connection import Connection
-from xsfs.embedded.contents import dom0_nodes, guest_nodes, make
+from xsfs.embedded.client_connection import ClientConnection
+from xsfs.embedded.contents import create_nodes, dom0_nodes, guest_nodes
 from xsfs.embedded.domains import DOM0
 from xsfs.embedded.requests import Requests
 from xsfs.xenstore import protocol
@@ -41,17 +39,20 @@ class EmbeddedStore:
     def __init__(self, *, populate: bool = True) -> None:
         self._populate = populate
         self._requests = Requests()
-        self._store = self._requests.store
-        self._dirty: set[Connection] = set()
-        """The connections with output that nobody has tried to send yet."""
+        self._database = self._requests.database
+        self._dirty: set[ClientConnection] = set()
+        """The connections whose new output no task has tried to send yet."""
         self._nursery: trio.Nursery | None = None
         if populate:
-            make(self._store, dom0_nodes())
+            create_nodes(self._database, dom0_nodes())
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve the sockets of `connect` until cancelled, and end all of them then."""
+        """Serve the sockets that `connect` returns, until cancelled; then close them.
+
+        RuntimeError if it already runs.
+        """
         if self._nursery is not None:
-            raise RuntimeError("serve() runs already")
+            raise RuntimeError("serve() already runs")
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
@@ -61,7 +62,10 @@ class EmbeddedStore:
                 self._nursery = None
 
     def connect(self, domid: int = 0) -> socket.socket:
-        """A socket (not blocking) on which the store is served to that domain."""
+        """A non-blocking socket on which the store serves the domain.
+
+        RuntimeError unless `serve` runs.
+        """
         if self._nursery is None:
             raise RuntimeError("connect() only works while serve() runs")
         self._welcome(domid)
@@ -77,10 +81,11 @@ class EmbeddedStore:
         domid: int = 0,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve whoever connects to the Unix socket `path`, until cancelled.
+        """Serve all clients that connect to the Unix socket `path`, until cancelled.
 
-        The socket file is there, and `task_status` started, before this first waits.  It replaces
-        a socket file on which nobody listens; OSError (EADDRINUSE) if somebody does.
+        The socket file exists, and `task_status` has started, before this method first waits.  It
+        replaces a socket file on which no process listens.  If a process listens, or the file is
+        not a socket, it raises OSError (EADDRINUSE).
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             _bind(listener, path)
@@ -91,7 +96,7 @@ class EmbeddedStore:
                     task_status.started()
                     await self._accept(listener, domid, nursery)
             finally:
-                # Somebody else's file may be there by now.
+                # Another process may have replaced the file.
                 if identity is not None and _identity(path) == identity:
                     os.unlink(path)
 
@@ -114,46 +119,49 @@ class EmbeddedStore:
     # -- domains
 
     def introduce(self, domid: int) -> None:
-        """The domain exists from now on."""
-        self._store.introduce(domid)
+        """The domain exists from now on, and is introduced."""
+        self._database.introduce(domid)
         self._flush()
 
     def destroy(self, domid: int) -> None:
-        """The domain ceases to exist, and with it its nodes, its watches, and its connections."""
+        """The domain no longer exists; the store removes its nodes and closes its connections.
+
+        ValueError for domain 0.
+        """
         if domid == DOM0:
             raise ValueError("domain 0 cannot be destroyed")
         self._requests.drop_connections(domid)
-        self._store.destroy(domid)
+        self._database.destroy(domid)
         self._flush()
 
     def _welcome(self, domid: int) -> None:
-        if not self._store.domains.is_introduced(domid):
-            self._store.domains.create(domid)
+        if not self._database.domains.is_connected(domid):
+            self._database.create(domid)
             if self._populate:
-                make(self._store, guest_nodes(domid))
+                create_nodes(self._database, guest_nodes(domid))
             self.introduce(domid)
 
     # -- serving one connection
 
     async def _serve_socket(self, sock: socket.socket, domid: int) -> None:
         with sock:
-            if not self._store.domains.is_introduced(domid):
-                # Gone since the socket was made.
+            if not self._database.domains.is_connected(domid):
+                # Destroyed since the connection was opened.
                 return
             async with trio.open_nursery() as nursery:
-                connection = Connection(sock, domid, self._dirty, nursery)
+                connection = ClientConnection(sock, domid, self._dirty, nursery)
                 self._requests.connections.add(connection)
                 try:
                     await self._read(connection)
                 finally:
                     self._requests.connections.discard(connection)
                     self._requests.reset(connection)
-                    # The last replies, as far as the client has room for them.
+                    # Send the last replies, as far as the socket accepts them.
                     connection.flush()
                     self._dirty.discard(connection)
                     nursery.cancel_scope.cancel()
 
-    async def _read(self, connection: Connection) -> None:
+    async def _read(self, connection: ClientConnection) -> None:
         parser = protocol.Parser(protocol.PAYLOAD_MAX)
         sock = connection.sock
         while True:
@@ -173,11 +181,11 @@ class EmbeddedStore:
                 log.warning("closing a connection of domain %d: %s", connection.domid, error)
                 return
 
-    async def _serve_requests(self, connection: Connection, parser: protocol.Parser) -> None:
+    async def _serve_requests(self, connection: ClientConnection, parser: protocol.Parser) -> None:
         served = 0
         try:
-            while (request := parser.next()) is not None:
-                self._requests.serve(connection, request)
+            for fields in parser.messages():
+                self._requests.serve(connection, protocol.Message(*fields))
                 served += 1
                 if connection.full:
                     self._flush()
@@ -198,7 +206,7 @@ class EmbeddedStore:
 
 def _bind(listener: socket.socket, path: str) -> None:
     listener.setblocking(False)
-    # Before bind(): then the file never exists with another mode.
+    # Before bind(), so the file never exists with another mode.
     os.fchmod(listener.fileno(), 0o600)
     try:
         listener.bind(path)
@@ -211,7 +219,7 @@ def _bind(listener: socket.socket, path: str) -> None:
 
 
 def _is_stale(path: str) -> bool:
-    """Whether this is a socket on which nobody listens."""
+    """Whether this is a socket on which no process listens."""
     if not stat.S_ISSOCK(os.stat(path).st_mode):
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

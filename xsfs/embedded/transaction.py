@@ -1,67 +1,74 @@
-"""What a transaction of the embedded store holds.
+"""One transaction of the embedded store.
 
-A transaction is no snapshot: a node is fixed when the transaction first touches it, and until then
-others' changes show.  Touching is reading, missing, writing, or looking at on the way (the nearest
-ancestor of a missing node).  For each touched path the transaction keeps the generation it found
-(None: no such node), and its own copy of the node, which alone it sees and changes from then on.
-The end compares each generation with the store's: one which differs is a conflict.
+A transaction is not a snapshot.  It copies a node's record when it first accesses the node, and
+others' changes to that node show until then.  Access means reading, writing, finding nothing, and
+the search for the nearest ancestor of a missing node.  From then on the transaction sees and
+changes only its copy.  At the end the database compares the generation of each accessed node with
+the generation that the transaction found: a difference is a conflict.
 
-The paths stay in the order of their first touch, because the events of a commit come in that order.
+`accessed` keeps the order of first access, because a commit sends its events in that order.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from xsfs.embedded.record import Node, Perms, Refused
+from xsfs.embedded.record import Perms, Record, Refused
 
-NODES_MAX: Final = 1024
-"""quota_trans_nodes, for unprivileged domains."""
+MISSING: Final = -1
+"""The generation of a node that does not exist."""
 
 
-class Touched:
-    """One path in a transaction."""
+class AccessedNode:
+    """The copy of one node's record; `record` is None if the node does not exist.
 
-    __slots__ = ("exact", "fires", "generation", "modified", "node", "perms")
+    modified  the commit writes or removes the node
+    fires     the commit sends an event for the node; `exact`: only to watches at its path
+    perms     the permissions that the transaction found.  A domain that they let read the node
+              gets the event.
+    """
 
-    def __init__(self, node: Node | None, perms: Perms | None) -> None:
-        self.node = node
-        self.generation = None if node is None else node.generation
-        # As they were found: who could read the node then gets the event of its change.
-        self.perms = perms
+    __slots__ = ("exact", "fires", "generation", "modified", "perms", "record")
+
+    def __init__(self, found: Record | None) -> None:
+        self.record = None if found is None else found.copy()
+        self.generation = MISSING if found is None else found.generation
+        self.perms: Perms | None = None if found is None else found.perms
         self.modified = False
         self.fires = False
         self.exact = False
 
 
-class Transaction:
-    __slots__ = ("created", "domid", "failed", "number", "owned", "touched")
+class DatabaseTransaction:
+    __slots__ = ("accessed", "created", "domid", "failed", "nodes_max", "number", "owned")
 
-    def __init__(self, domid: int) -> None:
+    def __init__(self, domid: int, nodes_max: int | None) -> None:
         self.domid = domid
+        self.nodes_max = nodes_max
+        """How many nodes it may access; None: any number."""
         self.number = 0
-        """The tx_id; whoever owns the connection chooses it."""
-        self.touched: dict[bytes, Touched] = {}
+        """The tx_id, which the connection chooses."""
+        self.accessed: dict[bytes, AccessedNode] = {}
         self.owned: dict[int, int] = {}
-        """By how many nodes the commit changes what each domain owns."""
+        """By how many the commit changes the number of each domain's nodes."""
         self.created = False
+        """It has tried to create a node, so the commit checks the quota `nodes`."""
         self.failed = False
-        """Something could not be undone: the commit will be refused (ENOMEM)."""
+        """A request could not be undone: the commit fails with ENOMEM."""
 
-    def touch(self, path: bytes, node: Node | None, perms: Perms | None) -> Node | None:
-        """Fix `path` as the store has it now; returns the transaction's own copy."""
-        if self.domid and len(self.touched) >= NODES_MAX:
+    def access(self, path: bytes, found: Record | None) -> Record | None:
+        """Copy the node that the database has now, and return the copy."""
+        if self.nodes_max is not None and len(self.accessed) >= self.nodes_max:
             self.failed = True
             raise Refused("ENOSPC")
-        copied = None if node is None or perms is None else node.copy(perms)
-        self.touched[path] = Touched(copied, perms)
-        return copied
+        accessed = self.accessed[path] = AccessedNode(found)
+        return accessed.record
 
     def count(self, owner: int, difference: int) -> None:
         self.owned[owner] = self.owned.get(owner, 0) + difference
 
     def queue_event(self, path: bytes, exact: bool) -> None:
-        """All changes to one node make one event; it is an exact one only if all of them are."""
-        touched = self.touched[path]
-        touched.exact = exact and (touched.exact or not touched.fires)
-        touched.fires = True
+        """All changes to one node make one event, which is exact only if all of them are."""
+        accessed = self.accessed[path]
+        accessed.exact = exact and (accessed.exact or not accessed.fires)
+        accessed.fires = True

@@ -1,41 +1,36 @@
 """Directories: Xenstore nodes with children, and the names that xsfs adds to them.
 
-`own` of each class is the table of xsfs's own names in such a directory: a new kind of file is a new
-class and a line there.  A name is looked up in this order: own names, `NAME.d`, aliases of long names,
-children.
+`own` of each class is the table of xsfs's own names in such a directory.  A new kind of file is a new class
+and a line there.  A name is looked up in this order: own names, `NAME.d`, aliases of long names, children.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs import posix
-from xsfs.fs.files import DotValue, ExpectedFile, ValueFile, ValueHandle
-from xsfs.fs.inodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
-from xsfs.fs.listing import ListedNode
+from xsfs.fs.files import DotValue, ValueFile, ValueHandle
+from xsfs.fs.listing import ListedDirectory
+from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
+from xsfs.fs.open_files import is_missing
+from xsfs.fs.posix import Removed
 from xsfs.fs.special import DomidFile, StatsFile
 from xsfs.fs.watch_files import WatchFile
-from xsfs.view.looks import LEAF, NOTHING, Look
 from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
+from xsfs.view.view import EMPTY_NODE, LEAF, NodeState
 from xsfs.xenstore import protocol
-from xsfs.xenstore.commands import Session
-from xsfs.xenstore.errors import XenstoreError
-from xsfs.xenstore.eventual import Eventual, result_of
+from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.protocol import Request
 
-log = logging.getLogger(__name__)
 
-
-class Directory(ListedNode):
+class Directory(ListedDirectory):
     """A Xenstore node as a directory."""
 
     __slots__ = ()
@@ -46,148 +41,141 @@ class Directory(ListedNode):
 
     @property
     def path(self) -> bytes:
-        return self.tree.paths.get(self) or self.tree.path_of(self)
-
-    def is_of_kind(self, look: Look) -> bool:
-        return look.has_children or self.view.is_directory(self.path, look)
-
-    async def look(self) -> Look:
-        """What the node is now; ESTALE if it is no directory any more."""
-        self.require()
-        return self.still(await self.view.look_at_kind(self.path))
-
-    def still(self, look: Look | None) -> Look:
-        """What was seen of the node, if it is still a directory; else ESTALE."""
-        if look is None and self.lasting:
-            return NOTHING
-        if look is None or not self.is_of_kind(look):
-            refuse(errno.ESTALE)
-        return look
-
-    async def getattr(self) -> EntryAttributes:
-        return self.attributes(await self.look())
+        return self.table.paths.get(self) or self.table.path_of(self)
 
     @property
-    def lasting(self) -> bool:
-        return isinstance(self.parent, ListedNode) and self.name in self.parent.lasting_children()
+    def always_there(self) -> bool:
+        return isinstance(self.parent, Directory) and self.name in self.parent.always_there_below()
+
+    def always_there_below(self) -> Collection[bytes]:
+        """The names of directories in it that are shown even if their nodes do not exist."""
+        return ()
+
+    def is_of_kind(self, state: NodeState) -> bool:
+        return state.has_children or self.view.is_directory(self.path, state)
+
+    def require_directory(self, state: NodeState | None) -> NodeState:
+        if state is None and self.always_there:
+            return EMPTY_NODE
+        if state is None or not self.is_of_kind(state):
+            refuse(errno.ESTALE)
+        return state
+
+    async def getattr(self) -> EntryAttributes:
+        self.require()
+        return self.attributes(self.require_directory(await self.view.fetch_directory(self.path)))
+
+    async def require_present(self) -> None:
+        """Fail with ESTALE if the node does not exist: the kernel then looks its path up again."""
+        self.require()
+        if self.always_there:
+            return
+        (reply,) = await self.view.commands.pipeline((protocol.read(self.path),))
+        if is_missing(reply):
+            refuse(errno.ESTALE)
 
     def value_was_written(self) -> None:
-        self.view.known.add(self.path, with_value=True)
+        self.view.sticky.add(self.path, with_value=True)
 
-    def has_dot_value(self, look: Look) -> bool:
-        """Whether `.value` is there.
+    def has_dot_value(self, state: NodeState) -> bool:
+        """Whether `.value` exists.
 
-        Not while it is empty: the tools that restore a copy make each file that must not exist.
+        Not while it is empty: tools that restore a copy create each file, which then must not exist.
         """
-        return self.view.has_dot_value(self.path, look)
+        return self.view.has_dot_value(self.path, state)
+
+    def own_nodes(self) -> list[Node]:
+        return []
 
     # --------------------------------------------------------------------------------- lookup
 
-    def lookup(self, name: bytes, pid: int) -> Eventual[EntryAttributes]:
+    async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
         if len(name) > NAME_MAX:
             refuse(errno.ENAMETOOLONG)
         if (kind := self.own.get(name)) is not None:
-            return self._lookup_own(kind, name, pid)
-        if name.isalnum() or protocol.is_name(name):  # the former costs less
-            return self._lookup_child(name, pid)
+            return await self._lookup_own(kind, name, pid)
+        if protocol.is_name(name):
+            return await self._lookup_child(name, pid)
         if (forced := forced_name(name)) is not None:
-            return self._lookup_forced(forced)
-        return self._lookup_alias(name, pid)
+            return await self._lookup_forced(forced)
+        return await self._lookup_child(await self._child_name(name), pid)
 
     async def _lookup_own(self, kind: type[Node], name: bytes, pid: int) -> EntryAttributes:
         self.require()
-        node = self.tree.node(kind, self, name)
+        node = self.table.node(kind, self, name)
         entry = await node.looked_up(pid)
-        if not self.tree.stands(node, self, name):
-            node = self.tree.node(kind, self, name)
+        if not self.table.is_current(node, self, name):
+            node = self.table.node(kind, self, name)
             entry.st_ino = node.inode
         return self._found(node, entry)
 
-    async def _lookup_alias(self, name: bytes, pid: int) -> EntryAttributes:
-        return await result_of(self._lookup_child(await self._child_name(name), pid))
-
-    def _lookup_child(self, child: bytes, pid: int) -> Eventual[EntryAttributes]:
-        path = join(self.path, child)
-        expected = ExpectedFile(self, child, path)
+    async def _lookup_child(self, name: bytes, pid: int) -> EntryAttributes:
+        path = join(self.path, name)
         if len(path) > protocol.PATH_MAX:
-            return self._understand(expected, None, pid)
-        look = self.view.look_at_once(path, expected.make)
-        if type(look) is Look and not self.view.is_directory(path, look):
-            return expected.found(look, pid)
-        return self._understand(expected, look, pid)
-
-    async def _understand(
-        self, expected: ExpectedFile, seen: Eventual[Look | None], pid: int
-    ) -> EntryAttributes:
-        look, child = await result_of(seen), expected.name
-        if look is None and child in self.lasting_children():
-            look = NOTHING
-        if look is None:
-            if (file := self._in_creation(child)) is not None:
-                return self._found(file, file.entry(0))
-            # A cached entry may have led here: is the directory itself still there?
+            refuse(errno.ENAMETOOLONG)
+        state = self.open_files.as_seen(path, await self.view.fetch_one(path))
+        if state is None and name in self.always_there_below():
+            state = EMPTY_NODE
+        if state is None:
+            # A cached entry may have led here: does the directory itself still exist?
             await self.require_present()
             refuse(errno.ENOENT)
-        if self.view.is_directory(expected.path, look):
-            directory = self.tree.node(Directory, self, child)
-            return self._found(directory, directory.attributes(look))
-        return expected.found(look, pid)
+        child = self.child(name, state, path)
+        entry = child.attributes(state)
+        if isinstance(child, ValueFile) and state.readable and state.value is not None:
+            self.table.handover.put(pid, child.inode, state.value)
+        return self._found(child, entry)
 
     async def _lookup_forced(self, name: bytes) -> EntryAttributes:
         child = await self._child_name(name)
-        look = await self.view.look(join(self.path, child))
-        if look is None:
-            refuse(errno.ENOENT)
-        directory = self.tree.node(ForcedDirectory, self, child)
-        return self._found(directory, directory.attributes(look))
+        state = await self.view.fetch_one(join(self.path, child))
+        if state is None:
+            if child not in self.always_there_below():
+                refuse(errno.ENOENT)
+            state = EMPTY_NODE
+        directory = self.table.node(ForcedDirectory, self, child)
+        return self._found(directory, directory.attributes(state))
 
-    def child(self, name: bytes, look: Look) -> Directory | ValueFile:
+    def child(
+        self, name: bytes, state: NodeState, path: bytes | None = None
+    ) -> Directory | ValueFile:
         if name == VALUE_NAME:
-            return self.tree.node(DotValue, self, name)
-        # Its path is made only where that depends on it.
-        if look.has_children or (
-            look is not LEAF and self.view.is_directory(join(self.path, name), look)
+            return self.table.node(DotValue, self, name)
+        # The path is only made if the kind depends on it.
+        if state.has_children or (
+            state is not LEAF and self._is_directory(path or join(self.path, name), state)
         ):
-            return self.tree.node(Directory, self, name)
-        return self.tree.node(ValueFile, self, name)
+            return self.table.node(Directory, self, name)
+        return self.table.node(ValueFile, self, name)
 
-    def leaves(self) -> Callable[[bytes], ValueFile]:
-        return partial(self.tree.node, ValueFile, self)
-
-    def _in_creation(self, name: bytes) -> ValueFile | None:
-        """The file of this name that is open, and made when it is first written or closed."""
-        file = self.tree.find(ValueFile, self, name)
-        return file if file is not None and file.creating else None
+    def _is_directory(self, path: bytes, state: NodeState) -> bool:
+        file = self.open_files.get(path)
+        if file is not None and file.debt is not None and file.is_pinned:
+            return False
+        return self.view.is_directory(path, state)
 
     def _found(self, node: Node, entry: EntryAttributes) -> EntryAttributes:
-        self.tree.remember(node)
+        self.table.remember(node)
         return entry
 
-    async def require_present(self) -> None:
-        """ESTALE unless the node is there: the kernel then looks its path up again."""
-        self.require()
-        if self.lasting:
-            return
-        (reply,) = await self.view.session.burst((protocol.read(self.path),))
-        if isinstance(reply, XenstoreError) and reply.name == "ENOENT":
-            refuse(errno.ESTALE)
-
     async def _child_name(self, name: bytes) -> bytes:
-        """The Xenstore name behind a file name; ENOENT for one that Xenstore cannot have."""
+        """The Xenstore name behind a file name.  Fails with ENOENT for one that Xenstore cannot have."""
         if protocol.is_name(name):
             return name
         if is_alias(name):
-            if (kept := self.tree.aliases.get(name)) is not None:
-                (reply,) = await self.view.session.burst((protocol.read(join(self.path, kept)),))
-                if not isinstance(reply, XenstoreError) or reply.name != "ENOENT":
+            if (kept := self.table.name_behind(name)) is not None:
+                (reply,) = await self.view.commands.pipeline(
+                    (protocol.read(join(self.path, kept)),)
+                )
+                if not is_missing(reply):
                     return kept
-            for child in await self.view.session.list(self.path):
-                if self.tree.aliases.file_name(child) == name:
+            for child in await self.view.commands.list(self.path):
+                if self.table.file_name(child) == name:
                     return child
         refuse(errno.ENOENT)
 
     def _new_path(self, name: bytes) -> bytes:
-        """The path of a child to be made; the error that says why there can be none."""
+        """The path of a child that is to be created.  Fails with the errno of a name that cannot be."""
         self.require()
         if name in self.own or forced_name(name) is not None:
             refuse(errno.EPERM)
@@ -200,52 +188,75 @@ class Directory(ListedNode):
 
     # ------------------------------------------------------------------------------- creation
 
-    async def create(self, name: bytes, flags: int) -> tuple[Handle, EntryAttributes]:
+    async def create(
+        self, name: bytes, flags: int, caller: Caller
+    ) -> tuple[Handle, EntryAttributes]:
         if name == VALUE_NAME:
             entry = await self._make_dot_value()
-            handle = ValueHandle(self.tree.node(DotValue, self, name), flags)
-            if flags & os.O_TRUNC:
-                handle.empty()
-            return handle, entry
+            dot_value = self.table.node(DotValue, self, name)
+            return self._opened(dot_value, flags), entry
         path = self._new_path(name)
-        if flags & os.O_EXCL:
-            await self._make(path, directory=False)
-        file = self.tree.node(ValueFile, self, name)
-        handle = ValueHandle(file, flags)
-        if flags & os.O_EXCL:
-            handle.claim()
+        is_exclusive = bool(flags & os.O_EXCL)
+        if is_exclusive:
+            await self._make(path, directory=False, missing_parent=errno.ESTALE)
+        file = self.table.node(ValueFile, self, name)
+        handle = self._opened(file, flags)
+        if is_exclusive:
+            handle.file.is_pinned = True
         else:
-            if flags & os.O_TRUNC:
-                handle.empty()
             handle.create()
-        return handle, self._found(file, file.entry(0))
+        return handle, self._found(file, file.attributes(EMPTY_NODE))
+
+    def _opened(self, file: ValueFile, flags: int) -> ValueHandle:
+        return ValueHandle(file, self.open_files.open(file.path, file), flags)
 
     async def _make_dot_value(self) -> EntryAttributes:
-        """The node is there: all there is to make is the name."""
-        look = self.still(await self.view.look(self.path))
-        if look.value:
+        """The node exists, so only the name has to be created."""
+        state = self.require_directory(await self.view.fetch_one(self.path))
+        if state.value:
             refuse(errno.EEXIST)
         self.value_was_written()
-        node = self.tree.node(DotValue, self, VALUE_NAME)
-        return self._found(node, node.attributes(look))
+        node = self.table.node(DotValue, self, VALUE_NAME)
+        return self._found(node, node.attributes(state))
 
-    async def make_file(self, name: bytes) -> EntryAttributes:
+    async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
         if name == VALUE_NAME:
             return await self._make_dot_value()
-        await self._make(self._new_path(name), directory=False)
-        file = self.tree.node(ValueFile, self, name)
-        return self._found(file, file.entry(0))
+        path = self._new_path(name)
+        await self._make(path, directory=False, missing_parent=errno.ENOENT)
+        file = self.table.node(ValueFile, self, name)
+        return self._found(file, file.attributes(EMPTY_NODE))
 
     async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
         path = self._new_path(name)
-        await self._make(path, directory=True)
-        self.view.known.add(path)
-        directory = self.tree.node(Directory, self, name)
-        return self._found(directory, directory.entry(0))
+        await self._make(path, directory=True, missing_parent=errno.ENOENT)
+        self.view.sticky.add(path)
+        directory = self.table.node(Directory, self, name)
+        return self._found(directory, directory.attributes(EMPTY_NODE))
 
-    async def _make(self, path: bytes, *, directory: bool) -> None:
-        async def work(session: Session) -> Request:
-            return await posix.make(session, path, directory=directory, in_present=not self.lasting)
+    async def make_symlink(self, name: bytes) -> EntryAttributes:
+        try:
+            await self.require_present()
+        except pyfuse3.FUSEError:
+            # After ESTALE the kernel would not look the directory up again here.
+            refuse(errno.ENOENT)
+        refuse(errno.EPERM)
+
+    async def _make(self, path: bytes, *, directory: bool, missing_parent: int) -> None:
+        """Create a node.
+
+        missing_parent  the errno if this directory does not exist: ESTALE if the kernel then looks its path
+                        up again
+        """
+        await self.open_files.settle(path)
+
+        async def work(commands: Commands) -> Request:
+            return await posix.make(
+                commands,
+                path,
+                directory=directory,
+                missing_parent=None if self.always_there else missing_parent,
+            )
 
         await self.view.atomically(work)
         self.was_written()
@@ -255,41 +266,62 @@ class Directory(ListedNode):
     async def unlink(self, name: bytes) -> None:
         self.require()
         if name == VALUE_NAME:
-            # So that rm -r and rmdir can follow: the value goes, the node stays.
-            await self.view.session.write(self.path, b"")
-            self.view.known.discard_value(self.path)
-            self.was_written()
+            await self._unlink_dot_value()
             return
         path = await self._path_of_present(name)
-        if (file := self._in_creation(name)) is not None:
-            await file.make()
+        file = self.open_files.get(path)
+        removed = Removed(b"", b"")
 
-        async def work(session: Session) -> Request:
-            return await posix.remove_file(self.view, session, path)
+        async def work(commands: Commands) -> Request | None:
+            nonlocal removed
+            if file is not None and file.debt is not None and file.debt.found is None:
+                (state,) = await self.view.fetch((path,), commands)
+                if state is None:
+                    return None  # its creation is still owed
+            state = await posix.check_file(self.view, commands, path)
+            removed = await posix.removed(commands, path, state)
+            return protocol.rm(path)
 
         await self.view.atomically(work)
-        self._removed(ValueFile, path)
+        self._was_removed(ValueFile, path, removed)
+
+    async def _unlink_dot_value(self) -> None:
+        """So that `rm -r` and rmdir can follow, the value goes and the node stays."""
+        path = self.path
+        value = await self.view.commands.read(path)
+        await self.view.commands.write(path, b"")
+        self.view.sticky.discard_value(path)
+        self.was_written()
+        node = self.table.find(DotValue, self, VALUE_NAME)
+        self.open_files.orphan(path, node, self.view.content.render(value), b"")
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
         path = await self._path_of_present(name)
+        await self.open_files.settle_below(path)
+        removed = Removed(b"", b"")
 
-        async def work(session: Session) -> Request:
-            return await posix.remove_directory(self.view, session, path)
+        async def work(commands: Commands) -> Request:
+            nonlocal removed
+            state = await posix.check_empty_directory(self.view, commands, path)
+            removed = await posix.removed(commands, path, state)
+            return protocol.rm(path)
 
         await self.view.atomically(work)
-        self._removed(Directory, path)
+        self._was_removed(Directory, path, removed)
 
     async def _path_of_present(self, name: bytes) -> bytes:
         if name in self.own or forced_name(name) is not None:
             refuse(errno.EPERM)
         return join(self.path, await self._child_name(name))
 
-    def _removed(self, kind: type[Node], path: bytes) -> None:
-        self.view.known.discard(path)
+    def _was_removed(
+        self, kind: type[Directory] | type[ValueFile], path: bytes, removed: Removed
+    ) -> None:
+        self.view.sticky.discard(path)
         self.was_written()
-        if (node := self.tree.find(kind, self, path.rpartition(b"/")[2])) is not None:
-            node.gone = True
+        node = self.table.find(kind, self, path.rpartition(b"/")[2])
+        self.open_files.orphan(path, node, self.view.content.render(removed.value), removed.perms)
 
     # --------------------------------------------------------------------------------- rename
 
@@ -313,53 +345,60 @@ class Directory(ListedNode):
             refuse(errno.EINVAL)
         if source_path.startswith(target_path + b"/"):
             refuse(errno.ENOTEMPTY)
+        await self.open_files.settle_below(source_path)
+        await self.open_files.settle_below(target_path)
+        done: posix.Renamed | None = None
 
-        if (file := self._in_creation(name)) is not None:
-            await file.make()
-
-        is_directory = False
-
-        async def work(session: Session) -> None:
-            nonlocal is_directory
-            is_directory = await posix.rename(
-                *(self.view, session, source_path, target_path),
+        async def work(commands: Commands) -> None:
+            nonlocal done
+            done = await posix.rename(
+                *(self.view, commands, source_path, target_path),
                 replace=not flags & pyfuse3.RENAME_NOREPLACE,
-                in_present=not target.lasting,
+                needs_parent=not target.always_there,
             )
 
         await self.view.atomically_apart(work)
-        self._renamed(source_path, target, target_path)
-        if is_directory:
-            # By custom, perhaps, which the new name is not under.
-            self.view.known.add(target_path)
+        assert done is not None
+        self._was_renamed(source_path, target, target_path, done)
 
-    def _renamed(self, source_path: bytes, target: Directory, target_path: bytes) -> None:
-        self.was_written()
+    def _was_renamed(
+        self, source_path: bytes, target: Directory, target_path: bytes, done: posix.Renamed
+    ) -> None:
         old_name, new_name = source_path.rpartition(b"/")[2], target_path.rpartition(b"/")[2]
-        for kind in (Directory, ValueFile):
-            if (replaced := self.tree.find(kind, target, new_name)) is not None:
-                replaced.gone = True
-            if (node := self.tree.find(kind, self, old_name)) is not None:
-                self.tree.move(node, target, new_name)
-        self.view.known.move(source_path, target_path)
+        if done.replaced is not None:
+            kind = Directory if done.is_directory else ValueFile
+            target._was_removed(kind, target_path, done.replaced)
+        for moved_kind in (Directory, ValueFile):
+            if (node := self.table.find(moved_kind, self, old_name)) is not None:
+                self.table.move(node, target, new_name)
+        self.was_written()
+        self.open_files.move(source_path, target_path)
+        self.view.sticky.move(source_path, target_path)
+        if done.is_directory:
+            # The old name may have made it a directory by convention, and the new one does not.
+            self.view.sticky.add(target_path)
 
 
 class ForcedDirectory(Directory):
-    """`NAME.d`: a node as a directory, whatever it looks like."""
+    """`NAME.d`: a node as a directory, even if it looks like a file."""
 
     __slots__ = ()
+
+    @property
+    def always_there(self) -> bool:
+        return isinstance(self.parent, Directory) and self.name in self.parent.always_there_below()
 
     def value_was_written(self) -> None:
         """NAME stays what it is."""
 
-    def has_dot_value(self, look: Look) -> bool:
+    def has_dot_value(self, state: NodeState) -> bool:
         return True
 
-    def is_of_kind(self, look: Look) -> bool:
+    def is_of_kind(self, state: NodeState) -> bool:
         return True
 
 
-class StoreRoot(Directory):
+class WholeStoreDirectory(Directory):
     """`.root`: the whole store from `/`, whatever the mount's root is."""
 
     __slots__ = ()
@@ -368,32 +407,42 @@ class StoreRoot(Directory):
     def path(self) -> bytes:
         return b"/"
 
-    def is_of_kind(self, look: Look) -> bool:
+    def is_of_kind(self, state: NodeState) -> bool:
         return True
 
 
 class RootDirectory(Directory):
-    """The root of the mount."""
+    """The root of a tree: of the mount, or of a transaction."""
 
     __slots__ = ()
 
     own: ClassVar[Mapping[bytes, type[Node]]] = {
         **Directory.own,
-        b".root": StoreRoot,
+        b".root": WholeStoreDirectory,
         b".domid": DomidFile,
         b".stats": StatsFile,
     }
 
     @property
-    def lasting(self) -> bool:
+    def always_there(self) -> bool:
         return True
 
     @property
     def path(self) -> bytes:
         return self.view.root
 
-    def is_of_kind(self, look: Look) -> bool:
+    def is_of_kind(self, state: NodeState) -> bool:
         return True
 
-    def lasting_children(self) -> Collection[bytes]:
-        return self.view.lasting_children(self.path)
+    def always_there_below(self) -> Collection[bytes]:
+        return self.view.always_there_below(self.path)
+
+    def own_nodes(self) -> list[Node]:
+        if not self.table.visible:
+            return []
+        hidden = (VALUE_NAME, b".watch")
+        return [
+            self.table.node(kind, self, name)
+            for name, kind in self.own.items()
+            if name not in hidden
+        ]

@@ -1,24 +1,19 @@
-"""How an operation is answered: the border between two worlds.
+"""Error translation: the one place where exceptions become errno.
 
-Whatever an operation raises becomes an errno here: an exception that escaped would end the mount.  What
-is answered is counted, and logged in one line each where somebody traces the mount.
+The client raises StoreError, the kinds of files raise pyfuse3's FUSEError.  Any other exception that left an
+operation would end the mount, so it is logged with its traceback and becomes EIO.  ENOSYS of the store
+becomes EOPNOTSUPP: the kernel would turn the operation off until the mount ends.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import time
-from collections.abc import Callable, Coroutine, Sequence
-from functools import partial, wraps
-from types import CoroutineType
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast, overload
+from collections.abc import Callable, Sequence
+from typing import Final, cast
 
-import pyfuse3
 from pyfuse3 import FUSEError
 
-from xsfs.fs.fuse_loop import install
-from xsfs.fs.verdicts import errno_of
 from xsfs.xenstore.errors import (
     ConnectionLost,
     RequestTimeout,
@@ -27,15 +22,9 @@ from xsfs.xenstore.errors import (
     TransactionEnded,
     XenstoreError,
 )
-from xsfs.xenstore.eventual import Eventual, result_of
-from xsfs.xenstore.protocol import WireError
+from xsfs.xenstore.protocol import ERRORS, Op, WireError
 
 log = logging.getLogger(__name__)
-trace = logging.getLogger("xsfs.trace")
-
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S", bound="Answering")
 
 _FAILURES: Final[Sequence[tuple[type[StoreError], int]]] = (
     (TransactionEnded, errno.ESTALE),
@@ -44,100 +33,59 @@ _FAILURES: Final[Sequence[tuple[type[StoreError], int]]] = (
     (StoreUnavailable, errno.EIO),
 )
 
-Handler = Callable[Concatenate[S, P], Eventual[R]]
-"""What mostly is answered at once is a plain function."""
+_NAMES: Final = {
+    "EQUOTA": errno.EDQUOT,
+    "ENOSYS": errno.EOPNOTSUPP,
+}
+"""Names that do not become the errno of that name."""
 
-Operation = Callable[Concatenate[S, P], Coroutine[Any, Any, R]]
+_NAMES_BY_OP: Final = {
+    # oxenstored limits a value to 2048 bytes, and reports that the argument list is too long.
+    (Op.WRITE, "E2BIG"): errno.EFBIG,
+    # C xenstored before Xen 4.22, for a full quota of watches.
+    (Op.WATCH, "E2BIG"): errno.ENOSPC,
+}
 
-
-@overload
-def answered(handler: Operation[S, P, R]) -> Operation[S, P, R]: ...
-
-
-@overload
-def answered(handler: Handler[S, P, R]) -> Operation[S, P, R]: ...
-
-
-def answered(handler: Handler[S, P, R]) -> Operation[S, P, R]:
-    """An operation that raises FUSEError and nothing else."""
-    operation = handler.__name__
-    # pyfuse3 names no argument, and what is not allowed for need not be looked for at each call.
-    call = cast(Callable[..., Eventual[R]], handler)
-
-    @wraps(handler)
-    async def answer(self: S, *args: Any) -> Any:
-        self.answered += 1
-        try:
-            if self.traces:
-                result: Any = self.traced(operation, partial(call, self, *args), args)
-            else:
-                result = call(self, *args)
-            if type(result) is not CoroutineType:
-                return result
-            self.waiter.under_way += 1
-            try:
-                return await result
-            finally:
-                self.waiter.under_way -= 1
-        except FUSEError:
-            raise
-        except Exception as error:
-            raise self.failure(operation, error) from None
-
-    return cast("Operation[S, P, R]", answer)
+LONGEST_SURE_PATH: Final = 1024
+"""Every daemon accepts paths up to this length.  Past it, EINVAL for a well-formed path means its length."""
 
 
-class Answering(pyfuse3.Operations):
-    """Operations that are answered so.
+def errno_of(error: XenstoreError) -> int:
+    """The errno for an error reply of the store.  An unknown name is EIO, and logged."""
+    request = error.request
+    number = _NAMES_BY_OP.get((request.op, error.name)) or _NAMES.get(error.name)
+    if number is None and error.name in ERRORS:
+        number = cast(int, getattr(errno, error.name))
+    if number is None:
+        log.error("Xenstore sent an unknown error: %s", error)
+        return errno.EIO
+    if number == errno.EINVAL and len(request.path) >= LONGEST_SURE_PATH:
+        return errno.ENAMETOOLONG
+    if number == errno.EINVAL and request.op == Op.WATCH:
+        # oxenstored's EQUOTA over the kernel's device: Linux makes EINVAL of an unknown name.
+        return errno.EDQUOT
+    return number
 
-    distrust    called when a reply turns out to be nonsense
+
+def translate(
+    operation: str, error: Exception, drop_connection: Callable[[str], None]
+) -> FUSEError:
+    """The FUSEError for an exception that an operation raised.
+
+    drop_connection     called if a reply turns out to be nonsense
     """
-
-    def __init__(self, distrust: Callable[[str], None]) -> None:
-        super().__init__()
-        self.errors = 0
-        self.answered = 0
-        self.waiter = install()
-        self.traces = trace.isEnabledFor(logging.DEBUG)
-        self._distrust = distrust
-
-    def describe(self, operation: str, args: Sequence[object]) -> str:
-        """What is asked, for the log."""
-        return operation
-
-    def failure(self, operation: str, error: Exception) -> FUSEError:
-        """The one place where an exception becomes an errno."""
-        if isinstance(error, FUSEError):
-            return error
-        self.errors += 1
-        if isinstance(error, XenstoreError):
-            return FUSEError(errno_of(error))
-        for kind, number in _FAILURES:
-            if isinstance(error, kind):
-                # Of an outage it is enough to hear once.
-                asked = not isinstance(error, StoreError) or error.asked
-                log.log(logging.WARNING if asked else logging.DEBUG, "%s: %s", operation, error)
-                return FUSEError(number)
-        if isinstance(error, WireError):
-            log.error("%s: Xenstore broke the protocol: %s", operation, error)
-            self._distrust(str(error))
-        else:
-            log.error("%s failed", operation, exc_info=error)
-        return FUSEError(errno.EIO)
-
-    async def traced(
-        self, operation: str, answer: Callable[[], Eventual[R]], args: Sequence[object]
-    ) -> R:
-        """Carry out an operation, and log it in one line."""
-        start = time.perf_counter()
-        described, outcome = operation, "ok"
-        try:
-            described = self.describe(operation, args)
-            return await result_of(answer())
-        except Exception as error:
-            failure = self.failure(operation, error)
-            outcome = errno.errorcode.get(failure.errno, str(failure.errno))
-            raise failure from None
-        finally:
-            microseconds = (time.perf_counter() - start) * 1e6
-            trace.debug("%s: %s, %.0f us", described, outcome, microseconds)
+    if isinstance(error, FUSEError):
+        return error
+    if isinstance(error, XenstoreError):
+        return FUSEError(errno_of(error))
+    for kind, number in _FAILURES:
+        if isinstance(error, kind):
+            level = logging.DEBUG if error.during_outage else logging.WARNING
+            log.log(level, "%s: %s", operation, error)
+            return FUSEError(number)
+    if isinstance(error, WireError):
+        log.error("%s: Xenstore broke the protocol: %s", operation, error)
+        drop_connection(str(error))
+    else:
+        log.error("%s failed", operation, exc_info=error)
+    return FUSEError(errno.EIO)

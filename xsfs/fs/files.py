@@ -1,9 +1,8 @@
 """Files that are a node's value.
 
-A value file's handle holds what reading gave at open, and what the kernel has asked to truncate or
-create but no write has carried out yet: `echo 42 > FILE` must be exactly one WRITE, and the shell
-closes a duplicate of its descriptor before it writes, so that only the first write, or the last
-close, can tell.
+Reading gives the value as it is at the open(2), and again at each later read at offset 0.  A fetched value
+serves for FRESH_SECONDS; after that a read at the start or at the end fetches again.  Between these a reader
+sees one value, never pieces of two.  Writing sends the value at once.
 """
 
 from __future__ import annotations
@@ -11,111 +10,114 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable
+from typing import Final
 
 from pyfuse3 import EntryAttributes
 
-from xsfs.fs import posix
-from xsfs.fs.inodes import Caller, Handle, Node, Tree, refuse
+from xsfs.fs.nodes import Caller, Handle, refuse
+from xsfs.fs.open_files import OpenFile, is_missing
 from xsfs.fs.xattrs import XenstoreNode
-from xsfs.view.looks import NOTHING, Look
 from xsfs.view.names import join
-from xsfs.view.view import View
+from xsfs.view.view import EMPTY_NODE, NodeState
 from xsfs.xenstore import protocol
-from xsfs.xenstore.commands import Session
-from xsfs.xenstore.errors import StoreError
-from xsfs.xenstore.eventual import Eventual
+from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.errors import StoreError, XenstoreError
 from xsfs.xenstore.protocol import Request
 
 log = logging.getLogger(__name__)
+
+FRESH_SECONDS: Final = 0.005
+
+Change = Callable[[bytes], bytes]
+"""Turns the present content of a file into the one that is to be written."""
 
 
 class ValueFile(XenstoreNode):
     """A Xenstore node as a file."""
 
-    __slots__ = ("claims", "creating", "truncating")
+    __slots__ = ()
 
-    def __init__(self, tree: Tree, view: View, parent: Node | None, name: bytes) -> None:
-        super().__init__(tree, view, parent, name)
-        self.creating = 0
-        """How many handles are to create the node, which is not there before they do."""
-        self.truncating = 0
-        """How many have emptied the file, which no write or close has carried out yet."""
-        self.claims = 0
-        """How many handles have made the node as a file: it stays one for them, while it has no
-        children, whatever an empty node of this path is by custom."""
+    @property
+    def may_be_missing(self) -> bool:
+        """Whether the file is shown even if its node does not exist."""
+        return False
 
-    def attributes(self, look: Look) -> EntryAttributes:
-        size = len(self.view.content.render(look.value))
-        entry = self.entry(size, look.readable, look.writable)
-        if not look.whole:
-            entry.attr_timeout = 0
-        return entry
+    def attributes(self, state: NodeState) -> EntryAttributes:
+        if state.value is None:
+            entry = self.entry(0, state.readable, state.writable)
+            entry.attr_timeout = 0  # the kernel asks before anybody sees them
+            return entry
+        size = len(self.view.content.render(state.value))
+        return self.entry(size, state.readable, state.writable, self.seen(hash(state.value)))
 
-    def is_of_kind(self, look: Look) -> bool:
-        if self.claims and not look.has_children:
-            return True
-        return not self.view.is_directory(self.path, look)
+    def is_of_kind(self, state: NodeState) -> bool:
+        if not state.has_children:
+            file = self.open_files.get(self.path)
+            if file is not None and file.is_pinned:
+                return True
+        return not self.view.is_directory(self.path, state)
+
+    async def state(self) -> NodeState:
+        """What the mount shows of the node now.  Fails with ESTALE if it is no file any more."""
+        self.require()
+        path = self.path
+        state = self.open_files.as_seen(path, await self.view.fetch_one(path))
+        if state is None or self.gone or not self.is_of_kind(state):
+            refuse(errno.ESTALE)
+        return state
 
     async def getattr(self) -> EntryAttributes:
-        look = await self.view.look(self.path)
-        if look is None and self.creating and not self.gone:
-            return self.entry(0)
-        if look is None or self.gone or not self.is_of_kind(look):
-            refuse(errno.ESTALE)
-        if self.truncating:
-            look = look._replace(value=b"")
-        return self.attributes(look)
-
-    async def require_file(self, session: Session) -> None:
-        """ESTALE if the node has become a directory."""
-        (look,) = await self.view.look_through(session, (self.path,))
-        if look is not None and not self.is_of_kind(look):
-            refuse(errno.ESTALE)
-
-    async def make(self) -> None:
-        """Carry a creation out now, for whoever needs the node itself.
-
-        MKDIR leaves what exists alone.
-        """
-        await self.view.session.mkdir(self.path)
-        self.was_written()
-
-    async def getxattr(self, name: bytes) -> bytes:
-        if self.creating:
-            await self.make()
-        return await super().getxattr(name)
-
-    async def setxattr(self, name: bytes, value: bytes) -> None:
-        if self.creating:
-            await self.make()
-        await super().setxattr(name, value)
+        if self.orphan_file is not None and self.orphan_file.orphan is not None:
+            content = self.orphan_file.orphan.content
+            entry = self.entry(len(content), mtime_ns=self.seen(hash(content)))
+            entry.st_nlink = 0
+            return entry
+        return self.attributes(await self.state())
 
     async def truncate(self, size: int) -> None:
-        await ValueHandle(self, os.O_WRONLY).truncate(size)
+        handle = ValueHandle(self, self._open_file(), os.O_WRONLY)
+        try:
+            await handle.truncate(size)
+        finally:
+            await handle.release()
+
+    def _open_file(self) -> OpenFile:
+        """The open file, with one more handle."""
+        if self.orphan_file is not None:
+            self.orphan_file.handles += 1
+            return self.orphan_file
+        self.require()
+        return self.open_files.open(self.path, self)
 
     async def open(self, flags: int, caller: Caller) -> Handle:
-        self.require()
-        if not flags & (os.O_ACCMODE | os.O_TRUNC):
-            return ReadHandle(self, await self._content(caller))
-        handle = ValueHandle(self, flags)
-        if flags & os.O_ACCMODE != os.O_WRONLY:
-            handle.fetched = await self._content(caller)
-        if flags & os.O_TRUNC:
-            handle.empty()
-        return handle
-
-    async def _content(self, caller: Caller) -> bytes:
-        """What reading gives to the one who opens the file."""
-        ready = self.tree.prefetched.take(caller.pid, self.inode)
-        if isinstance(ready, ReadHandle) and ready.fetched is not None:
-            return ready.fetched
-        look = await self.view.look(self.path)
-        if look is None or not self.is_of_kind(look):
-            refuse(errno.ESTALE)
-        if look.hidden:
+        reads = flags & os.O_ACCMODE != os.O_WRONLY
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        truncates = bool(flags & os.O_TRUNC)
+        value, fetched_at = None, 0.0
+        is_readable = True
+        if self.orphan_file is None and (truncates or not writes):
+            found = self.table.handover.take(caller.pid, self.inode)
+            if found is not None:
+                self.require()
+                value, fetched_at = found.value, found.fetched_at
+            else:
+                state = await self.state()
+                value, fetched_at = state.value, time.monotonic()
+                is_readable = state.readable
+        if reads and not is_readable:
             refuse(errno.EACCES)
-        return self.view.content.render(look.value)
+        file = self._open_file()
+        if not (writes or truncates):
+            handle = ReadHandle(self, file)
+            if value is not None and file.orphan is None:
+                handle.keep(self.view.content.render(value), fetched_at)
+            return handle
+        writer = ValueHandle(self, file, flags)
+        if truncates:
+            writer.empty(value, is_readable=is_readable)
+        return writer
 
 
 class DotValue(ValueFile):
@@ -124,272 +126,257 @@ class DotValue(ValueFile):
     __slots__ = ()
 
     @property
+    def directory(self) -> XenstoreNode:
+        assert isinstance(self.parent, XenstoreNode)
+        return self.parent
+
+    @property
     def path(self) -> bytes:
-        assert self.parent is not None
-        return self.parent.path
+        return self.directory.path
 
     @property
     def label(self) -> bytes:
         return join(super().label, self.name)
 
-    def is_of_kind(self, look: Look) -> bool:
+    @property
+    def may_be_missing(self) -> bool:
+        return self.directory.always_there
+
+    def is_of_kind(self, state: NodeState) -> bool:
         return True
 
-    async def getattr(self) -> EntryAttributes:
-        assert self.parent is not None
-        self.parent.require()
-        return self.attributes(await self.directory_look())
+    async def state(self) -> NodeState:
+        self.require()
+        self.directory.require()
+        path = self.path
+        state = self.open_files.as_seen(path, await self.view.fetch_one(path))
+        if state is None:
+            if not self.directory.always_there:
+                refuse(errno.ESTALE)
+            state = EMPTY_NODE
+        return state
 
     async def looked_up(self, pid: int) -> EntryAttributes:
-        look = await self.directory_look()
-        assert isinstance(self.parent, XenstoreNode)
-        if not self.parent.has_dot_value(look):
+        state = await self.state()
+        if not self.directory.has_dot_value(state):
             refuse(errno.ENOENT)
-        if not look.hidden:
-            handle = ReadHandle(self, self.view.content.render(look.value))
-            self.tree.prefetched.put(pid, self.inode, handle)
-        return self.attributes(look)
+        if state.readable and state.value is not None:
+            self.table.handover.put(pid, self.inode, state.value)
+        return self.attributes(state)
 
     def was_written(self) -> None:
         super().was_written()
-        assert isinstance(self.parent, XenstoreNode)
-        self.parent.value_was_written()
-
-    async def directory_look(self) -> Look:
-        look = await self.view.look(self.path)
-        if look is not None:
-            return look
-        assert isinstance(self.parent, XenstoreNode)
-        if not self.parent.lasting:
-            refuse(errno.ESTALE)
-        return NOTHING
+        self.directory.value_was_written()
 
 
 class ReadHandle(Handle):
-    """A value file as one open(2) that only reads has it.
+    """A value file as an open(2) that only reads has it.
 
-    fetched     what reading gives, None if the next read must ask
-    was_read    whether a read was answered from `fetched`
+    file        the record of all handles of the path
     """
 
-    __slots__ = ("fetched", "was_read")
+    __slots__ = ("_content", "_fetched_at", "_was_read", "file")
 
     node: ValueFile
 
-    def __init__(self, node: ValueFile, fetched: bytes | None) -> None:
+    def __init__(self, node: ValueFile, file: OpenFile) -> None:
         super().__init__(node)
-        self.fetched = fetched
-        self.was_read = False
+        self.file = file
+        self._content: bytes | None = None
+        self._fetched_at = 0.0
+        self._was_read = False
 
-    def read(self, offset: int, size: int) -> Eventual[bytes]:
-        # From the start again is a new reading, as with sysfs.
-        if self.fetched is None or (offset == 0 and self.was_read):
-            return self._read_anew(offset, size)
-        self.was_read = True
-        return self.fetched[offset : offset + size]
+    def keep(self, content: bytes, fetched_at: float) -> None:
+        """The content for the next reads."""
+        self._content = content
+        self._fetched_at = fetched_at
+        self._was_read = False
 
-    async def _read_anew(self, offset: int, size: int) -> bytes:
-        self.fetched = fetched = await self._fetch()
-        self.was_read = True
-        return fetched[offset : offset + size]
+    async def read(self, offset: int, size: int) -> bytes:
+        orphan = self.file.orphan
+        content = self._content
+        if orphan is None and (content is None or self._is_outdated(offset, content)):
+            content = await self._fetch()
+            orphan = self.file.orphan
+        if orphan is not None:
+            content = orphan.content
+        assert content is not None
+        self._was_read = True
+        return content[offset : offset + size]
+
+    def _is_outdated(self, offset: int, content: bytes) -> bool:
+        if offset == 0:
+            # A second read from the start is a new reading, as with sysfs.
+            return self._was_read or self._is_old()
+        return offset >= len(content) and self._is_old()
+
+    def _is_old(self) -> bool:
+        return time.monotonic() - self._fetched_at > FRESH_SECONDS
 
     async def _fetch(self) -> bytes:
-        self.node.require()
-        value = await self.node.view.session.call(protocol.read(self.node.path))
-        return self.node.view.content.render(value)
+        node = self.node
+        node.require()
+        (reply,) = await node.view.commands.pipeline((protocol.read(self.file.path),))
+        debt = self.file.debt
+        if isinstance(reply, XenstoreError):
+            if not is_missing(reply):
+                raise reply
+            if debt is None or debt.found is not None:
+                if self.file.orphan is not None:
+                    return b""
+                refuse(errno.ESTALE)
+            reply = b""
+        elif debt is not None and debt.replaces(reply):
+            reply = b""
+        content = node.view.content.render(reply)
+        self.keep(content, time.monotonic())
+        return content
 
-
-class ExpectedFile:
-    """A child that is looked up, made as the file that it probably is while the store is asked.
-
-    After the store's answer there is less to do then, and that counts more than once: whoever waits for
-    longer than some five microseconds has let his processor go, and to get it back takes ten more.
-    """
-
-    __slots__ = ("_directory", "_entry", "_file", "_handle", "name", "path")
-
-    def __init__(self, directory: Node, name: bytes, path: bytes) -> None:
-        self._directory = directory
-        self.name = name
-        self.path = path
-        """As it was asked for: a rename may change it meanwhile."""
-
-    def make(self) -> None:
-        self._file = self._directory.tree.node(ValueFile, self._directory, self.name)
-        self._entry = self._file.entry(0)
-        self._handle = ReadHandle(self._file, None)
-
-    def found(self, look: Look, pid: int) -> EntryAttributes:
-        """It is one, and looks so: the answer to the LOOKUP, of thread `pid`."""
-        tree = self._directory.tree
-        if not tree.stands(self._file, self._directory, self.name):
-            self.make()
-        file = self._file
-        entry = self._entry if look.writable else file.entry(0, look.readable, look.writable)
-        self._handle.fetched = content = file.view.content.render(look.value)
-        entry.st_size = len(content)
-        tree.prefetched.put(pid, file.inode, self._handle)
-        tree.remember(file)
-        return entry
+    async def release(self) -> None:
+        self.node.open_files.close(self.file)
 
 
 class ValueHandle(ReadHandle):
-    """A value file as one open(2) that writes has it.
+    """A value file as an open(2) that writes, or truncates, has it."""
 
-    written     the content of this handle's last write, which the store has as parse(written)
-    truncated   whether O_TRUNC is to be carried out
-    creates     whether the node is to be made
-    claims      whether it was made by this handle, as a file
-    """
+    __slots__ = ("_appends", "_written")
 
-    __slots__ = ("appends", "claims", "creates", "truncated", "written")
+    def __init__(self, node: ValueFile, file: OpenFile, flags: int) -> None:
+        super().__init__(node, file)
+        self._appends = bool(flags & os.O_APPEND)
+        self._written: bytes | None = None
+        """The content of this handle's last write, which the store has as parse(written)."""
 
-    def __init__(self, node: ValueFile, flags: int) -> None:
-        super().__init__(node, None)
-        self.appends = bool(flags & os.O_APPEND)
-        self.written: bytes | None = None
-        self.truncated = False
-        self.creates = False
-        self.claims = False
-
-    async def _fetch(self) -> bytes:
-        if self.truncated or self.creates:
-            return b""
-        return await super()._fetch()
-
-    def empty(self) -> None:
-        """The file is to be empty: what O_TRUNC asks for."""
-        if not self.truncated:
-            self.truncated = True
-            self.node.truncating += 1
-        self.fetched = None
+    def empty(self, found: bytes | None, *, is_readable: bool = True) -> None:
+        """O_TRUNC: the file, whose value is `found`, is to be empty."""
+        if self.file.orphan is not None:
+            self.file.orphan.content = b""
+        else:
+            self.file.owe(self, found, is_blind=not is_readable)
 
     def create(self) -> None:
-        """The node is to be made, by the first write or the close."""
-        self.creates = True
-        self.node.creating += 1
+        """The node is to be created."""
+        self.file.owe(self, None)
+        self.file.is_pinned = True
 
-    def claim(self) -> None:
-        """The node was made as a file, just now."""
-        self.claims = True
-        self.node.claims += 1
+    def _is_old(self) -> bool:
+        return True  # other handles may have written under a lock
 
     # -------------------------------------------------------------------------------- writing
+
+    @property
+    def _limit(self) -> int:
+        return protocol.value_max(self.file.path, self.node.view.commands.payload_max)
 
     async def write(self, offset: int, data: bytes) -> int:
         if not data:
             return 0
-        self.node.require()
-        limit = protocol.value_max(self.node.path, self.node.view.session.payload_max)
-        if not self.appends and offset > limit:
-            self._settle()
+        if not self._appends and offset > self._limit:
             refuse(errno.EFBIG)
 
         def overwrite(present: bytes) -> bytes:
-            at = len(present) if self.appends else offset
+            at = len(present) if self._appends else offset
             return present[:at].ljust(at, b"\0") + data + present[at + len(data) :]
 
-        await self._change(overwrite, limit)
+        await self._change(overwrite, needs_present=self._appends)
         return len(data)
 
     async def truncate(self, size: int) -> None:
-        self.node.require()
-        limit = protocol.value_max(self.node.path, self.node.view.session.payload_max)
-        if size > limit + 1:
+        if size > self._limit + 1:
             refuse(errno.EFBIG)
-        if self.truncated:
-            await self._change(lambda _: bytes(size), limit)
-            return
-        await self._change(
-            lambda present: present[:size].ljust(size, b"\0"), limit, as_file=True, blind=not size
-        )
+        await self._change(lambda present: present[:size].ljust(size, b"\0"), as_file=True)
 
     async def _change(
-        self,
-        change: Callable[[bytes], bytes],
-        limit: int,
-        *,
-        as_file: bool = False,
-        blind: bool = False,
+        self, change: Change, *, needs_present: bool = False, as_file: bool = False
     ) -> None:
-        """Write what `change` makes of the present content, which is empty after a truncation.
+        """Write the content that `change` makes of the present one, which a debt makes empty.
 
-        as_file     only while the node is no directory: the answer will be a file's attributes
-        blind       the present content makes no difference: it need not be readable
-        Whatever comes of it, truncation and creation are no longer due: a refused write leaves the
-        old value as it is.
+        needs_present   whether the present content counts even then, as another client may have written
+        as_file         fail if the node has become a directory: the answer will be a file's attributes
         """
-        node = self.node
-        content = node.view.content
-        truncated = self.truncated
-        result = b""
-        try:
-            if truncated:
+        node, file = self.node, self.file
+        async with file.changing():
+            if file.orphan is not None:
+                self._change_orphan(change)
+                return
+            node.require()
+            if file.debt is not None and not needs_present:
                 result = change(b"")
-                value = content.parse(result)
-                if len(value) > limit:
-                    refuse(errno.EFBIG)
-                await node.view.session.call(protocol.write(node.path, value))
+                request = protocol.write(file.path, self._value_of(result))
+                await node.view.commands.call(request)
             else:
-
-                def of_value(value: bytes) -> bytes:
-                    nonlocal result
-                    result = change(self._content_of(value))
-                    return content.parse(result)
-
-                async def work(session: Session) -> Request:
-                    if as_file:
-                        await node.require_file(session)
-                    if blind:
-                        return protocol.write(node.path, of_value(b""))
-                    return await posix.splice(session, node.path, of_value, limit)
-
-                await node.view.atomically(work)
-        finally:
-            self._settle()
-        self.written = result
+                result = await self._splice(change, as_file=as_file)
+            file.debt = None
+        self._content = None
+        self._written = result
         node.was_written()
 
-    def _content_of(self, value: bytes) -> bytes:
-        """The content that has this value: as this handle wrote it, unless somebody else wrote.
+    def _change_orphan(self, change: Change) -> None:
+        assert self.file.orphan is not None
+        result = change(self.file.orphan.content)
+        self._value_of(result)
+        self.file.orphan.content = result
 
-        In text mode the content may lack the newline that reading would show, or hold one that
-        the value does not tell ("" is both nothing and an empty line): what was written counts.
-        """
+    def _value_of(self, content: bytes) -> bytes:
+        """The value of a content that is to be written.  Fails with EFBIG if it does not fit."""
+        value = self.node.view.content.parse(content)
+        if len(value) > self._limit:
+            refuse(errno.EFBIG)
+        return value
+
+    async def _splice(self, change: Change, *, as_file: bool) -> bytes:
+        """Change the present content in a transaction.  Returns the new content."""
+        file, view = self.file, self.node.view
+        result = b""
+
+        async def work(commands: Commands) -> Request:
+            nonlocal result
+            if as_file:
+                (state,) = await view.fetch((file.path,), commands)
+                if state is not None and not self.node.is_of_kind(state):
+                    refuse(errno.ESTALE)
+            (reply,) = await commands.pipeline((protocol.read(file.path),))
+            result = change(self._present(reply))
+            return protocol.write(file.path, self._value_of(result))
+
+        await view.atomically(work)
+        return result
+
+    def _present(self, reply: bytes | XenstoreError) -> bytes:
+        """The present content of the file, by the reply to READ."""
+        debt = self.file.debt
+        if isinstance(reply, XenstoreError):
+            if not is_missing(reply):
+                raise reply
+            if debt is not None:
+                return b""
+            if not self.node.may_be_missing:
+                refuse(errno.ESTALE)
+            return b""
+        if debt is not None and debt.replaces(reply):
+            return b""
+        # In text mode the content may lack the newline that reading would show, or hold one that the
+        # value does not tell ("" is both an empty file and an empty line): what was written counts.
         content = self.node.view.content
-        if self.written is not None and content.parse(self.written) == value:
-            return self.written
-        return content.render(value)
-
-    def _settle(self) -> None:
-        if self.truncated:
-            self.truncated = False
-            self.node.truncating -= 1
-        self.fetched = None
-        if self.creates:
-            self.creates = False
-            self.node.creating -= 1
+        if self._written is not None and content.parse(self._written) == reply:
+            return self._written
+        return content.render(reply)
 
     async def fsync(self) -> None:
         """Carry out a truncation or creation that no write has carried out."""
-        if self.truncated:
-            await self._change(lambda _: b"", 0)
-        elif self.creates:
-            # One request, sent before anything else is done: it reaches the store before the LOOKUP
-            # of whoever closed the file and looks for it.
-            try:
-                await self.node.make()
-            finally:
-                self._settle()
+        await self.node.open_files.settle_file(self.file)
 
     async def release(self) -> None:
-        if (self.truncated or self.creates) and not self.node.gone:
-            try:
-                await self.fsync()
-            except StoreError as error:
-                # close(2) has long returned.
-                log.warning("an emptied file could not be written at its close: %s", error)
-        self._settle()
-        if self.claims:
-            self.claims = False
-            self.node.claims -= 1
+        file, debt = self.file, self.file.debt
+        try:
+            if debt is not None and debt.holders == {self} and not self.node.view.ended:
+                await self.node.open_files.settle_file(file)
+        except StoreError as error:
+            # close(2) has long returned.
+            log.warning("an emptied file could not be written at its close: %s", error)
+        finally:
+            if debt is not None:
+                debt.holders.discard(self)
+                if not debt.holders and file.debt is debt:
+                    file.debt = None
+            self.node.open_files.close(file)

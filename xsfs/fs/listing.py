@@ -1,239 +1,167 @@
-"""Listings: the names in a directory, and what they are, asked in as few bursts as will do."""
+"""Listings: the names in a directory, and the kinds of the children, in as few round trips as possible."""
 
 from __future__ import annotations
 
 import errno
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, InodeT
+from pyfuse3 import EntryAttributes, FUSEError
 
-from xsfs.fs.inodes import Handle, refuse
+from xsfs.fs.inodes import LISTING_BYTES_MAX
+from xsfs.fs.nodes import Caller, Handle, Node, refuse
 from xsfs.fs.xattrs import XenstoreNode
-from xsfs.view.children import LookInside
-from xsfs.view.looks import LEAF, NOTHING, PARENT, Look
-from xsfs.view.names import NAME_MAX, VALUE_NAME
-from xsfs.view.view import LOOK_WINDOW
-from xsfs.xenstore.eventual import Eventual, result_of
+from xsfs.view.names import VALUE_NAME
+from xsfs.view.view import EMPTY_NODE, FETCH_WINDOW, NodeState
 
-OWN_ENTRIES: Final = (b".", b"..")
+SELF_AND_PARENT: Final = (b".", b"..")
+
+ENTRY_BYTES: Final = 80
+"""The memory of a name in a listing, beyond its bytes."""
 
 
-class ListedNode(XenstoreNode):
-    """What a listing needs of a directory."""
+class ListedDirectory(XenstoreNode):
+    """The part of a directory that a listing needs."""
 
     __slots__ = ()
 
     @abstractmethod
-    def still(self, look: Look | None) -> Look:
-        """What was seen of the node, if it is still a directory; else ESTALE."""
+    def require_directory(self, state: NodeState | None) -> NodeState:
+        """The state of the node if it still is a directory.  Fails with ESTALE if not."""
 
     @abstractmethod
-    def child(self, name: bytes, look: Look) -> XenstoreNode:
-        """The node for a child that looks so, or for `.value`."""
+    def child(self, name: bytes, state: NodeState) -> XenstoreNode:
+        """The node for a child of this state, or for `.value`."""
 
     @abstractmethod
-    def leaves(self) -> Callable[[bytes], XenstoreNode]:
-        """What `child` does for a LEAF, as most are, with fewer steps for each."""
+    def own_nodes(self) -> list[Node]:
+        """The nodes for xsfs's own names that a listing shows."""
 
-    def lasting_children(self) -> Collection[bytes]:
-        """The names of directories that are there even while their nodes are not."""
-        return ()
-
-    def alike(self) -> tuple[EntryAttributes, EntryAttributes]:
-        """The attributes of each child that is LEAF, and of each that is PARENT, but for the inode.
-
-        They depend on nothing but the mount.  To be given away before anything else is done.
-        """
-        tree = self.tree
-        if tree.alike is None:
-            leaf, parent = self.child(b"leaf", LEAF), self.child(b"parent", PARENT)
-            tree.alike = leaf.attributes(LEAF), parent.attributes(PARENT)
-        return tree.alike
-
-    def opendir(self) -> Eventual[Handle]:
-        handle = DirectoryHandle(self)
-        fetching = handle.fetch()
-        return handle if fetching is None else self._opendir(handle, fetching)
-
-    async def _opendir(self, handle: Handle, fetching: Eventual[None]) -> Handle:
-        await result_of(fetching)
+    async def opendir(self, caller: Caller) -> Handle:
+        handle = DirectoryHandle(self, is_unprivileged=caller.unprivileged)
+        await handle.fetch()
         return handle
-
-
-Made = tuple[Look, XenstoreNode, EntryAttributes]
-"""What a child is, its node, and its attributes but for the inode: they may be those of `alike`."""
 
 
 class DirectoryHandle(Handle):
     """An open directory: its children's names as they were when it was opened, or last rewound.
 
-    What the children are is asked as the listing goes on, LOOK_WINDOW of them in one burst.  Of those
-    whose names could be guessed it was asked with the names.  `fetch` comes before all else.
+    The kinds of the children are fetched as the listing goes on, FETCH_WINDOW of them at a time.
     """
 
-    __slots__ = ("doubtful", "entries", "inside", "look", "made", "path", "used")
+    __slots__ = ("_bytes", "_entries", "_is_unprivileged", "_kinds", "_own", "_path", "_was_read")
 
-    node: ListedNode
-    inside: LookInside | None
-    """The store's answers, until entries are made of them."""
-    path: bytes
-    """The node's when the names were asked for; a rename may have changed that since."""
-    look: Look
-    """What the directory itself was then."""
+    node: ListedDirectory
 
-    def __init__(self, node: ListedNode) -> None:
+    def __init__(self, node: ListedDirectory, *, is_unprivileged: bool) -> None:
         super().__init__(node)
-        self.entries: list[bytes] = []
-        self.made: dict[bytes, Made | None] = {}
-        """Some of them, before they are read; None: one that has vanished meanwhile."""
-        self.doubtful: list[bytes] = []
-        """Those that must be asked for once more."""
-        self.used = False
+        self._is_unprivileged = is_unprivileged
+        self._path = b""
+        """The path when the names were fetched.  A rename may have changed it since."""
+        self._entries: list[bytes] = []
+        self._kinds: dict[bytes, NodeState | None] = {}
+        self._own: dict[bytes, Node] = {}
+        self._was_read = False
+        self._bytes = 0
 
-    def fetch(self) -> Eventual[None]:
-        """Ask for the names."""
+    async def fetch(self) -> None:
+        """Fetch the names."""
         node = self.node
         node.require()
-        self.path = path = node.path
-        inside = LookInside(node.view, path)
-        seen = inside.ask()
-        if type(seen) is Look:
-            self._fetched(inside, seen)
-            return None
-        return self._fetch(inside, seen)
-
-    async def _fetch(self, inside: LookInside, seen: Eventual[Look | None]) -> None:
-        self._fetched(inside, await result_of(seen))
-
-    def _fetched(self, inside: LookInside, seen: Look | None) -> None:
-        look = self.node.still(seen)
-        if look.hidden:
+        path = self._path = node.path
+        listing = await node.view.list_directory(path)
+        state = node.require_directory(listing.state)
+        if not state.readable:
             refuse(errno.EACCES)
-        self.look, self.inside = look, inside
+        kinds = self._kinds = listing.kinds
+        created = node.open_files.created_in(path)
+        for name in (*created, *node.view.always_there_below(path)):
+            if kinds.get(name) is None:
+                kinds[name] = EMPTY_NODE
+        own = {each.name: each for each in node.own_nodes()}
+        if node.has_dot_value(state):
+            own[VALUE_NAME] = node.child(VALUE_NAME, state)
+        self._own = own
+        names = (*own, *listing.names, *created, *node.view.always_there_below(path))
+        self._account(sum(map(len, names)) + ENTRY_BYTES * len(names))
+        self._entries = list(dict.fromkeys(names))
 
-    def prepare(self) -> None:
-        """Make entries of the answers.  `.value` is among them if there is a value."""
-        if self.inside is None:
-            return
-        node = self.node
-        names, kinds, self.doubtful = self.inside.digest()
-        self.entries = list(dict.fromkeys((*names, *node.lasting_children())))
-        self.made = {}
-        if node.view.has_dot_value(self.path, self.look):
-            self.entries.insert(0, VALUE_NAME)
-            self.made[VALUE_NAME] = self._make(VALUE_NAME, self.look)
-        # The store is at work on the next while one is made: nothing is left to the end.
-        self._make_all(kinds)
-        self.inside = None
+    def _account(self, size: int) -> None:
+        """Fails with ENFILE if the open listings would take too much memory."""
+        table, more = self.node.table, size - self._bytes
+        is_full = table.listing_bytes + more > LISTING_BYTES_MAX
+        if self._is_unprivileged:
+            half = LISTING_BYTES_MAX // 2
+            is_full = is_full or table.unprivileged_listing_bytes + more > half
+        if is_full and more > 0:
+            refuse(errno.ENFILE)
+        table.listing_bytes += more
+        if self._is_unprivileged:
+            table.unprivileged_listing_bytes += more
+        self._bytes = size
 
-    def _make_all(self, kinds: Iterable[tuple[bytes, Look | None]]) -> None:
-        made, leaf = self.made, self.node.leaves()
-        of_leaf, _ = self.node.alike()
-        for name, look in kinds:
-            made[name] = (look, leaf(name), of_leaf) if look is LEAF else self._make(name, look)
+    async def release(self) -> None:
+        self._account(0)
 
-    def _make(self, name: bytes, look: Look | None) -> Made | None:
-        if look is None:
-            if name not in self.node.lasting_children():
-                return None
-            look = NOTHING
-        node = self.node.child(name, look)
-        if look is PARENT:
-            _, of_parent = self.node.alike()
-            return look, node, of_parent
-        return look, node, node.attributes(look)
-
-    def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> Eventual[None]:
-        if self.used:
-            if start >= len(OWN_ENTRIES) + len(self.entries):
-                return None  # the end, which whoever reads is told once more
-            if start == 0:
-                return self._read_anew(token)
-        return self._read(start, token)
-
-    async def _read_anew(self, token: pyfuse3.ReaddirToken) -> None:
-        await result_of(self.fetch())
-        await result_of(self._read(0, token))
-
-    def _read(self, start: int, token: pyfuse3.ReaddirToken) -> Eventual[None]:
-        self.used = True
+    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
+        if start == 0 and self._was_read:
+            await self.fetch()
+        self._was_read = True
+        told: list[Node] = []
         try:
-            self.prepare()
-        finally:
-            # An error is met once: from the start on it is asked again.
-            self.inside = None
-        if start < len(OWN_ENTRIES) and not self._reply_own(token, start):
-            return None
-        first = max(0, start - len(OWN_ENTRIES))
-        if first < len(self.entries) and self.doubtful:
-            return self._look_and_reply(first, token, [])
-        told: list[XenstoreNode] = []
-        unknown = self._reply(first, token, told)
-        return None if unknown is None else self._look_and_reply(unknown, token, told)
-
-    def _reply(
-        self, first: int, token: pyfuse3.ReaddirToken, told: list[XenstoreNode]
-    ) -> int | None:
-        """Put the entries from one on into the reply: up to one of which nothing is known yet, which
-        is returned, or till the reply is full or the end is reached.
-
-        told    gets the nodes of which the kernel will know by it
-        """
-        directory, made_of = self.node, self.made
-        tree = directory.tree
-        for index in range(first, len(self.entries)):
-            name = self.entries[index]
-            if name not in made_of:
-                return index
-            made = made_of[name]
-            if made is not None and not tree.stands(made[1], directory, name):
-                made = self._make(name, made[0])
-            if made is None:
-                continue
-            _, node, entry = made
-            entry.st_ino = InodeT(node.inode)
-            shown = name if len(name) <= NAME_MAX else tree.aliases.file_name(name)
-            if not pyfuse3.readdir_reply(token, shown, entry, len(OWN_ENTRIES) + index + 1):
-                return None
-            tree.remember(node)
-            told.append(node)
-        return None
-
-    async def _look_and_reply(
-        self, first: int, token: pyfuse3.ReaddirToken, told: list[XenstoreNode]
-    ) -> None:
-        """The same, after asking for what is not known."""
-        try:
-            if self.doubtful:
-                looks = await self.node.view.look_closer(self.node.path, self.doubtful)
-                self._make_all(looks.items())
-                self.doubtful = []
-            unknown = self._reply(first, token, told)
-            while unknown is not None:
-                await self._look_from(unknown)
-                unknown = self._reply(unknown, token, told)
+            await self._reply(start, token, told)
         except BaseException:
             # The kernel gets an error, and nothing of the reply.
             for node in told:
-                self.node.tree.forget(node.inode, 1)
+                self.node.table.forget(node.inode, 1)
             raise
 
-    def _reply_own(self, token: pyfuse3.ReaddirToken, start: int) -> bool:
-        """Put the directory's own entries from `start` on into the reply; False if it is full."""
-        _, own = self.node.alike()
-        own.st_ino = InodeT(self.node.inode)
-        for next_id, name in enumerate(OWN_ENTRIES[start:], start + 1):
-            if not pyfuse3.readdir_reply(token, name, own, next_id):
-                return False
-        return True
+    async def _reply(self, start: int, token: pyfuse3.ReaddirToken, told: list[Node]) -> None:
+        """Put entries into the reply until it is full.  `told` gets the nodes that the kernel learns of."""
+        directory, table = self.node, self.node.table
+        for position in range(start, len(SELF_AND_PARENT) + len(self._entries)):
+            next_id = position + 1
+            if position < len(SELF_AND_PARENT):
+                own = directory.entry(0)
+                if not pyfuse3.readdir_reply(token, SELF_AND_PARENT[position], own, next_id):
+                    return
+                continue
+            index = position - len(SELF_AND_PARENT)
+            name = self._entries[index]
+            if name not in self._own and name not in self._kinds:
+                await self._fetch_kinds(index)
+            found = await self._node_and_entry(name)
+            if found is None:
+                continue  # it has vanished meanwhile
+            node, entry = found
+            if not pyfuse3.readdir_reply(token, table.file_name(name), entry, next_id):
+                return
+            table.remember(node)
+            told.append(node)
 
-    async def _look_from(self, index: int) -> None:
-        """Ask what they are from one on; what is known of those before is given up."""
-        window = self.entries[index : index + LOOK_WINDOW]
-        children = [name for name in window if name != VALUE_NAME]
-        looks = await self.node.view.look_at_children(self.node.path, children)
-        self.made = {VALUE_NAME: self.made.get(VALUE_NAME)}
-        self._make_all(looks.items())
+    async def _node_and_entry(self, name: bytes) -> tuple[Node, EntryAttributes] | None:
+        directory = self.node
+        if (own := self._own.get(name)) is not None:
+            if not directory.table.is_current(own, directory, name):
+                own = directory.table.node(type(own), directory, name)
+            try:
+                return own, await own.getattr()
+            except FUSEError:
+                return None
+        state = self._kinds[name]
+        if state is None:
+            return None
+        child = directory.child(name, state)
+        return child, child.attributes(state)
+
+    async def _fetch_kinds(self, index: int) -> None:
+        """Fetch the kinds of the entries from `index` on.  Those of the entries before are dropped."""
+        window = [
+            name for name in self._entries[index : index + FETCH_WINDOW] if name not in self._own
+        ]
+        view, path = self.node.view, self.node.path
+        self._kinds = await view.kinds(path, window)
+        for name in (*self.node.open_files.created_in(path), *view.always_there_below(path)):
+            if name in window and self._kinds.get(name) is None:
+                self._kinds[name] = EMPTY_NODE

@@ -1,16 +1,21 @@
-"""The pyfuse3 operations: a thin dispatch to nodes and handles.
+"""The operations of pyfuse3: each finds its node or handle and calls it.
 
-Each operation finds its node or handle and asks it; what that raises xsfs/fs/errnos.py turns into an
-errno.
+An `Operations` owns the open handles.  A handle is in the table from its OPEN to its RELEASE, or to the end
+of the mount.  With `allow_other` every user of the system can open files.  Users who are neither root nor
+the one who mounted share half of the table, so that others can still open files when they fill it.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
-from collections.abc import Callable, Sequence
-from typing import Final
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import wraps
+from itertools import count
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3
 from pyfuse3 import (
@@ -19,6 +24,7 @@ from pyfuse3 import (
     FileInfo,
     FileNameT,
     FlagT,
+    FUSEError,
     InodeT,
     ModeT,
     RequestContext,
@@ -27,31 +33,72 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from xsfs.fs.errnos import Answering, answered
-from xsfs.fs.handles import Handles
-from xsfs.fs.inodes import Caller, Handle, Tree, refuse
+from xsfs.fs.errnos import translate
+from xsfs.fs.fuse_loop import install
+from xsfs.fs.inodes import InodeTable
+from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.open_files import open_files_of
 from xsfs.view.names import NAME_MAX
-from xsfs.xenstore.eventual import Eventual, result_of
+from xsfs.view.view import View
 
-_CHANGES: Final = os.O_ACCMODE | os.O_TRUNC
-"""The flags of an open(2) that does not only read."""
+trace = logging.getLogger("xsfs.trace")
+
+HANDLES_MAX: Final = 65536
+"""Each may hold a value of 4 KiB: 256 MiB at most."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_Handler = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
 
 
-class Operations(Answering):
-    """See the module's text.
+def handler(operation: _Handler[P, R]) -> _Handler[P, R]:
+    """An operation that raises FUSEError and nothing else, and is counted and traced."""
+    name = operation.__name__
+    call = cast(Callable[..., Awaitable[R]], operation)
 
-    distrust    called when a reply turns out to be nonsense
+    @wraps(operation)
+    async def handle(self: Operations, *args: Any) -> Any:
+        self.answered += 1
+        self.kernel.under_way += 1
+        try:
+            if self.traces:
+                return await self.trace(name, call, args)
+            return await call(self, *args)
+        except FUSEError:
+            raise
+        except Exception as error:
+            raise self.failure(name, error) from None
+        finally:
+            self.kernel.under_way -= 1
+
+    return cast("_Handler[P, R]", handle)
+
+
+class Operations(pyfuse3.Operations):
+    """See the module's docstring.
+
+    drop_connection     called if a reply of the store turns out to be nonsense
     """
 
     supports_dot_lookup = False
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, tree: Tree, distrust: Callable[[str], None]) -> None:
-        super().__init__(distrust)
-        self.tree = tree
-        self._handles = Handles()
-        # direct_io: what is read is what the handle has, whatever size was told before.
+    def __init__(self, table: InodeTable, drop_connection: Callable[[str], None]) -> None:
+        super().__init__()
+        self.table = table
+        self.errors = 0
+        self.answered = 0
+        self.kernel = install()
+        self.traces = trace.isEnabledFor(logging.DEBUG)
+        self._drop_connection = drop_connection
+        self._handles: dict[int, Handle] = {}
+        self._unprivileged: set[int] = set()
+        """The handles of users who are neither root nor the one who mounted."""
+        self._numbers = count(1)
+        self._privileged_users = frozenset((0, os.getuid()))
+        # direct_io: a read gives what the handle has, whatever size was told before.
         self._info_of_file = FileInfo(direct_io=True, keep_cache=False)
         self._info_of_stream = FileInfo(direct_io=True, keep_cache=False, nonseekable=True)
 
@@ -59,76 +106,128 @@ class Operations(Answering):
         """How many files and directories are open."""
         return len(self._handles)
 
-    async def end(self) -> None:
+    async def end(self, view: View) -> None:
         """The mount ends: carry out what open files still owe the store."""
-        for handle in self._handles.pop_all():
+        try:
+            await open_files_of(self.table, view).settle_all()
+        except Exception as error:
+            self.failure("unmount", error)
+        handles = list(self._handles.values())
+        self._handles.clear()
+        for handle in handles:
             try:
-                await result_of(handle.release())
+                await handle.release()
             except Exception as error:
                 self.failure("release", error)
 
-    def describe(self, operation: str, args: Sequence[object]) -> str:
+    # -------------------------------------------------------------------------------- errors
+
+    def failure(self, operation: str, error: Exception) -> FUSEError:
+        if not isinstance(error, FUSEError):
+            self.errors += 1
+        return translate(operation, error, self._drop_connection)
+
+    async def trace(
+        self, operation: str, call: Callable[..., Awaitable[R]], args: Sequence[object]
+    ) -> R:
+        """Carry out an operation, and log it in one line."""
+        start = time.perf_counter()
+        described, outcome = operation, "ok"
+        try:
+            described = self._describe(operation, args)
+            return await call(self, *args)
+        except Exception as error:
+            failure = self.failure(operation, error)
+            outcome = errno.errorcode.get(failure.errno, str(failure.errno))
+            raise failure from None
+        finally:
+            microseconds = (time.perf_counter() - start) * 1e6
+            trace.debug("%s: %s, %.0f us", described, outcome, microseconds)
+
+    def _describe(self, operation: str, args: Sequence[object]) -> str:
+        """The operation and its arguments.  A value is a secret, so only its length is told."""
         words = [operation]
-        for position, value in enumerate(args):
-            if isinstance(value, bytes):
-                words.append(repr(value[:80])[1:])
-            elif isinstance(value, int) and position in _INODES.get(operation, (0,)):
+        for position, argument in enumerate(args):
+            if isinstance(argument, bytes):
+                is_value = position == _VALUES.get(operation)
+                words.append(f"{len(argument)} bytes" if is_value else repr(argument[:80])[1:])
+            elif isinstance(argument, int) and position in _INODES.get(operation, (0,)):
                 on_handle = operation in _ON_HANDLES
-                node = self._handles.get(value).node if on_handle else self.tree.peek(value)
-                words.append(node.label.decode() if node is not None else str(value))
-            elif isinstance(value, int):
-                words.append(str(value))
+                node = self._handles[argument].node if on_handle else self.table.peek(argument)
+                words.append(node.label.decode() if node is not None else str(argument))
+            elif isinstance(argument, int):
+                words.append(str(argument))
         return " ".join(words)
 
+    # -------------------------------------------------------------------------------- handles
+
+    def _caller(self, ctx: RequestContext) -> Caller:
+        return Caller(ctx.pid, ctx.uid, ctx.uid not in self._privileged_users)
+
+    def _admit(self, caller: Caller) -> None:
+        """Fail with ENFILE if there is no room for one more handle."""
+        is_full = len(self._handles) >= HANDLES_MAX
+        half = HANDLES_MAX // 2
+        if is_full or (caller.unprivileged and len(self._unprivileged) >= half):
+            refuse(errno.ENFILE)
+
+    def _add(self, handle: Handle, caller: Caller) -> FileHandleT:
+        number = FileHandleT(next(self._numbers))
+        self._handles[number] = handle
+        if caller.unprivileged:
+            self._unprivileged.add(number)
+        return number
+
+    def _pop(self, number: int) -> Handle:
+        self._unprivileged.discard(number)
+        return self._handles.pop(number)
+
     def _handle(self, number: int) -> Handle:
-        """The open file or directory; ESTALE if all that it belongs to has ended."""
-        handle = self._handles.get(number)
+        """The open file or directory.  Fails with ESTALE if its transaction is over."""
+        handle = self._handles[number]
         if handle.node.view.ended:
             refuse(errno.ESTALE)
         return handle
 
-    def _caller(self, ctx: RequestContext) -> Caller:
-        return Caller(ctx.pid, ctx.uid, self._handles.is_foreign(ctx.uid))
-
-    def _file_info(self, handle: Handle, foreign: bool) -> FileInfo:
+    def _file_info(self, handle: Handle, caller: Caller) -> FileInfo:
         # pyfuse3 copies it before anything else can happen.
         info = self._info_of_stream if handle.stream else self._info_of_file
-        info.fh = self._handles.add(handle, foreign)
+        info.fh = self._add(handle, caller)
         return info
 
     # -------------------------------------------------------------------------------- entries
 
-    @answered
-    def lookup(
+    @handler
+    async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
-    ) -> Eventual[EntryAttributes]:
-        return self.tree.get(parent_inode).lookup(name, ctx.pid)
+    ) -> EntryAttributes:
+        return await self.table.get(parent_inode).lookup(name, ctx.pid)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, lookups in inode_list:
-            self.tree.forget(inode, lookups)
+            self.table.forget(inode, lookups)
 
-    @answered
+    @handler
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
         if not stat.S_ISREG(mode):
             refuse(errno.EPERM)
-        return await self.tree.get(parent_inode).make_file(name)
+        return await self.table.get(parent_inode).make_file(name, self._caller(ctx))
 
-    @answered
+    @handler
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> EntryAttributes:
-        return await self.tree.get(parent_inode).make_directory(name, self._caller(ctx))
+        return await self.table.get(parent_inode).make_directory(name, self._caller(ctx))
 
-    @answered
+    @handler
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        refuse(errno.EPERM)
+        return await self.table.get(parent_inode).make_symlink(name)
 
-    @answered
+    @handler
     async def link(
         self,
         inode: InodeT,
@@ -138,15 +237,15 @@ class Operations(Answering):
     ) -> EntryAttributes:
         refuse(errno.EPERM)
 
-    @answered
+    @handler
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        await self.tree.get(parent_inode).unlink(name)
+        await self.table.get(parent_inode).unlink(name)
 
-    @answered
+    @handler
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        await self.tree.get(parent_inode).rmdir(name)
+        await self.table.get(parent_inode).rmdir(name)
 
-    @answered
+    @handler
     async def rename(
         self,
         parent_inode_old: InodeT,
@@ -156,20 +255,20 @@ class Operations(Answering):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        source, target = self.tree.get(parent_inode_old), self.tree.get(parent_inode_new)
+        source, target = self.table.get(parent_inode_old), self.table.get(parent_inode_new)
         await source.rename(name_old, target, name_new, flags)
 
-    @answered
+    @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        return await self.tree.get(inode).readlink()
+        return FileNameT(await self.table.get(inode).readlink())
 
     # ----------------------------------------------------------------------------- attributes
 
-    @answered
+    @handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return await self.tree.get(inode).getattr()
+        return await self.table.get(inode).getattr()
 
-    @answered
+    @handler
     async def setattr(
         self,
         inode: InodeT,
@@ -178,12 +277,12 @@ class Operations(Answering):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        """Truncates; times are forgotten, modes and owners cannot change."""
-        node = self.tree.get(inode)
+        """Truncates.  Times are accepted and forgotten; modes and owners cannot change."""
+        node = self.table.get(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             present = await node.getattr()
             if (
-                (fields.update_mode and (attr.st_mode ^ present.st_mode) & 0o7777)
+                (fields.update_mode and not self._is_granted(node, attr.st_mode, present.st_mode))
                 or (fields.update_uid and attr.st_uid != present.st_uid)
                 or (fields.update_gid and attr.st_gid != present.st_gid)
             ):
@@ -195,53 +294,60 @@ class Operations(Answering):
                 await node.truncate(attr.st_size)
         return await node.getattr()
 
-    @answered
-    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        return await self.tree.get(inode).getxattr(name)
+    def _is_granted(self, node: Node, wanted: int, present: int) -> bool:
+        """Whether chmod can succeed without a change: the wanted mode, cut as at creation (by umask, and
+        `x` of files), grants nothing that is not granted now."""
+        if wanted & (stat.S_ISUID | stat.S_ISGID):
+            return False
+        wanted &= ~self.table.ownership.umask & 0o777
+        if node.kind != stat.S_IFDIR:
+            wanted &= ~0o111
+        if self.table.allow_other:
+            # Nobody may believe that a file is open to others, or closed to them, that is not.
+            return not wanted & 0o700 & ~present and (wanted ^ present) & 0o077 == 0
+        return not wanted & 0o700 & ~present
 
-    @answered
+    @handler
+    async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+        """As the owner's mode bits tell: only the owner gets in, or the kernel checks by itself."""
+        entry = await self.table.get(inode).getattr()
+        return not mode & ~(entry.st_mode >> 6) & 0o7
+
+    @handler
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        return await self.table.get(inode).getxattr(name)
+
+    @handler
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
-        await self.tree.get(inode).setxattr(name, value)
+        await self.table.get(inode).setxattr(name, value)
 
-    @answered
+    @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        return await self.tree.get(inode).listxattr()
+        return [XAttrNameT(name) for name in await self.table.get(inode).listxattr()]
 
-    @answered
+    @handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
-        await self.tree.get(inode).removexattr(name)
+        await self.table.get(inode).removexattr(name)
 
-    @answered
+    @handler
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         data = StatvfsData()
         data.f_bsize = data.f_frsize = 4096
         data.f_namemax = NAME_MAX
         return data
 
-    async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
-        # Said once, the kernel never asks again.
-        refuse(errno.ENOSYS)
+    # --------------------------------------------------------------------------- open and close
 
-    # ------------------------------------------------------------------------------- handles
+    @handler
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        caller = self._caller(ctx)
+        self._admit(caller)
+        handle = await self.table.get(inode).open(flags, caller)
+        return self._file_info(handle, caller)
 
-    @answered
-    def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> Eventual[FileInfo]:
-        # What the LOOKUP of this open(2) has made ready, before anything else is done: the one who
-        # waits for it is still awake (see ExpectedFile).
-        if not flags & _CHANGES:
-            handle = self.tree.prefetched.take(ctx.pid, inode)
-            if handle is not None and not handle.node.view.ended:
-                return self._file_info(handle, self._handles.admit(ctx.uid))
-        return self._open(inode, flags, ctx)
-
-    async def _open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        foreign = self._handles.admit(ctx.uid)
-        handle = await self.tree.get(inode).open(flags, Caller(ctx.pid, ctx.uid, foreign))
-        return self._file_info(handle, foreign)
-
-    @answered
+    @handler
     async def create(
         self,
         parent_inode: InodeT,
@@ -250,31 +356,41 @@ class Operations(Answering):
         flags: FlagT,
         ctx: RequestContext,
     ) -> tuple[FileInfo, EntryAttributes]:
-        foreign = self._handles.admit(ctx.uid)
-        handle, entry = await self.tree.get(parent_inode).create(name, flags)
-        return self._file_info(handle, foreign), entry
+        caller = self._caller(ctx)
+        self._admit(caller)
+        handle, entry = await self.table.get(parent_inode).create(name, flags, caller)
+        return self._file_info(handle, caller), entry
 
-    @answered
-    def read(self, fh: FileHandleT, off: int, size: int) -> Eventual[bytes]:
-        return self._handle(fh).read(off, size)
+    @handler
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        handle = self._handle(fh)
+        if not handle.stream:
+            return await handle.read(off, size)
+        # It may wait for hours, and needs no reply of the store.
+        self.kernel.under_way -= 1
+        try:
+            return await handle.read(off, size)
+        finally:
+            self.kernel.under_way += 1
 
-    @answered
+    @handler
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         return await self._handle(fh).write(off, buf)
 
     async def flush(self, fh: FileHandleT) -> None:
-        # A shell closes a duplicate before it writes: a flush says nothing.  Never asked again.
+        # A shell closes a duplicate before it writes, so a flush says nothing.  After ENOSYS the kernel
+        # sends no more of them.
         refuse(errno.ENOSYS)
 
-    @answered
+    @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         await self._handle(fh).fsync()
 
-    @answered
-    def release(self, fh: FileHandleT) -> Eventual[None]:
-        return self._handles.pop(fh).release()
+    @handler
+    async def release(self, fh: FileHandleT) -> None:
+        await self._pop(fh).release()
 
-    @answered
+    @handler
     async def poll(
         self,
         inode: InodeT,
@@ -284,38 +400,32 @@ class Operations(Answering):
     ) -> int:
         return await self._handle(fh).poll(poll_handle)
 
-    @answered
-    def opendir(self, inode: InodeT, ctx: RequestContext) -> Eventual[FileHandleT]:
-        foreign = self._handles.admit(ctx.uid)
-        opening = self.tree.get(inode).opendir()
-        if isinstance(opening, Handle):
-            return self._opened(opening, foreign)
-        return self._opendir(opening, foreign)
+    # -------------------------------------------------------------------------- directories
 
-    async def _opendir(self, opening: Eventual[Handle], foreign: bool) -> FileHandleT:
-        return self._opened(await result_of(opening), foreign)
+    @handler
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        caller = self._caller(ctx)
+        self._admit(caller)
+        return self._add(await self.table.get(inode).opendir(caller), caller)
 
-    def _opened(self, handle: Handle, foreign: bool) -> FileHandleT:
-        self.waiter.put_off(handle.prepare)
-        return self._handles.add(handle, foreign)
+    @handler
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        await self._handle(fh).readdir(start_id, token)
 
-    @answered
-    def readdir(
-        self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
-    ) -> Eventual[None]:
-        return self._handle(fh).readdir(start_id, token)
+    @handler
+    async def releasedir(self, fh: FileHandleT) -> None:
+        await self._pop(fh).release()
 
-    @answered
-    def releasedir(self, fh: FileHandleT) -> Eventual[None]:
-        return self._handles.pop(fh).release()
-
-    @answered
+    @handler
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        """Nothing of a directory is ever due."""
+        """A directory never owes anything."""
 
 
 _INODES: Final = {"rename": (0, 2)}
-"""Which arguments are inodes, where it is not the first alone."""
+"""Which arguments are inodes or handles, if not the first alone."""
+
+_VALUES: Final = {"write": 2, "setxattr": 2}
+"""Which argument is a value."""
 
 _ON_HANDLES: Final = frozenset(
     ("read", "write", "fsync", "release", "readdir", "releasedir", "fsyncdir")

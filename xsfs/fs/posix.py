@@ -1,139 +1,163 @@
-"""What POSIX wants of a change, made of what Xenstore can do: the work of short transactions.
+"""The changes that POSIX defines, made of the requests that Xenstore has: the work of short transactions.
 
-Xenstore's own commands are laxer than POSIX: MKDIR succeeds on what exists, WRITE makes missing
-parents, RM takes all that is below, and there is no rename.  So each function here reads first, in the
-same transaction, and raises FUSEError where POSIX says so; it returns the one last change, to be sent
-with the commit (see View.atomically).
+Xenstore's own commands are laxer than POSIX: MKDIR succeeds on a node that exists, WRITE creates missing
+parents, RM removes everything below, and there is no rename.  So each function here reads first, in the same
+transaction, and fails with the errno of POSIX.  It returns the one last request, which goes out with the
+commit (see View.atomically).
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
-from xsfs.fs.inodes import refuse
+from xsfs.fs.nodes import refuse
+from xsfs.fs.open_files import is_missing
 from xsfs.view.names import join, parent_path
-from xsfs.view.view import View
+from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
-from xsfs.xenstore.commands import Replies, Session
+from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
-from xsfs.xenstore.permissions import Permissions, decode_perms, set_perms
-from xsfs.xenstore.protocol import Request
+from xsfs.xenstore.permissions import perms_text
+from xsfs.xenstore.protocol import Op, Request
 
 RENAME_NODES_MAX: Final = 100_000
 """How many nodes one rename may move: its transaction holds the daemon's memory and time."""
 
 
-async def make(session: Session, path: bytes, *, directory: bool, in_present: bool) -> Request:
-    """Make a node that must not exist, in a parent that must, too, if `in_present`."""
-    parent, present = await session.burst((protocol.read(parent_path(path)), protocol.read(path)))
-    if in_present and _is_missing(parent):
-        refuse(errno.ESTALE)
-    if not _is_missing(present):
-        # One that may not be read exists as well.
+class Removed(NamedTuple):
+    """A node that a transaction removed or replaced, as it was."""
+
+    value: bytes
+    perms: bytes
+    """As `n0,r7`; empty if they may not be read."""
+
+
+async def make(
+    commands: Commands, path: bytes, *, directory: bool, missing_parent: int | None
+) -> Request:
+    """Create a node that must not exist.
+
+    missing_parent  the errno if its parent does not exist; None if it need not
+    """
+    parent, present = await commands.pipeline(
+        (protocol.read(parent_path(path)), protocol.read(path))
+    )
+    if missing_parent is not None and is_missing(parent):
+        refuse(missing_parent)
+    if not is_missing(present):
+        # A node that may not be read exists as well.
         if isinstance(present, XenstoreError) and present.name != "EACCES":
             raise present
         refuse(errno.EEXIST)
     return protocol.mkdir(path) if directory else protocol.write(path, b"")
 
 
-async def remove_file(view: View, session: Session, path: bytes) -> Request:
-    (look,) = await view.look_through(session, (path,))
-    if look is None:
+async def removed(commands: Commands, path: bytes, state: NodeState) -> Removed:
+    """What an open file of a node that is about to go needs to know of it."""
+    (perms,) = await commands.pipeline((protocol.get_perms(path),))
+    return Removed(state.value or b"", perms_text(perms) if isinstance(perms, bytes) else b"")
+
+
+async def check_file(view: View, commands: Commands, path: bytes) -> NodeState:
+    """The state of a file that is to be removed.  Fails with ENOENT, EISDIR."""
+    (state,) = await view.fetch((path,), commands)
+    if state is None:
         refuse(errno.ENOENT)
-    if view.is_directory(path, look):
+    if view.is_directory(path, state):
         refuse(errno.EISDIR)
-    return protocol.rm(path)
+    return state
 
 
-async def remove_directory(view: View, session: Session, path: bytes) -> Request:
-    (look,) = await view.look_through(session, (path,))
-    if look is None:
+async def check_empty_directory(view: View, commands: Commands, path: bytes) -> NodeState:
+    """The state of a directory that is to be removed.  Fails with ENOENT, ENOTDIR, EACCES, ENOTEMPTY."""
+    (state,) = await view.fetch((path,), commands)
+    if state is None:
         refuse(errno.ENOENT)
-    if not view.is_directory(path, look):
+    if not view.is_directory(path, state):
         refuse(errno.ENOTDIR)
-    if look.hidden:
+    if not state.readable:
         refuse(errno.EACCES)
-    if look.has_children or look.value:
+    if state.has_children or state.value:
         refuse(errno.ENOTEMPTY)
-    return protocol.rm(path)
+    return state
 
 
-async def splice(
-    session: Session, path: bytes, change: Callable[[bytes], bytes], limit: int
-) -> Request:
-    """Replace the node's value by what `change` makes of it; a missing node counts as empty."""
-    (reply,) = await session.burst((protocol.read(path),))
-    if isinstance(reply, XenstoreError):
-        if reply.name != "ENOENT":
-            raise reply
-        reply = b""
-    value = change(reply)
-    if len(value) > limit:
-        refuse(errno.EFBIG)
-    return protocol.write(path, value)
+class Renamed(NamedTuple):
+    """What a rename did."""
+
+    is_directory: bool
+    replaced: Removed | None
 
 
 async def rename(
     view: View,
-    session: Session,
+    commands: Commands,
     source: bytes,
     target: bytes,
     *,
     replace: bool,
-    in_present: bool,
-) -> bool:
-    """Move a node and all below it, with values and permissions; whether it is a directory.
+    needs_parent: bool,
+) -> Renamed:
+    """Move a node and all below it, with values and permissions.
 
-    The last change is not left to the commit: a commit is carried out even where it fails.
+    needs_parent    whether the target's parent must exist
+
+    No change is left to the commit, because a transaction is committed even if one of its requests fails.
     """
-    moved, replaced = await view.look_through(session, (source, target))
+    moved, target_state = await view.fetch((source, target), commands)
     if moved is None:
         refuse(errno.ENOENT)
-    if replaced is not None:
+    is_directory = view.is_directory(source, moved)
+    replaced = None
+    if target_state is not None:
         if not replace:
             refuse(errno.EEXIST)
-        if view.is_directory(target, replaced):
-            if not view.is_directory(source, moved):
+        if view.is_directory(target, target_state):
+            if not is_directory:
                 refuse(errno.EISDIR)
-            if replaced.hidden:
+            if not target_state.readable:
                 refuse(errno.EACCES)
-            if replaced.has_children or replaced.value:
+            if target_state.has_children or target_state.value:
                 refuse(errno.ENOTEMPTY)
-        elif view.is_directory(source, moved):
+        elif is_directory:
             refuse(errno.ENOTDIR)
-    elif in_present and not await session.exists(parent_path(target)):
+        replaced = await removed(commands, target, target_state)
+    elif needs_parent and not await commands.exists(parent_path(target)):
         refuse(errno.ESTALE)
-    nodes = await _subtree(session, source)
+    nodes = await _subtree(commands, source)
     moves = [(target + path[len(source) :], value, perms) for path, value, perms in nodes]
     for path, value, _ in moves:
         if len(path) > protocol.PATH_MAX:
             refuse(errno.ENAMETOOLONG)
-        if len(value) > protocol.value_max(path, session.payload_max):
+        if len(value) > protocol.value_max(path, commands.payload_max):
             refuse(errno.EFBIG)
-    _raise_first(await session.burst([protocol.write(path, value) for path, value, _ in moves]))
-    inherited = await session.burst([protocol.get_perms(path) for path, _, _ in moves])
+    _raise_first(await commands.pipeline([protocol.write(path, value) for path, value, _ in moves]))
+    inherited = await commands.pipeline([protocol.get_perms(path) for path, _, _ in moves])
     _raise_first(inherited)
+    # The replies to GET_PERMS have the form of the arguments of SET_PERMS, so permissions are moved as
+    # they came, even those that make no sense.
     _raise_first(
-        await session.burst(
+        await commands.pipeline(
             [
-                set_perms(path, perms)
+                Request(Op.SET_PERMS, path + b"\0" + perms)
                 for (path, _, perms), reply in zip(moves, inherited, strict=True)
-                if isinstance(reply, bytes) and decode_perms(reply) != perms
+                if reply != perms
             ]
         )
     )
-    _raise_first(await session.burst((protocol.rm(source),)))
-    return view.is_directory(source, moved)
+    _raise_first(await commands.pipeline((protocol.rm(source),)))
+    return Renamed(is_directory, replaced)
 
 
-async def _subtree(session: Session, top: bytes) -> list[tuple[bytes, bytes, Permissions]]:
-    """Each node at and below `top`, parents first: (path, value, permissions).  A burst a level."""
+async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, bytes]]:
+    """Each node at and below `top`, parents first: (path, value, reply to GET_PERMS).  One pipeline for
+    each level."""
     found = []
     level = [top]
     while level:
-        replies = await session.burst(
+        replies = await commands.pipeline(
             [ask(path) for path in level for ask in (protocol.read, protocol.get_perms)]
         )
         _raise_first(replies)
@@ -141,22 +165,18 @@ async def _subtree(session: Session, top: bytes) -> list[tuple[bytes, bytes, Per
             value, perms = replies[2 * index], replies[2 * index + 1]
             assert isinstance(value, bytes)
             assert isinstance(perms, bytes)
-            found.append((path, value, decode_perms(perms)))
+            found.append((path, value, perms))
         if len(found) > RENAME_NODES_MAX:
             refuse(errno.EFBIG)
         level = [
             join(path, name)
-            for path, children in zip(level, await session.list_all(level), strict=True)
+            for path, children in zip(level, await commands.list_all(level), strict=True)
             for name in children
         ]
     return found
 
 
-def _is_missing(reply: bytes | XenstoreError) -> bool:
-    return isinstance(reply, XenstoreError) and reply.name == "ENOENT"
-
-
-def _raise_first(replies: Replies) -> None:
+def _raise_first(replies: list[Reply]) -> None:
     for reply in replies:
         if isinstance(reply, XenstoreError):
             raise reply

@@ -1,24 +1,25 @@
-"""The mount's own files, whose content is made when they are read."""
+"""xsfs's own files in the root of the mount: text that is made when it is read, and the link to the mirror."""
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from abc import abstractmethod
 
 from pyfuse3 import EntryAttributes
 
-from xsfs.fs.inodes import Caller, Handle, Node, refuse
+from xsfs.fs.nodes import Caller, Handle, Node, refuse
 
 
 class TextFile(Node):
-    """A file of the mount's own, whose content is made anew at each opening."""
+    """A file whose content is made at each opening."""
 
     __slots__ = ()
 
     @abstractmethod
     def content(self) -> bytes:
-        """What the file holds now."""
+        """What the file contains now."""
 
     async def getattr(self) -> EntryAttributes:
         return self.entry(len(self.content()), write=False)
@@ -30,18 +31,18 @@ class TextFile(Node):
 
 
 class TextHandle(Handle):
-    __slots__ = ("content",)
+    __slots__ = ("_content",)
 
     node: TextFile
 
     def __init__(self, node: TextFile) -> None:
         super().__init__(node)
-        self.content: bytes | None = None
+        self._content: bytes | None = None
 
     async def read(self, offset: int, size: int) -> bytes:
-        if offset == 0 or self.content is None:
-            self.content = self.node.content()
-        return self.content[offset : offset + size]
+        if offset == 0 or self._content is None:
+            self._content = self.node.content()
+        return self._content[offset : offset + size]
 
 
 class DomidFile(TextFile):
@@ -59,5 +60,24 @@ class StatsFile(TextFile):
     __slots__ = ()
 
     def content(self) -> bytes:
-        counters = self.tree.counters()
-        return b"".join(b"%s %d\n" % (name.encode(), counters[name]) for name in counters)
+        counters = self.table.counters()
+        return "".join(f"{name} {value}\n" for name, value in counters.items()).encode()
+
+
+class MirrorLink(Node):
+    """`.mirror`: a symbolic link to the mirror, which does not exist while the mirror is not current."""
+
+    __slots__ = ()
+
+    kind = stat.S_IFLNK
+
+    async def getattr(self) -> EntryAttributes:
+        entry = self.entry(len(await self.readlink()))
+        entry.st_mode = stat.S_IFLNK | 0o777
+        return entry
+
+    async def readlink(self) -> bytes:
+        mirror = self.table.mirror
+        if mirror is None or not mirror.is_current:
+            refuse(errno.ENOENT)
+        return mirror.directory

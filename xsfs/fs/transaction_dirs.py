@@ -1,6 +1,6 @@
 """Transactions as directories: `.transaction/NAME/` is the whole tree as one transaction sees it.
 
-The nodes below it are those of any tree, over a view of the transaction's own (see transactions.py).
+The nodes below it are those of any tree, over the transaction's own view (see transactions.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs.directories import RootDirectory
-from xsfs.fs.inodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, Tree, refuse
-from xsfs.fs.mirror_link import MirrorLink
-from xsfs.fs.special import TextFile, TextHandle
+from xsfs.fs.inodes import InodeTable
+from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
+from xsfs.fs.special import MirrorLink, TextFile, TextHandle
 from xsfs.fs.transactions import Transactions, TransactionView
 from xsfs.view.names import NAME_MAX, join
 from xsfs.view.view import View
@@ -23,7 +23,7 @@ from xsfs.xenstore import protocol
 
 
 class ControlFile(TextFile):
-    """`.control` of a transaction: says what it is, and takes `commit` or `rollback`."""
+    """`.control` of a transaction: reading tells its state, and it accepts `commit` and `rollback`."""
 
     __slots__ = ()
 
@@ -38,7 +38,7 @@ class ControlFile(TextFile):
         return self.entry(len(self.content()))
 
     async def truncate(self, size: int) -> None:
-        """What a shell does before it writes."""
+        """A shell truncates before it writes."""
 
     async def open(self, flags: int, caller: Caller) -> ControlHandle:
         self.require()
@@ -51,14 +51,15 @@ class ControlHandle(TextHandle):
     node: ControlFile
 
     async def truncate(self, size: int) -> None:
-        """As of the file."""
+        """A shell truncates before it writes."""
 
     async def write(self, offset: int, data: bytes) -> int:
         root = self.node.parent
         word = data.strip()
         if word == b"commit":
+            await root.open_files.settle_all()
             await root.transactions.commit(root.name, root.view)
-            root.tree.prefetched.drop()
+            root.table.handover.clear()
         elif word == b"rollback":
             await root.transactions.roll_back(root.name, root.view)
         else:
@@ -79,15 +80,15 @@ class TransactionRoot(RootDirectory):
     parent: TransactionsDirectory
     view: TransactionView
 
-    def __init__(self, tree: Tree, view: View, parent: Node | None, name: bytes) -> None:
+    def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
         assert isinstance(parent, TransactionsDirectory)
         inside = parent.transactions.get(name)
         if inside is None:
             refuse(errno.ENOENT)
-        super().__init__(tree, inside, parent, name)
+        super().__init__(table, inside, parent, name)
 
     @property
-    def realm(self) -> bytes:
+    def log_prefix(self) -> bytes:
         return self.name + b":"
 
     @property
@@ -95,7 +96,7 @@ class TransactionRoot(RootDirectory):
         return self.parent.transactions
 
     async def getattr(self) -> EntryAttributes:
-        # Asks nobody: to list the transactions is not to use them.
+        # Without a request, because a listing of the transactions is no use of them.
         self.require()
         return self.entry(0)
 
@@ -129,18 +130,18 @@ class TransactionsDirectory(Node):
         root = self.root_of(name)
         if root is None:
             refuse(errno.ENOENT)
-        self.tree.remember(root)
+        self.table.remember(root)
         return root.entry(0)
 
-    def place_of(self, name: bytes) -> tuple[object, ...]:
-        # Of each transaction another: the kernel may know those of one that has ended.
+    def position_of(self, name: bytes) -> tuple[object, ...]:
+        # It differs for each transaction, because the kernel may know nodes of one that has ended.
         view = self.transactions.get(name)
         return self.inode, name, view.number if view is not None else 0
 
     def root_of(self, name: bytes) -> TransactionRoot | None:
         if self.transactions.get(name) is None:
             return None
-        return self.tree.node(TransactionRoot, self, name)
+        return self.table.node(TransactionRoot, self, name)
 
     async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
         if not protocol.is_name(name):
@@ -156,10 +157,12 @@ class TransactionsDirectory(Node):
             refuse(errno.ENOENT)
         await self.transactions.roll_back(name, view)
 
-    async def create(self, name: bytes, flags: int) -> tuple[Handle, EntryAttributes]:
+    async def create(
+        self, name: bytes, flags: int, caller: Caller
+    ) -> tuple[Handle, EntryAttributes]:
         refuse(errno.EPERM)
 
-    async def make_file(self, name: bytes) -> EntryAttributes:
+    async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
         refuse(errno.EPERM)
 
     async def unlink(self, name: bytes) -> None:
@@ -168,7 +171,7 @@ class TransactionsDirectory(Node):
     async def rename(self, name: bytes, target: Node, target_name: bytes, flags: int) -> None:
         refuse(errno.EPERM)
 
-    async def opendir(self) -> Handle:
+    async def opendir(self, caller: Caller) -> Handle:
         return TransactionsHandle(self)
 
 
@@ -199,11 +202,11 @@ class TransactionsHandle(Handle):
             if not pyfuse3.readdir_reply(token, name, child.entry(0), position + 1):
                 return
             if child is not node:
-                node.tree.remember(child)
+                node.table.remember(child)
 
 
 class MountRoot(RootDirectory):
-    """The root of the mount, with what there is of it once."""
+    """The root of the mount, with the names that a mount has once."""
 
     __slots__ = ("transactions",)
 
@@ -213,6 +216,6 @@ class MountRoot(RootDirectory):
         b".mirror": MirrorLink,
     }
 
-    def __init__(self, tree: Tree, view: View, transactions: Transactions) -> None:
-        super().__init__(tree, view, None, b"")
+    def __init__(self, table: InodeTable, view: View, transactions: Transactions) -> None:
+        super().__init__(table, view, None, b"")
         self.transactions = transactions

@@ -10,9 +10,8 @@ What always holds:
   path, which means "look at all of it again": a reader that was away misses nothing that is so now.
 - Events are kept as the paths that came from the store, one object for all readers, and become lines
   when they are read.  A read gives whole lines; what of a line did not fit is the next read.
-- A read waits READ_SECONDS at most, then it ends with EINTR, and the reader's libc asks again.  FUSE
-  tells of a signal by an INTERRUPT, which pyfuse3 does not pass on, and a process whose read is not
-  answered cannot even be killed.
+- A read waits until there is an event or its reader has been signalled (readers.py).  A process whose
+  read is not answered cannot even be killed.
 - At most one read of a handle waits, and at most READERS_MAX handles are open in a mount: so many of
   pyfuse3's tasks at most are taken by readers, and there are more (mount.py).
 - A poll handle is kept until the next event, whether or not there is something to read already: who
@@ -25,6 +24,7 @@ import errno
 import logging
 import os
 import random
+import re
 import select
 from collections import OrderedDict
 from typing import Final
@@ -33,7 +33,8 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes
 
-from xsfs.fs.inodes import Caller, Handle, Node, refuse
+from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.readers import Outcome, Reader
 from xsfs.fs.xattrs import XenstoreNode
 from xsfs.view.names import NAME_MAX, file_name, join
 from xsfs.xenstore import protocol
@@ -42,7 +43,9 @@ from xsfs.xenstore.watches import EVENTS_MAX, Subscription
 
 log = logging.getLogger(__name__)
 
-READ_SECONDS: Final = 0.5
+LOOK_SECONDS: Final = 0.25, 0.4
+"""How often xsfs looks whether a waiting reader has been signalled: between these, or many readers that
+began together would be looked at together.  A signal acts within half a second."""
 
 READERS_MAX: Final = 1024
 """How many watch files may be open: each may take one of pyfuse3's tasks, for as long as it likes.
@@ -51,7 +54,9 @@ Users who are neither root nor the one who mounted have half of it together."""
 WATCHES_MAX: Final = 1024
 """How many paths one file may watch.  Less than EVENTS_MAX, or a backlog could not be cut short."""
 
-SPECIAL: Final = frozenset((b"@introduceDomain", b"@releaseDomain"))
+SPECIAL: Final = re.compile(rb"@(?:introduceDomain|releaseDomain)(?:/[0-9]{1,5})?")
+"""Events that are no paths: of any domain, or of the one with this number.  Which of them it has, the
+daemon decides."""
 
 
 def line_of(path: bytes, base: bytes) -> bytes:
@@ -80,7 +85,7 @@ def line_of(path: bytes, base: bytes) -> bytes:
 
 def path_of(line: bytes, base: bytes) -> bytes:
     """What is to be watched: the opposite.  EINVAL for what cannot be in Xenstore."""
-    if line in SPECIAL:
+    if SPECIAL.fullmatch(line):
         return line
     if line == b".":
         return base
@@ -112,7 +117,7 @@ class WatchFile(Node):
     async def getattr(self) -> EntryAttributes:
         assert isinstance(self.parent, XenstoreNode)
         self.parent.require()
-        if not self.parent.lasting and await self.view.look(self.path) is None:
+        if not self.parent.always_there and await self.view.fetch_one(self.path) is None:
             refuse(errno.ESTALE)
         return self.entry(0)
 
@@ -120,15 +125,16 @@ class WatchFile(Node):
         mode = flags & os.O_ACCMODE
         if mode == os.O_WRONLY:
             refuse(errno.EINVAL)
-        tree = self.tree
+        tree = self.table
         full = tree.readers >= READERS_MAX
-        if full or (caller.foreign and tree.foreign_readers >= READERS_MAX // 2):
+        if full or (caller.unprivileged and tree.unprivileged_readers >= READERS_MAX // 2):
             refuse(errno.EMFILE)
         handle = WatchHandle(
             self,
             nonblocking=bool(flags & os.O_NONBLOCK),
             writable=mode != os.O_RDONLY,
-            foreign=caller.foreign,
+            foreign=caller.unprivileged,
+            opener=caller.pid,
         )
         handle.count(1)
         if mode == os.O_RDONLY:
@@ -153,9 +159,11 @@ class WatchHandle(Handle):
         "_arrived",
         "_events",
         "_poll_handle",
+        "_reader",
         "_rest",
         "_subscriptions",
         "_turn",
+        "_waits",
         "base",
         "foreign",
         "nonblocking",
@@ -165,7 +173,7 @@ class WatchHandle(Handle):
     stream = True
 
     def __init__(
-        self, node: WatchFile, *, nonblocking: bool, writable: bool, foreign: bool
+        self, node: WatchFile, *, nonblocking: bool, writable: bool, foreign: bool, opener: int
     ) -> None:
         super().__init__(node)
         self.base = node.path
@@ -178,13 +186,15 @@ class WatchHandle(Handle):
         self._rest = b""
         self._turn = trio.Lock()
         self._arrived = trio.lowlevel.ParkingLot()
+        self._reader = Reader(opener, node.inode, writable=writable)
+        self._waits = False
         self._poll_handle: pyfuse3.PollHandle | None = None
 
     def count(self, difference: int) -> None:
         """One more is open, or one less."""
-        self.node.tree.readers += difference
+        self.node.table.readers += difference
         if self.foreign:
-            self.node.tree.foreign_readers += difference
+            self.node.table.unprivileged_readers += difference
 
     # --------------------------------------------------------------------------------- events
 
@@ -230,17 +240,35 @@ class WatchHandle(Handle):
         return b"".join(lines)
 
     async def _wait(self) -> None:
-        """Return when there is something to read."""
+        """Return when there is something to read.  EINTR if the reader has been signalled."""
         if self.nonblocking:
             refuse(errno.EAGAIN)
-        if self._arrived:
-            # read(2) of one open file is let in one at a time; io_uring and such are not.
+        if self._waits:
+            # The kernel lets in one read(2) of an open file at a time, but not so with io_uring.
             refuse(errno.EBUSY)
-        # Not all at the same time, as many readers may have begun together.
-        with trio.move_on_after(READ_SECONDS * random.uniform(0.8, 1.0)):
+        self._waits = True
+        try:
+            with self._reader.reading():
+                while not self._events:
+                    await self._wait_or_look()
+        finally:
+            self._waits = False
+
+    async def _wait_or_look(self) -> None:
+        with trio.move_on_after(random.uniform(*LOOK_SECONDS)):
             await self._arrived.park()
-        if not self._events:
-            refuse(errno.EINTR)
+        if self.node.view.ended:
+            refuse(errno.ESTALE)
+        outcome = Outcome.WAITS if self._events else await self._reader.look()
+        if self._events or outcome is Outcome.WAITS:
+            return
+        if outcome is Outcome.PAUSED and self._subscriptions:
+            # read(2) must end, and many programs take EINTR for the end of the file.  An event that
+            # says "look again" harms none.
+            self.put(next(iter(self._subscriptions)))
+            return
+        # If it is UNKNOWN, too: perhaps the reader has been signalled.
+        refuse(errno.EINTR)
 
     async def poll(self, poll_handle: pyfuse3.PollHandle | None) -> int:
         if poll_handle is not None:

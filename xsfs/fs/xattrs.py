@@ -1,77 +1,135 @@
-"""What value files and directories have in common: they are Xenstore nodes, with extended attributes.
+"""Xenstore nodes as files of any kind: their times, and their extended attributes.
 
-Only `user.xs.perms` is listed: it is the one that belongs in a copy.  A tool that copies all listed
+Only `user.xs.perms` is listed, because it is the one that belongs in a copy.  A tool that copies all listed
 attributes would fail on the path, which cannot be set, and write the value twice.
 """
 
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pyfuse3
 from pyfuse3 import EntryAttributes
 
-from xsfs.fs.inodes import Node, refuse
-from xsfs.view.looks import Look
+from xsfs.fs.nodes import Node, refuse
+from xsfs.fs.open_files import OpenFile, OpenFiles, Orphan, open_files_of
+from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
-from xsfs.xenstore.permissions import format_permissions, parse_permissions, set_perms
+from xsfs.xenstore.permissions import parse_permissions, perms_text, set_perms
+
+if TYPE_CHECKING:
+    from xsfs.fs.inodes import InodeTable
 
 ATTRIBUTE_MAX: Final = 4096
 """No permissions and no value are longer in a request."""
 
 
 class XenstoreNode(Node):
-    """A Xenstore node, as whatever kind of file."""
+    """A Xenstore node, as a file of some kind."""
 
-    __slots__ = ()
+    __slots__ = ("_fingerprint", "_mtime_ns", "orphan_file")
+
+    def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
+        super().__init__(table, view, parent, name)
+        self._fingerprint: int | None = None
+        self._mtime_ns = 0
+        self.orphan_file: OpenFile | None = None
+        """Its last open file, if it was removed or replaced through the mount."""
 
     @property
-    def lasting(self) -> bool:
-        """Whether it is there even while its node is not."""
+    def open_files(self) -> OpenFiles:
+        return open_files_of(self.table, self.view)
+
+    @property
+    def always_there(self) -> bool:
+        """Whether it is shown even if its node does not exist."""
         return False
 
-    def attributes(self, look: Look) -> EntryAttributes:
-        """What was seen of the node, as the kernel takes it."""
-        return self.entry(0, look.readable, look.writable)
+    def seen(self, fingerprint: int) -> int:
+        """The time in nanoseconds at which xsfs first saw the present value, or list of children.
+
+        fingerprint     differs if that differs
+
+        Xenstore keeps no times.  A constant one would make rsync, make and editors take an unchanged
+        time for an unchanged value.
+        """
+        if fingerprint != self._fingerprint:
+            self._fingerprint = fingerprint
+            self._mtime_ns = time.time_ns()
+        return self._mtime_ns
+
+    def attributes(self, state: NodeState) -> EntryAttributes:
+        """The state of the node as the kernel takes it."""
+        return self.entry(0, state.readable, state.writable, self.seen(state.children_hash))
 
     def was_written(self) -> None:
         """A change of the node was carried out through the mount."""
-        self.tree.prefetched.drop()
+        self.table.handover.clear()
 
     def value_was_written(self) -> None:
         """The value was written by way of this directory's `.value`."""
 
-    def has_dot_value(self, look: Look) -> bool:
+    def has_dot_value(self, state: NodeState) -> bool:
         """Whether there is a `.value` in this directory."""
         return False
 
+    def orphaned(self, file: object) -> None:
+        assert isinstance(file, OpenFile)
+        self.orphan_file = file
+
     async def getxattr(self, name: bytes) -> bytes:
-        if name not in _ATTRIBUTES:
+        attribute = _ATTRIBUTES.get(name)
+        if attribute is None:
             # Never ENOSYS, which would turn extended attributes off for the whole mount.
             refuse(errno.EOPNOTSUPP if name.startswith(b"system.") else pyfuse3.ENOATTR)
+        if self.orphan_file is not None and self.orphan_file.orphan is not None:
+            return attribute.of_orphan(self, self.orphan_file.orphan)
         self.require()
-        return await _ATTRIBUTES[name][0](self)
+        await self.open_files.settle(self.path)
+        return await attribute.get(self)
 
     async def setxattr(self, name: bytes, value: bytes) -> None:
-        if name not in _ATTRIBUTES:
+        attribute = _ATTRIBUTES.get(name)
+        if attribute is None:
             refuse(errno.EOPNOTSUPP)
-        self.require()
         if len(value) > ATTRIBUTE_MAX:
             refuse(errno.E2BIG)
-        await _ATTRIBUTES[name][1](self, value)
+        if self.orphan_file is not None and self.orphan_file.orphan is not None:
+            attribute.set_of_orphan(self, self.orphan_file.orphan, value)
+            return
+        self.require()
+        await self.open_files.settle(self.path)
+        await attribute.set(self, value)
         self.was_written()
 
     async def listxattr(self) -> list[bytes]:
-        return [b"user.xs.perms"]
+        return [PERMS_NAME]
 
     async def removexattr(self, name: bytes) -> None:
         refuse(errno.EPERM if name in _ATTRIBUTES else pyfuse3.ENOATTR)
 
 
+class _Attribute:
+    """One extended attribute: how it is read and set, on a node and on an orphan."""
+
+    def __init__(
+        self,
+        get: Callable[[XenstoreNode], Awaitable[bytes]],
+        set: Callable[[XenstoreNode, bytes], Awaitable[None]],
+        of_orphan: Callable[[XenstoreNode, Orphan], bytes],
+        set_of_orphan: Callable[[XenstoreNode, Orphan, bytes], None],
+    ) -> None:
+        self.get = get
+        self.set = set
+        self.of_orphan = of_orphan
+        self.set_of_orphan = set_of_orphan
+
+
 async def _get_perms(node: XenstoreNode) -> bytes:
-    return format_permissions(await node.view.session.get_perms(node.path)).encode()
+    return perms_text(await node.view.commands.call(protocol.get_perms(node.path)))
 
 
 async def _set_perms(node: XenstoreNode, value: bytes) -> None:
@@ -80,9 +138,16 @@ async def _set_perms(node: XenstoreNode, value: bytes) -> None:
         perms = parse_permissions(value.rstrip(b"\n\0").decode("ascii"))
     except ValueError:
         refuse(errno.EINVAL)
-    if len(set_perms(node.path, perms).payload) > node.view.session.payload_max:
+    if any(entry.is_reserved for entry in perms) and not await node.view.takes_reserved_domids():
+        refuse(errno.EINVAL)
+    request = set_perms(node.path, perms)
+    if len(request.payload) > node.view.commands.payload_max:
         refuse(errno.E2BIG)
-    await node.view.session.set_perms(node.path, perms)
+    await node.view.commands.call(request)
+
+
+def _set_orphan_perms(node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
+    orphan.perms = value.rstrip(b"\n\0")
 
 
 async def _get_path(node: XenstoreNode) -> bytes:
@@ -93,21 +158,36 @@ async def _set_path(node: XenstoreNode, value: bytes) -> None:
     refuse(errno.EPERM)
 
 
+def _set_orphan_path(node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
+    refuse(errno.EPERM)
+
+
 async def _get_value(node: XenstoreNode) -> bytes:
-    return await node.view.session.read(node.path)
+    return await node.view.commands.call(protocol.read(node.path))
 
 
 async def _set_value(node: XenstoreNode, value: bytes) -> None:
-    if len(value) > protocol.value_max(node.path, node.view.session.payload_max):
+    if len(value) > protocol.value_max(node.path, node.view.commands.payload_max):
         refuse(errno.EFBIG)
-    await node.view.session.write(node.path, value)
+    await node.view.commands.call(protocol.write(node.path, value))
 
 
-_Get = Callable[[XenstoreNode], Awaitable[bytes]]
-_Set = Callable[[XenstoreNode, bytes], Awaitable[None]]
+def _get_orphan_value(node: XenstoreNode, orphan: Orphan) -> bytes:
+    return node.view.content.parse(orphan.content)
 
-_ATTRIBUTES: Final[dict[bytes, tuple[_Get, _Set]]] = {
-    b"user.xs.perms": (_get_perms, _set_perms),
-    b"user.xs.path": (_get_path, _set_path),
-    b"user.xs.value": (_get_value, _set_value),
+
+def _set_orphan_value(node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
+    orphan.content = node.view.content.render(value)
+
+
+PERMS_NAME: Final = b"user.xs.perms"
+
+_ATTRIBUTES: Final[dict[bytes, _Attribute]] = {
+    PERMS_NAME: _Attribute(
+        _get_perms, _set_perms, lambda node, orphan: orphan.perms, _set_orphan_perms
+    ),
+    b"user.xs.path": _Attribute(
+        _get_path, _set_path, lambda node, orphan: node.path, _set_orphan_path
+    ),
+    b"user.xs.value": _Attribute(_get_value, _set_value, _get_orphan_value, _set_orphan_value),
 }

@@ -1,138 +1,128 @@
-"""The live mirror: a copy of a tree as plain files, kept true by one watch.
+"""The live mirror: a watch, a work queue and one task, which keep a copy of a tree as plain files.
+
+What `Mirror` owns: subscriptions to the tree's watch and to @releaseDomain's; the work queue, in which
+each node stands once, first in, first out; and the task `run`, which alone changes files and takes nodes
+from the queue.  Other tasks wake it, and queue nodes of which the mount has learned something.
 
 Why the copy is exact whenever the store is at rest:
 
-An event says that something changed at a path or below it.  It does not say what, and it comes for
-less than everything: parents made implicitly have none, nor have the nodes below a removed one.  So
-an event for P means to look again at P and at all that is shown below it (`Copy.again`); and where
-P's parent is not shown, at the highest ancestor that is not.  Take any node N, and the last thing
-that changed it:
+An event says that something changed at a path or below it.  So the task fetches the node at that path,
+makes its file or directory what the reply says, and queues all its children; their children follow.  If a
+node's parent is not in the mirror, the task queues the highest missing ancestor instead, and from there
+the way down leads to the node.  Each fetch begins after the task has taken the event, and the task
+applies replies in the order of the fetches.  Take any node N and its last change:
 
-- N itself was written, made, removed, or given permissions.  Its event came after the change, and we
-  look after the event: what we see is the present N.
-- N was made implicitly, as an ancestor of D.  D's event follows.  Had the mirror no N then, it looks at
-  the highest missing ancestor, and from there into everything; likewise where N is shown even while it
-  is not there (the root).  Had it one, of an earlier life, then that life ended by a removal at or
-  above N whose event came before D's, and the look that this event caused was either before the
-  removal's successor was made (then N was taken away, see above), or after (then N was looked at as
-  it is).
-- N went away with an ancestor A.  A's event came; A is gone, or made again: then its listing is
-  compared with what is shown, and each child that is in both is looked at again.
-- N's permissions changed, or it vanished, when a domain died: with no event in some daemons, or none
-  but @releaseDomain's.  That one means to look again at everything.
-- Events were lost: the backlog was full (the client then says "everything"), or the connection was
-  lost.  Then there is no mirror until all has been copied anew.
+- A client wrote N, made it, removed it or set its permissions.  The event came after the change, and the
+  fetch after the event.
+- The store made N implicitly, as an ancestor of D.  D's event follows.  If N is missing in the mirror,
+  the task fetches N on the way down to D.  It fetches N, too, if N is a directory that is shown without
+  a node.  If an older N is still shown, the event of its removal, at N or above, precedes D's.  The fetch
+  that this event caused was answered either before N was made again, and the task removed N; or later,
+  and it showed the new N.
+- N vanished with an ancestor A.  A's event follows.  The task finds that A is missing; or it finds a new
+  A, removes the files of what the new A does not list, and fetches each child that it does list.
+- A domain died, and N vanished or lost permissions.  Some daemons send no event for N, but all send
+  @releaseDomain.  Then the task queues the root, and everything below follows.
+- Events were lost.  If the backlog was full, the client reports an event of the root instead.  If the
+  connection was lost, the task removes the copy and makes another one.
 
-Looks are applied by one task, one burst after the other in the order in which they were asked, so
-that no reply is applied after a later one; an event that comes meanwhile waits, and its look follows.
-(While a whole copy is made bursts overlap, on several connections, and may be answered in any order:
-the events since its beginning wait until it is complete, and are looked at then.)  While that task
-waits for something to do, a single changed file is looked at and shown by whoever tells of it, from
-the question to the file without a break.  What a node that was looked at becomes does not depend on
-when the other nodes of the burst were: where its parent is not as it should be, the parent is looked at
-first (xsfs/mirror/reconcile.py).
+While the task makes a whole copy, events wait.  Whether a node is a file or a directory also depends on
+the sticky directories, which report each change to `_sticky_changed`.  The mirror cannot follow changes
+that the store does not report: a guest does not learn that nodes of others vanish from its tree.
 
-Whether a node is a file or a directory depends on its value, its children, and on what the mount knows
-(`KnownDirectories`), which tells us of each change.  A node whose last shown child goes is looked at
-again, since it may be a file now.
-
-What a guest may not be told cannot be followed: the nodes of others that vanish without an event, if
-they lie in its tree.
-
-A look serves all who wanted it before it was asked for.  So events that came together are gone through
-from the top down, and a node that has one is left out of what must only be looked at again: what is
-below several changed nodes is looked at once.  Of two in one burst the one above is asked for first:
-what it wants of the other, the other's answer tells.
-
-Nothing is done while the store rests.  Under load the mirror rests as long as it works
-(xsfs/mirror/pace.py).  And after each burst of what events tell of comes one, of twice the length, of
-what must only be looked at again, a quarter of them those that have waited longest: so that neither
-waits for the other's end, nor anything for ever.
+Every queued node has its turn, since nothing overtakes it.  The task changes files for SLICE_SECONDS
+between two checkpoints, and sleeps as long as it has worked.  While the store rests it does nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from typing import Final
 
 import trio
 
-from xsfs.mirror.pace import Pace
-from xsfs.mirror.reconcile import Copy
-from xsfs.mirror.staging import MirrorFiles, Steps
-from xsfs.mirror.windows import WINDOW, WINDOWS_AHEAD, Windows, full_window, next_window
-from xsfs.view.view import Sight, View
-from xsfs.xenstore import protocol
-from xsfs.xenstore.background import open_servants
-from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError
+from xsfs.mirror.reconcile import GONE, FetchedNode, Reconciler
+from xsfs.mirror.staging import MirrorDirectory, Steps
+from xsfs.view.names import shown_names
+from xsfs.view.view import View, interpret, requests_for
+from xsfs.xenstore.connection import Reply
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
+from xsfs.xenstore.protocol import WireError, check_path
 from xsfs.xenstore.store import Store
 from xsfs.xenstore.watches import Subscription
 
 log = logging.getLogger(__name__)
 
-BREAK_SECONDS: Final = 20e-6
-"""How far apart events must come to be looked at one by one.  Those that come together merge."""
+BATCH: Final = 64
+"""How many nodes one pipeline fetches."""
+
+QUEUE_MAX: Final = 16384
+"""How long the work queue may be before events wait in their subscription, whose backlog is bounded."""
 
 SLICE_SECONDS: Final = 0.001
-"""How long files are changed before other tasks have their turn."""
+"""How long the task changes files before other tasks have their turn."""
 
-RECEIVE_SECONDS: Final = 0.0003
-"""How long until replies to what is asked ahead are taken: a socket has room for some 140 of them from
-xenstored, which then sleeps until most of that is free again."""
-
-EVENTS_MAX: Final = 16384
-"""How many paths may wait to be looked at.  Past it everything is."""
+UNRESTED_SECONDS: Final = 0.005
+"""How long the task works before it sleeps.  A sleep takes a millisecond longer than asked for."""
 
 RETRY_FIRST: Final = 1.0
 RETRY_MAX: Final = 60.0
-"""Seconds until a copy that failed (the disk is full, the store answers nonsense) is tried again."""
+"""Seconds until xsfs tries again to make a copy (the disk is full, the store answers nonsense)."""
+
+LEFT_OUT_MAX: Final = 100
+"""Of how many nodes the log says that the copy lacks them."""
 
 RELEASE: Final = b"@releaseDomain"
 
+_COSTS_THE_NODE: Final = frozenset((errno.ENAMETOOLONG, errno.EMLINK, errno.EILSEQ, errno.EINVAL))
+"""What a file system answers if it cannot hold a node that another one could hold."""
+
 
 class _Lost(ConnectionLost):
-    """Events may have been missed: the copy can't be true any more."""
+    """Events may have been missed, so the copy may be wrong."""
 
 
 class Mirror:
     """See the module's text.  `run` must be running.
 
-    store       a store of its own, so that its bursts hold up nobody else's requests
+    store       a store of its own, so that its pipelines delay nobody else's requests
     view        the tree that is copied, over that store
     files       where the copy is
     """
 
-    def __init__(self, store: Store, view: View, files: MirrorFiles) -> None:
+    def __init__(self, store: Store, view: View, files: MirrorDirectory) -> None:
         self.store = store
         self._watches = store.watches
         self._view = view
         self._files = files
-        self._copy = Copy(view, files)
-        self._events: OrderedDict[bytes, None] = OrderedDict()
-        """Nodes that events told of, to be looked at and renewed."""
-        self._changes = Subscription(view.root, self._wake, EVENTS_MAX)
+        self._queue: OrderedDict[bytes, bool] = OrderedDict()
+        self._reconciler = Reconciler(view, files, self._queue)
+        self._changes = Subscription(view.root, self._wake)
         self._releases = Subscription(RELEASE, self._wake)
         self._heard: set[Subscription] = set()
         """Those of the two whose first event has come since they were set."""
-        self._in_sight: set[bytes] = set()
-        """Nodes being looked at: what they become depends on what is known of them afterwards."""
-        self._work = trio.lowlevel.ParkingLot()
-        self._pace = Pace()
-        self._true_of: int | None = None
-        """The count of interruptions that the published copy is of."""
-        self.looks = 0
-        """How often a node was looked at."""
+        self._in_flight: frozenset[bytes] = frozenset()
+        """The nodes that are being fetched: what they become depends on what is known afterwards."""
+        self._idle = trio.lowlevel.ParkingLot()
+        self._unrested = 0.0
+        """How many seconds the task has worked and not slept."""
+        self._left_out: set[bytes] = set()
+        """Nodes that make no sense, of which the log has told."""
+        self._copy_of: int | None = None
+        """The count of interruptions when the published copy was made."""
+        self.fetched = 0
+        """How many nodes were fetched since the start."""
         view.asks_perms = view.asks_perms or files.has_perms
 
     @property
-    def true(self) -> bool:
-        """Whether the copy is there, and follows the store."""
-        return self._true_of == self._interruptions
+    def is_current(self) -> bool:
+        """Whether the copy is complete, and follows the store."""
+        return self._copy_of == self._interruptions
 
     @property
     def directory(self) -> bytes:
@@ -140,23 +130,20 @@ class Mirror:
 
     @property
     def nodes(self) -> int:
-        """How many nodes are in the copy while it is true."""
-        return self._copy.nodes if self.true else 0
+        """How many nodes are in the copy while it is current."""
+        return self._reconciler.nodes if self.is_current else 0
 
     def _wake(self) -> None:
-        if self._work and self._show_at_once():
-            return
-        self._pace.told = True
-        self._work.unpark_all()
+        self._idle.unpark_all()
 
     # ----------------------------------------------------------------------------------- life
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the mirror for as long as it runs; started when the first copy is complete.
 
-        Raises StoreError, OSError if there can be none from the start, never later.
+        Raises StoreError, OSError if the first copy cannot be made, never later.
         """
-        self._view.known.on_change = self._known_changed
+        self._view.sticky.on_change = self._sticky_changed
         try:
             await self._watches.subscribe(self._changes)
             await self._watches.subscribe(self._releases)
@@ -168,8 +155,8 @@ class Mirror:
             task_status.started()
             await self._live()
         finally:
-            self._true_of = None
-            self._view.known.on_change = None
+            self._copy_of = None
+            self._view.sticky.on_change = None
             self._watches.drop(self._changes)
             self._watches.drop(self._releases)
 
@@ -181,7 +168,7 @@ class Mirror:
         delay = 0.0
         while True:
             try:
-                if self._true_of is None:
+                if self._copy_of is None:
                     await self._make()
                     log.info("the mirror is back: %d nodes", self.nodes)
                     delay = 0.0
@@ -190,9 +177,9 @@ class Mirror:
                 delay = 0.0
                 log.warning("the mirror is gone until Xenstore is back")
             except RequestTimeout as error:
-                # Each try has its time limit anyway, or is none during an outage.
+                # Each try has its time limit anyway, or sends nothing during an outage.
                 delay = RETRY_FIRST
-                if error.asked:
+                if not error.during_outage:
                     log.error("the mirror is gone: %s", error)
             except (StoreError, OSError) as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
@@ -204,7 +191,7 @@ class Mirror:
             await trio.sleep(delay)
 
     async def _withdraw(self) -> None:
-        self._true_of = None
+        self._copy_of = None
         try:
             await self._carry_out(self._files.clear())
         except OSError:
@@ -214,29 +201,18 @@ class Mirror:
         """Make a whole copy, and show it when it is complete."""
         await self._armed()
         interruptions = self._interruptions
-        self._events.clear()
-        self._in_sight.clear()
+        self._left_out.clear()
         self._files.begin()
-        self._copy.begin()
-        await self._look_at_all()
+        self._reconciler.begin()
+        while self._queue:
+            await self._work()
         if self._interruptions != interruptions:
             raise _Lost("the connection was lost while the copy was made")
-        await self._carry_out(self._copy.publish())
-        self._true_of = interruptions
-
-    async def _look_at_all(self) -> None:
-        """Look at the next nodes while the files of the last are made: the store is another process."""
-
-        def survey(paths: Sequence[bytes], store: Store) -> Awaitable[list[Sight]]:
-            return self._survey(paths, store=store)
-
-        async with self.store.beside(WINDOWS_AHEAD - 1) as others, open_servants() as servants:
-            windows = Windows(self._copy.again, (self.store, *others), survey, servants)
-            while (seen := await windows.next()) is not None:
-                await self._apply(*seen, renew=False, meanwhile=windows.receive)
+        await self._carry_out(self._reconciler.publish())
+        self._copy_of = interruptions
 
     async def _armed(self) -> None:
-        """Return when both watches are set at the store, and have said so."""
+        """Return when both watches are set at the store, and their first events have come."""
         while True:
             for subscription in (self._changes, self._releases):
                 if not self._watches.armed(subscription):
@@ -245,152 +221,133 @@ class Mirror:
                     self._heard.add(subscription)
             if len(self._heard) == 2:
                 return
-            await self._work.park()
+            await self._idle.park()
 
     # --------------------------------------------------------------------------------- follow
 
     async def _follow(self) -> None:
-        again, pace = self._copy.again, self._pace
         while True:
-            if not self.true:
+            if not self.is_current:
                 raise _Lost("the connection was lost")
             self._take_events()
-            if not (self._events or again):
-                self._files.rest()
-                pace.begin_wait()
-                await self._work.park()
-                pace.has_waited()
-                continue
-            pace.begin_work()
-            if self._events:
-                await self._look_at_changed()
-            # Even while there are always events, and most often more than those have left here.
-            if paths := next_window(again, self._events, size=2 * WINDOW, fair=True):
-                await self._apply(paths, await self._survey(paths), renew=False)
-            pace.end_work()
-            if pace.is_tired:
-                await pace.rest()
+            if self._queue:
+                # Not by the clock: the store, or other processes, may have taken that time.
+                began = time.thread_time()
+                await self._work()
+                self._unrested += time.thread_time() - began
+                await self._rest()
+            else:
+                parked = time.monotonic()
+                await self._idle.park()
+                self._unrested = max(0.0, self._unrested - (time.monotonic() - parked))
 
-    def _show_at_once(self) -> bool:
-        """While the task is parked: look at what has changed, and show it, if it is one file that was
-        there, and the store answers within a moment.  Whether that is all that there is to do."""
-        path = self._changes.only()
-        if path is None or not self.true:
-            return False
-        waited = self._pace.has_waited()
-        if waited < BREAK_SECONDS or self._pace.is_tired:
-            return False
-        if not self._is_inside(path):
-            return False
-        self._pace.begin_work()
-        self._in_sight.add(path)  # or what is learned now would wake the task
-        try:
-            if not self._copy.shows_file(path):
-                return False
-            sight = self._view.glance(path, partial(self._copy.make_ready, path))
-            if sight is None or not self._copy.is_one_file(path, sight):
-                return False
-            for _ in self._copy.apply(path, sight, renew=True):
-                pass
-            self._files.rest()
-        except Exception:
-            return False  # the task meets it, too, and tells
-        finally:
-            self._in_sight.discard(path)
-            self._pace.end_work()
-            self._pace.begin_wait()
-        self.looks += 1
-        self._changes.take()
-        return not self._copy.again
-
-    async def _look_at_changed(self) -> None:
-        if len(self._events) > 1:
-            paths = full_window(self._events, self._copy.within_reach)
-            sights = await self._survey(paths, self._files.expect)
-            await self._apply(paths, sights, renew=True)
-            return
-        # One is asked for at once: whether it can be shown is found out meanwhile.
-        paths = [path] = next_window(self._events)
-        sights = await self._survey(paths, partial(self._copy.make_ready, path))
-        if self._copy.is_ready(path):
-            await self._apply(paths, sights, renew=True)
-        self._in_sight.discard(path)
+    async def _rest(self) -> None:
+        """Sleep as long as the task has worked: events merge meanwhile."""
+        if self._unrested > UNRESTED_SECONDS:
+            await trio.sleep(self._unrested)
+            self._unrested = 0.0
 
     def _take_events(self) -> None:
-        self._pace.told = False
-        if not self._events:
-            inside = filter(self._is_inside, self._changes.take())
-            # The top is the last.
-            self._events = OrderedDict.fromkeys(sorted(inside, key=len, reverse=True))
+        if len(self._queue) < QUEUE_MAX:
+            # Parents first: what is below them they queue themselves.
+            events = sorted(self._changes.take(), key=len)
+            self._queue.update(dict.fromkeys(events, True))
         if self._releases.take():
-            self._copy.all_again = True
-        if self._copy.all_again and not self._copy.again:
-            # Not earlier: domains may die faster than everything is looked at.
-            self._copy.all_again = False
-            self._copy.again[self._view.root] = None
+            self._queue.setdefault(self._view.root, False)
+
+    def _sticky_changed(self, path: bytes) -> None:
+        """The mount has learned, or forgotten, that a node is a directory."""
+        if path not in self._in_flight and self._is_inside(path):
+            if self._reconciler.contradicts(path):
+                self._queue.setdefault(path, False)
+                self._wake()
+            self._files.release()
 
     def _is_inside(self, path: bytes) -> bool:
-        """Whether an event's path is one of the tree: a broken store may send any."""
+        """Whether the path of an event is in the tree: a broken store may send any."""
         root = self._view.root
         if path != root and not path.startswith(root if root == b"/" else root + b"/"):
             return False
         if root == b"/" and path.startswith(b"/@"):
             return False  # as in a listing (names.is_shown)
         try:
-            protocol.check_path(path)
+            check_path(path)
         except ValueError:
             return False
         return True
 
-    def _known_changed(self, path: bytes) -> None:
-        """The mount has learned, or forgotten, that a node is a directory."""
-        if path not in self._in_sight and self._is_inside(path) and self._copy.contradicts(path):
-            self._copy.again[path] = None
-            self._wake()
+    # ----------------------------------------------------------------------------------- work
 
-    async def _survey(
-        self,
-        paths: Sequence[bytes],
-        meanwhile: Callable[[], None] | None = None,
-        *,
-        store: Store | None = None,
-    ) -> list[Sight]:
-        """Look at nodes.  `meanwhile`: as in Session.burst.  `store`: another one to ask."""
-        self._in_sight.update(paths)
+    async def _work(self) -> None:
+        """Fetch the next nodes, and make the files agree with them."""
+        batch: dict[bytes, bool] = {}
+        while self._queue and len(batch) < BATCH:
+            path, renew = self._queue.popitem(last=False)
+            if not renew or self._is_inside(path):
+                batch[path] = renew
+        self._in_flight = frozenset(batch)
         try:
-            sights = await self._view.survey(paths, meanwhile, store)
-        except protocol.WireError as error:
-            (store or self.store).distrust(str(error))
-            raise ConnectionLost(f"the store answers nonsense: {error}") from error
-        self.looks += len(paths)
-        return sights
+            nodes = await self._fetch(list(batch))
+        finally:
+            self._in_flight = frozenset()
+        await self._carry_out(self._apply(batch, nodes))
+        self._files.release()
 
-    async def _apply(
-        self,
-        paths: Sequence[bytes],
-        sights: Sequence[Sight],
-        *,
-        renew: bool,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> None:
-        """Show what was seen of nodes.  `meanwhile`: called now and then."""
-        self._in_sight.difference_update(paths)
-        steps = (
-            step
-            for path, sight in zip(paths, sights, strict=True)
-            for step in self._copy.apply(path, sight, renew=renew)
-        )
-        await self._carry_out(steps, meanwhile)
+    def _apply(self, batch: Mapping[bytes, bool], nodes: Sequence[FetchedNode]) -> Steps:
+        for (path, renew), node in zip(batch.items(), nodes, strict=True):
+            try:
+                yield from self._reconciler.apply(path, node, renew=renew)
+            except OSError as error:
+                if error.errno not in _COSTS_THE_NODE:
+                    raise
+                self._leave_out(path, error)
 
-    async def _carry_out(self, steps: Steps, meanwhile: Callable[[], None] | None = None) -> None:
+    async def _carry_out(self, steps: Steps) -> None:
         """Change files, with a turn for other tasks after each slice."""
         with closing(steps):
-            since = received = time.perf_counter()
+            since = time.perf_counter()
             for _ in steps:
-                now = time.perf_counter()
-                if now - since > SLICE_SECONDS:
+                if time.perf_counter() - since > SLICE_SECONDS:
                     await trio.lowlevel.checkpoint()
-                    since = received = time.perf_counter()
-                elif meanwhile is not None and now - received > RECEIVE_SECONDS:
-                    meanwhile()
-                    received = time.perf_counter()
+                    since = time.perf_counter()
+
+    async def _fetch(self, paths: Sequence[bytes]) -> list[FetchedNode]:
+        """All about some nodes, by one pipeline; listings too long for a reply take more.
+
+        A node that makes no sense counts as missing, unless it is the root: that raises StoreError.
+        """
+        requests = [requests_for(path, perms=self._view.asks_perms) for path in paths]
+        replies = iter(await self.store.pipeline([one for some in requests for one in some]))
+        nodes = []
+        for path, asked in zip(paths, requests, strict=True):
+            try:
+                node = await self._interpret(path, [next(replies) for _ in asked])
+            except (XenstoreError, WireError) as error:
+                if path == self._view.root:
+                    raise (
+                        error if isinstance(error, StoreError) else StoreError(str(error))
+                    ) from None
+                self._leave_out(path, error)
+                node = GONE
+            nodes.append(node)
+        self.fetched += len(paths)
+        return nodes
+
+    async def _interpret(self, path: bytes, replies: Sequence[Reply]) -> FetchedNode:
+        value, listing, *rest = replies
+        perms = rest[0] if rest else None
+        state = interpret(value, listing, perms, self._view.domid)
+        if state is None:
+            return GONE
+        names: Sequence[bytes] = ()
+        if state.has_children:
+            self._view.sticky.add(path)
+            if not isinstance(listing, bytes):
+                listing = b"".join(b"%s\0" % name for name in await self.store.list(path))
+            names = shown_names(path, listing)
+        return FetchedNode(state, names, perms if isinstance(perms, bytes) else b"")
+
+    def _leave_out(self, path: bytes, error: Exception) -> None:
+        if path not in self._left_out and len(self._left_out) < LEFT_OUT_MAX:
+            self._left_out.add(path)
+            log.error("left out of the mirror: %r: %s", path[:200], error)

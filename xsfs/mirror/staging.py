@@ -1,86 +1,371 @@
-"""The files of a live mirror: a directory that holds a copy of a tree, and the place where it is made.
+"""The files of a live mirror: the directory DIR, and the staging directory beside it.
 
-What `MirrorFiles` owns: a directory DIR, whose content is the copy, and the workshop beside it
-(xsfs/mirror/workshop.py).  Only the mirror's task may use it, and what works in its place while it
-waits.
+What `MirrorDirectory` owns: descriptors of DIR, of its parent, and of the staging directory
+`.NAME.xsfs`.  It opens them once and holds them; only the mirror's task may use it.
 
 What always holds:
 
-- Readers see whole values: a file is made in the workshop and then renamed to its place.
-- A new copy is made in the workshop, too (`begin`), and moved to DIR when it is complete (`publish`);
-  an old one is moved out before it is removed (`clear`).  DIR itself stays, and whoever watches it.
-- Nothing outside DIR and the workshop is ever changed, whatever the owner of the files does to them
-  (`uid=` makes one who may put a symbolic link where a directory was): each change is made relative
-  to an open directory, whose place is looked at after it was opened; or to the workshop, which is open
-  all the time, and nobody else's.
-- Paths are bytes, relative to the copy's root, which is b"".  File names, not Xenstore names.
+- Every operation is relative to one of these descriptors, or to a directory that was opened below one
+  of them with O_NOFOLLOW.  A directory that somebody swaps for a symbolic link leads xsfs nowhere.
+- Only root, or the user who runs xsfs, can write to DIR's parent or swap anything above it.  (The owner
+  of the files, `uid=`, can write below DIR.)
+- A running xsfs holds the lock in its staging directory.  If nobody holds the lock, that xsfs has died,
+  and the content of the DIR that the lock file names is a copy that it left.  Any other DIR that is not
+  empty belongs to somebody else; xsfs refuses it.
+- Readers see whole values: xsfs makes a file in the staging directory and renames it to its place.
+- xsfs makes a whole copy in the staging directory, too (`begin`), and moves it to DIR when it is complete
+  (`publish`).  `clear` first moves the old copy out of DIR, and then removes it.  DIR itself stays, so
+  inotify watches on it stay as well.
+- xsfs leaves RESERVE of the file system free.
+
+Paths are bytes, relative to DIR, which is b"".  They consist of file names, not of Xenstore's names.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import stat
+import struct
 from collections.abc import Generator
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Final
 
-from xsfs.mirror.workshop import MirrorPlaceError, Workshop
 from xsfs.view.ownership import Ownership
 
-log = logging.getLogger(__name__)
+DIRECTORY_PATH_MAX: Final = 512
+"""Bytes of DIR's own path.  With the longest path of Xenstore below it, it must fit PATH_MAX."""
+
+RUN_DIRECTORY: Final = "/run/xsfs"
 
 PERMS_ATTRIBUTE: Final = "user.xs.perms"
 
+RESERVE: Final = 20
+"""The mirror leaves one part in so many of its file system free, in bytes and in inodes; but at least
+the first and at most the second of these:"""
+RESERVE_BYTES: Final = (1 << 20, 64 << 20)
+RESERVE_INODES: Final = (64, 4096)
+
+CHECK_EVERY: Final = 16
+"""After how many new files and directories xsfs looks how much room is left.  A file takes a page or
+two, so all of them together take a fraction of the reserve."""
+
+OPEN_MAX: Final = 64
+"""How many directories are kept open.  A path of Xenstore may have 1,500 levels."""
+
+CONTENT_MAX: Final = 1 << 16
+"""Bytes of a file that xsfs compares with a value, which is shorter."""
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOCK: Final = b"lock"
 _NEW: Final = b"new"
 _OLD: Final = b"old"
 _TREE: Final = b"tree"
-"""In the workshop: the file on its way, copies to be removed, the copy being made."""
+"""In the staging directory: the lock file, the file on its way to its place, copies to be removed, and
+the copy that is being made."""
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_GET_VERSION: Final = 0x80007601 | struct.calcsize("l") << 16
+"""FS_IOC_GETVERSION, ioctl_iflags(2)"""
+
+_OTHER: Final = "name another directory: mirror=DIR"
+_EMPTY: Final = "name an empty directory, or one to be made: mirror=DIR"
+_TRUSTED: Final = "name a directory in a place where nobody else can write: mirror=DIR"
+
+_UNSUITABLE: Final = frozenset((errno.ENOSPC, errno.E2BIG, errno.ERANGE))
+"""What a file system answers to an attribute that is too large for it."""
 
 Steps = Generator[bytes, None, None]
-"""A change in small steps, for callers that have others to serve in between; of each, what changed."""
+"""A change in small steps, for callers that have others to serve in between.  Of each step: which file or
+directory was changed, or b""."""
+
+log = logging.getLogger(__name__)
 
 
-def _split(path: bytes) -> tuple[bytes, bytes]:
-    parent, _, name = path.rpartition(b"/")
-    return parent, name
+class MirrorPlaceError(Exception):
+    """Why there can be no mirror in this directory, with what to do about it."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
-class MirrorFiles:
+def default_directory(mountpoint: str) -> str:
+    """The mirror's directory if the user names none.  Makes the directory above it.
+
+    Raises MirrorPlaceError.
+    """
+    name = os.path.realpath(mountpoint).strip("/").replace("/", "-") or "root"
+    above = RUN_DIRECTORY
+    if os.geteuid() != 0:
+        if "XDG_RUNTIME_DIR" not in os.environ:
+            raise MirrorPlaceError("there is no place for a mirror", "name one: mirror=DIR")
+        above = os.path.join(os.environ["XDG_RUNTIME_DIR"], "xsfs")
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(above)
+            # Other users may have to pass, whatever the umask of this process is.
+            os.chmod(above, 0o755)
+    except OSError as error:
+        raise MirrorPlaceError(f"cannot make {above}: {error.strerror}", _OTHER) from error
+    return os.path.join(above, name)
+
+
+# ------------------------------------------------------------------------------ trusted places
+
+
+def _distrust(found: os.stat_result, *, sticky: bool) -> str | None:
+    """Why a directory is not trusted; None if it is.
+
+    sticky      whether everybody may write there if the sticky bit keeps them from swapping what
+                belongs to others
+    """
+    if found.st_uid not in (0, os.geteuid()):
+        return "belongs to another user"
+    if found.st_mode & 0o022 and not (sticky and found.st_mode & stat.S_ISVTX):
+        return "can be written by others"
+    return None
+
+
+def _open_trusted(path: bytes) -> int:
+    """Open a directory that only root and this user can write to, or swap for another.
+
+    path        absolute, without symbolic links
+
+    As sshd's StrictModes: all directories on the way are checked, each after it was opened.
+    """
+    names = [name for name in path.split(b"/") if name]
+    fd = os.open(b"/", _DIRECTORY)
+    try:
+        for depth in range(len(names) + 1):
+            if (why := _distrust(os.fstat(fd), sticky=depth < len(names))) is not None:
+                shown = os.fsdecode(b"/" + b"/".join(names[:depth]))
+                raise MirrorPlaceError(f"the mirror is not safe in {shown}: it {why}", _TRUSTED)
+            if depth < len(names):
+                above, fd = fd, os.open(names[depth], _DIRECTORY, dir_fd=fd)
+                os.close(above)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _identity(fd: int) -> bytes:
+    """What no other directory in the same place has: the number of its inode, and the generation if the
+    file system uses numbers again."""
+    try:
+        generation = fcntl.ioctl(fd, _GET_VERSION, bytes(struct.calcsize("l"))).hex()
+    except OSError:
+        generation = "none"
+    return b"%d.%s" % (os.fstat(fd).st_ino, generation.encode())
+
+
+# ------------------------------------------------------------------------------ the directories
+
+
+class StagingDirectory:
+    """The directory `.NAME.xsfs`, locked while it is open, and the record of which DIR xsfs keeps.
+
+    parent      an open directory, in which it is
+    name        of DIR
+    """
+
+    def __init__(self, parent: int, name: bytes, shown: str) -> None:
+        self._parent = parent
+        self._name = b"." + name + b".xsfs"
+        with suppress(FileExistsError):
+            os.mkdir(self._name, 0o700, dir_fd=parent)
+        self.fd = os.open(self._name, _DIRECTORY, dir_fd=parent)
+        self._lock = -1
+        try:
+            if os.fstat(self.fd).st_uid != os.geteuid():
+                raise MirrorPlaceError(f"the mirror {shown} is another user's", _OTHER)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._lock = os.open(_LOCK, flags, 0o600, dir_fd=self.fd)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self._lock).st_nlink:
+                raise BlockingIOError  # its owner has just removed it
+        except (BlockingIOError, FileNotFoundError):
+            self.release()
+            raise MirrorPlaceError(f"the mirror {shown} is that of another mount", _OTHER) from None
+        except BaseException:
+            self.release()
+            with suppress(OSError):
+                os.rmdir(self._name, dir_fd=parent)
+            raise
+
+    def release(self) -> None:
+        """Close it.  What is in it stays, for the next start."""
+        for fd in (self._lock, self.fd):
+            if fd >= 0:
+                os.close(fd)
+
+    @property
+    def record(self) -> tuple[bytes, bytes]:
+        """The identity of the DIR that xsfs keeps, and what it was before: mode, owner and group, or
+        nothing if xsfs made it."""
+        identity, _, before = os.pread(self._lock, 4096, 0).partition(b" ")
+        return identity, before
+
+    @record.setter
+    def record(self, record: tuple[bytes, bytes]) -> None:
+        line = b" ".join(record) if record[0] else b""
+        os.ftruncate(self._lock, 0)
+        if os.pwrite(self._lock, line, 0) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def remove(self) -> None:
+        """Remove it.  It must be empty but for the lock file."""
+        with suppress(FileNotFoundError):
+            os.unlink(_LOCK, dir_fd=self.fd)
+        with suppress(FileNotFoundError):
+            os.rmdir(self._name, dir_fd=self._parent)
+
+
+class _OpenDirectories:
+    """The directories below an open one, opened on the way down and kept for the next operation.
+
+    top         an open directory, which stays open
+    modes       the modes of the directory itself and of those below it, if they deny writing to this
+                user, who then has to permit it for the time of a change; None for root
+    """
+
+    def __init__(self, top: int, modes: tuple[int, int] | None = None) -> None:
+        self.top = top
+        self._modes = modes
+        self._open: dict[bytes, int] = {}
+        self._writable: set[bytes] = set()
+
+    def enter(self, path: bytes, *, change: bool = False) -> int:
+        """A descriptor of the directory, good until the next call.
+
+        change      whether something in it, or of its attributes, is about to be changed
+
+        Raises FileNotFoundError or NotADirectoryError if it is missing; `first_missing` tells which.
+        """
+        fd = self._open.get(path, -1) if path else self.top
+        if fd < 0:
+            fd = self._walk(path)
+        if change and self._modes is not None and path not in self._writable:
+            os.fchmod(fd, 0o700)
+            self._writable.add(path)
+        return fd
+
+    def _walk(self, path: bytes) -> int:
+        above = path
+        while above and above not in self._open:
+            above = above.rpartition(b"/")[0]
+        fd = self._open[above] if above else self.top
+        for name in path[len(above) :].lstrip(b"/").split(b"/"):
+            above = above + b"/" + name if above else name
+            try:
+                fd = os.open(name, _DIRECTORY, dir_fd=fd)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                error.filename = above
+                raise
+            self._open[above] = fd
+            if len(self._open) > OPEN_MAX:
+                self._close(next(iter(self._open)))
+        return fd
+
+    def first_missing(self, path: bytes) -> bytes | None:
+        """The highest directory on the way to this one, itself included, that is missing."""
+        try:
+            self.enter(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            assert isinstance(error.filename, bytes)
+            return error.filename
+        return None
+
+    def _close(self, path: bytes) -> None:
+        fd = self._open.pop(path)
+        try:
+            self._protect(path, fd)
+        finally:
+            os.close(fd)
+
+    def _protect(self, path: bytes, fd: int) -> None:
+        if path in self._writable:
+            assert self._modes is not None
+            self._writable.discard(path)
+            os.fchmod(fd, self._modes[1] if path else self._modes[0])
+
+    def forget(self, path: bytes) -> None:
+        """This directory has been removed."""
+        self._writable.discard(path)
+        if path in self._open:
+            os.close(self._open.pop(path))
+
+    def close(self) -> None:
+        """Close all, which xsfs opens again when it needs them."""
+        while self._open:
+            self._close(next(iter(self._open)))
+        self._protect(b"", self.top)
+
+    def removing(self, top: bytes) -> Steps:
+        """Remove the directory with all below it, from the leaves up."""
+        stack = [top]
+        while stack:
+            path = stack[-1]
+            below = []
+            with closing(self.scan(path)) as entries:
+                for name, is_directory in entries:
+                    if is_directory:
+                        below.append(path + b"/" + name)
+                        yield b""
+                    else:
+                        os.unlink(name, dir_fd=self.enter(path, change=True))
+                        yield path + b"/" + name
+            if below:
+                stack += below
+                continue
+            stack.pop()
+            parent, _, name = path.rpartition(b"/")
+            self.forget(path)
+            os.rmdir(name, dir_fd=self.enter(parent, change=True))
+            yield path
+
+    def scan(self, path: bytes) -> Generator[tuple[bytes, bool], None, None]:
+        """The names in a directory, and which of them are directories.  Meanwhile, names may go."""
+        # A descriptor of its own: others of the same opening share its position.
+        fd = os.open(b".", _DIRECTORY, dir_fd=self.enter(path))
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    yield os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)
+        finally:
+            os.close(fd)
+
+
+class MirrorDirectory:
     """See the module's text.  `open` and `close` frame all else.
 
-    directory   DIR: see Workshop
+    directory   DIR.  Its parent must exist, on the same file system.
+    ownership   who owns the files, and what is cut from their modes
     """
 
     def __init__(self, directory: str, ownership: Ownership) -> None:
-        self._workshop = Workshop(directory)
-        self.directory = self._workshop.directory
+        self.directory = os.fsencode(os.path.realpath(directory))
         self.ownership = ownership
+        self._name = os.path.basename(self.directory)
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
         mask = os.umask(0o077)
         os.umask(mask)
-        # What is made gets the modes less the process's own mask.
-        self._chmod = bool(mask & (self._file_mode | self._directory_mode))
-        self._new_file_mode = self._file_mode
+        is_root = os.geteuid() == 0
+        # Others than root may neither write to a directory without write permission, nor give an
+        # attribute to a file without it.
+        self._modes = None if is_root else (self._directory_mode, self._directory_mode)
+        self._new_file_mode = self._file_mode if is_root else 0o600
+        self._chmod = not is_root or bool(mask & (self._file_mode | self._directory_mode))
         self._chown = (ownership.uid, ownership.gid) != (os.geteuid(), os.getegid())
-        # Only root may write in directories that have no write permission.
-        self._unlock = os.geteuid() != 0
-        if self._unlock:
-            # Nor give permissions to files that have none.
-            self._chmod = True
-            self._new_file_mode = 0o600
-        self._base = self.directory
-        self._parent: tuple[bytes, int] | None = None
-        self._new = -1
-        """The file on its way, where it was made ahead."""
+        self._made = 0
+        self._unique = os.urandom(8).hex().encode()
         self.has_perms = False
         """Whether files can have user attributes here: tmpfs has them since Linux 6.6."""
         self.staged = False
-        """Whether what is changed is the copy in the workshop."""
+        """Whether what is changed is the copy in the staging directory."""
 
     def is_inside(self, directory: str) -> bool:
         above = os.fsencode(os.path.realpath(directory))
@@ -89,204 +374,285 @@ class MirrorFiles:
     # ------------------------------------------------------------------------ begin and end
 
     def open(self) -> None:
-        """Take the directory, and clear what a dead xsfs has left.  Raises MirrorPlaceError."""
-        self._workshop.open()
+        """Lock the directory, and remove what a dead xsfs has left.  Raises MirrorPlaceError."""
+        shown = os.fsdecode(self.directory)
+        if len(self.directory) > DIRECTORY_PATH_MAX:
+            raise MirrorPlaceError(f"the mirror's path {shown} is too long", _OTHER)
+        try:
+            with ExitStack() as undo:
+                self._parent = _open_trusted(os.path.dirname(self.directory))
+                undo.callback(os.close, self._parent)
+                self._staging = StagingDirectory(self._parent, self._name, shown)
+                undo.callback(self._staging.release)
+                try:
+                    self._fd = self._open_directory(shown)
+                except BaseException:
+                    # A record, and what a dead xsfs has left, stays for the next start.
+                    if not self._staging.record[0]:
+                        with suppress(OSError):
+                            self._staging.remove()
+                    raise
+                undo.pop_all()
+        except OSError as error:
+            raise MirrorPlaceError(
+                f"cannot keep a mirror in {shown}: {error.strerror}", _OTHER
+            ) from error
+        self._copy = self._published = _OpenDirectories(self._fd, self._modes)
         try:
             self._clear_now()
-            os.chmod(self.directory, self._directory_mode)
+            os.fchmod(self._fd, self._directory_mode)
             if self._chown:
-                os.chown(self.directory, self.ownership.uid, self.ownership.gid)
+                os.fchown(self._fd, self.ownership.uid, self.ownership.gid)
         except OSError as error:
             self.close()
             raise MirrorPlaceError(
-                f"cannot use {os.fsdecode(self.directory)}: {error.strerror}", "look what is in it"
+                f"cannot use {shown}: {error.strerror}", "look what is in it"
             ) from error
         try:
-            os.setxattr(self._workshop.fd, PERMS_ATTRIBUTE, b"n0")
+            os.setxattr(self._staging.fd, PERMS_ATTRIBUTE, b"n0")
             self.has_perms = True
         except OSError as error:
             log.info("no permissions in the mirror: %s", error.strerror)
 
+    def _open_directory(self, shown: str) -> int:
+        """Open DIR, make it if it is missing, and record which one it is."""
+        try:
+            os.mkdir(self._name, 0o700, dir_fd=self._parent)
+            made = True
+        except FileExistsError:
+            made = False
+        try:
+            fd = os.open(self._name, _DIRECTORY, dir_fd=self._parent)
+        except NotADirectoryError:
+            raise MirrorPlaceError(f"the mirror {shown} is not a directory", _EMPTY) from None
+        try:
+            found = os.fstat(fd)
+            identity = _identity(fd)
+            if found.st_dev != os.fstat(self._staging.fd).st_dev:
+                raise MirrorPlaceError(f"the mirror {shown} is a mountpoint itself", _EMPTY)
+            if made:
+                self._staging.record = identity, b""
+            elif identity != self._staging.record[0]:
+                if (why := _distrust(found, sticky=False)) is not None:
+                    raise MirrorPlaceError(f"the mirror {shown} is not safe: it {why}", _TRUSTED)
+                if os.listdir(fd):
+                    raise MirrorPlaceError(f"the mirror {shown} is not empty", _EMPTY)
+                mode = stat.S_IMODE(found.st_mode)
+                before = b"%d %d %d" % (mode, found.st_uid, found.st_gid)
+                self._staging.record = identity, before
+        except BaseException:
+            os.close(fd)
+            if made:
+                os.rmdir(self._name, dir_fd=self._parent)
+                self._staging.record = b"", b""
+            raise
+        return fd
+
     def close(self) -> None:
-        """Leave nothing behind.  What cannot be removed is logged, and left to the next start."""
+        """Leave DIR as it was before, or remove it if xsfs made it.
+
+        Never raises: xsfs logs what it cannot remove, and leaves it to the next start.
+        """
         try:
             self._clear_now()
             self.set_perms(b"", b"")
-            self._let_go()
-        except OSError:
-            log.exception("the mirror could not be removed")
-        self._workshop.close()
+            self.release()
+            self._give_back()
+            self._staging.remove()
+            if os.path.dirname(self.directory) == os.fsencode(RUN_DIRECTORY):
+                with suppress(OSError):  # there are others
+                    os.rmdir(RUN_DIRECTORY)
+        except OSError as error:
+            log.error("the mirror %s cannot be removed: %s", os.fsdecode(self.directory), error)
+        finally:
+            os.close(self._fd)
+            self._staging.release()
+            os.close(self._parent)
 
-    def rest(self) -> None:
-        """Nothing is to be changed for now."""
-        self._let_go()
-        self._give_up_new()
+    def _give_back(self) -> None:
+        before = self._staging.record[1]
+        if before:
+            mode, uid, gid = map(int, before.split())
+            os.fchown(self._fd, uid, gid)
+            os.fchmod(self._fd, mode)
+            return
+        with suppress(FileNotFoundError):
+            there = os.stat(self._name, dir_fd=self._parent, follow_symlinks=False)
+            if os.path.samestat(there, os.fstat(self._fd)):
+                os.rmdir(self._name, dir_fd=self._parent)
+
+    def release(self) -> None:
+        """Close what was opened for the last changes.  To be called before each wait: nobody may find
+        directories open, or writable, that xsfs does not use."""
+        self._copy.close()
 
     def _clear_now(self) -> None:
         for _ in self.clear():
             pass
-        if os.path.lexists(self._workshop.inside(_NEW)):
-            os.unlink(_NEW, dir_fd=self._workshop.fd)
 
     def clear(self) -> Steps:
-        """Remove all copies, finished or not.  The one that is seen goes first."""
-        self.rest()
-        # What is moved out of DIR into the workshop may still be open for the files' owner.
-        self.staged = False
-        old = self._workshop.inside(_OLD)
-        if os.path.isdir(old):
-            yield from self._move_all(self.directory, old)
-        self._base = self._workshop.path
+        """Remove all copies, finished or not.  The one that readers see goes first."""
+        self.release()
+        if self.staged:
+            os.close(self._copy.top)
+            self._copy, self.staged = self._published, False
+        staging = _OpenDirectories(self._staging.fd, self._modes and (0o700, 0o700))
         try:
+            if staging.first_missing(_OLD) is None:
+                yield from self._move_all(self._published, staging.enter(_OLD), renamed=True)
             for name in (_OLD, _TREE):
-                if self.is_directory(name):
-                    yield from self.removing(name)
+                if staging.first_missing(name) is None:
+                    yield from staging.removing(name)
+            with suppress(FileNotFoundError):
+                os.unlink(_NEW, dir_fd=self._staging.fd)
         finally:
-            self._let_go()
-            # It was entered like a directory of the copy.
-            os.fchmod(self._workshop.fd, 0o700)
-            self._base = self.directory
+            staging.close()
 
     # ----------------------------------------------------------------------- the whole copy
 
     def begin(self) -> None:
-        """What is made from now on is not seen before `publish`."""
-        self._let_go()
-        self._base = b"/proc/self/fd/%d/%s" % (self._workshop.fd, _TREE)
-        os.mkdir(self._base, 0o700)
-        # Made now, since it is wanted when the file system may be full.
-        os.mkdir(_OLD, 0o700, dir_fd=self._workshop.fd)
+        """What is made from now on, nobody sees before `publish`."""
+        self.release()
+        self._check_room()
+        # Made now, since `clear` needs it when the file system may be full.
+        for name in (_OLD, _TREE):
+            os.mkdir(name, 0o700, dir_fd=self._staging.fd)
+        top = os.open(_TREE, _DIRECTORY, dir_fd=self._staging.fd)
+        self._copy = _OpenDirectories(top, self._modes and (0o700, self._directory_mode))
         self.staged = True
 
     def publish(self) -> Steps:
         """Let all that was made be seen."""
-        self._let_go()
-        yield from self._move_all(self._base, self.directory)
-        perms = self.perms(b"")
-        os.rmdir(self._base)
-        self._base = self.directory
-        self.staged = False
+        copy, perms = self._copy, self.perms(b"")
+        self.release()
+        yield from self._move_all(copy, self._published.enter(b"", change=True))
+        os.rmdir(_TREE, dir_fd=self._staging.fd)
+        os.close(copy.top)
+        self._copy, self.staged = self._published, False
         self.set_perms(b"", perms)
+        self.release()
 
-    def _move_all(self, source: bytes, target: bytes) -> Steps:
-        if self._unlock:
-            os.chmod(target, 0o700)
-            os.chmod(source, 0o700)
-        for name in os.listdir(source):
-            path, moved = os.path.join(source, name), os.path.join(target, name)
-            # To move a directory is to change what `..` is in it.
-            locked = self._unlock and stat.S_ISDIR(os.lstat(path).st_mode)
-            if locked:
-                os.chmod(path, 0o700)
-            os.rename(path, moved)
-            if locked:
-                os.chmod(moved, self._directory_mode)
+    def _move_all(self, source: _OpenDirectories, target: int, *, renamed: bool = False) -> Steps:
+        """Move what is in a directory to another.
+
+        renamed     by names that are not used there yet
+        """
+        with closing(source.scan(b"")) as entries:
+            names = list(entries)
+        for number, (name, is_directory) in enumerate(names):
+            directory = source.enter(b"", change=True)
+            new_name = b"%s-%d" % (self._unique, number) if renamed else name
+            fd = -1
+            if is_directory and self._modes is not None:
+                # To move a directory is to change what `..` is in it.
+                fd = os.open(name, _DIRECTORY, dir_fd=directory)
+            try:
+                if fd >= 0:
+                    os.fchmod(fd, 0o700)
+                os.rename(name, new_name, src_dir_fd=directory, dst_dir_fd=target)
+                if fd >= 0:
+                    os.fchmod(fd, self._directory_mode)
+            finally:
+                if fd >= 0:
+                    os.close(fd)
             yield name
-        if self._unlock:
-            os.chmod(source, self._directory_mode)
-            os.chmod(target, self._directory_mode)
+        source.close()
 
     # ------------------------------------------------------------------------------- to see
 
-    def _absolute(self, path: bytes) -> bytes:
-        return self._base + b"/" + path if path else self._base
+    def first_missing(self, path: bytes) -> bytes | None:
+        """The highest directory on the way to this one, itself included, that is missing."""
+        return self._copy.first_missing(path)
 
     def kind(self, path: bytes) -> int:
-        """S_IFDIR, S_IFREG, or 0 for what is not there."""
+        """S_IFDIR, S_IFREG or another file type; 0 for what is missing."""
+        if not path:
+            return stat.S_IFDIR
+        parent, _, name = path.rpartition(b"/")
         try:
-            return stat.S_IFMT(os.lstat(self._absolute(path)).st_mode)
+            directory = self._copy.enter(parent)
+            return stat.S_IFMT(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return 0
 
-    def is_directory(self, path: bytes) -> bool:
-        if not self.staged:
-            return self.kind(path) == stat.S_IFDIR
-        try:
-            self._enter(path)  # as who asks does next
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+    def names(self, path: bytes) -> Generator[bytes, None, None]:
+        """The names in a directory, read while the caller takes them."""
+        for name, _ in self._copy.scan(path):
+            yield name
 
-    def names(self, path: bytes) -> list[bytes]:
-        return os.listdir(self._absolute(path))
-
-    def content(self, path: bytes) -> bytes | None:
-        """None for what is no file."""
+    def read(self, path: bytes) -> tuple[bytes, bytes] | None:
+        """The content and the permissions of a file; None for what is no file, or cannot be read."""
+        parent, _, name = path.rpartition(b"/")
         try:
-            # Not to wait for who writes a pipe that the files' owner has put there.
+            # The files' owner may have put anything there: xsfs does not wait for a pipe's writer.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(self._absolute(path), flags)
-        except (FileNotFoundError, NotADirectoryError):
+            fd = os.open(name, flags, dir_fd=self._copy.enter(parent))
+        except OSError:
             return None
         try:
-            return os.read(fd, 1 << 20)
-        except IsADirectoryError:
+            return os.read(fd, CONTENT_MAX), self._attribute(fd)
+        except OSError:
             return None
         finally:
             os.close(fd)
 
     def perms(self, path: bytes) -> bytes:
-        """The permissions as they were set; nothing where there are none."""
-        if not self.has_perms:
-            return b""
+        """The permissions of a directory as xsfs set them; nothing if there are none."""
+        return self._attribute(self._copy.enter(path))
+
+    def _attribute(self, fd: int) -> bytes:
         try:
-            return os.getxattr(self._absolute(path), PERMS_ATTRIBUTE, follow_symlinks=False)
+            return os.getxattr(fd, PERMS_ATTRIBUTE) if self.has_perms else b""
         except OSError:
             return b""
 
     # ---------------------------------------------------------------------------- to change
 
-    def expect(self, path: bytes | None = None) -> None:
-        """A file is probably put next: make it before it is known with what, and perhaps which.
+    def _check_room(self) -> None:
+        """Raises OSError ENOSPC if less than the reserve is left."""
+        room = os.fstatvfs(self._staging.fd)
+        # Some file systems have no limit of the one or the other.
+        least = min(
+            max(RESERVE_BYTES[0], room.f_blocks * room.f_frsize // RESERVE), RESERVE_BYTES[1]
+        )
+        lacks = room.f_blocks and room.f_bavail * room.f_frsize < least
+        inodes = min(max(RESERVE_INODES[0], room.f_files // RESERVE), RESERVE_INODES[1])
+        if lacks or (room.f_files and room.f_favail < inodes):
+            text = f"{os.strerror(errno.ENOSPC)}: xsfs leaves {least >> 20} MiB and {inodes} inodes free"
+            raise OSError(errno.ENOSPC, text, os.fsdecode(self.directory))
 
-        What fails now is met, and told, when it is.
-        """
-        with suppress(OSError):
-            if path is not None:
-                self._enter(_split(path)[0])
-            if self._new < 0:
-                self._new = self._make(_NEW, self._workshop.fd)
+    def _count(self) -> None:
+        self._made += 1
+        if self._made % CHECK_EVERY == 0:
+            self._check_room()
 
     def put(self, path: bytes, content: bytes, perms: bytes, *, new: bool = False) -> None:
-        """Make the file, or replace it by a new one.
+        """Make the file, or replace it by a new one.  Raises OSError.
 
-        new     none is there; FileExistsError in the workshop if that is not so
+        new     no file has this path
         """
+        self._count()
+        parent, _, name = path.rpartition(b"/")
+        directory = self._copy.enter(parent, change=True)
         if new and self.staged:
-            self._fill(self._make(*self._reach(path)), content, perms)
+            self._make(name, directory, content, perms)
             return
-        parent, name = _split(path)
-        directory = self._enter(parent)
-        fd, self._new = self._new, -1
-        if fd < 0:
-            fd = self._make(_NEW, self._workshop.fd)
-        elif not content:
-            os.utime(fd)  # nothing is written that would tell when
         try:
-            self._fill(fd, content, perms)
-            os.rename(_NEW, name, src_dir_fd=self._workshop.fd, dst_dir_fd=directory)
+            self._make(_NEW, self._staging.fd, content, perms)
+            os.rename(_NEW, name, src_dir_fd=self._staging.fd, dst_dir_fd=directory)
         except OSError:
-            os.unlink(_NEW, dir_fd=self._workshop.fd)
+            with suppress(FileNotFoundError):
+                os.unlink(_NEW, dir_fd=self._staging.fd)
             raise
 
-    def _make(self, name: bytes, directory: int) -> int:
+    def _make(self, name: bytes, directory: int, content: bytes, perms: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(name, flags, self._new_file_mode, dir_fd=directory)
-
-    def _give_up_new(self) -> None:
-        if self._new < 0:
-            return
-        fd, self._new = self._new, -1
-        os.close(fd)
-        with suppress(FileNotFoundError):
-            os.unlink(_NEW, dir_fd=self._workshop.fd)
-
-    def _fill(self, fd: int, content: bytes, perms: bytes) -> None:
+        fd = os.open(name, flags, self._new_file_mode, dir_fd=directory)
         try:
             if content and os.write(fd, content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if perms and self.has_perms:
-                os.setxattr(fd, PERMS_ATTRIBUTE, perms)
+            if perms:
+                self._set_attribute(fd, perms)
             if self._chmod:
                 os.fchmod(fd, self._file_mode)
             if self._chown:
@@ -294,103 +660,48 @@ class MirrorFiles:
         finally:
             os.close(fd)
 
-    def make_directory(self, path: bytes) -> None:
-        # It may have the last inode.
-        self._give_up_new()
-        name, directory = self._reach(path)
-        os.mkdir(name, self._directory_mode, dir_fd=directory)
-        if not (self._chmod or self._chown):
-            return
-        # By a descriptor: the owner of what is above may have put something else there.
-        fd = os.open(name, _DIRECTORY, dir_fd=directory)
-        try:
-            if self._chmod:
-                os.fchmod(fd, self._directory_mode)
-            if self._chown:
-                os.fchown(fd, self.ownership.uid, self.ownership.gid)
-        finally:
-            os.close(fd)
-
-    def set_perms(self, path: bytes, perms: bytes, *, new: bool = False) -> None:
-        """Set a directory's permissions, where they are others; nothing takes them away.
-
-        new     it was made just now, and has none
-        """
+    def _set_attribute(self, fd: int, perms: bytes) -> None:
         if not self.has_perms:
             return
-        if new and self.staged and not self._unlock:
-            os.setxattr(self._absolute(path), PERMS_ATTRIBUTE, perms, follow_symlinks=False)
+        try:
+            os.setxattr(fd, PERMS_ATTRIBUTE, perms)
+        except OSError as error:
+            # A guest can make permissions that are longer than the file system can store.
+            if error.errno not in _UNSUITABLE:
+                raise
+            log.debug("permissions of %d bytes are left out: %s", len(perms), error.strerror)
+
+    def make_directory(self, path: bytes, perms: bytes) -> None:
+        """Make the directory, of which nothing is there.  Raises OSError."""
+        self._count()
+        parent, _, name = path.rpartition(b"/")
+        directory = self._copy.enter(parent, change=True)
+        os.mkdir(name, 0o700 if self._modes else self._directory_mode, dir_fd=directory)
+        if not (self._chmod or self._chown or perms):
             return
-        if not new and self.perms(path) == perms:
-            return
+        # By a descriptor: the owner of the directory above may have put something else there.
+        fd = self._copy.enter(path)
         if perms:
-            os.setxattr(self._enter(path), PERMS_ATTRIBUTE, perms)
+            self._set_attribute(fd, perms)
+        if self._chmod:
+            os.fchmod(fd, self._directory_mode)
+        if self._chown:
+            os.fchown(fd, self.ownership.uid, self.ownership.gid)
+
+    def set_perms(self, path: bytes, perms: bytes) -> None:
+        """Set a directory's permissions, if they are others; b"" removes them."""
+        if not self.has_perms or self.perms(path) == perms:
+            return
+        fd = self._copy.enter(path, change=True)
+        if perms:
+            self._set_attribute(fd, perms)
         else:
-            os.removexattr(self._enter(path), PERMS_ATTRIBUTE)
+            os.removexattr(fd, PERMS_ATTRIBUTE)
 
     def remove_file(self, path: bytes) -> None:
-        parent, name = _split(path)
-        os.unlink(name, dir_fd=self._enter(parent))
+        parent, _, name = path.rpartition(b"/")
+        os.unlink(name, dir_fd=self._copy.enter(parent, change=True))
 
     def removing(self, top: bytes) -> Steps:
         """Remove the directory with all below it, from the leaves up."""
-        stack = [top]
-        while stack:
-            path = stack[-1]
-            directory = self._enter(path)
-            below = []
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    name = os.fsencode(entry.name)
-                    if entry.is_dir(follow_symlinks=False):
-                        below.append(path + b"/" + name)
-                    else:
-                        os.unlink(name, dir_fd=directory)
-                        yield path + b"/" + name
-            if below:
-                stack += below
-                continue
-            stack.pop()
-            parent, name = _split(path)
-            os.rmdir(name, dir_fd=self._enter(parent))
-            yield path
-
-    # --------------------------------------------------------------------------- directories
-
-    def _reach(self, path: bytes) -> tuple[bytes, int]:
-        """By which name, relative to which directory, what is to be made there is reached."""
-        if self.staged and not self._unlock:
-            return _TREE + b"/" + path, self._workshop.fd
-        parent, name = _split(path)
-        return name, self._enter(parent)
-
-    def _enter(self, path: bytes) -> int:
-        """A descriptor of the directory, which is in its place.  The last one is kept open."""
-        if self._parent is not None:
-            if self._parent[0] == path:
-                return self._parent[1]
-            self._let_go()
-        absolute = self._absolute(path)
-        fd = os.open(absolute, _DIRECTORY)
-        try:
-            # The copy that is being made nobody else can reach.
-            if not self.staged and os.readlink(b"/proc/self/fd/%d" % fd) != absolute:
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), absolute)
-            if self._unlock:
-                os.fchmod(fd, 0o700)
-        except OSError:
-            os.close(fd)
-            raise
-        self._parent = (path, fd)
-        return fd
-
-    def _let_go(self) -> None:
-        if self._parent is None:
-            return
-        fd = self._parent[1]
-        self._parent = None
-        try:
-            if self._unlock:
-                os.fchmod(fd, self._directory_mode)
-        finally:
-            os.close(fd)
+        return self._copy.removing(top)

@@ -1,44 +1,44 @@
-"""Which names a directory may have: what its listing asks ahead, together with the names themselves.
+"""Listing hints: the names that a directory probably has, so that their kinds can be asked with the names.
 
-What it owns: listings as they once were, as bytes of the protocol, a bounded number of them.  They are
-never an answer: a wrong one is only a question too many.
+A `ListingHints` owns listings as they once were, as bytes of the protocol, a bounded number of them.  They
+are never an answer: a wrong hint costs one question too many.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-GUESSES_MAX: Final = 1024
+from xsfs.view.bounded import Bounded
+
+SEEN_MAX: Final = 1024
+"""How many listings of children are kept: whoever lists a directory often lists its children next."""
 LISTED_MAX: Final = 64
-"""How many directories are remembered that were listed lately: a script may list one in a loop."""
+"""How many directories are kept that were listed lately: a script may list one in a loop."""
 SIZE_MAX: Final = 512
-"""Bytes of a listing that is kept: some 50 names."""
+"""The length in bytes of a listing that is kept: some 50 names."""
 
 
-class Guesses:
-    """See the module's text."""
+class ListingHints:
+    """See the module's docstring."""
 
     def __init__(self) -> None:
-        self._seen: dict[bytes, bytes] = {}
-        self._listed: dict[bytes, bytes] = {}
+        self._seen: Bounded[bytes, bytes] = Bounded(SEEN_MAX)
+        self._listed: Bounded[bytes, bytes] = Bounded(LISTED_MAX)
 
     def take(self, path: bytes) -> bytes:
-        """The guess for the directory that is listed now; empty if there is none."""
+        """The hint for a directory that is listed now; empty if there is none."""
         return self._seen.pop(path, b"") or self._listed.get(path, b"")
 
     def saw(self, path: bytes, listing: bytes) -> None:
-        """Its parent was listed: who does that often lists those in it next."""
-        _keep(self._seen, path, listing, GUESSES_MAX)
+        """The parent of this directory was listed."""
+        _keep(self._seen, path, listing)
 
     def was_listed(self, path: bytes, listing: bytes) -> None:
-        _keep(self._listed, path, listing, LISTED_MAX)
+        _keep(self._listed, path, listing)
 
 
-def _keep(guesses: dict[bytes, bytes], path: bytes, listing: bytes, most: int) -> None:
-    """Keep `most` of them at most, the newest; and no nonsense."""
-    guesses.pop(path, None)
-    if len(listing) > SIZE_MAX or not listing.endswith(b"\0"):
-        return
-    guesses[path] = listing
-    if len(guesses) > most:
-        del guesses[next(iter(guesses))]
+def _keep(hints: Bounded[bytes, bytes], path: bytes, listing: bytes) -> None:
+    if len(listing) <= SIZE_MAX and listing.endswith(b"\0"):
+        hints.put(path, listing)
+    else:
+        hints.pop(path, None)

@@ -1,13 +1,18 @@
-"""Which empty nodes are directories: the containers of Xen's conventions.
+"""Which nodes without children are directories.
 
-From docs/misc/xenstore-paths.pandoc and libxl: what the toolstack makes empty, and fills later.  Only
-the outermost levels matter, as what a container has in it makes it a directory anyway.
+Two things decide: Xen's conventions, as a table of containers, and what has happened in this mount.  The
+table comes from docs/misc/xenstore-paths.pandoc, libxl, XAPI and Qubes: nodes that a toolstack creates
+empty and fills later.  Only the outermost levels matter, since a container with children is a directory
+anyway.
+
+A `StickyDirectories` owns the paths of nodes that have been directories since the mount.  The tasks of FUSE
+operations change it, and whoever keeps a copy of the tree is told of each change (`on_change`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 _NUMBER: Final = re.compile(rb"[0-9]+")
@@ -20,11 +25,11 @@ class Container(NamedTuple):
 
     named: Mapping[bytes, Container]
     pattern: re.Pattern[bytes] | None = None
-    """Of the names of others, which are all alike: `each`."""
+    """Matches the names of further containers, which are all alike: `each`."""
     each: Container | None = None
 
     def get(self, name: bytes) -> Container | None:
-        """The child of this name, if it is one."""
+        """The child of this name, if it is a container."""
         found = self.named.get(name)
         if found is None and self.pattern is not None and self.pattern.fullmatch(name):
             return self.each
@@ -32,7 +37,7 @@ class Container(NamedTuple):
 
 
 EMPTY: Final = Container({})
-"""None is in it."""
+"""It has no containers in it."""
 
 
 def _all(names: str, each: Container = EMPTY) -> Mapping[bytes, Container]:
@@ -72,7 +77,7 @@ _ROOT = Container(
 
 
 def container_at(path: bytes) -> Container | None:
-    """The container of this absolute path, if it is one.  What a container is in is one, too."""
+    """The container at this absolute path, if there is one.  A container's parent is a container, too."""
     container: Container | None = _ROOT
     if path != b"/":
         for name in path.split(b"/")[1:]:
@@ -85,3 +90,84 @@ def container_at(path: bytes) -> Container | None:
 def is_container(path: bytes) -> bool:
     """Whether a node without value and children is a directory by Xen's conventions."""
     return container_at(path) is not None
+
+
+STICKY_MAX: Final = 100_000
+"""How many paths are remembered.  Past it the oldest are forgotten, and the conventions decide about them:
+a host whose guests come and go for years must not grow."""
+
+Change = tuple[str, tuple[bytes, ...], dict[str, bool]]
+
+
+class StickyDirectories:
+    """The nodes that have been directories since the mount, by path.
+
+    A node with neither value nor children could be a file or a directory.  One that mkdir created, or that
+    had children once, stays a directory.  A directory whose `.value` was created through the mount stays
+    one even with a value and without children, or restoring a backup would turn it into a file before its
+    children exist; and its `.value` exists even while it is empty, or the tool that created it would miss
+    it.
+    """
+
+    def __init__(self) -> None:
+        self._has_value: dict[bytes, bool] = {}
+        """By path of a directory: whether its `.value` was created."""
+        self.on_change: Callable[[bytes], None] | None = None
+        """Called with each path about which something changes."""
+        self._journal: list[Change] | None = None
+        """In a copy for a transaction: the changes, to be carried out again when it is committed."""
+
+    def copy(self) -> StickyDirectories:
+        """A copy for a transaction, which keeps a journal of its changes."""
+        copied = StickyDirectories()
+        copied._has_value = dict(self._has_value)
+        copied._journal = []
+        return copied
+
+    def carry_out(self, committed: StickyDirectories) -> None:
+        """Carry out the changes of a copy whose transaction was committed."""
+        for name, paths, flags in committed._journal or ():
+            getattr(self, name)(*paths, **flags)
+
+    def _log(self, name: str, *paths: bytes, **flags: bool) -> None:
+        if self._journal is not None:
+            self._journal.append((name, paths, flags))
+
+    def _changed(self, path: bytes) -> None:
+        if self.on_change is not None:
+            self.on_change(path)
+
+    def add(self, path: bytes, *, with_value: bool = False) -> None:
+        """The node is a directory; `with_value` if its `.value` was created."""
+        known = self._has_value.pop(path, None)
+        self._has_value[path] = is_now = bool(known) or with_value
+        if is_now is not known:
+            self._log("add", path, with_value=with_value)
+            self._changed(path)
+        if len(self._has_value) > STICKY_MAX:
+            self.discard(next(iter(self._has_value)))
+
+    def discard(self, path: bytes) -> None:
+        """The node was removed, or renamed, through the mount."""
+        if self._has_value.pop(path, None) is not None:
+            self._log("discard", path)
+            self._changed(path)
+
+    def discard_value(self, path: bytes) -> None:
+        """The `.value` of this directory was removed."""
+        if self._has_value.get(path):
+            self._has_value[path] = False
+            self._log("discard_value", path)
+            self._changed(path)
+
+    def move(self, source: bytes, target: bytes) -> None:
+        """A subtree was renamed."""
+        below = source + b"/"
+        for path in [path for path in self._has_value if path == source or path.startswith(below)]:
+            with_value = self._has_value[path]
+            self.discard(path)
+            self.add(target + path[len(source) :], with_value=with_value)
+
+    def get(self, path: bytes) -> bool | None:
+        """Whether `.value` was created in this directory; None if the path is not remembered."""
+        return self._has_value.get(path)

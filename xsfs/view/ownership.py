@@ -1,4 +1,4 @@
-"""Who owns the files of a mount, and with which modes.  Xenstore has no users."""
+"""The owner and the modes of the files of a mount.  Xenstore has no users."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 
 @dataclass(slots=True, frozen=True)
 class Ownership:
-    """Who owns the files, and what of their modes is cut."""
+    """The owner of all files, and the permission bits that are removed from their modes."""
 
     uid: int
     gid: int

@@ -1,311 +1,330 @@
 """What the store looks like from one place: as it is, or inside a transaction.
 
-A `View` is what all nodes of one tree share: the session through which they ask, the domain whose
-rights count, the rules by which a Xenstore node is a file or a directory.  It knows Xenstore and no
-FUSE; each `look` is one burst of requests, and a second one for what the first leaves in doubt.
-Nothing of it is kept but which nodes have been directories, and what a listing may ask ahead: never an
-answer.
+A `View` is what all nodes of one tree share: the commands by which they ask, the domain whose rights count,
+and the rules by which a Xenstore node is a file or a directory.  It knows Xenstore, and nothing of FUSE.
+
+READ and DIRECTORY together tell what a node is, and GET_PERMS if the rights of the asking domain may not
+suffice.  If only the kind matters, READ is left out: the value counts with nodes without children that may
+be directories, and those are asked about once more.
+
+A view keeps no answers.  It remembers which nodes have been directories (`sticky`), and which names a
+listing may ask about ahead (`hints`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final, NamedTuple
 
 import trio
 
-from xsfs.view.hints import Guesses
-from xsfs.view.kinds import EMPTY, container_at, is_container
-from xsfs.view.known import KnownDirectories
-from xsfs.view.looks import LEAF, PARENT, Answers, Look, questions, questions_of_kind, understand
-from xsfs.view.names import Format, join, shown_names
+from xsfs.view.hints import ListingHints
+from xsfs.view.kinds import StickyDirectories, is_container
+from xsfs.view.names import ValueFormat, is_shown, join, shown_names
 from xsfs.xenstore import protocol
-from xsfs.xenstore.commands import Names, Session
+from xsfs.xenstore.commands import Commands, Names
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
-from xsfs.xenstore.eventual import Eventual, result_of
+from xsfs.xenstore.permissions import access_of, decode_perms
 from xsfs.xenstore.protocol import Request
-from xsfs.xenstore.store import Store
-from xsfs.xenstore.transaction import Transaction
-from xsfs.xenstore.unanswered import Reply
+from xsfs.xenstore.store import Store, Transaction
 
-Work = Callable[[Session], Awaitable[Request | None]]
+log = logging.getLogger(__name__)
+
+Work = Callable[[Commands], Awaitable[Request | None]]
 
 GUEST_REQUESTS_MAX: Final = 1000
-"""How many requests one transaction of a guest of oxenstored may have.  From 1024 on the daemon does
-not even let it be rolled back, and as all of a guest is one connection to it, it stays for good."""
+"""How many requests one transaction of a guest of oxenstored may have.  From 1024 on the daemon does not
+even roll it back, and since a guest has one connection to it, the transaction stays until the guest ends."""
 
-LOOK_WINDOW: Final = 256
-"""How many nodes one burst looks at.  A listing of 100,000 children is asked in such steps."""
-
-
-Kinds = Iterator[tuple[bytes, Look | None]]
-"""What children are, by name, in the order of the answers."""
+FETCH_WINDOW: Final = 256
+"""How many nodes one pipeline asks about.  A listing of 100,000 children is asked about in such steps."""
 
 
-class Sight(NamedTuple):
-    """All that one burst told of a node, for a copy of it."""
+class NodeState(NamedTuple):
+    """What one pipeline told about a node."""
 
-    look: Look | None
+    value: bytes | None
+    """None if READ was left out."""
+    has_children: bool
+    readable: bool
+    writable: bool
+    children_hash: int = 0
+    """Differs if the list of children differs; 0 if it is empty or unknown."""
+
+
+UNREADABLE: Final = NodeState(b"", False, False, True)
+"""A node that this domain may not read.  Only a write can tell whether it may be written."""
+
+EMPTY_NODE: Final = NodeState(b"", False, True, True)
+"""A directory that is shown although its node does not exist: a fresh store has no /local/domain/0."""
+
+LEAF: Final = NodeState(None, False, True, True)
+"""A node without children, about whose value nothing was asked."""
+
+_ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
+"""EINVAL: the path is longer than the store accepts, so there can be no such node."""
+
+
+class Listing(NamedTuple):
+    """What one pipeline told about a directory and its children."""
+
+    state: NodeState | None
     names: Names
-    """Of those children that a listing shows."""
-    perms: Reply
-    """As GET_PERMS gave them; nothing where they were not asked for."""
+    """Of the children that a listing shows."""
+    kinds: dict[bytes, NodeState | None]
+    """Of those children whose names were hinted, or which are in doubt."""
+
+
+def requests_for(path: bytes, *, perms: bool, value: bool = True) -> tuple[Request, ...]:
+    """The questions whose answers tell what a node is; without `value`, of which kind it is."""
+    asked: tuple[Request, ...] = (protocol.directory(path),)
+    if value:
+        asked = (protocol.read(path), *asked)
+    return (*asked, protocol.get_perms(path)) if perms else asked
+
+
+def interpret(
+    value: Reply | None, children: Reply, perms: Reply | None, domid: int
+) -> NodeState | None:
+    """What replies to READ, DIRECTORY and GET_PERMS say of a node to domain `domid`; None if there is none.
+
+    `value` and `perms` are None if they were not asked for.  Raises XenstoreError for a reply that says
+    neither that the node exists nor that it does not.
+    """
+    for reply in (value, children):
+        if isinstance(reply, XenstoreError) and (reply is value or reply.name != "E2BIG"):
+            if reply.name in _ABSENT:
+                return None
+            if reply.name == "EACCES":
+                return UNREADABLE
+            raise reply
+    if isinstance(perms, XenstoreError):
+        return None if perms.name == "ENOENT" else UNREADABLE
+    assert not isinstance(value, XenstoreError)
+    # E2BIG: the node has too many children for one reply.
+    has_children = children != b""
+    children_hash = hash(children) if has_children and isinstance(children, bytes) else 0
+    if perms is None:
+        if value is None and not has_children:
+            return LEAF
+        return NodeState(value, has_children, True, True, children_hash)
+    _, writable = access_of(decode_perms(perms), domid)
+    return NodeState(value, has_children, True, writable, children_hash)
 
 
 def home_of(domid: int) -> bytes:
-    """What relative paths of a domain are relative to."""
+    """The path that relative paths of a domain are relative to."""
     return b"/local/domain/%d" % domid
 
 
-def _each(replies: Sequence[Reply], count: int) -> list[Sequence[Reply]]:
-    """The replies to the questions about each of `count` nodes."""
-    step = len(replies) // count if count else 1
-    return [replies[start : start + step] for start in range(0, len(replies), step)]
-
-
 class View:
-    """See the module's text."""
+    """See the module's docstring."""
 
     ended: bool = False
-    """Whether all that was seen through it is stale for good: its transaction is over."""
+    """Whether its transaction is over, so that everything seen through it is stale."""
 
     def __init__(
-        self, store: Store, domid: int, root: bytes, content: Format, known: KnownDirectories
+        self, store: Store, domid: int, root: bytes, content: ValueFormat, sticky: StickyDirectories
     ) -> None:
         self.store = store
-        self.session: Session = store
+        self.commands: Commands = store
         self.domid = domid
         self.home = home_of(domid)
         self.root = root
         self.content = content
-        self.known = known
+        self.sticky = sticky
         self.asks_perms = domid != 0
-        """Whether each look asks for the permissions, too: domain 0 may do everything anyway."""
-        self.guesses = Guesses()
+        """Whether each pipeline asks for permissions, too: domain 0 may do everything anyway."""
+        self.hints = ListingHints()
         self._requests_max: int | None = None
-        self._probed = domid == 0
+        self._has_probed = domid == 0
+        self._takes_reserved_domids: bool | None = None
         self.at_end: dict[object, Callable[[], None]] = {}
-        """What is called when it ends: for those who wait for something in it."""
+        """Functions to call when it ends."""
 
     def end(self) -> None:
-        """All that was seen through it is stale from now on."""
+        """Everything seen through it is stale from now on."""
         self.ended = True
         while self.at_end:
             self.at_end.popitem()[1]()
 
-    # ---------------------------------------------------------------------------------- looks
+    # --------------------------------------------------------------------------------- states
 
-    async def look(self, path: bytes, meanwhile: Callable[[], None] | None = None) -> Look | None:
-        """What the node is now; None if there is none.  One round trip.
+    async def fetch(
+        self, paths: Sequence[bytes], commands: Commands | None = None
+    ) -> list[NodeState | None]:
+        """What the nodes are now, in one round trip.
 
-        meanwhile   as in Session.burst
+        commands    the commands to ask by, if not the view's: a transaction's
         """
-        return await result_of(self.look_at_once(path, meanwhile))
-
-    def look_at_once(
-        self, path: bytes, meanwhile: Callable[[], None] | None = None
-    ) -> Eventual[Look | None]:
-        """The same, from a plain function: the look itself where the store tells within a moment."""
-        asked = self.known.moment
-        replies = self.session.ask(questions(path, perms=self.asks_perms), meanwhile)
-        if type(replies) is list:
-            return self.learn(path, replies, asked)
-        return self._learn_later(path, replies, asked)
-
-    async def _learn_later(
-        self, path: bytes, replies: Eventual[Sequence[Reply]], asked: int
-    ) -> Look | None:
-        return self.learn(path, await result_of(replies), asked)
-
-    async def look_all(self, paths: Sequence[bytes]) -> list[Look | None]:
-        """The same for many nodes, still one round trip."""
-        return await self.look_through(self.session, paths)
-
-    async def look_at_children(
-        self, path: bytes, names: Sequence[bytes]
-    ) -> dict[bytes, Look | None]:
-        """Of which kind children are, by name, with the value only of those where that depends on it.
-
-        Of those that have children it is kept which, as guesses for who looks into it.
-        """
-        asked = self.known.moment
-        replies = await self.session.burst(questions_of_kind(path, names, perms=self.asks_perms))
-        doubtful: list[bytes] = []
-        looks = dict(self.kinds(path, names, replies, asked, doubtful))
-        return looks | await self.look_closer(path, doubtful)
-
-    async def look_at_kind(self, path: bytes) -> Look | None:
-        """The same of one node."""
-        asked = self.known.moment
-        replies = await self.session.burst(questions(path, perms=self.asks_perms, value=False))
-        look = self.learn(path, (None, *replies), asked)
-        if look is None or not look.readable:
-            return look
-        if look.has_children:
-            if isinstance(replies[0], bytes):
-                self.guesses.saw(path, replies[0])
-            return look
-        in_doubt = self.known.get(path) is not None or is_container(path)
-        return await self.look(path) if in_doubt else look
-
-    async def look_closer(self, path: bytes, doubtful: Sequence[bytes]) -> dict[bytes, Look | None]:
-        """What children are whose kind the answers left in doubt."""
-        if not doubtful:
-            return {}
-        looks = await self.look_all([join(path, name) for name in doubtful])
-        return dict(zip(doubtful, looks, strict=True))
-
-    def kinds(
-        self,
-        above: bytes,
-        names: Iterable[bytes],
-        replies: Iterable[Reply],
-        asked: int,
-        doubtful: list[bytes],
-    ) -> Kinds:
-        """What the replies to `questions_of_kind` tell, as far as they go.
-
-        doubtful    gets the names of those that need a closer look
-        """
-        known, asks_perms = self.known, self.asks_perms
-        container = container_at(above)
-        if container is EMPTY:  # so that it need not be asked for each child
-            container = None
-        below = join(above, b"")
-        answers = iter(replies)
-        for name, children in zip(names, answers, strict=False):
-            path = below + name
-            if asks_perms:
-                if (perms := next(answers, None)) is None:
-                    return
-                look = self.learn(path, (None, children, perms), asked)
-            elif type(children) is bytes:  # what most answers are, and mean, without more ado
-                if children:
-                    known.seen(path)
-                look = PARENT if children else LEAF
-            else:
-                look = self.learn(path, (None, children), asked)
-            if look is None:
-                pass
-            elif look.has_children:
-                if isinstance(children, bytes):
-                    self.guesses.saw(path, children)
-            elif look.readable and (
-                known.get(path) is not None
-                or (container is not None and container.get(name) is not None)
-            ):
-                doubtful.append(name)
-                continue
-            yield name, look
-
-    async def look_through(self, session: Session, paths: Sequence[bytes]) -> list[Look | None]:
-        """The same by another session: one of a transaction's own."""
-        asked = self.known.moment
-        replies = await session.burst(
-            [q for path in paths for q in questions(path, perms=self.asks_perms)]
+        asks_perms = self.asks_perms
+        replies = await (commands or self.commands).pipeline(
+            [request for path in paths for request in requests_for(path, perms=asks_perms)]
         )
-        answers = _each(replies, len(paths))
+        step = 3 if asks_perms else 2
         return [
-            self.learn(path, answer, asked) for path, answer in zip(paths, answers, strict=True)
+            self._learn(
+                path,
+                interpret(
+                    replies[step * index],
+                    replies[step * index + 1],
+                    replies[step * index + 2] if asks_perms else None,
+                    self.domid,
+                ),
+            )
+            for index, path in enumerate(paths)
         ]
 
-    async def survey(
-        self,
-        paths: Sequence[bytes],
-        meanwhile: Callable[[], None] | None = None,
-        session: Session | None = None,
-    ) -> list[Sight]:
-        """All about many nodes, in one round trip but for listings too long for one reply.
+    async def fetch_one(self, path: bytes) -> NodeState | None:
+        """What the node is now; None if there is none.  One round trip."""
+        asks_perms = self.asks_perms
+        replies = await self.commands.pipeline(requests_for(path, perms=asks_perms))
+        state = interpret(replies[0], replies[1], replies[2] if asks_perms else None, self.domid)
+        return self._learn(path, state)
 
-        meanwhile   as in Session.burst
-        session     another one than the view's, to ask by
+    async def fetch_directory(self, path: bytes) -> NodeState | None:
+        """What a node is that probably is a directory.  Its value is None if nothing depends on it."""
+        asks_perms = self.asks_perms
+        replies = await self.commands.pipeline(requests_for(path, perms=asks_perms, value=False))
+        children = replies[0]
+        state = interpret(None, children, replies[1] if asks_perms else None, self.domid)
+        if state is None or not state.readable:
+            return state
+        if state.has_children:
+            if isinstance(children, bytes):
+                self.hints.saw(path, children)
+            return self._learn(path, state)
+        return await self.fetch_one(path) if self._may_be_directory(path) else state
 
-        Raises XenstoreError `E2BIG` for a node whose children there is no way to list.
+    async def kinds(self, parent: bytes, names: Sequence[bytes]) -> dict[bytes, NodeState | None]:
+        """Which of a node's children are directories, by name, with the value of those in doubt alone."""
+        replies = await self.commands.pipeline(self._requests_for_kinds(parent, names))
+        return await self._understand_kinds(parent, names, replies)
+
+    def _requests_for_kinds(self, parent: bytes, names: Sequence[bytes]) -> list[Request]:
+        above = join(parent, b"")
+        return [
+            request
+            for name in names
+            for request in requests_for(above + name, perms=self.asks_perms, value=False)
+        ]
+
+    async def _understand_kinds(
+        self, parent: bytes, names: Sequence[bytes], replies: Sequence[Reply]
+    ) -> dict[bytes, NodeState | None]:
+        above = join(parent, b"")
+        step = 2 if self.asks_perms else 1
+        states: dict[bytes, NodeState | None] = {}
+        doubtful = []
+        for index, name in enumerate(names):
+            path = above + name
+            children = replies[step * index]
+            perms = replies[step * index + 1] if self.asks_perms else None
+            states[name] = state = interpret(None, children, perms, self.domid)
+            if state is None:
+                continue
+            if state.has_children:
+                self._learn(path, state)
+                if isinstance(children, bytes):
+                    self.hints.saw(path, children)
+            elif state.readable and self._may_be_directory(path):
+                doubtful.append(name)
+        if doubtful:
+            fetched = await self.fetch([above + name for name in doubtful])
+            states.update(zip(doubtful, fetched, strict=True))
+        return states
+
+    async def list_directory(self, path: bytes) -> Listing:
+        """What a node is, and its children's names, with the kinds of those whose names were hinted.
+
+        One round trip, unless the listing is too long for one reply or kinds are in doubt.
         """
-        asked = self.known.moment
-        replies = await (session or self.session).burst(
-            [q for path in paths for q in questions(path, perms=self.asks_perms)], meanwhile
-        )
-        sights = []
-        for path, answers in zip(paths, _each(replies, len(paths)), strict=True):
-            sight = self._sight(path, answers, asked)
-            if sight is None:
-                sight = await self._long_sight(path, answers, session or self.session)
-            sights.append(sight)
-        return sights
+        hint = self.hints.take(path)
+        hinted = shown_names(path, hint)
+        own = requests_for(path, perms=self.asks_perms)
+        replies = await self.commands.pipeline((*own, *self._requests_for_kinds(path, hinted)))
+        perms = replies[2] if self.asks_perms else None
+        listing = replies[1]
+        state = self._learn(path, interpret(replies[0], listing, perms, self.domid))
+        if state is None or not state.has_children:
+            return Listing(state, [], {})
+        if isinstance(listing, bytes):
+            self.hints.was_listed(path, listing)
+        else:
+            listing = b"".join(b"%s\0" % name for name in await self.commands.list(path))
+        names = shown_names(path, listing)
+        if len(names) < listing.count(b"\0"):
+            _log_hidden(path, protocol.decode_names(listing))
+        kinds = await self._understand_kinds(path, hinted, replies[len(own) :]) if hinted else {}
+        return Listing(state, names, kinds)
 
-    def glance(self, path: bytes, meanwhile: Callable[[], None]) -> Sight | None:
-        """The same of one node, if the store tells all within a moment."""
-        asked = self.known.moment
-        answers = self.store.at_once(questions(path, perms=self.asks_perms), meanwhile)
-        return None if answers is None else self._sight(path, answers, asked)
+    def _learn(self, path: bytes, state: NodeState | None) -> NodeState | None:
+        if state is not None and state.has_children:
+            self.sticky.add(path)
+        return state
 
-    def _sight(self, path: bytes, answers: Sequence[Reply], asked: int) -> Sight | None:
-        """None where the listing is too long for an answer."""
-        look, listing = self.learn(path, answers, asked), answers[1]
-        perms = answers[2] if len(answers) > 2 else b""
-        if look is None or not look.has_children:
-            return Sight(look, [], perms)
-        if not isinstance(listing, bytes):
-            return None
-        return Sight(look, shown_names(path, protocol.decode_names(listing), listing), perms)
+    # ---------------------------------------------------------------------------------- kinds
 
-    async def _long_sight(self, path: bytes, answers: Sequence[Reply], session: Session) -> Sight:
-        try:
-            names = shown_names(path, await session.list(path))
-        except XenstoreError as error:
-            if error.name in ("ENOENT", "EACCES"):
-                return Sight(None, [], b"")
-            raise
-        look = understand(answers, self.domid)
-        return Sight(look, names, answers[2] if len(answers) > 2 else b"")
+    def _may_be_directory(self, path: bytes) -> bool:
+        """Whether a node without children may be a directory, depending on its value."""
+        return self.sticky.get(path) is not None or is_container(path)
 
-    def lasting_children(self, path: bytes) -> Collection[bytes]:
-        """The names of directories that are there even while their nodes are not: in the root of a
-        mount of the home, `data`, which the toolstack makes for guests but not for dom0."""
-        return (b"data",) if path == self.root == self.home else ()
-
-    def learn(self, path: bytes, answers: Answers, asked: int) -> Look | None:
-        """What was seen of the node, when the store was `asked`."""
-        look = understand(answers, self.domid)
-        if look is None:
-            self.known.missed(path, asked)
-        elif look.has_children:
-            self.known.seen(path)
-        return look
-
-    def is_directory(self, path: bytes, look: Look) -> bool:
-        """Whether a node is a directory: it has children, or is empty and one by custom.
+    def is_directory(self, path: bytes, state: NodeState) -> bool:
+        """Whether a node is a directory: it has children, or it is empty and has been a directory or is
+        one by Xen's conventions.
 
         A node that may not be read counts as one, since the way to readable nodes leads through it.
         """
-        if look.has_children or not look.readable:
+        if state.has_children or not state.readable:
             return True
-        if not look.whole:
+        if state.value is None:
             return False
-        with_value = self.known.get(path)
-        if look.value:
-            return bool(with_value)
-        return with_value is not None or is_container(path)
+        if state.value:
+            return bool(self.sticky.get(path))
+        return self._may_be_directory(path)
 
-    def has_dot_value(self, path: bytes, look: Look) -> bool:
-        """Whether there is a `.value` in a directory: one for each value, or just made."""
-        return bool(look.value) or self.known.has_value(path)
+    def has_dot_value(self, path: bytes, state: NodeState) -> bool:
+        """Whether a directory has a `.value`: if the value is not empty, or `.value` was just created."""
+        return bool(state.value) or bool(self.sticky.get(path))
+
+    def always_there_below(self, path: bytes) -> Collection[bytes]:
+        """The names of directories that are shown even if their nodes do not exist: in the root of a
+        mount of the home, `data`, which the toolstack creates for guests but not for dom0."""
+        return (b"data",) if path == self.root == self.home else ()
+
+    def is_always_there(self, path: bytes) -> bool:
+        """Whether this path is shown even if its node does not exist."""
+        if path == self.root:
+            return True
+        parent, _, name = path.rpartition(b"/")
+        return name in self.always_there_below(parent)
 
     # -------------------------------------------------------------------------------- changes
 
-    async def atomically(self, work: Work) -> None:
-        """Run `work` so that all it reads and writes happens at once, or not at all.
+    async def takes_reserved_domids(self) -> bool:
+        """Whether SET_PERMS may name a reserved domid.  C xenstored 4.22.0 dies of it on its socket.
 
-        `work` gets a session, and returns the one last change, which goes out together with the
-        commit; None if there is nothing left to do.  It may be run several times; what it raises
-        undoes it.
+        A daemon that knows GET_FEATURE may be that one.
+        """
+        if self._takes_reserved_domids is None:
+            (reply,) = await self.store.pipeline((protocol.get_feature(),))
+            self._takes_reserved_domids = (
+                isinstance(reply, XenstoreError) and reply.name == "ENOSYS"
+            )
+        return self._takes_reserved_domids
+
+    async def atomically(self, work: Work) -> None:
+        """Run `work` so that everything it reads and writes happens at once, or not at all.
+
+        `work` gets the commands of a transaction, and returns its last change, which goes out together
+        with the commit, or None.  It may run several times.  If it raises, nothing has happened.
         """
 
         async def and_commit(transaction: Transaction) -> None:
             last = await work(transaction)
-            replies = await transaction.finish(() if last is None else (last,))
-            for reply in replies:
+            for reply in await transaction.finish(() if last is None else (last,)):
                 if isinstance(reply, XenstoreError):
                     raise reply
 
@@ -313,18 +332,18 @@ class View:
 
     async def begin(self) -> Transaction:
         """Start a transaction with a connection of its own, which cannot grow too big to be ended."""
-        if not self._probed:
-            # DIRECTORY_PART tells the daemons apart; the fresh root of a mount may be missing.
-            (reply,) = await self.session.burst((protocol.directory_part(self.home, 0),))
+        if not self._has_probed:
+            # DIRECTORY_PART tells the daemons apart.  The root of a mount may not exist yet.
+            (reply,) = await self.store.pipeline((protocol.directory_part(self.home, 0),))
             if isinstance(reply, XenstoreError) and reply.name in ("ENOSYS", "EINVAL"):
                 self._requests_max = GUEST_REQUESTS_MAX
-            self._probed = True
+            self._has_probed = True
         transaction = await self.store.begin()
         transaction.requests_max = self._requests_max
         return transaction
 
     async def atomically_apart(self, work: Work) -> None:
-        """The same on a connection of its own, for transactions that may be long."""
+        """`atomically` on a connection of its own, for a transaction that may be long."""
         deadline = trio.current_time() + self.store.timeout
         while True:
             transaction = await self.begin()
@@ -334,8 +353,15 @@ class View:
                     await transaction.call(last)
                 await transaction.commit()
                 return
-            except XenstoreError as error:
-                if error.name != "EAGAIN" or trio.current_time() >= deadline:
+            except Exception as error:
+                is_conflict = await self.store.is_conflict(transaction, error)
+                if not is_conflict or trio.current_time() >= deadline:
                     raise
             finally:
                 self.store.abandon(transaction)
+
+
+def _log_hidden(path: bytes, names: Names) -> None:
+    for name in names:
+        if not is_shown(path, name) and not name.startswith(b"@"):
+            log.warning("left out of %r: a child named %r", path, name[:80])

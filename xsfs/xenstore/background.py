@@ -1,4 +1,4 @@
-"""A nursery for tasks that serve the body of an `async with`, and end with it."""
+"""A nursery for background tasks that serve the body of an `async with`, and end with it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import trio
 
 
 @asynccontextmanager
-async def open_servants() -> AsyncIterator[trio.Nursery]:
-    """What the body raises comes out as it is, not in an exception group; a servant that fails
-    ends the body, as in any nursery."""
+async def open_background() -> AsyncIterator[trio.Nursery]:
+    """An exception of the body comes out as it is, not in an exception group.  A background task that
+    fails ends the body, as in any nursery."""
     raised: BaseException | None = None
     async with trio.open_nursery() as nursery:
         try:

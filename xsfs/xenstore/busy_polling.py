@@ -1,8 +1,9 @@
-"""Waiting awake: what comes within microseconds is not slept for.
+"""Busy polling: a descriptor that becomes readable within microseconds is not slept for.
 
-To be put to sleep and woken costs both sides more than such a wait takes; in a virtual machine most of
-all, whose idle processor has to be given back and asked for.  Whoever else wants the processor gets it
-between two looks: perhaps the one who is waited for.
+To put a process to sleep and to wake it costs both sides more than such a wait takes, most of all in a
+virtual machine, whose idle processor has to be given back and asked for.  Between two polls any other
+process that wants the processor gets it.  If another process used it for long, the machine is busy, and
+polling would only delay that process: then the next SKIPS polls do not wait.
 """
 
 from __future__ import annotations
@@ -12,27 +13,42 @@ import select
 import time
 from typing import Final
 
-LINGER_SECONDS: Final = 100e-6
-"""For a reply, and for the next request of whoever was answered."""
+BUSY_POLL_SECONDS: Final = 100e-6
+"""How long xsfs polls for a reply, and for the next request of a process that got its answer."""
+
+YIELD_SECONDS_MAX: Final = 0.0003
+"""If sched_yield(2) takes longer, another process wants the processor."""
+
+SKIPS: Final = 256
 
 
-class Linger:
-    """Looks at one descriptor."""
+class BusyPoll:
+    """Polls one descriptor."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         self._poll = poll.poll
+        self._skips = 0
+        """How many more polls do not wait."""
 
-    def comes(self, seconds: float) -> bool:
-        """Whether there is something to be read, or the end, by now or within this time."""
+    def is_readable(self, seconds: float) -> bool:
+        """Whether there is something to read, or the end, by now or within this time."""
         poll = self._poll
         if poll(0):
             return True
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
+        if self._skips:
+            self._skips -= 1
+            return False
+        now = time.perf_counter()
+        end = now + seconds
+        while now < end:
             os.sched_yield()
             if poll(0):
                 return True
+            before, now = now, time.perf_counter()
+            if now - before > YIELD_SECONDS_MAX:
+                self._skips = SKIPS
+                return False
         return False

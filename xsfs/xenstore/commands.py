@@ -1,19 +1,19 @@
-"""The operations on Xenstore, whatever they go through: the store as it is, or one transaction.
+"""The operations on Xenstore, on the store as it is or within one transaction.
 
-A `Session` answers `burst`; all else follows from it.  Somebody who knows pyxs, libxenstore or LING's
-xenstore module finds the operations under the names they have there (docs/python.md has the table).
-Paths are bytes or str, absolute or relative to the domain's home; values and names are bytes.
+`Commands` needs `pipeline` from its subclasses, and everything else follows.  The operations have the
+names that they have in pyxs, libxenstore and LING's xenstore module (docs/python.md has the table).
+Paths are bytes or str, absolute or relative to the domain's home.  Values and names are bytes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from xsfs.xenstore import protocol
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
-from xsfs.xenstore.eventual import Eventual
 from xsfs.xenstore.permissions import (
     Permission,
     Permissions,
@@ -22,67 +22,40 @@ from xsfs.xenstore.permissions import (
     set_perms,
 )
 from xsfs.xenstore.protocol import Request
-from xsfs.xenstore.unanswered import Reply
 
 Path = bytes | str
+Value = bytes | bytearray | memoryview | str | int
 Names = list[bytes]
 NamesOfEach = list[Names]
-Replies = list[Reply]
-
-Rest = Callable[[], Iterator[Reply]]
-"""Gives replies in order, as they come.  They are waited for no longer than a moment: it ends where one
-has not come by then.  To be called again for the same ones."""
-
-Answers = tuple[Replies, Rest]
-"""To what was asked, and to what was asked behind it."""
 
 LISTING_RESTARTS: Final = 20
-"""How often a listing is begun anew because the node changed meanwhile, before it is EAGAIN."""
+"""How often a listing starts again because the node changed meanwhile, before it fails with EAGAIN."""
 
 PARTS_MAX: Final = protocol.REPLY_MAX // 1024
-"""How many parts one listing may have, that a store which never ends one is found out."""
+"""The number of parts of one listing.  More come only from a store that never ends one."""
 
 
 def encode_path(path: Path) -> bytes:
-    """The path as bytes; ValueError for one that no daemon takes."""
+    """The path as bytes.  ValueError for one that no daemon accepts."""
     return protocol.check_path(path.encode() if isinstance(path, str) else path)
 
 
-class Session(ABC):
-    """What can be asked of Xenstore."""
+def encode_value(value: Value) -> bytes:
+    """The value as bytes: bytes as they are, str in UTF-8, an int in decimal.  TypeError for others."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value).encode()
+    raise TypeError(f"a value is bytes, str or int, not {type(value).__name__}")
+
+
+class Commands(ABC):
+    """The operations.  Each is a checkpoint: it can be cancelled, and lets other tasks run."""
 
     @abstractmethod
-    async def burst(
-        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
-    ) -> Replies:
-        """Ask everything in one round trip; the replies, in order, errors of single ones among them.
-
-        meanwhile   called once before the replies are there, while the store is at work if it can be
-
-        Raises StoreError where no reply came at all.
-        """
-
-    def ask(
-        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
-    ) -> Eventual[Replies]:
-        """The same, from a plain function: the replies themselves where they come within a moment."""
-        return self.burst(requests, meanwhile)
-
-    def ask_and(
-        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
-    ) -> Eventual[Answers]:
-        """The same, with what `more` gives asked behind it, whose replies may come later.
-
-        Where nothing is gained by that, all of it is one burst.  `more` is called once.
-        """
-        return self._burst_and(requests, more)
-
-    async def _burst_and(
-        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
-    ) -> Answers:
-        replies = await self.burst([*requests, *more()])
-        count = len(requests)
-        return replies[:count], lambda: iter(replies[count:])
+    async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
+        """Send all requests at once and wait for the replies: in order, with errors of single requests
+        among them.  Raises StoreError if no reply came."""
 
     @property
     @abstractmethod
@@ -90,8 +63,8 @@ class Session(ABC):
         """The longest payload of a request, in bytes."""
 
     async def call(self, request: Request) -> bytes:
-        """The reply to one request.  Raises XenstoreError for the store's own verdict."""
-        (reply,) = await self.burst((request,))
+        """The reply to one request.  Raises XenstoreError if the store replies with an error."""
+        (reply,) = await self.pipeline((request,))
         if isinstance(reply, XenstoreError):
             raise reply
         return reply
@@ -103,26 +76,26 @@ class Session(ABC):
         return await self.call(protocol.read(encode_path(path)))
 
     async def read_integer(self, path: Path) -> int:
-        """The node's value as a number; ValueError where it is none."""
+        """The node's value as a number.  ValueError if it is none."""
         return int(await self.read(path))
 
-    async def write(self, path: Path, value: bytes | str | int) -> None:
-        """Set the node's value; makes the node, and all its missing parents.
+    async def write(self, path: Path, value: Value) -> None:
+        """Set the node's value.  Creates the node and all its missing parents.
 
-        ValueError for a value that does not fit one message.
+        TypeError for a value that is not bytes, str or int; ValueError for one that does not fit one
+        message.
         """
-        data = value if isinstance(value, bytes) else str(value).encode()
-        encoded = encode_path(path)
+        data, encoded = encode_value(value), encode_path(path)
         if len(data) > protocol.value_max(encoded, self.payload_max):
             raise ValueError(f"a value of {len(data)} bytes does not fit one message")
         await self.call(protocol.write(encoded, data))
 
     async def mkdir(self, path: Path) -> None:
-        """Make the node without a value, and all its missing parents; nothing if it is there."""
+        """Create the node without a value, and all its missing parents, unless it exists."""
         await self.call(protocol.mkdir(encode_path(path)))
 
     async def delete(self, path: Path) -> None:
-        """Remove the node and all below it; nothing if it is missing but its parent is there."""
+        """Remove the node and all below it.  A missing node is no error if its parent exists."""
         await self.call(protocol.rm(encode_path(path)))
 
     async def exists(self, path: Path) -> bool:
@@ -135,17 +108,17 @@ class Session(ABC):
         return True
 
     async def list(self, path: Path) -> Names:
-        """The names of the node's children, however many; their order means nothing.
+        """The names of the node's children, however many, in no particular order.
 
-        Raises XenstoreError `E2BIG` where the daemon has no way to list so many (oxenstored, asked
-        by a guest), `EAGAIN` where the node never stopped changing.
+        Raises XenstoreError `E2BIG` if the daemon has no way to list so many (oxenstored, for a guest),
+        `EAGAIN` if the node never stopped changing.
         """
         (names,) = await self.list_all((encode_path(path),))
         return names
 
     async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
-        """The children's names of many nodes, in one round trip where all are short enough."""
-        replies = await self.burst([protocol.directory(path) for path in paths])
+        """The children's names of many nodes, in one round trip if all listings are short enough."""
+        replies = await self.pipeline([protocol.directory(path) for path in paths])
         names = []
         for path, reply in zip(paths, replies, strict=True):
             if isinstance(reply, bytes):
@@ -164,7 +137,7 @@ class Session(ABC):
                 try:
                     reply = await self.call(protocol.directory_part(path, len(listing)))
                 except XenstoreError as error:
-                    # oxenstored knows no DIRECTORY_PART: what DIRECTORY said is then the verdict.
+                    # oxenstored has no DIRECTORY_PART: its reply to DIRECTORY is the error then.
                     if error.name in ("ENOSYS", "EINVAL"):
                         raise too_big from error
                     raise
@@ -186,7 +159,10 @@ class Session(ABC):
         return decode_perms(await self.call(protocol.get_perms(encode_path(path))))
 
     async def set_perms(self, path: Path, perms: str | Iterable[Permission]) -> None:
-        """Set the node's permissions, given as Permission objects or as `n0,r7`."""
+        """Set the node's permissions, given as Permission objects or as `n0,r7`.
+
+        ValueError if they do not fit one message.
+        """
         entries = parse_permissions(perms) if isinstance(perms, str) else perms
         request = set_perms(encode_path(path), entries)
         if len(request.payload) > self.payload_max:
@@ -196,9 +172,9 @@ class Session(ABC):
     # ------------------------------------------------------------------------------- domains
 
     async def domid(self) -> int:
-        """The number of the domain that asks, as its toolstack wrote it; 0 where nobody did.
+        """The number of this client's own domain, as the toolstack wrote it; 0 if none is written.
 
-        GET_DOMAIN_PATH would not tell: it prints its argument.  ValueError for what is no number.
+        GET_DOMAIN_PATH would not tell: it prints its argument.  ValueError if the node holds no number.
         """
         try:
             return await self.read_integer("domid")

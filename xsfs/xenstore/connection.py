@@ -1,56 +1,104 @@
-"""One connection to Xenstore: many requests in flight, each reply brought to the one who waits.
+"""One connection to Xenstore: many requests in flight, each reply matched to its request.
 
-What it owns: a transport, what was asked through it and is unanswered
-(xsfs/xenstore/unanswered.py), and three tasks (`run`): the reader, the writer (idle unless the peer is slow to take what is sent) and the
-watchdog (idle unless something is unanswered).  Any task of the same trio loop may call `burst`.
+A `Connection` owns a transport, the requests in flight, and three tasks (`run`): a reader, a writer (idle
+unless several tasks send at once or the peer is slow) and a watchdog (idle unless a task waits for
+replies).  Any task of the same trio loop may call `pipeline`.
 
 What always holds:
 
-- The reader reads, whoever else waits, or is at work (and may read, too): an oxenstored whose events
-  are not read stops answering other clients.  So what is done with an event (`on_event`) must not wait,
-  but for a moment.
-- Who sends a batch sleeps until the whole of it is answered, timed out, or the connection has ended.
-  When `run` ends, every sender has been woken.
-- Any violation of the protocol ends the connection; nothing after it is believed.
+- The reader reads, whoever else waits: an oxenstored whose events are not read stops answering other
+  clients.  So `on_event` must not wait, nor take longer than a few microseconds.
+- Each request in flight is known by its req_id until its reply has come.  A task that is cancelled leaves
+  its requests in flight, so that late replies are recognised and dropped.  At most IN_FLIGHT_MAX are.
+- A task that waits for replies is woken when the last one has come, when its deadline has passed, or when
+  the connection has ended.  A reply that is later than a deadline ends the connection.
+- A violation of the protocol ends the connection.
+
+A task that is alone waits for its replies right in `pipeline`, since the store answers within some 20
+microseconds, which is less than the way through the event loop takes.  It yields to other tasks once in
+STREAK_SECONDS.  If several tasks ask, their requests go out together, at the end of the loop's turn.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import outcome
 import trio
-from trio.lowlevel import Abort, current_task, wait_task_rescheduled
+from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
-from xsfs.xenstore.protocol import Fields, Op, Parser, Request, WireError, decode_event, encode_all
-from xsfs.xenstore.threads import run_abandonable
+from xsfs.xenstore.protocol import (
+    Message,
+    Op,
+    Parser,
+    Request,
+    WireError,
+    decode_error,
+    decode_event,
+    encode,
+)
 from xsfs.xenstore.transport import Transport
-from xsfs.xenstore.unanswered import BATCH_MAX, UNANSWERED, Batch, Reply, Unanswered
+from xsfs.xenstore.xenbus import WatchRefused
 
 log = logging.getLogger(__name__)
 
-WINDOW: Final = BATCH_MAX
-"""How many requests of one burst are sent before their replies are awaited: enough to hide the
-round trip, few enough that other tasks' requests wait milliseconds behind them."""
+Reply = bytes | XenstoreError
 
-PROMPT_MAX: Final = 64
-"""How many requests a burst may have whose replies are waited for on the spot."""
-PROMPT_SECONDS: Final = 0.0005
-PROMPT_SKIPS_MAX: Final = 128
-"""A daemon that took longer than PROMPT_SECONDS is not waited for in this way the next time; if it
-then takes longer again, the next two times, and so on, up to so many."""
+WINDOW: Final = 512
+"""The number of requests of one pipeline that are sent before their replies are awaited: enough to hide
+the round trip, few enough that requests of other tasks wait only milliseconds behind them."""
+
+IN_FLIGHT_MAX: Final = 65536
+
+POLL_REQUESTS_MAX: Final = 64
+POLL_SECONDS: Final = 0.0005
+"""A task waits for the replies to at most so many requests, and for so long, within `pipeline` itself."""
+
+POLL_SKIPS_MAX: Final = 128
+"""After replies that took longer, the next pipeline does not wait for its replies in this way.  If they
+take longer again, the next two do not, then four, up to this number."""
+
+STREAK_SECONDS: Final = 0.001
+"""For so long tasks may call `pipeline` one after the other without a turn for the event loop."""
+
+_NOT_YET: Final[Any] = None
+_ERROR: Final = int(Op.ERROR)
+_EVENT: Final = int(Op.WATCH_EVENT)
+_WATCH_OPS: Final = frozenset((Op.WATCH, Op.UNWATCH))
+
+
+class _Batch:
+    """Requests that one task sent together.
+
+    missing     how many of them are not answered
+    replies     in the order of the requests, complete if nothing is missing
+    task        the task that sleeps until then
+    """
+
+    __slots__ = ("deadline", "missing", "replies", "requests", "task")
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.missing = len(requests)
+        self.replies: list[Reply] = [_NOT_YET] * self.missing
+        self.task: Task | None = None
+        self.deadline = 0.0
+
+    def wake(self, result: outcome.Outcome[list[Reply]]) -> None:
+        if self.task is not None:
+            reschedule(self.task, result)
+            self.task = None
 
 
 class Connection:
-    """See the module's text.  `run` must be running while `burst` is used.
+    """See the module's docstring.  `run` must be running while `pipeline` is used.
 
-    timeout     seconds within which each request must be answered
-    on_event    called with (path, token) of each watch event, in the reader's task
+    timeout     seconds within which each pipeline must be answered
+    on_event    called with (path, token) of each watch event, by the reader
     """
 
     def __init__(
@@ -63,305 +111,293 @@ class Connection:
         self._timeout = timeout
         self._on_event = on_event
         self._parser = Parser()
-        self._unanswered = Unanswered()
+        self._in_flight: dict[int, tuple[_Batch, int]] = {}
+        """By req_id: the batch, and the request's place in it."""
+        self._next_id = 0
+        self._waiting: dict[_Batch, None] = {}
+        """The batches for which a task sleeps."""
+        self._outgoing: list[bytes] = []
+        """Messages that the writer is to send."""
         self._unsent = b""
-        self._skip_prompt = 0
-        self._skips = 0
-        """How often that was after the last time that it took too long; 0 if it was quick since."""
+        """The rest of messages for which the peer had no room."""
         self._writer_parked = trio.lowlevel.ParkingLot()
         self._watchdog_parked = trio.lowlevel.ParkingLot()
+        self._watched_deadline = 0.0
+        self._streak_task: Task | None = None
+        self._streak_switches = 0
+        self._streak_start = 0.0
+        self._streak_end = 0.0
+        self._poll_skips = 0
+        self._poll_misses = 0
+        """How many pipelines were to be skipped after the last late reply; 0 if replies came in time."""
         self.alive = True
         self._closed_because = ""
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
         self.payload_max = transport.payload_max
 
-    @property
-    def prompt(self) -> bool:
-        """Whether replies are waited for on the spot now."""
-        return (
-            self.alive
-            and self._transport.prompt
-            and not self._skip_prompt
-            and not self._unsent
-            and self._unanswered.outstanding <= PROMPT_MAX
-        )
-
-    async def ended(self) -> None:
+    async def wait_ended(self) -> None:
         """Return when the connection has ended."""
         await self._ended.wait()
 
     # ------------------------------------------------------------------------------- requests
 
-    async def burst(self, requests: Sequence[Request], tx_id: int = 0) -> list[Reply]:
-        """Ask everything at once; the replies, in order, errors of single requests among them.
+    async def pipeline(
+        self, requests: Sequence[Request], tx_id: int = 0, deadline: float | None = None
+    ) -> list[Reply]:
+        """Send all requests at once and wait for the replies: in order, with errors of single requests
+        among them.
 
-        Raises ConnectionLost, RequestTimeout.
+        deadline    in trio's time; `timeout` from now on if None
+
+        Raises ConnectionLost; RequestTimeout, and the connection then has ended.  If the caller is
+        cancelled, the store may still carry out requests that were sent.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()
         if len(requests) > WINDOW:
             replies: list[Reply] = []
             for start in range(0, len(requests), WINDOW):
-                replies += await self.burst(requests[start : start + WINDOW], tx_id)
+                replies += await self.pipeline(requests[start : start + WINDOW], tx_id, deadline)
             return replies
         if not requests:
+            await trio.lowlevel.cancel_shielded_checkpoint()
             return []
-        if self._transport.watch_blocks and requests[0].op in (Op.WATCH, Op.UNWATCH):
-            return await self.replies(await self._post_watch(requests))
-        return await self.replies(self.ask(requests, tx_id))
+        if requests[0].op in _WATCH_OPS:
+            return await self._pipeline_watches(requests, deadline)
+        is_crowd = self._is_crowd()
+        batch, messages = self._enter(requests, tx_id)
+        if is_crowd or self._unsent:
+            self._outgoing += messages
+            self._writer_parked.unpark_all()
+        else:
+            self._send(messages)
+            self._receive_at_once(batch)
+        if batch.missing:
+            return await self._wait(batch, deadline)
+        self._streak_end = time.perf_counter()
+        if self._streak_end - self._streak_start > STREAK_SECONDS:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            self._streak_end = 0.0
+        return batch.replies
 
-    def ask(
-        self,
-        requests: Sequence[Request],
-        tx_id: int = 0,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> Batch:
-        """Send requests, WINDOW at most.  What the store answers within a moment is answered then.
+    def _is_crowd(self) -> bool:
+        """Whether requests of other tasks are under way, or about to be."""
+        if self._in_flight:
+            return True
+        now = time.perf_counter()
+        task = current_task()
+        if now - self._streak_end > STREAK_SECONDS:
+            self._streak_start = now
+            self._streak_switches = 0
+        elif task is not self._streak_task:
+            self._streak_switches += 1
+        self._streak_task = task
+        return self._streak_switches > 1
 
-        meanwhile   called when they are sent: what can be done before the answers are there
-
-        Raises ConnectionLost where nothing was sent, RequestTimeout where too much is unanswered.
-        """
-        batch = self._post(requests, tx_id)
-        if meanwhile is not None:
-            meanwhile()
-        self._receive_promptly(batch)
-        return batch
-
-    def ask_both(
-        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
-    ) -> tuple[Batch, Batch | None]:
-        """The same, and send right behind it what `more` gives, while the store is at work on the
-        former.  Only that is waited for.  None where nothing more was asked, or over WINDOW."""
-        batch = self._post(requests, 0)
-        questions = more()
-        asked = 0 < len(questions) <= WINDOW and self.alive
-        rest = self._post(questions, 0) if asked else None
-        self._receive_promptly(batch)
-        if batch.missing and rest is not None:
-            batch.deadline = rest.deadline = trio.current_time() + self._timeout
-        return batch, rest
-
-    def _post(self, requests: Sequence[Request], tx_id: int) -> Batch:
+    def _enter(self, requests: Sequence[Request], tx_id: int) -> tuple[_Batch, list[bytes]]:
+        """Put requests into the table of those in flight.  Returns the messages to be sent."""
         if not self.alive:
             raise ConnectionLost(self._closed_because)
-        batch = self._unanswered.enter(requests)
-        messages = encode_all(requests, batch.first, tx_id)
-        if self._unsent:
-            self._unsent += b"".join(messages)
-            return batch
+        in_flight = self._in_flight
+        if len(in_flight) + len(requests) > IN_FLIGHT_MAX:
+            raise RequestTimeout("Xenstore does not answer, and too many requests wait for it")
+        batch = _Batch(requests)
+        messages = []
+        req_id = self._next_id
+        for place, (op, payload) in enumerate(requests):
+            while req_id in in_flight:  # it has been waiting since the numbers last began at 0
+                req_id = (req_id + 1) & 0xFFFFFFFF
+            messages.append(encode(op, req_id, tx_id, payload))
+            in_flight[req_id] = batch, place
+            req_id = (req_id + 1) & 0xFFFFFFFF
+        self._next_id = req_id
+        return batch, messages
+
+    def _send(self, messages: Sequence[bytes]) -> None:
         try:
             self._unsent = self._transport.send(messages)
-            if self._unsent:
-                self._writer_parked.unpark_all()
         except OSError as error:
             self.close(f"cannot send: {error.strerror}")
-        return batch
+        if self._unsent:
+            self._writer_parked.unpark_all()
 
-    async def replies(self, batch: Batch) -> list[Reply]:
-        """Sleep until all are there.  Raises ConnectionLost, RequestTimeout."""
-        if not batch.missing:
-            return batch.replies
+    async def _wait(self, batch: _Batch, deadline: float | None) -> list[Reply]:
+        """Sleep until all replies have come."""
         if not self.alive:
             raise ConnectionLost(self._closed_because)
-        if not batch.deadline:
-            # Nobody has slept since it was sent: that was within the last moment.
-            batch.deadline = trio.current_time() + self._timeout
+        if deadline is None:
+            deadline = trio.current_time() + self._timeout
+        batch.deadline = deadline
         batch.task = current_task()
-        if self._watchdog_parked:
+        self._waiting[batch] = None
+        if self._watchdog_parked and not self._watched_deadline <= deadline:
             self._watchdog_parked.unpark_all()
 
         def abort(_: object) -> Abort:
             batch.task = None
+            self._waiting.pop(batch, None)
             return Abort.SUCCEEDED
 
         replies: list[Reply] = await wait_task_rescheduled(abort)
         return replies
 
-    def comes_soon(self, batch: Batch | None) -> bool:
-        """Whether all of it can be expected within a moment: not too much, or of a slow daemon."""
-        if batch is None or not batch.missing:
-            return True
-        return len(batch.requests) <= PROMPT_MAX and self.prompt
-
-    def replies_in_turn(self, batch: Batch | None) -> Iterator[Reply]:
-        """In order, each as soon as it is there: who takes them is at work while the store is.
-
-        They are waited for on the spot, for a moment in all.  Ends where one has not come by then.
-        """
-        if batch is None:
-            return
-        seconds = PROMPT_SECONDS
-        replies = batch.replies
-        for place in range(len(replies)):
-            while replies[place] is UNANSWERED:
-                if not self.prompt:
-                    return
-                start = time.perf_counter()
-                came = self._receive_soon()
-                seconds -= time.perf_counter() - start
-                self._took(seconds)
-                if not came:
-                    return
-            yield replies[place]
-
-    async def _post_watch(self, requests: Sequence[Request]) -> Batch:
-        """Have the device carry out a WATCH or UNWATCH, in a thread since it blocks.
-
-        A refused one is an error of write(2), and has no reply.
-        """
-        if not self.alive:
-            raise ConnectionLost(self._closed_because)
-        batch = self._unanswered.enter(requests)
-        batch.deadline = trio.current_time() + self._timeout
+    async def _pipeline_watches(
+        self, requests: Sequence[Request], deadline: float | None
+    ) -> list[Reply]:
+        if deadline is None:
+            deadline = trio.current_time() + self._timeout
+        batch, messages = self._enter(requests, 0)
         try:
-            with trio.fail_after(self._timeout):
-                await run_abandonable(self._transport.send, encode_all(requests, batch.first, 0))
+            if self._unsent or self._outgoing:
+                self._outgoing += messages
+            else:
+                with trio.fail_at(deadline):
+                    self._unsent = await self._transport.send_watch(messages)
+            self._writer_parked.unpark_all()
         except trio.TooSlowError:
+            self.close("the kernel did not carry out a WATCH in time")
             raise RequestTimeout("the kernel did not carry out a WATCH in time") from None
+        except WatchRefused as refused:
+            for req_id, (other, _) in list(self._in_flight.items()):
+                if other is batch:
+                    del self._in_flight[req_id]
+            raise XenstoreError(refused.name, requests[0]) from refused
         except OSError as error:
-            name = errno.errorcode.get(error.errno or errno.EIO, "EIO")
-            self._unanswered.leave(batch)
-            raise XenstoreError(name, batch.requests[0]) from error
-        return batch
+            self.close(f"cannot send: {error.strerror}")
+        if batch.missing:
+            return await self._wait(batch, deadline)
+        return batch.replies
 
-    def _receive_promptly(self, batch: Batch) -> None:
-        """Wait for the replies right here, for a moment, without a trip through the event loop.
-
-        A daemon on another core answers within some 20 microseconds, which is less than it takes
-        to go to sleep and be woken.  Done only for a few requests while nothing else is under way,
-        and not again for a while after a daemon has let us wait: the whole loop stands still.
-        """
-        if self._unanswered.outstanding > PROMPT_MAX or self._unsent:
+    def _receive_at_once(self, batch: _Batch) -> None:
+        """Receive the replies here, if they come within POLL_SECONDS: the whole event loop waits."""
+        if not self._transport.can_poll or len(batch.requests) > POLL_REQUESTS_MAX:
             return
-        if self._skip_prompt:
-            self._skip_prompt -= 1
+        if self._poll_skips:
+            self._poll_skips -= 1
             return
-        clock = time.perf_counter
-        late = clock() + PROMPT_SECONDS
-        left = PROMPT_SECONDS
+        left = POLL_SECONDS
+        end = time.perf_counter() + left
         while batch.missing and left > 0 and self.alive:
-            came = self._receive_soon()
-            left = late - clock()
-            if not came:
+            try:
+                data = self._transport.receive_soon()
+            except OSError:
+                return  # the reader meets the error, too
+            left = end - time.perf_counter()
+            if data is None:
                 break
-        self._took(left)
-
-    def _receive_soon(self) -> bool:
-        """Wait for what comes within a moment, and take it.  Whether anything came."""
-        try:
-            data = self._transport.receive_soon()
-        except OSError:
-            return False  # the reader meets it, too
-        if data is None:
-            return False
-        self._digest(data)
-        return True
-
-    def _took(self, left: float) -> None:
-        """Replies were waited for, and so much of the moment is left."""
+            self._digest(data)
         if left <= 0:
-            self._skip_prompt = self._skips = min(2 * self._skips or 1, PROMPT_SKIPS_MAX)
-        elif not self._unanswered.outstanding:
-            self._skips = 0
+            self._poll_misses = self._poll_skips = min(2 * self._poll_misses or 1, POLL_SKIPS_MAX)
+        elif not batch.missing:
+            self._poll_misses = 0
 
     # --------------------------------------------------------------------------------- tasks
 
     async def run(self) -> None:
-        """Serve the connection until it ends, or until cancelled.  Never raises for its end."""
+        """Serve the connection until it ends, or until cancelled.  Does not raise for its end."""
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._write_rest)
-                    nursery.start_soon(self._watch_the_clock)
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._enforce_deadlines)
                     await self._read()
         finally:
             self.close("the connection was closed")
 
     def close(self, reason: str = "the connection was closed") -> None:
-        """End the connection, and wake all who wait on it.  Any number of times."""
+        """End the connection, and wake all tasks that wait on it.  Any number of times."""
         if not self.alive:
             return
         self._closed_because = reason
         self.alive = False
         self._scope.cancel()
         self._ended.set()
-        for batch in self._unanswered.take_all():
+        for batch in self._waiting:
             batch.wake(outcome.Error(ConnectionLost(reason)))
-        trio.lowlevel.notify_closing(self._transport.fileno())
-        trio.lowlevel.notify_closing(self._transport.outlet())
+        self._waiting.clear()
+        self._in_flight.clear()
         self._transport.close()
 
     async def _read(self) -> None:
         while self.alive:
             try:
-                await trio.lowlevel.wait_readable(self._transport.fileno())
+                data = await self._transport.receive()
+            except trio.ClosedResourceError:
+                return
             except OSError as error:
                 self.close(f"cannot receive: {error.strerror}")
                 return
-            self._receive()
-
-    def receive(self) -> None:
-        """Take the replies that have come, if any are awaited.
-
-        For who is at work for a while without a turn for the reader: a daemon that cannot get rid of
-        its replies stops.
-        """
-        if self.alive and self._unanswered.outstanding:
-            self._receive()
-
-    def _receive(self) -> None:
-        """Take what there is, if anything."""
-        try:
-            data = self._transport.receive()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self.close(f"cannot receive: {error.strerror}")
-            return
-        self._digest(data)
+            self._digest(data)
 
     def _digest(self, data: bytes) -> None:
-        """Take what was received; nothing means the end."""
+        """Handle what was received; b"" means the end."""
         if not data:
             middle = " in the middle of a message" if self._parser.partial else ""
             self.close(f"Xenstore closed the connection{middle}")
             return
-        # Mostly one reply comes at a time.
-        if (one := self._parser.whole(data)) is not None:
-            messages: Iterable[Fields] = (one,)
-        else:
-            self._parser.feed(data)
-            messages = self._parser.messages()
+        self._parser.feed(data)
         try:
-            self._unanswered.take(messages, self._event)
+            for message in self._parser.messages():
+                self._handle(message)
+                if not self.alive:
+                    return
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)
             self.close(f"Xenstore broke the protocol: {error}")
 
-    def _event(self, payload: bytes) -> None:
-        path, token = decode_event(payload)
-        if self._on_event is not None:
-            self._on_event(path, token)
+    def _handle(self, message: Message) -> None:
+        op, req_id, _, payload = message
+        # Events first: the kernel's device leaves rubbish in their req_id.
+        if op == _EVENT:
+            path, token = decode_event(payload)
+            if self._on_event is not None:
+                self._on_event(path, token)
+            return
+        found = self._in_flight.get(req_id)
+        if found is None:
+            raise WireError(f"a reply to request {req_id}, which is not in flight")
+        batch, place = found
+        request = batch.requests[place]
+        if op == request.op:
+            batch.replies[place] = payload
+        elif op == _ERROR:
+            batch.replies[place] = XenstoreError(decode_error(payload), request)
+        else:
+            raise WireError(f"a reply of type {op} to a request of type {request.op}")
+        del self._in_flight[req_id]
+        batch.missing -= 1
+        if not batch.missing and batch.task is not None:
+            del self._waiting[batch]
+            batch.wake(outcome.Value(batch.replies))
 
-    async def _write_rest(self) -> None:
-        while True:
-            if not self._unsent:
-                await self._writer_parked.park()
-            await trio.lowlevel.wait_writable(self._transport.outlet())
-            try:
-                self._unsent = self._transport.send_rest(self._unsent)
-            except OSError as error:
-                self.close(f"cannot send: {error.strerror}")
-                return
+    async def _write(self) -> None:
+        try:
+            while True:
+                if self._unsent:
+                    self._unsent = await self._transport.send_rest(self._unsent)
+                elif self._outgoing:
+                    messages, self._outgoing = self._outgoing, []
+                    self._unsent = self._transport.send(messages)
+                else:
+                    await self._writer_parked.park()
+        except trio.ClosedResourceError:
+            return
+        except OSError as error:
+            self.close(f"cannot send: {error.strerror}")
 
-    async def _watch_the_clock(self) -> None:
-        """Wake at most once a timeout while something is awaited, and never while nothing is."""
+    async def _enforce_deadlines(self) -> None:
+        """Wake at most once in a time limit while a task waits, and never while none does."""
         while True:
-            # They are slept for in the order in which they were sent: the first is the oldest.
-            oldest = next((b for b in self._unanswered if b.task is not None), None)
-            if oldest is None:
+            self._watched_deadline = min(
+                (batch.deadline for batch in self._waiting), default=float("inf")
+            )
+            with trio.move_on_at(self._watched_deadline):
                 await self._watchdog_parked.park()
-            elif oldest.deadline > trio.current_time():
-                await trio.sleep_until(oldest.deadline)
-            else:
-                oldest.wake(outcome.Error(RequestTimeout("Xenstore did not answer in time")))
+                continue
+            now = trio.current_time()
+            overdue = [batch for batch in self._waiting if batch.deadline <= now]
+            for batch in overdue:
+                del self._waiting[batch]
+                batch.wake(outcome.Error(RequestTimeout("Xenstore did not answer in time")))
+            if overdue:
+                self.close("Xenstore did not answer in time")

@@ -1,4 +1,4 @@
-"""What a client of Xenstore can meet.  Only the file system turns these into errno."""
+"""The errors that a client of Xenstore can meet.  Only the file system turns them into errno."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Final
 from xsfs.xenstore.protocol import Request
 
 DEFAULT_TIMEOUT: Final = 10.0
-"""The time limit of a request, in seconds, where nobody names another."""
+"""The time limit of one request in seconds, unless the caller names another."""
 
 
 class StoreError(Exception):
     """Any failure of a request to Xenstore."""
 
-    asked = True
-    """False: it was not even tried, during an outage that others have met."""
+    during_outage = False
+    """Whether the request was not even sent, because the circuit breaker was open."""
 
 
 class XenstoreError(StoreError):
-    """The store's own verdict on one request: an ERROR reply.
+    """The store's own reply to one request was an error.
 
-    `name` is the errno name that it sent, such as `ENOENT` or `EQUOTA`; it need not be one that
+    `name` is the errno name that the store sent, such as `ENOENT` or `EQUOTA`.  It need not be one that
     this system's errno.h has.
     """
 
@@ -31,11 +31,12 @@ class XenstoreError(StoreError):
 
     def __str__(self) -> str:
         path = self.request.path.decode("ascii", "backslashreplace")
-        return f"{self.name}: {self.request.op.name} {path}"
+        op = getattr(self.request.op, "name", self.request.op)
+        return f"{self.name}: {op} {path}"
 
 
 class RequestTimeout(StoreError):
-    """No reply came within the time limit.  What was asked may still be carried out."""
+    """No reply came within the time limit.  The store may still carry out the request."""
 
 
 class ConnectionLost(StoreError):

@@ -1,171 +1,162 @@
-"""A socket that is read in time, however busy the event loop is: the connection of the watches.
+"""The transport of the watches: a socket that is read in time, however busy the event loop is.
 
-The socket takes some 70 events, and oxenstored holds 2000 more for a watcher; past that whoever writes
-waits, and if he writes by the socket he waits for good.  Of a client that pipelines its writes
-oxenstored takes 70,000 a second, so 30 ms in which the loop does anything else would be too long.
+The socket holds some 70 events, and oxenstored keeps 2000 more for a watcher.  Past that oxenstored makes
+every writer wait, and a writer that uses the socket waits until it is killed.  oxenstored accepts 70,000
+writes a second from a client that pipelines them, so 30 ms without a read would be too long.
 
-While little comes, the loop reads: nothing is told sooner.  Once so much is there that the loop was
-late, a thread takes over (a rush), which does nothing but read, and keeps what has come until the loop
-takes it.  When little has come for a while the thread has ended, and the loop reads again.
+While few events come, the event loop reads, because nothing delivers an event sooner.  Once so many bytes
+are there at once that the loop must have been late, a thread takes over.  It does nothing but read, and
+hands what it has read to the loop.  When few bytes have come for a while, the thread ends and the loop
+reads again.
 
-The thread needs the interpreter to go on, and may wait for it for SWITCH_SECONDS each time and more,
-in which the socket fills.  So while much comes at once it asks for more than the socket holds
-(MSG_WAITALL): then it is the kernel that goes on reading, for a moment, without the interpreter.
+The thread needs the interpreter to go on, and may wait for it for SWITCH_SECONDS and more each time, in
+which the socket fills.  So it asks for more than the socket holds (MSG_WAITALL): then the kernel goes on
+reading for a moment without the interpreter.
 
-What a `DrainedTransport` owns: the socket, the thread of the rush if there is one, what that has
-received and the loop has not yet taken, and an eventfd that is readable while there is any of that.
+An `EventReader` owns the socket, the thread if there is one, and the chunks that the thread has read and
+the loop has not used yet.
 
 What always holds:
 
-- Only one of the two receives: the thread in a rush, else the loop.  The loop alone begins a rush; the
-  thread ends it by the last thing that it puts before the loop.
-- Only the loop takes, sends and closes.  Each of the two counts for itself.
-- What is held is bounded.  Past HELD_MAX the connection ends, upon which all watches are set again on a
-  new one, and every reader is told to look again at all of it.
-- The descriptors are closed by whichever of the two is done with them last, as the number of a closed
-  one may belong to another file at once.
+- Either the thread or the loop receives.  The loop starts the thread.  The thread's last act is to tell
+  the loop that it has ended.
+- The loop alone touches the chunks, sends, and closes the socket.  It closes the socket after the thread
+  has ended, because the number of a closed descriptor may belong to another file at once.
+- What is held is bounded.  Past HELD_MAX the connection ends.  Then the client sets all watches again on a
+  new one, and each subscriber learns that it may have missed something.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import socket
 import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
+
+import trio
 
 from xsfs.xenstore.transport import SocketTransport, Transport
 
 HELD_MAX: Final = 16 << 20
-"""Bytes.  Some 300,000 events, which take the loop a second."""
+"""Bytes.  Some 300,000 events, which the loop handles in a second."""
 
 SWITCH_SECONDS: Final = 0.001
 """For sys.setswitchinterval: how long the loop may keep the interpreter from the thread."""
 
-MUCH: Final = 1024
-"""Bytes.  Where so much is there at once, whoever reads was late."""
+LATE_BYTES: Final = 1024
+"""If so many bytes are there at once, the loop was late."""
 
 CALM_SECONDS: Final = 0.1
-"""A rush is over when not so much has been there at once for so long."""
+"""The thread ends when it has not received so many bytes at once for this time."""
 
-RUSH_SIZE: Final = 1 << 18
-RUSH_FIRST: Final = 5_000
-RUSH_MAX: Final = 40_000
-"""How much is asked for at once in a rush, and how many microseconds it is waited for: the longer the
-more has come the last time, as the daemon sends what it holds only twice as fast as more is written."""
+CHUNK_SIZE: Final = 1 << 18
+CHUNK_MICROSECONDS: Final = 20_000
+"""How much the thread asks for at once, and how long it waits for that."""
 
 
-class DrainedTransport:
-    """See the module's text."""
+class EventReader:
+    """A `Transport`; see the module's docstring."""
+
+    can_poll = False
 
     def __init__(self, inner: SocketTransport) -> None:
         self._inner = inner
         self._socket = inner.socket
         self.payload_max = inner.payload_max
-        self.watch_blocks = inner.watch_blocks
-        self.prompt = False
-        self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._chunks: deque[bytes | None] = deque()
-        """Received by the thread.  None: it is done with the socket, which may have more."""
+        self._token = trio.lowlevel.current_trio_token()
+        self._chunks: deque[bytes] = deque()
+        self._arrived = trio.lowlevel.ParkingLot()
         self._received = 0
-        self._taken = 0
+        self._used = 0
+        """Bytes that the thread has received, and that the loop has used."""
         self._failure: OSError | None = None
-        self.rushing = False
-        self._users = 1
-        self._lock = threading.Lock()
-
-    def fileno(self) -> int:
-        return self._arrived if self.rushing else self._inner.fileno()
-
-    def outlet(self) -> int:
-        return self._inner.outlet()
+        self.has_thread = False
+        self._closed = False
 
     def send(self, messages: Sequence[bytes]) -> bytes:
         return self._inner.send(messages)
 
-    def send_rest(self, rest: bytes) -> bytes:
-        return self._inner.send_rest(rest)
+    async def send_watch(self, messages: Sequence[bytes]) -> bytes:
+        return self._inner.send(messages)
 
-    def receive(self) -> bytes:
-        if self.rushing:
-            return self._take()
-        data = self._inner.receive()
-        if len(data) >= MUCH:
-            self._rush()
-        return data
+    async def send_rest(self, rest: bytes) -> bytes:
+        return await self._inner.send_rest(rest)
 
     def receive_soon(self) -> bytes | None:
         return None
 
+    async def receive(self) -> bytes:
+        while not self._closed:
+            if self._chunks:
+                chunk = self._chunks.popleft()
+                self._used += len(chunk)
+                if not chunk and self._failure is not None:
+                    raise self._failure
+                await trio.lowlevel.checkpoint()
+                return chunk
+            if self.has_thread:
+                await self._arrived.park()
+                continue
+            data = await self._inner.receive()
+            if len(data) >= LATE_BYTES:
+                self._start_thread()
+            return data
+        raise trio.ClosedResourceError
+
     def close(self) -> None:
+        self._closed = True
+        self._arrived.unpark_all()
+        if not self.has_thread:
+            self._inner.close()
+            return
+        trio.lowlevel.notify_closing(self._socket)  # the writer may wait for room
         self._hang_up()
-        self._done()
 
     def _hang_up(self) -> None:
-        """Tell the peer, and wake the thread."""
-        with contextlib.suppress(OSError):
+        """End the connection, which wakes the thread."""
+        with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def _rush(self) -> None:
-        thread = threading.Thread(target=self._drain, name="xsfs-watches", daemon=True)
-        with self._lock:
-            # Held until both are counted.
-            try:
-                thread.start()
-            except RuntimeError:
-                return  # there can be no more threads: the loop reads on
-            self._users += 1
-            self.rushing = True
+    # ----------------------------------------------------------------------------- the thread
 
-    def _take(self) -> bytes:
-        # In this order: what the thread adds from here on makes it readable again.
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._arrived)
-        if not self._chunks:
-            raise BlockingIOError
-        chunk = self._chunks.popleft()
-        if chunk is None:
-            self.rushing = False
-            raise BlockingIOError
-        if self._chunks:
-            os.eventfd_write(self._arrived, 1)
-        if not chunk and self._failure is not None:
-            raise self._failure
-        self._taken += len(chunk)
-        return chunk
-
-    def _drain(self) -> None:
-        """The thread."""
-        _hurry()
-        buffer = memoryview(bytearray(RUSH_SIZE))
-        wait = RUSH_FIRST
-        late = time.monotonic()
-        more = True
-        while more:
-            chunk = self._receive(buffer, wait)
-            if chunk is not None and len(chunk) >= MUCH:
-                late = time.monotonic()
-                wait = min(2 * wait or RUSH_FIRST, RUSH_MAX)
-            elif time.monotonic() - late > CALM_SECONDS:
-                more = False
-            else:
-                wait = 0
-            if chunk is not None:
-                more = self._put(chunk) and more
-        self._put(None)
-        self._done()
-
-    def _receive(self, buffer: memoryview, microseconds: int) -> bytes | None:
-        """What comes within that time; or 0: what comes first.  None: nothing; b"": the end."""
-        limit = struct.pack("ll", 0, microseconds or int(CALM_SECONDS * 1e6))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._read, name="xsfs-watches", daemon=True)
         try:
-            flags = socket.MSG_WAITALL if microseconds else 0
+            thread.start()
+        except RuntimeError:
+            return  # there can be no more threads: the loop reads on
+        self.has_thread = True
+
+    def _read(self) -> None:
+        buffer = memoryview(bytearray(CHUNK_SIZE))
+        late_at = time.monotonic()
+        timeout, flags = CHUNK_MICROSECONDS, int(socket.MSG_WAITALL)
+        while True:
+            chunk = self._receive_chunk(buffer, timeout, flags)
+            if chunk is not None and not self._deliver(chunk):
+                break
+            if chunk is not None and len(chunk) >= LATE_BYTES:
+                late_at = time.monotonic()
+                timeout, flags = CHUNK_MICROSECONDS, int(socket.MSG_WAITALL)
+            elif time.monotonic() - late_at > CALM_SECONDS:
+                break
+            else:
+                timeout, flags = int(CALM_SECONDS * 1e6), 0
+        try:
+            self._token.run_sync_soon(self._thread_ended)
+        except trio.RunFinishedError:
+            self._socket.close()
+
+    def _receive_chunk(self, buffer: memoryview, timeout: int, flags: int) -> bytes | None:
+        """What comes within `timeout` microseconds.  None if nothing does; b"" at the end."""
+        limit = struct.pack("ll", 0, timeout)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             return bytes(buffer[: self._socket.recv_into(buffer, 0, flags)])
         except BlockingIOError:
             return None
@@ -173,45 +164,39 @@ class DrainedTransport:
             self._failure = error
             return b""
 
-    def _put(self, chunk: bytes | None) -> bool:
-        """Hold it for the loop.  Whether there can be more."""
-        if chunk is not None:
-            self._received += len(chunk)
-            if self._received - self._taken > HELD_MAX:
-                chunk = b""
-                self._failure = OSError(errno.ENOBUFS, "more events than can be taken")
-                self._hang_up()
-        self._chunks.append(chunk)
-        os.eventfd_write(self._arrived, 1)
+    def _deliver(self, chunk: bytes) -> bool:
+        """Hand a chunk to the loop.  Returns whether there can be more."""
+        self._received += len(chunk)
+        if self._received - self._used > HELD_MAX:
+            chunk = b""
+            self._failure = OSError(errno.ENOBUFS, "more events than xsfs can handle")
+            self._hang_up()
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._chunk_arrived, chunk)
         return bool(chunk)
 
-    def _done(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users:
-                return
-        self._inner.close()
-        os.close(self._arrived)
+    def _chunk_arrived(self, chunk: bytes) -> None:
+        self._chunks.append(chunk)
+        self._arrived.unpark_all()
+
+    def _thread_ended(self) -> None:
+        self.has_thread = False
+        self._arrived.unpark_all()
+        if self._closed:
+            self._socket.close()
 
 
-def _hurry() -> None:
-    """Have the kernel run this thread before others, as far as it lets this process: it does next to
-    nothing, but that at once, or in a crowd of programs the socket is full before its turn comes."""
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+def with_event_reader(connect: Callable[[], Transport]) -> Callable[[], Transport]:
+    """`connect`, with an EventReader around each socket.
 
-
-def drained(connect: Callable[[], Transport]) -> Callable[[], Transport]:
-    """The same connections, read in time where they are sockets.
-
-    The kernel reads the device by itself, whoever waits; and a store in this very loop is no faster
-    than the loop.
+    The kernel reads the device by itself, whoever waits.  A store in this event loop is no faster than
+    the loop.
     """
 
-    def connect_drained() -> Transport:
+    def connect_reader() -> Transport:
         transport = connect()
         if isinstance(transport, SocketTransport) and not transport.same_loop:
-            return DrainedTransport(transport)
+            return EventReader(transport)
         return transport
 
-    return connect_drained
+    return connect_reader

@@ -1,20 +1,31 @@
-"""What domains may do with a node: permissions, as tools write them, as the wire carries them, and as
-they are understood.  Pure functions and tables.
+"""What domains may do with a node: permissions as tools write them, as the protocol carries them, and
+what they mean.  Pure functions and tables.
+
+A guest chooses the permissions of its nodes, and the daemons accept entries for domains that cannot
+exist (`r-1`, `b4294967295`).  Such an entry is data like any other: it is shown, and grants nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from functools import lru_cache, wraps
-from typing import Final, NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import Final, NamedTuple
 
 from xsfs.xenstore.protocol import Op, Request, WireError, strings
 
+DOMID_FIRST_RESERVED: Final = 0x7FF0
+"""From here on a domid is no domain's, but has a special meaning (xen/include/public/xen.h)."""
+
+DOMID_ANY: Final = 0x7FF5
+"""An entry for this domid is one for every domain (since Xen 4.22)."""
+
 
 class Permission(NamedTuple):
-    """One entry of a node's permissions: what `domid` may do.  The first entry of a node names its
-    owner, who may do everything, and says what all domains without an entry may do."""
+    """One entry of a node's permissions: what `domid` may do.
+
+    The first entry names the node's owner, which may do everything, and says what each domain without an
+    entry may do.
+    """
 
     domid: int
     read: bool
@@ -22,6 +33,11 @@ class Permission(NamedTuple):
 
     def __str__(self) -> str:
         return f"{_LETTERS[self.read, self.write]}{self.domid}"
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether no domain can have this domid."""
+        return not 0 <= self.domid < DOMID_FIRST_RESERVED
 
 
 _LETTERS: Final = {
@@ -31,13 +47,13 @@ _LETTERS: Final = {
     (True, True): "b",
 }
 _ACCESS: Final = {letter: access for access, letter in _LETTERS.items()}
-_PERMISSION = re.compile(r"([nrwb])([0-9]{1,10})")
+_PERMISSION = re.compile(r"([nrwb])(-?[0-9]+)")
 
 Permissions = tuple[Permission, ...]
 
 
 def parse_permission(text: str) -> Permission:
-    """`r7` as a Permission; ValueError for anything else."""
+    """`r7` as a Permission.  ValueError for anything else."""
     match = _PERMISSION.fullmatch(text)
     if not match:
         raise ValueError(f"not a permission (n, r, w or b, and a domid): {text[:40]!r}")
@@ -60,12 +76,12 @@ def format_permissions(perms: Iterable[Permission]) -> str:
 def access_of(perms: Permissions, domid: int) -> tuple[bool, bool]:
     """Whether `domid` may (read, write) a node: perm_for_conn() of xenstored_core.c.
 
-    Domain 0 and the owner may do everything; of two entries for a domain the first counts.
+    Domain 0 and the owner may do everything.  Of two entries for a domain the first counts.
     """
     if domid == 0 or perms[0].domid == domid:
         return True, True
     for entry in perms[1:]:
-        if entry.domid == domid:
+        if entry.domid in (domid, DOMID_ANY):
             return entry.read, entry.write
     return perms[0].read, perms[0].write
 
@@ -74,27 +90,8 @@ def set_perms(path: bytes, perms: Iterable[Permission]) -> Request:
     return Request(Op.SET_PERMS, path + b"\0" + b"".join(b"%s\0" % str(p).encode() for p in perms))
 
 
-USUAL_MAX: Final = 64
-"""Bytes of a reply that is taken apart once only: a host has few different ones, for many nodes.  Those
-of a broken store may be very long, and are not kept."""
-
-Result = TypeVar("Result")
-
-
-def once_if_usual(decode: Callable[[bytes], Result]) -> Callable[[bytes], Result]:
-    """The same function, which keeps what it made of usual replies."""
-    decode_usual = lru_cache(maxsize=1024)(decode)
-
-    @wraps(decode)
-    def decode_once(payload: bytes) -> Result:
-        return decode_usual(payload) if len(payload) <= USUAL_MAX else decode(payload)
-
-    return decode_once
-
-
-@once_if_usual
 def decode_perms(payload: bytes) -> Permissions:
-    """The permissions in a GET_PERMS reply; WireError for anything else."""
+    """The permissions in a GET_PERMS reply.  WireError for anything else."""
     try:
         perms = tuple(parse_permission(entry.decode("ascii")) for entry in strings(payload))
     except ValueError as error:
@@ -104,7 +101,6 @@ def decode_perms(payload: bytes) -> Permissions:
     return perms
 
 
-@once_if_usual
 def perms_text(payload: bytes) -> bytes:
-    """The same as `n0,r7`."""
-    return format_permissions(decode_perms(payload)).encode()
+    """A GET_PERMS reply as `n0,r7`, with its entries as they came."""
+    return b",".join(strings(payload))

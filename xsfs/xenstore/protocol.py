@@ -1,14 +1,13 @@
 """The Xenstore wire protocol: bytes in, messages out; no sockets, no clock, no tasks.
 
 A message is a header of four native 32-bit words (type, req_id, tx_id, length) and a payload.
-Requests are made by the functions named after the protocol's own words (`read`, `write`, ...),
-replies are taken apart by the functions that begin with `decode_`.  Whatever the peer sends that
-the protocol does not allow raises `WireError`; whatever the caller may not send raises `ValueError`
-before a byte of it has left, because an over-long or ill-formed request kills the connection or
-puts it out of step.
+The functions named after the protocol's own words (`read`, `write`, ...) make requests.  The functions
+that begin with `decode_` take replies apart.  Bytes from the peer that the protocol does not allow raise
+`WireError`.  A request that the caller may not send raises `ValueError` before a byte of it leaves,
+because an over-long or ill-formed request kills the connection or puts it out of step.
 
-Facts are from Xen 4.17: xen/include/public/io/xs_wire.h, docs/misc/xenstore.txt, and from what both
-daemons do (docs/wire.md).
+Facts are from xen/include/public/io/xs_wire.h and docs/misc/xenstore.txt of Xen 4.17 to 4.22, and from
+the behaviour of the daemons (docs/dev/protocol.md).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import enum
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 HEADER: Final = struct.Struct("=IIII")
@@ -29,18 +28,16 @@ DEVICE_PAYLOAD_MAX: Final = PAYLOAD_MAX - HEADER.size
 """On /dev/xen/xenbus the limit of 4096 holds for header and payload together."""
 
 REPLY_MAX: Final = 16 << 20
-"""The longest reply taken.  oxenstored ignores PAYLOAD_MAX and answers DIRECTORY with the whole
-listing: 16 MiB are 400,000 children named by UUID.  More is garbage, not a listing."""
+"""The longest reply that is accepted.  oxenstored ignores PAYLOAD_MAX and answers DIRECTORY with the
+whole listing: 16 MiB are 400,000 children named by UUID.  More is garbage, not a listing."""
 
-PATH_MAX: Final = 3072
-"""XENSTORE_ABS_PATH_MAX, in bytes."""
-
-RELATIVE_PATH_MAX: Final = 2048
-"""XENSTORE_REL_PATH_MAX: the daemons refuse a longer path below /local/domain/<domid>/."""
+PATH_MAX: Final = PAYLOAD_MAX - 1
+"""The longest path in bytes.  Each daemon has lower limits of its own, which its replies tell: Xen 4.17
+has 2048, and from Xen 4.18 on dom0 has none but the payload's."""
 
 
 class Op(enum.IntEnum):
-    """enum xsd_sockmsg_type.  20 was RESTRICT, and is gone."""
+    """enum xsd_sockmsg_type.  20 was RESTRICT.  Daemons older than Xen 4.21 answer 23 and up with ENOSYS."""
 
     CONTROL = 0
     DIRECTORY = 1
@@ -64,6 +61,10 @@ class Op(enum.IntEnum):
     SET_TARGET = 19
     RESET_WATCHES = 21
     DIRECTORY_PART = 22
+    GET_FEATURE = 23
+    SET_FEATURE = 24
+    GET_QUOTA = 25
+    SET_QUOTA = 26
 
 
 ERRORS: Final = frozenset(
@@ -71,19 +72,19 @@ ERRORS: Final = frozenset(
         # xsd_errors of xs_wire.h
         *("EINVAL", "EACCES", "EEXIST", "EISDIR", "ENOENT", "ENOMEM", "ENOSPC", "EIO"),
         *("ENOTEMPTY", "ENOSYS", "EROFS", "EBUSY", "EAGAIN", "EISCONN", "E2BIG", "EPERM"),
-        # oxenstored's own, for a full quota
+        # oxenstored's name for a full quota
         "EQUOTA",
     )
 )
-"""The names an ERROR reply may carry.  Others have been seen in other stores' code only."""
+"""The names that an ERROR reply of the known daemons carries."""
 
 
 class WireError(Exception):
-    """The peer sent what the protocol does not allow: the connection is of no further use."""
+    """The peer broke the protocol: nothing more that this connection delivers can be trusted."""
 
 
 class Message(NamedTuple):
-    """One message of either direction.  `op` is a plain int: a peer may send any number."""
+    """One message of either direction.  `op` is a plain int, because a peer may send any number."""
 
     op: int
     req_id: int
@@ -91,24 +92,20 @@ class Message(NamedTuple):
     payload: bytes
 
 
-Fields = tuple[int, int, int, bytes]
-"""Those of a Message."""
-
-
 class Request(NamedTuple):
-    """What is asked, without the numbers that a connection and a transaction add."""
+    """A request, without the numbers that a connection and a transaction add."""
 
     op: Op
     payload: bytes
 
     @property
     def path(self) -> bytes:
-        """The payload's first string: for most requests the path, for others the domid."""
+        """The payload's first string: the path of most requests, the domid of the others."""
         return self.payload.partition(b"\0")[0]
 
     @property
     def repeatable(self) -> bool:
-        """Whether asking it twice does no more than asking it once."""
+        """Whether sending it twice has no more effect than sending it once."""
         return self.op in _REPEATABLE
 
 
@@ -123,16 +120,16 @@ _REPEATABLE: Final = frozenset(
 class Parser:
     """Turns the bytes of one direction of a connection into messages.
 
-    `feed` takes bytes as they come, one at a time if need be; `messages` gives all whole messages,
-    `next` the next one, or None.  What came whole before the garbage is still given; the garbage then
-    raises WireError, now and on each later call.
+    `feed` takes bytes in pieces of any size, `messages` yields the whole messages among them.  Messages
+    that came before garbage are still yielded.  The garbage then raises WireError, now and on each later
+    call.
     """
 
     def __init__(self, payload_max: int = REPLY_MAX) -> None:
         self._payload_max = payload_max
         self._buffer: bytes | bytearray = b""
         self._start = 0
-        self._wanted = HEADER_SIZE
+        self._needed = HEADER_SIZE
 
     def feed(self, data: bytes) -> None:
         if self._start == len(self._buffer):
@@ -146,47 +143,27 @@ class Parser:
             self._buffer += data
         self._start = 0
 
-    def whole(self, data: bytes) -> Fields | None:
-        """The fields of the one message that these bytes are, if they are that and nothing is held.
-
-        It is what `feed` and `messages` would give, for less.  None: the bytes were not taken.
-        """
-        if self._start != len(self._buffer) or len(data) < HEADER_SIZE:
-            return None
-        op, req_id, tx_id, length = HEADER.unpack_from(data)
-        if HEADER_SIZE + length != len(data) or length > self._payload_max:
-            return None
-        if self._start:
-            self._buffer, self._start = b"", 0  # or what was long would be kept
-        return op, req_id, tx_id, data[HEADER_SIZE:]
-
-    def next(self) -> Message | None:
-        fields = next(self.messages(), None)
-        return None if fields is None else Message(*fields)
-
-    def messages(self) -> Iterator[Fields]:
-        """Their fields alone, which cost less.  Not to be gone on with after a `feed`."""
+    def messages(self) -> Iterator[Message]:
+        """The whole messages that have come.  A `feed` ends the iteration's use."""
         buffer, start = self._buffer, self._start
         size = len(buffer)
-        # This spares a long message that comes in small pieces a look at its header each time.
-        if size - start < self._wanted:
+        # A long message that comes in small pieces is not parsed again at each piece.
+        if size - start < self._needed:
             return
-        self._wanted = HEADER_SIZE
-        unpack = HEADER.unpack_from
+        self._needed = HEADER_SIZE
         while size - start >= HEADER_SIZE:
-            op, req_id, tx_id, length = unpack(buffer, start)
+            op, req_id, tx_id, length = HEADER.unpack_from(buffer, start)
             if length > self._payload_max:
                 raise WireError(
                     f"a message of {length} bytes, over the limit of {self._payload_max}"
                 )
-            body = start + HEADER_SIZE
-            end = body + length
+            end = start + HEADER_SIZE + length
             if size < end:
-                self._wanted = end - start
+                self._needed = end - start
                 return
+            payload = bytes(buffer[start + HEADER_SIZE : end])
             self._start = start = end
-            payload = buffer[body:end]
-            yield op, req_id, tx_id, payload if isinstance(payload, bytes) else bytes(payload)
+            yield Message(op, req_id, tx_id, payload)
 
     @property
     def partial(self) -> bool:
@@ -195,19 +172,13 @@ class Parser:
 
 
 def encode(op: int, req_id: int, tx_id: int, payload: bytes) -> bytes:
-    """The bytes of one message."""
-    return HEADER.pack(op, req_id, tx_id, len(payload)) + payload
-
-
-def encode_all(requests: Sequence[Request], first: int, tx_id: int) -> list[bytes]:
-    """The messages of requests, numbered from `first` on."""
-    pack = HEADER.pack
-    messages = []
-    req_id = first
-    for op, payload in requests:
-        messages.append(pack(op, req_id, tx_id, len(payload)) + payload)
-        req_id += 1
-    return messages
+    """The bytes of one message.  ValueError if `op` is no 32-bit number."""
+    try:
+        return HEADER.pack(op, req_id, tx_id, len(payload)) + payload
+    except struct.error:
+        raise ValueError(
+            f"not a message: type {op}, request {req_id}, transaction {tx_id}"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------- paths
@@ -220,14 +191,14 @@ _PATH = re.compile(rb"/|/?%s(?:/%s)*" % (NAME, NAME))
 
 
 def is_name(name: bytes) -> bool:
-    """Whether both daemons take `name` as one component of a path."""
+    """Whether the daemons accept `name` as one component of a path."""
     return _NAME.fullmatch(name) is not None
 
 
 def check_path(path: bytes) -> bytes:
-    """The path, if a daemon may be asked for it; ValueError if every daemon would refuse it.
+    """Return the path.  ValueError if every daemon would reject it.
 
-    Absolute, relative to the domain's home, or special (`@releaseDomain`).
+    A path is absolute, relative to the domain's home, or special (`@releaseDomain`).
     """
     if len(path) > PATH_MAX:
         raise ValueError(f"the path is longer than {PATH_MAX} bytes")
@@ -237,7 +208,7 @@ def check_path(path: bytes) -> bytes:
 
 
 def value_max(path: bytes, payload_max: int = PAYLOAD_MAX) -> int:
-    """How many bytes of value a WRITE to `path` can carry."""
+    """The length in bytes of the longest value that a WRITE to `path` can carry."""
     return payload_max - len(path) - 1
 
 
@@ -253,7 +224,7 @@ def directory(path: bytes) -> Request:
 
 
 def directory_part(path: bytes, offset: int) -> Request:
-    """The part of a listing from byte `offset` on, for listings too long for one reply."""
+    """The part of a listing from byte `offset` on, for a listing that is too long for one reply."""
     return Request(Op.DIRECTORY_PART, b"%s\0%d\0" % (path, offset))
 
 
@@ -262,7 +233,7 @@ def get_perms(path: bytes) -> Request:
 
 
 def write(path: bytes, value: bytes) -> Request:
-    """The value ends with the payload: it may hold any bytes, NUL included."""
+    """The value ends with the payload, so it may hold any bytes, NUL included."""
     return Request(Op.WRITE, path + b"\0" + value)
 
 
@@ -271,14 +242,16 @@ def mkdir(path: bytes) -> Request:
 
 
 def rm(path: bytes) -> Request:
-    # oxenstored takes RM of / for "remove everything"; no client ever means that.
+    # oxenstored removes everything at RM of /.  No client ever means that.
     if path == b"/":
         raise ValueError("the root cannot be removed")
     return Request(Op.RM, path + b"\0")
 
 
-def watch(path: bytes, token: bytes) -> Request:
-    return Request(Op.WATCH, path + b"\0" + token + b"\0")
+def watch(path: bytes, token: bytes, depth: int | None = None) -> Request:
+    """`depth` limits how far below the path changes count.  Daemons older than Xen 4.22 reject it."""
+    limit = b"" if depth is None else b"%d\0" % depth
+    return Request(Op.WATCH, path + b"\0" + token + b"\0" + limit)
 
 
 def unwatch(path: bytes, token: bytes) -> Request:
@@ -286,7 +259,7 @@ def unwatch(path: bytes, token: bytes) -> Request:
 
 
 def transaction_start() -> Request:
-    # oxenstored does not answer a request without any payload until more bytes come.
+    # oxenstored does not answer a request without a payload until more bytes come.
     return Request(Op.TRANSACTION_START, b"\0")
 
 
@@ -302,6 +275,11 @@ def is_domain_introduced(domid: int) -> Request:
     return Request(Op.IS_DOMAIN_INTRODUCED, b"%d\0" % domid)
 
 
+def get_feature() -> Request:
+    """The features of the daemon, as a decimal number.  Daemons older than Xen 4.21 answer ENOSYS."""
+    return Request(Op.GET_FEATURE, b"\0")
+
+
 def domain_request(op: Op, *numbers: int) -> Request:
     """INTRODUCE (domid, gfn, port), RELEASE, RESUME (domid), SET_TARGET (domid, target)."""
     return Request(op, b"".join(b"%d\0" % number for number in numbers))
@@ -311,7 +289,7 @@ def domain_request(op: Op, *numbers: int) -> Request:
 
 
 def strings(payload: bytes) -> list[bytes]:
-    """The NUL-terminated strings of a payload; WireError where the last one is not."""
+    """The NUL-terminated strings of a payload.  WireError if the last one has no NUL."""
     if not payload:
         return []
     if payload[-1]:
@@ -320,7 +298,7 @@ def strings(payload: bytes) -> list[bytes]:
 
 
 def decode_error(payload: bytes) -> str:
-    """The name in an ERROR reply, such as `ENOENT`; it may be one that nobody knows."""
+    """The name in an ERROR reply, such as `ENOENT`.  It need not be among ERRORS."""
     name = payload.rstrip(b"\0")
     if not name.isalnum() or len(name) > 40:
         raise WireError(f"an ERROR reply that is no name: {payload[:80]!r}")
@@ -333,12 +311,13 @@ def decode_names(payload: bytes) -> list[bytes]:
 
 
 def decode_part(payload: bytes) -> tuple[bytes, bytes, bool]:
-    """A DIRECTORY_PART reply: (generation, names with their NULs, whether it is the last part).
+    """A DIRECTORY_PART reply: (generation, part of the listing, whether it is the last part).
 
-    An empty string after the names marks the end.
+    An empty string after the names marks the end.  xapi's oxenstored cuts parts in the middle of names,
+    so only the last part has to end with a NUL.
     """
     generation, nul, part = payload.partition(b"\0")
-    if not nul or not generation.isdigit() or not part.endswith(b"\0"):
+    if not nul or not generation.isdigit() or not part:
         raise WireError(f"not a DIRECTORY_PART reply: {payload[:80]!r}")
     last = part == b"\0" or part.endswith(b"\0\0")
     return generation, part[:-1] if last else part, last
@@ -360,7 +339,7 @@ def decode_string(payload: bytes) -> bytes:
 
 
 def decode_event(payload: bytes) -> tuple[bytes, bytes]:
-    """A WATCH_EVENT: (path, token).  Of special events newer daemons add a third string."""
+    """A WATCH_EVENT: (path, token).  Newer daemons add a third string to special events."""
     found = strings(payload)
     if len(found) < 2:
         raise WireError(f"not a watch event: {payload[:80]!r}")

@@ -1,20 +1,32 @@
-"""A connection that comes back: made when first needed, and again after it has ended.
+"""A connection that comes back, and the circuit breaker for a store that does not answer.
 
-What it owns: at most one live `Connection`, and how to make one.  Any task may call `connected`; one
-of them connects, the others wait for it.  Between requests nothing happens: a daemon that has gone is
-noticed by the reader, and looked for again when somebody next asks.
+A `ReconnectingConnection` owns at most one live `Connection`.  It opens one when a task first needs it,
+and again after it has ended.  Any task may call `get`: one of them connects, the others wait for it.
+Between requests nothing happens: the reader notices that a daemon has gone, and the next request looks
+for a new one.
+
+A `CircuitBreaker` owns the knowledge whether Xenstore answers, and one task that probes it.
+
+- Closed: requests go out.  After one that nothing answered within its whole time limit it opens.
+- Open: requests fail at once with the error of that request.  Otherwise each system call would take the
+  time limit, and some take it many times: the kernel looks a known name up twice, and lets one process at
+  a time look up a name.  A probe, by a new connection, is sent with back-off, and sooner if somebody asks.
+- Half-open: while a probe has just been sent, a request waits up to GRACE_SECONDS for its outcome.
+  The first answer closes the breaker.  If nobody asks for a whole time limit, the breaker closes, too,
+  because an unused mount does nothing: the next request then takes its whole time limit.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import trio
 
 from xsfs.xenstore.connection import Connection
-from xsfs.xenstore.errors import ConnectionLost, StoreUnavailable
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, StoreUnavailable
 from xsfs.xenstore.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -22,25 +34,34 @@ log = logging.getLogger(__name__)
 BACKOFF_FIRST: Final = 0.005
 BACKOFF_MAX: Final = 1.0
 
+PROBE_FIRST: Final = 0.05
+PROBE_MAX: Final = 1.0
+"""Seconds between two probes: while somebody asks, and at most."""
+
+GRACE_SECONDS: Final = 0.25
+
 Connect = Callable[[], Transport]
 OnEvent = Callable[[bytes, bytes], None]
 
 
-async def open_connection(connect: Connect, deadline: float, *, patient: bool = True) -> Transport:
-    """A new transport, tried for with back-off until `deadline`.
+async def open_transport_by(
+    connect: Connect, deadline: float, *, wait_for_daemon: bool = True
+) -> Transport:
+    """Connect, with back-off until `deadline` (in trio's time).
 
-    An impatient caller waits for a busy daemon only, not for one that has gone.
-    Raises StoreUnavailable where trying again is of no use, else ConnectionLost.
+    wait_for_daemon     whether to retry if the daemon is gone, and not only if it is busy
+
+    Raises StoreUnavailable if a retry is of no use, else ConnectionLost.
     """
     delay = BACKOFF_FIRST
     while True:
         try:
             return connect()
         except OSError as error:
-            # EAGAIN while the daemon's backlog of 1 is full; refused, or gone, while it restarts.
+            # EAGAIN: the daemon's backlog of 1 is full.  ECONNREFUSED, ENOENT: it restarts.
             failure = error
-        busy = isinstance(failure, BlockingIOError)
-        if not (patient or busy) or trio.current_time() + delay >= deadline:
+        is_busy = isinstance(failure, BlockingIOError)
+        if not (wait_for_daemon or is_busy) or trio.current_time() + delay >= deadline:
             where = failure.filename or "its socket"
             reason = f"cannot connect to Xenstore at {where}: {failure.strerror}"
             raise ConnectionLost(reason) from failure
@@ -48,10 +69,10 @@ async def open_connection(connect: Connect, deadline: float, *, patient: bool = 
         delay = min(2 * delay, BACKOFF_MAX)
 
 
-class Link:
-    """See the module's text.
+class ReconnectingConnection:
+    """See the module's docstring.
 
-    nursery     where each connection's tasks run; its end is the end of the link
+    nursery     runs the tasks of each connection
     """
 
     def __init__(
@@ -66,46 +87,152 @@ class Link:
         self._timeout = timeout
         self._on_event = on_event
         self._lock = trio.Lock()
-        self.connection: Connection | None = None
+        self.current: Connection | None = None
+        """The last connection; it need not be alive."""
         self._delay = 0.0
-        self._made_at = -BACKOFF_MAX
-        self.made = 0
+        self._opened_at = -BACKOFF_MAX
+        self.opened = 0
+        """How many connections were opened."""
 
-    async def connected(self, deadline: float) -> Connection:
+    @property
+    def reconnects(self) -> int:
+        return max(0, self.opened - 1)
+
+    async def get(self, deadline: float) -> Connection:
         """The live connection.  Raises ConnectionLost, StoreUnavailable."""
-        connection = self.connection
+        connection = self.current
         if connection is not None and connection.alive:
             return connection
         with trio.move_on_at(deadline):
             async with self._lock:
-                if self.connection is not None and self.connection.alive:
-                    return self.connection
-                return await self._make(deadline)
+                if self.current is not None and self.current.alive:
+                    return self.current
+                return await self._open(deadline)
         raise ConnectionLost("Xenstore cannot be reached")
 
-    async def _make(self, deadline: float) -> Connection:
-        # A store that takes each connection and hangs up must not be stormed.
+    async def _open(self, deadline: float) -> Connection:
+        # A store that accepts each connection and closes it must not be flooded with connections.
         longest = min(BACKOFF_MAX, self._timeout / 4)
-        short_lived = trio.current_time() < self._made_at + BACKOFF_MAX
-        self._delay = min(2 * self._delay or BACKOFF_FIRST, longest) if short_lived else 0.0
+        was_short = trio.current_time() < self._opened_at + BACKOFF_MAX
+        self._delay = min(2 * self._delay or BACKOFF_FIRST, longest) if was_short else 0.0
         await trio.sleep(self._delay)
         try:
-            return self.adopt(await open_connection(self._connect, deadline))
+            return self.adopt(await open_transport_by(self._connect, deadline))
         except StoreUnavailable as error:
             log.warning("Xenstore is gone: %s", error)
             raise
 
     def adopt(self, transport: Transport) -> Connection:
-        """Take a transport just opened for the link's connection."""
+        """Make a transport that was just opened the current connection."""
+        self.close("another connection took its place")
         connection = Connection(transport, self._timeout, self._on_event)
         self._nursery.start_soon(connection.run)
-        self.made += 1
-        if self.made > 1:
+        self.opened += 1
+        if self.opened > 1:
             log.warning("connected to Xenstore again")
-        self.connection = connection
-        self._made_at = trio.current_time()
+        self.current = connection
+        self._opened_at = trio.current_time()
         return connection
 
     def close(self, reason: str) -> None:
-        if self.connection is not None:
-            self.connection.close(reason)
+        if self.current is not None:
+            self.current.close(reason)
+
+
+class CircuitBreaker:
+    """See the module's docstring.
+
+    nursery     runs the probing task
+    timeout     the time limit of a request, in seconds
+    probe       asks something, by a new connection
+    """
+
+    def __init__(
+        self, nursery: trio.Nursery, timeout: float, probe: Callable[[], Awaitable[object]]
+    ) -> None:
+        self._nursery = nursery
+        self._timeout = timeout
+        self._probe = probe
+        self.error: RequestTimeout | ConnectionLost | None = None
+        """The error that opened it, while it is open."""
+        self._answers = 0
+        """How many requests Xenstore has answered."""
+        self._asked_at = 0.0
+        self._probed_at = 0.0
+        self._is_probing = False
+        self._outcome = trio.lowlevel.ParkingLot()
+        """Tasks that wait for the outcome of a probe."""
+        self._pause = trio.CancelScope()
+
+    async def check(self) -> None:
+        """Raises RequestTimeout or ConnectionLost while it is open."""
+        if self.error is None:
+            return
+        now = self._asked_at = trio.current_time()
+        probed_at = self._probed_at
+        if not self._is_probing:
+            probed_at = max(now, probed_at + PROBE_FIRST)
+            self._pause.deadline = min(self._pause.deadline, probed_at)
+        with trio.move_on_at(probed_at + GRACE_SECONDS):
+            await self._outcome.park()
+        if self.error is not None:
+            error = type(self.error)(*self.error.args)
+            error.during_outage = True
+            raise error
+
+    def answered(self) -> None:
+        self._answers += 1
+        if self.error is not None:
+            self._close()
+            log.warning("Xenstore answers again")
+
+    def _close(self) -> None:
+        self.error = None
+        self._pause.cancel()
+        self._outcome.unpark_all()
+
+    @contextmanager
+    def observe(self, deadline: float) -> Iterator[None]:
+        """Note the outcome of the block, which asks something that is to be answered by `deadline`."""
+        answers = self._answers
+        try:
+            yield
+        except (RequestTimeout, ConnectionLost) as error:
+            self._failed(error, answers, deadline)
+            raise
+        self.answered()
+
+    def _failed(
+        self, error: RequestTimeout | ConnectionLost, answers: int, deadline: float
+    ) -> None:
+        if self._answers != answers or self.error is not None:
+            return
+        # `open_transport_by` gives up if its next attempt would come too late.
+        if deadline - trio.current_time() > self._timeout / 2:
+            return
+        if answers:  # else the mount has not begun, and its caller reports the error
+            log.warning("Xenstore has not answered for %g s: %s", self._timeout, error)
+        self.error = error
+        self._asked_at = trio.current_time()
+        self._nursery.start_soon(self._probe_until_answered)
+
+    async def _probe_until_answered(self) -> None:
+        delay = PROBE_FIRST
+        while self.error is not None:
+            now = self._probed_at = trio.current_time()
+            if now > self._asked_at + self._timeout:
+                self._close()
+                return
+            self._is_probing = True
+            try:
+                await self._probe()
+            except StoreError:
+                self._outcome.unpark_all()
+            else:
+                self.answered()
+                return
+            finally:
+                self._is_probing = False
+            with trio.move_on_after(delay) as self._pause:
+                await trio.sleep_forever()
+            delay = min(2 * delay, PROBE_MAX)

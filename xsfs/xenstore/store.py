@@ -1,4 +1,4 @@
-"""The client: Xenstore for tasks of a trio program, and the Python interface of xsfs.
+"""The client: Xenstore for the tasks of a trio program.
 
     async with open_store() as store:
         name = await store.read("name")
@@ -9,10 +9,11 @@
             async for path in events:
                 ...
 
-A `Store` has one connection for requests, which all tasks share and which comes back after it was
-lost; one for watches (xsfs/xenstore/watches.py); and one for each `Transaction`, so that closing it ends
-even a transaction that the daemon refuses to end.  What `atomically` runs is on the shared connection: it
-is for the few requests of one short transaction.
+A `Store` owns one connection for requests, which all tasks share and which comes back after it was lost;
+one for watches (watches.py); one for each open `Transaction`; and up to SHORT_MAX for the transactions
+of `atomically`, kept for the next one while they are idle.  To close a transaction's connection ends even
+a transaction that the daemon refuses to end, so a connection on which the state of a transaction is
+unknown is always closed.
 """
 
 from __future__ import annotations
@@ -20,206 +21,215 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from functools import partial
 from typing import Final, TypeVar
 
 import trio
 
 from xsfs.xenstore import protocol
-from xsfs.xenstore.background import open_servants
-from xsfs.xenstore.commands import Answers, NamesOfEach, Path, Session, encode_path
-from xsfs.xenstore.connection import WINDOW, Connection
+from xsfs.xenstore.background import open_background
+from xsfs.xenstore.commands import Commands, NamesOfEach, Path, encode_path
+from xsfs.xenstore.connection import Connection, Reply
 from xsfs.xenstore.errors import (
     DEFAULT_TIMEOUT,
     ConnectionLost,
     RequestTimeout,
     StoreError,
+    TransactionEnded,
     XenstoreError,
 )
-from xsfs.xenstore.eventual import Eventual, result_of
-from xsfs.xenstore.outage import Outage
 from xsfs.xenstore.protocol import Request
-from xsfs.xenstore.reconnect import Connect, Link, open_connection
-from xsfs.xenstore.transaction import Transaction
+from xsfs.xenstore.reconnect import (
+    CircuitBreaker,
+    Connect,
+    ReconnectingConnection,
+    open_transport_by,
+)
 from xsfs.xenstore.transport import Transport, find_store, open_transport
-from xsfs.xenstore.unanswered import Batch, Reply
 from xsfs.xenstore.watches import Subscription, Watches
 
-ATOMIC_MAX: Final = 4
-"""How many short transactions run at once: a guest is let to have 10 in all, its mounts' own and
-other programs' included."""
+SHORT_MAX: Final = 4
+"""How many transactions of `atomically` run at once.  A guest may have 10 transactions in all, which its
+mounts and its other programs share."""
+
+CLEANUP_SECONDS: Final = 1.0
+"""How long the end of a transaction may wait for a silent daemon."""
+
+_MAYBE_CONFLICTS: Final = frozenset(("ENOENT", "EIO"))
+"""Errors that C xenstored may give in a transaction with a conflict: it is no snapshot, so a listing may
+name a child that is gone by the time it is read."""
 
 Result = TypeVar("Result")
 
 
-class Store(Session):
+class Transaction(Commands):
+    """One Xenstore transaction.  `commit` or `rollback` end it, and so does the end of its connection.
+
+    deadline    in trio's time, of all its requests; None if each has the connection's time limit
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        tx_id: int,
+        breaker: CircuitBreaker,
+        timeout: float,
+        deadline: float | None = None,
+    ) -> None:
+        self.connection = connection
+        self._breaker = breaker
+        self._timeout = timeout
+        self._deadline = deadline
+        self._tx_id: int | None = tx_id
+        self.requests = 0
+        """How many requests were sent in it."""
+        self.requests_max: int | None = None
+        """How many may be.  One more fails with XenstoreError `EQUOTA`, and nothing is sent."""
+        self.has_written = False
+        """Whether a request was sent that changes anything."""
+        self.has_ended = False
+        """Whether the store has said that it ended."""
+
+    @property
+    def payload_max(self) -> int:
+        return self.connection.payload_max
+
+    @property
+    def open(self) -> bool:
+        return self._tx_id is not None and self.connection.alive
+
+    async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
+        if self._tx_id is None:
+            raise TransactionEnded("the transaction has ended")
+        if self.connection.alive:
+            await self._breaker.check()
+        if self.requests_max is not None and self.requests + len(requests) > self.requests_max:
+            raise XenstoreError("EQUOTA", requests[0])
+        self.requests += len(requests)
+        self.has_written = self.has_written or not all(r.repeatable for r in requests)
+        deadline = self._deadline
+        if deadline is None:
+            deadline = trio.current_time() + self._timeout
+        try:
+            with self._breaker.observe(deadline):
+                return await self.connection.pipeline(requests, self._tx_id, deadline)
+        except ConnectionLost as error:
+            self._tx_id = None
+            raise TransactionEnded(f"the transaction was lost: {error}") from error
+
+    async def finish(self, requests: Sequence[Request], *, commit: bool = True) -> list[Reply]:
+        """Send `requests` and end the transaction, in one round trip.
+
+        Raises XenstoreError for the reply to the end: `EAGAIN` is a conflict.  The transaction is
+        committed even if one of the requests failed, so look at their replies.  ConnectionLost and
+        RequestTimeout mean that the outcome is unknown.
+        """
+        if self._tx_id is None:
+            raise TransactionEnded("the transaction has ended")
+        if not self.connection.alive:
+            # Nothing was sent, so the outcome is known.
+            self._tx_id = None
+            raise TransactionEnded("the transaction was lost with its connection")
+        tx_id, self._tx_id = self._tx_id, None
+        *replies, end = await self.connection.pipeline(
+            (*requests, protocol.transaction_end(commit)), tx_id, self._deadline
+        )
+        self.has_ended = True
+        if isinstance(end, XenstoreError):
+            # C xenstored ends a transaction in which a request failed with ENOMEM: the reply to that
+            # request tells the reason.
+            errors = [reply for reply in replies if isinstance(reply, XenstoreError)]
+            raise errors[0] if errors and end.name != "EAGAIN" else end
+        return replies
+
+    async def commit(self) -> None:
+        """Carry out all changes at once.  Raises XenstoreError `EAGAIN` on a conflict: start again.
+
+        ConnectionLost and RequestTimeout mean that the outcome is unknown.
+        """
+        await self.finish(())
+
+    async def rollback(self) -> None:
+        await self.finish((), commit=False)
+
+    async def wait_disconnected(self) -> None:
+        """Return when its connection has ended: abandoned, or lost."""
+        await self.connection.wait_ended()
+
+
+class _Conflict(Exception):
+    """A transaction of `atomically` must start again."""
+
+    def __init__(self, error: XenstoreError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Store(Commands):
     """Xenstore as it is.  Made by `open_store`."""
 
     def __init__(self, nursery: trio.Nursery, connect: Connect, timeout: float) -> None:
         self._nursery = nursery
         self._connect = connect
-        self._link = Link(nursery, connect, timeout)
-        self._atomic = trio.CapacityLimiter(ATOMIC_MAX)
+        self._main = ReconnectingConnection(nursery, connect, timeout)
+        self._short_limit = trio.CapacityLimiter(SHORT_MAX)
+        self._idle: list[Connection] = []
+        """Connections for transactions of `atomically`, with none open."""
         self.timeout = timeout
-        self.outage = Outage(nursery, timeout, self._probe)
-        self.watches = Watches(nursery, connect, timeout, self.outage)
+        self.breaker = CircuitBreaker(nursery, timeout, self._probe)
+        self.watches = Watches(nursery, connect, timeout, self.breaker)
         self.requests = 0
-        """How many requests were sent, those of transactions and watches apart."""
-        self._reconnects_beside = 0
-        """Those of stores beside it, which have ended."""
+        """How many requests were sent, apart from those of transactions and watches."""
         self.transactions = 0
-        """How many transactions with a connection of their own are open."""
+        """How many transactions that `begin` started are open."""
 
     @property
     def payload_max(self) -> int:
-        connection = self._link.connection
+        connection = self._main.current
         return connection.payload_max if connection is not None else protocol.DEVICE_PAYLOAD_MAX
 
     @property
     def reconnects(self) -> int:
-        return max(0, self._link.made - 1) + self._reconnects_beside
+        return self._main.reconnects
 
-    async def open(self) -> None:
+    async def connect(self) -> None:
         """Connect for the first time, and see that the store answers.
 
-        A daemon that is not there is an error at once: it is only waited for after it was seen.
+        A missing daemon is an error at once: `Store` only waits for a daemon that it has seen.
         """
-        await self._connect_now()
-        await self.burst((protocol.directory(b"/"),))
-
-    async def _connect_now(self) -> Connection:
         deadline = trio.current_time() + self.timeout
-        return self._link.adopt(await open_connection(self._connect, deadline, patient=False))
-
-    def distrust(self, reason: str) -> None:
-        """End the connection of a store that answers nonsense; the next request makes a new one."""
-        self._link.close(reason)
-
-    async def burst(
-        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
-    ) -> list[Reply]:
-        """As in Session.  What only reads is asked again when the connection is lost meanwhile."""
-        return await result_of(self.ask(requests, meanwhile))
-
-    def ask(
-        self, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
-    ) -> Eventual[list[Reply]]:
-        """As in Session."""
-        self.requests += len(requests)
-        connection = self._at_hand(requests)
-        if connection is None:
-            if meanwhile is not None:
-                meanwhile()
-            return self._replies(requests, None)
-        batch = connection.ask(requests, 0, meanwhile)
-        if batch.missing:
-            return self._replies(requests, batch)
-        self.outage.answered()
-        return batch.replies
-
-    def _at_hand(self, requests: Sequence[Request]) -> Connection | None:
-        """The connection, where these can be sent by it just so."""
-        connection = self._link.connection
-        if connection is None or not connection.alive or self.outage.error is not None:
-            return None
-        return connection if 0 < len(requests) <= WINDOW else None
-
-    def at_once(
-        self, requests: Sequence[Request], meanwhile: Callable[[], None]
-    ) -> list[Reply] | None:
-        """As `ask`, but None if not all is answered within a moment.
-
-        For what only reads: it may have been sent, and what is answered later is dropped.
-        """
-        connection = self._at_hand(requests)
-        if connection is None or not connection.prompt:
-            return None
-        with suppress(ConnectionLost, RequestTimeout):
-            replies = self.ask(requests, meanwhile)
-            if isinstance(replies, list):
-                return replies
-            replies.close()
-        return None
-
-    def receive(self) -> None:
-        """As in Connection."""
-        if (connection := self._link.connection) is not None:
-            connection.receive()
-
-    def ask_and(
-        self, requests: Sequence[Request], more: Callable[[], Sequence[Request]]
-    ) -> Eventual[Answers]:
-        """As in Session.  Where each reply must be slept for, all of it is one burst."""
-        connection = self._at_hand(requests)
-        if connection is None or not connection.prompt:
-            return self._burst_and(requests, more)
-        batch, rest = connection.ask_both(requests, more)
-        self.requests += len(requests) + (0 if rest is None else len(rest.requests))
-        if batch.missing or not connection.comes_soon(rest):
-            return self._replies_and(requests, connection, batch, rest)
-        self.outage.answered()
-        return batch.replies, partial(connection.replies_in_turn, rest)
-
-    async def _replies_and(
-        self, requests: Sequence[Request], connection: Connection, batch: Batch, rest: Batch | None
-    ) -> Answers:
-        """Both, where one has to be slept for."""
-        replies = batch.replies
-        if batch.missing:
-            replies = await self._replies(requests, batch)
-        else:
-            self.outage.answered()
-        if rest is not None and not connection.comes_soon(rest):
-            with suppress(ConnectionLost, RequestTimeout):
-                await connection.replies(rest)
-        return replies, partial(connection.replies_in_turn, rest)
-
-    async def _replies(self, requests: Sequence[Request], batch: Batch | None) -> list[Reply]:
-        """What could not be answered at once; `batch` is what was asked just now."""
-        outage = self.outage
-        if batch is None:
-            await outage.check()
-        answers = outage.answers
-        deadline = trio.current_time() + self.timeout
-        try:
-            replies = await self._ask(requests, deadline, batch)
-        except (RequestTimeout, ConnectionLost) as error:
-            outage.failed(error, answers, deadline)
-            raise
-        outage.answered()
-        return replies
+        transport = await open_transport_by(self._connect, deadline, wait_for_daemon=False)
+        self._main.adopt(transport)
+        await self.pipeline((protocol.directory(b"/"),))
 
     async def _probe(self) -> None:
-        await self._ask((protocol.directory(b"/"),), trio.current_time() + self.timeout)
+        """Ask something by a new connection, which takes the place of the one that is not answered."""
+        deadline = trio.current_time() + self.timeout
+        connection = self._main.adopt(await open_transport_by(self._connect, deadline))
+        await connection.pipeline((protocol.directory(b"/"),), deadline=deadline)
 
-    async def _ask(
-        self, requests: Sequence[Request], deadline: float, batch: Batch | None = None
-    ) -> list[Reply]:
-        connection = self._link.connection
-        failure: StoreError = RequestTimeout("Xenstore did not answer in time")
-        if connection is not None and (batch is not None or connection.alive):
-            try:
-                if batch is not None:
-                    return await connection.replies(batch)
-                return await connection.burst(requests)
-            except ConnectionLost as error:
-                failure = error
-                if not all(request.repeatable for request in requests):
-                    raise
-        # From here on it is asked by new connections, all in the time that one may take.
-        while trio.current_time() < deadline:
-            with trio.move_on_at(deadline):
-                connection = await self._link.connected(deadline)
+    def drop_connection(self, reason: str) -> None:
+        """Close the connection to a store that answers nonsense.  The next request opens a new one."""
+        self._main.close(reason)
+
+    async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
+        """As in Commands.  Requests that only read are sent again if the connection was lost."""
+        if self.breaker.error is not None:
+            await self.breaker.check()
+        self.requests += len(requests)
+        deadline = trio.current_time() + self.timeout
+        with self.breaker.observe(deadline):
+            while True:
+                connection = self._main.current
+                if connection is None or not connection.alive:
+                    connection = await self._main.get(deadline)
                 try:
-                    return await connection.burst(requests)
-                except ConnectionLost as error:
-                    failure = error
-                    if not all(request.repeatable for request in requests):
+                    return await connection.pipeline(requests, 0, deadline)
+                except ConnectionLost:
+                    if trio.current_time() >= deadline or not all(r.repeatable for r in requests):
                         raise
-        raise failure
 
     async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
-        """As in Session.  A node that never stops changing is listed in a transaction, where it
+        """As in Commands.  A node that never stops changing is listed in a transaction, in which it
         stands still."""
         try:
             return await super().list_all(paths)
@@ -231,40 +241,12 @@ class Store(Session):
             try:
                 return await transaction.list_all(paths)
             except XenstoreError as error:
-                return error  # not a conflict, to be tried again and again
+                return error  # `atomically` would take EAGAIN for a conflict and try for long
 
         names = await self.atomically(work)
         if isinstance(names, XenstoreError):
             raise names
         return names
-
-    @asynccontextmanager
-    async def beside(self, count: int) -> AsyncIterator[Sequence[Store]]:
-        """The same store by `count` more connections: for who asks more than it can soon answer.
-
-        A daemon looks at all its connections before each request that it takes, oxenstored even between
-        the parts of one, and then does something for each: several are served almost as fast as one.
-        There are fewer where no more can be had.
-        """
-        async with open_servants() as nursery:
-            stores: list[Store] = []
-            with suppress(StoreError, OSError):
-                for _ in range(count):
-                    stores.append(await self._another(nursery))
-            try:
-                yield stores
-            finally:
-                self.requests += sum(store.requests for store in stores)
-                self._reconnects_beside += sum(store.reconnects for store in stores)
-
-    async def _another(self, nursery: trio.Nursery) -> Store:
-        """Raises StoreError, OSError if it can't be had at once."""
-        store = Store(nursery, self._connect, self.timeout)
-        store.outage = self.outage
-        connection = await store._connect_now()
-        # By the connection itself: the store would try again and again.
-        await connection.burst((protocol.directory(b"/"),))
-        return store
 
     # -------------------------------------------------------------------------- transactions
 
@@ -272,8 +254,8 @@ class Store(Session):
     async def transaction(self) -> AsyncIterator[Transaction]:
         """A transaction with a connection of its own.
 
-        It is committed at the end of the block if nobody ended it before, rolled back if the block
-        raises.  A conflict raises XenstoreError `EAGAIN` there: begin again.
+        It is committed at the end of the block unless it has ended before, and rolled back if the block
+        raises.  A conflict raises XenstoreError `EAGAIN` at the end of the block: start again.
         """
         transaction = await self.begin()
         try:
@@ -284,89 +266,145 @@ class Store(Session):
             self.abandon(transaction)
 
     async def begin(self) -> Transaction:
-        """Start a transaction with a connection of its own; `abandon` must follow sometime."""
-        await self.outage.check()
-        with self.outage.noticed(trio.current_time() + self.timeout) as deadline:
-            connection = Connection(await open_connection(self._connect, deadline), self.timeout)
-            self._nursery.start_soon(connection.run)
+        """Start a transaction with a connection of its own.  The caller must `abandon` it later."""
+        await self.breaker.check()
+        deadline = trio.current_time() + self.timeout
+        with self.breaker.observe(deadline):
+            connection = await self._open(deadline)
             self.transactions += 1
             try:
-                return await self._start(connection)
+                tx_id = await self._start(connection, deadline)
             except BaseException:
                 self._close(connection)
                 raise
+        return Transaction(connection, tx_id, self.breaker, self.timeout)
 
     def abandon(self, transaction: Transaction) -> None:
-        """Close the transaction's connection, which rolls back what is still open."""
+        """Close the transaction's connection, which rolls back a transaction that is still open."""
         self._close(transaction.connection)
 
     def _close(self, connection: Connection) -> None:
         connection.close()
         self.transactions -= 1
 
-    async def _start(self, connection: Connection) -> Transaction:
-        (reply,) = await connection.burst((protocol.transaction_start(),))
-        self.outage.answered()
+    async def _open(self, deadline: float) -> Connection:
+        connection = Connection(await open_transport_by(self._connect, deadline), self.timeout)
+        self._nursery.start_soon(connection.run)
+        return connection
+
+    async def _start(self, connection: Connection, deadline: float) -> int:
+        (reply,) = await connection.pipeline((protocol.transaction_start(),), 0, deadline)
         if isinstance(reply, XenstoreError):
             raise reply
-        number = protocol.decode_transaction_id(reply)
-        return Transaction(connection, number, self.outage, self.timeout)
+        return protocol.decode_transaction_id(reply)
 
     async def atomically(self, work: Callable[[Transaction], Awaitable[Result]]) -> Result:
-        """Run `work` in a short transaction, again while it conflicts, for `timeout` seconds.
+        """Run `work` in a short transaction and commit it, again and again while it conflicts.
 
-        `work` ends the transaction itself (`finish`, `commit`); it is rolled back where it raises.
+        `work` may end the transaction itself.  If it raises, the transaction is rolled back.  An error
+        that it meets is only true if the transaction has no conflict, so `atomically` finds that out
+        before the error is raised.  All of it takes `timeout` at most.
+
         Raises XenstoreError `EAGAIN` if it conflicted all the time.
         """
-        await self.outage.check()
+        await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.outage.noticed(deadline):
+        with self.breaker.observe(deadline):
             async with self._one_of_few(deadline):
-                return await self._again_while_it_conflicts(work, deadline)
+                while True:
+                    try:
+                        return await self._attempt(work, deadline)
+                    except _Conflict as conflict:
+                        if trio.current_time() >= deadline:
+                            raise conflict.error from None
 
-    async def _again_while_it_conflicts(
+    async def _attempt(
         self, work: Callable[[Transaction], Awaitable[Result]], deadline: float
     ) -> Result:
-        while True:
-            self.requests += 1
-            transaction = await self._start(await self._link.connected(deadline))
+        self.requests += 1
+        async with self._short_transaction(deadline) as transaction:
             try:
-                return await work(transaction)
-            except XenstoreError as error:
-                if error.name != "EAGAIN" or trio.current_time() >= deadline:
+                result = await work(transaction)
+                if transaction.open:
+                    await transaction.commit()
+                return result
+            except Exception as error:
+                if await self.is_conflict(transaction, error):
+                    end = protocol.transaction_end(True)
+                    raise _Conflict(XenstoreError("EAGAIN", end)) from error
+                raise
+
+    async def is_conflict(self, transaction: Transaction, error: Exception) -> bool:
+        """Whether `error`, which was met in the transaction, may be the result of a conflict.
+
+        If the transaction has only read, its commit tells, and ends it.
+        """
+        if isinstance(error, XenstoreError) and error.name == "EAGAIN":
+            return True
+        if not transaction.open:
+            return False
+        if transaction.has_written:
+            return isinstance(error, XenstoreError) and error.name in _MAYBE_CONFLICTS
+        try:
+            await transaction.commit()
+        except XenstoreError as end:
+            return end.name == "EAGAIN"
+        return False
+
+    @asynccontextmanager
+    async def _short_transaction(self, deadline: float) -> AsyncIterator[Transaction]:
+        """A transaction on a connection that is used again if the transaction's end is certain."""
+        connection, tx_id = await self._start_on_idle(deadline)
+        transaction = Transaction(connection, tx_id, self.breaker, self.timeout, deadline)
+        try:
+            yield transaction
+        finally:
+            if transaction.open:
+                with (
+                    trio.CancelScope(deadline=trio.current_time() + CLEANUP_SECONDS, shield=True),
+                    suppress(StoreError),
+                ):
+                    await transaction.rollback()
+            if transaction.has_ended:
+                self._idle.append(connection)
+            else:
+                connection.close("the end of a transaction is uncertain")
+
+    async def _start_on_idle(self, deadline: float) -> tuple[Connection, int]:
+        while True:
+            was_idle = bool(self._idle)
+            connection = self._idle.pop() if was_idle else await self._open(deadline)
+            if not connection.alive:
+                continue
+            try:
+                return connection, await self._start(connection, deadline)
+            except XenstoreError:
+                self._idle.append(connection)  # no transaction was started
+                raise
+            except BaseException as error:
+                connection.close("the start of a transaction is uncertain")
+                if not (was_idle and isinstance(error, ConnectionLost)):
                     raise
-            finally:
-                await self._clean_up(transaction)
 
     @asynccontextmanager
     async def _one_of_few(self, deadline: float) -> AsyncIterator[None]:
-        """One of ATOMIC_MAX places.  Those who wait for it wait no longer than for an answer."""
+        """One of SHORT_MAX places.  Raises RequestTimeout if none is free by the deadline."""
         with trio.move_on_at(deadline) as waiting:
-            await self._atomic.acquire()
+            await self._short_limit.acquire()
         if waiting.cancelled_caught:
             raise RequestTimeout("Xenstore did not end other transactions in time")
         try:
             yield
         finally:
-            self._atomic.release()
-
-    async def _clean_up(self, transaction: Transaction) -> None:
-        if not transaction.open:
-            return
-        with trio.CancelScope(shield=True):
-            try:
-                await transaction.rollback()
-            except StoreError:
-                # A daemon that will not end it keeps it as long as the connection.
-                self.distrust("a transaction could not be ended")
+            self._short_limit.release()
 
     # ------------------------------------------------------------------------------- watches
 
     def watch(self, path: Path) -> AbstractAsyncContextManager[Subscription]:
         """The events of a node and all below it, while the block runs.
 
-        The first one comes at once and is for the node itself.  Events tell the path of what
-        changed, in the form (absolute, relative) in which `path` is given.
+        The first event comes at once and is for the node itself.  An event is the path of the changed
+        node, in the form (absolute, relative) in which `path` is given.
         """
         return self.watches.watching(encode_path(path))
 
@@ -380,21 +418,21 @@ async def open_store(
 ) -> AsyncIterator[Store]:
     """A Store, connected and answering.
 
-    path        its socket or device; looked for where libxenstore does if None
+    path        the socket or device; if None, the one that libxenstore would use
     timeout     seconds within which each request must be answered
-    connect     how to make a connection, for stores that have no path
+    connect     how to connect to a store that has no path
 
     Raises StoreUnavailable, ConnectionLost, RequestTimeout.
     """
     if connect is None:
-        # Absolute: connections are made later, too, and the background process leaves the directory.
+        # Absolute: connections are opened later, too, and a daemon changes its working directory.
         found = os.path.abspath(path if path is not None else find_store(os.environ))
 
         def connect() -> Transport:
             return open_transport(found)
 
-    async with open_servants() as nursery:
+    async with open_background() as nursery:
         store = Store(nursery, connect, timeout)
         nursery.start_soon(store.watches.run)
-        await store.open()
+        await store.connect()
         yield store

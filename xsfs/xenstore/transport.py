@@ -1,6 +1,6 @@
-"""Where Xenstore is, and the two ways of talking to it: a Unix socket and the kernel's device.
+"""The two transports to Xenstore, a Unix socket and the kernel's device, and the search for them.
 
-A transport moves bytes and never waits, but for the device's WATCH (see `device.py`).
+A transport moves bytes and never blocks, except for a WATCH over the device (see xenbus.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
-from xsfs.xenstore.busy_polling import LINGER_SECONDS, Linger
+import trio
+
+from xsfs.xenstore.busy_polling import BUSY_POLL_SECONDS, BusyPoll
 from xsfs.xenstore.errors import StoreUnavailable
 from xsfs.xenstore.protocol import PAYLOAD_MAX
 from xsfs.xenstore.xenbus import DeviceTransport
@@ -24,8 +26,8 @@ RUNDIR: Final = "/var/run/xenstored"
 DEVICES: Final = ("/dev/xen/xenbus", "/proc/xen/xenbus")
 RECEIVE_SIZE: Final = 65536
 
-SOON: Final = 1000
-"""Microseconds.  The kernel rounds it up to its tick, 4 ms at most."""
+RECEIVE_MICROSECONDS: Final = 1000
+"""How long `receive_soon` sleeps for a reply.  The kernel rounds it up to its tick, 4 ms at most."""
 
 NO_STORE_HINT: Final = (
     "start xenstored (dom0) or load xen's drivers (domU), name its socket or device, "
@@ -37,37 +39,39 @@ class Transport(Protocol):
     """One end of an open connection."""
 
     payload_max: int
-    watch_blocks: bool
-    """Whether sending a WATCH or UNWATCH blocks the caller for a round trip."""
-    prompt: bool
+    can_poll: bool
     """Whether `receive_soon` can wait."""
 
-    def fileno(self) -> int:
-        """A descriptor that is readable when there is something to receive."""
-
-    def outlet(self) -> int:
-        """A descriptor that is writable when there is room for what `send` returned."""
-
     def send(self, messages: Sequence[bytes]) -> bytes:
-        """Send whole messages; returns what could not be sent yet.  OSError ends the connection."""
+        """Send whole messages.  Returns the bytes that could not be sent yet.
 
-    def send_rest(self, rest: bytes) -> bytes:
-        """Go on with what `send` returned."""
+        Raises OSError if the connection has ended.
+        """
 
-    def receive(self) -> bytes:
-        """What there is to read; b"" at the end.  BlockingIOError where there is nothing yet."""
+    async def send_watch(self, messages: Sequence[bytes]) -> bytes:
+        """`send` for WATCH and UNWATCH, which one transport must send in a way of its own.
+
+        Raises WatchRefused (xenbus.py) if the transport itself learns that the store refused.
+        """
+
+    async def send_rest(self, rest: bytes) -> bytes:
+        """Wait until there is room, then send more of the bytes that `send` returned."""
 
     def receive_soon(self) -> bytes | None:
-        """The same, but wait a moment (SOON at most) for it; None where nothing came."""
+        """Receive what comes within a few milliseconds; b"" at the end, None if nothing comes."""
 
-    def close(self) -> None: ...
+    async def receive(self) -> bytes:
+        """Wait for bytes and receive them; b"" at the end.  OSError if the connection broke."""
+
+    def close(self) -> None:
+        """Close it, and end the waits of `receive` and `send_rest` with trio.ClosedResourceError."""
 
 
 class _Buffer(threading.local):
-    """Where a thread receives.
+    """The memory into which a thread receives.
 
-    recv(2) into a fresh object of RECEIVE_SIZE, which is cut to what came, leaves a hole of almost that
-    size behind each object: the heap grew to three times what was in it.
+    recv(2) into a fresh object of RECEIVE_SIZE, which is then cut to what came, leaves a hole of almost
+    that size behind each object: the heap grew to three times its content.
     """
 
     def __init__(self) -> None:
@@ -81,23 +85,17 @@ class SocketTransport:
     """A connected Unix socket."""
 
     payload_max = PAYLOAD_MAX
-    watch_blocks = False
 
     def __init__(self, sock: socket.socket, *, same_loop: bool = False) -> None:
-        """`same_loop`: the peer is a task of this very event loop, and must not be waited for."""
+        """`same_loop`: the peer is a task of this event loop, so that waiting for it is of no use."""
         self.same_loop = same_loop
-        self.prompt = not same_loop
-        # Blocking, so that receive_soon is a single system call; all others say MSG_DONTWAIT.
+        self.can_poll = not same_loop
+        # Blocking, so that receive_soon is one system call.  All other calls use MSG_DONTWAIT.
         sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, SOON))
+        limit = struct.pack("ll", 0, RECEIVE_MICROSECONDS)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self.socket = sock
-        self._linger = Linger(sock.fileno())
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def outlet(self) -> int:
-        return self.socket.fileno()
+        self._busy_poll = BusyPoll(sock.fileno())
 
     def send(self, messages: Sequence[bytes]) -> bytes:
         data = b"".join(messages)
@@ -107,29 +105,40 @@ class SocketTransport:
             return data
         return b"" if sent == len(data) else data[sent:]
 
-    def send_rest(self, rest: bytes) -> bytes:
+    async def send_watch(self, messages: Sequence[bytes]) -> bytes:
+        return self.send(messages)
+
+    async def send_rest(self, rest: bytes) -> bytes:
+        await trio.lowlevel.wait_writable(self.socket)
         return self.send((rest,))
 
-    def receive(self) -> bytes:
-        view = _buffer.view
-        return bytes(view[: self.socket.recv_into(view, 0, socket.MSG_DONTWAIT)])
-
     def receive_soon(self) -> bytes | None:
-        if not self.prompt:
+        if not self.can_poll:
             return None
-        self._linger.comes(LINGER_SECONDS)
+        self._busy_poll.is_readable(BUSY_POLL_SECONDS)
         view = _buffer.view
         try:
             return bytes(view[: self.socket.recv_into(view)])
         except BlockingIOError:
             return None
 
+    async def receive(self) -> bytes:
+        view = _buffer.view
+        while True:
+            await trio.lowlevel.wait_readable(self.socket)
+            try:
+                return bytes(view[: self.socket.recv_into(view, 0, socket.MSG_DONTWAIT)])
+            except BlockingIOError:
+                continue  # receive_soon has taken it
+
     def close(self) -> None:
-        self.socket.close()
+        if self.socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self.socket)
+            self.socket.close()
 
 
 def find_store(environ: Mapping[str, str]) -> str:
-    """The path of the socket or device, looked for as libxenstore does: xs_open() of xs.c.
+    """The path of the socket or device that libxenstore would use: xs_open() of xs.c.
 
     Raises StoreUnavailable.
     """
@@ -145,9 +154,9 @@ def find_store(environ: Mapping[str, str]) -> str:
 def open_transport(path: str) -> Transport:
     """Connect to the socket, or open the device, at `path`.
 
-    Raises BlockingIOError while a daemon has no room for one more connection (both listen with a
-    backlog of 1), StoreUnavailable where trying again is of no use, other OSErrors where the daemon
-    may come back.
+    Raises BlockingIOError while a daemon has no room for one more connection (both daemons listen with
+    a backlog of 1), StoreUnavailable if a retry is of no use, another OSError if the daemon may come
+    back.
     """
     try:
         mode = os.stat(path).st_mode
@@ -157,15 +166,19 @@ def open_transport(path: str) -> Transport:
             return _open_device(path)
     except PermissionError as error:
         raise StoreUnavailable(
-            f"no right to use {path}", "only root may talk to Xenstore: run as root", denied=True
+            f"permission denied: {path}",
+            "Xenstore is restricted to root; run as root",
+            denied=True,
         ) from error
     except OSError as error:
-        # ENXIO, ENODEV: the device is there but Xen is not.
+        # ENXIO, ENODEV: the device exists, but Xen does not run.
         if error.errno in (errno.ENXIO, errno.ENODEV):
             raise StoreUnavailable(f"{path}: {error.strerror}", NO_STORE_HINT) from error
-        error.filename = path  # connect(2) does not tell it
+        error.filename = path  # connect(2) leaves it out
         raise
-    raise StoreUnavailable(f"{path} is neither a socket nor a device", NO_STORE_HINT)
+    raise StoreUnavailable(
+        f"{path} is neither a socket nor a device", "SOURCE must be xenstored's socket or xenbus"
+    )
 
 
 def _open_device(path: str) -> DeviceTransport:

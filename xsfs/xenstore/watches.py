@@ -1,22 +1,23 @@
 """Watches: one connection for all of them, and for nothing else.
 
-What `Watches` owns: a link whose connection carries only WATCH and UNWATCH, one at a time (on the
-kernel's device anything else outstanding beside them can deadlock its Xenstore driver), and one watch
-at the store for each path, however many subscribe to it.
+`Watches` owns a reconnecting connection that carries only WATCH and UNWATCH, one at a time (on the kernel's
+device any other request beside them can deadlock its Xenstore driver), and one watch at the store for each
+path, however many subscribe to it.  Any task may subscribe and unsubscribe; the connection's reader
+delivers events.
 
 What always holds:
 
-- An event is put into each subscription of its watch and never waits for a subscriber.  Equal events
-  still unread are one; past EVENTS_MAX the backlog becomes one event for the watched path itself,
+- An event is put into each subscription of its watch, and never waits for a subscriber.  Equal events that
+  are still unread are one.  Past EVENTS_MAX the backlog becomes one event for the watched path itself,
   which by Xenstore's own rule means "look at all of it again".
-- Taking an event from the connection costs the same however many subscribe to its watch: where there
-  are several, `_spread` tells them, one at a time, and what comes meanwhile is merged.  A reader of
-  the connection that fell some 2000 events behind would stop whoever writes, with oxenstored for good.
-- A watch that nobody wants any more is removed before another one is set: what was closed counts no
-  more against the quota of whoever opens next.
-- After the connection was lost, `run` sets every watch again, and the store's initial event tells
-  each subscriber that it may have missed something.  One that the store then refuses (the quota may be
-  used up by others meanwhile) is tried again, with back-off, for as long as somebody wants it.
+- The reader spends the same time on an event however many subscribe to its watch.  If several do, the task
+  `_spread` tells one after the other, and merges what comes meanwhile.  A reader that falls some 2000
+  events behind would stop all writers, with oxenstored until they are killed.
+- A watch that nobody wants any more is removed before another one is set, so that it no longer counts
+  against the quota.
+- After the connection was lost, `run` sets every watch again, and the store's initial event tells each
+  subscriber that it may have missed something.  If the store refuses a watch then (others may have used
+  up the quota meanwhile), `run` retries it with back-off as long as somebody wants it.
 """
 
 from __future__ import annotations
@@ -38,9 +39,8 @@ from xsfs.xenstore.errors import (
     StoreUnavailable,
     XenstoreError,
 )
-from xsfs.xenstore.event_reader import drained
-from xsfs.xenstore.outage import Outage
-from xsfs.xenstore.reconnect import BACKOFF_MAX, Connect, Link
+from xsfs.xenstore.event_reader import with_event_reader
+from xsfs.xenstore.reconnect import BACKOFF_MAX, CircuitBreaker, Connect, ReconnectingConnection
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +48,17 @@ EVENTS_MAX: Final = 4096
 
 REFUSED_FIRST: Final = 1.0
 REFUSED_MAX: Final = 30.0
-"""Seconds until a watch that was refused when it was set again is tried once more."""
+"""Seconds until a watch is retried that the store refused when it was to be set again."""
+
+REMOVE_SECONDS: Final = 1.0
+"""How long an UNWATCH may take before the connection is closed instead."""
 
 
 class Subscription:
-    """The events of one path for one reader.  Iterate over it, or use `take` and `wait`.
+    """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`.
 
-    `on_event`, if given, is called at each event, and when the watch was lost or has been set again,
-    in the connection's task: it must not wait, but for a moment (PROMPT_SECONDS).
+    `on_event`, if given, is called at each event, and when the watch was lost or set again, by the
+    connection's reader: it must not wait, nor take longer than a few microseconds.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Subscription:
     ) -> None:
         self.path = path
         self.interruptions = 0
-        """How often the watch was lost with its connection: events may have been missed."""
+        """How often the watch was lost with its connection, and events may have been missed."""
         self._events: dict[bytes, None] = {}
         self._events_max = events_max
         self._on_event = on_event
@@ -89,14 +92,10 @@ class Subscription:
         self.alert()
 
     def take(self) -> list[bytes]:
-        """The paths that changed since last asked, in order; perhaps none."""
+        """The paths that changed since the last call, in order; perhaps none."""
         events = list(self._events)
         self._events.clear()
         return events
-
-    def only(self) -> bytes | None:
-        """The path that changed, if it is one; it stays to be taken."""
-        return next(iter(self._events)) if len(self._events) == 1 else None
 
     def __bool__(self) -> bool:
         """Whether there is an event to take."""
@@ -126,11 +125,11 @@ class _Watch:
         self.subscriptions: dict[Subscription, None] = {}
         self.connection: Connection | None = None
         self.armed = False
-        """Whether the store has it, as far as is known."""
+        """Whether the store has it, as far as xsfs knows."""
         self.refused = False
-        """Whether the store did not take it again after the connection was lost."""
+        """Whether the store refused it after the connection was lost."""
         self.unspread: dict[bytes, None] = {}
-        """Events that not all subscriptions have been told of."""
+        """Events that not all subscriptions have yet."""
         self.spreading = False
 
     def put(self, path: bytes) -> None:
@@ -141,35 +140,40 @@ class _Watch:
 
 
 class Watches:
-    """See the module's text.  `run` must be running."""
+    """See the module's docstring.  `run` must be running."""
 
     def __init__(
-        self, nursery: trio.Nursery, connect: Connect, timeout: float, outage: Outage
+        self, nursery: trio.Nursery, connect: Connect, timeout: float, breaker: CircuitBreaker
     ) -> None:
         self._nursery = nursery
-        self._outage = outage
+        self._breaker = breaker
         self._timeout = timeout
-        self._link = Link(nursery, drained(connect), timeout, self._dispatch)
-        self._turn = trio.Lock()
+        self._reconnecting = ReconnectingConnection(
+            nursery, with_event_reader(connect), timeout, self._dispatch
+        )
+        self._lock = trio.Lock()
+        """Held while a WATCH or UNWATCH is outstanding."""
         self._by_path: dict[bytes, _Watch] = {}
         self._by_token: dict[bytes, _Watch] = {}
         self._unwanted: deque[_Watch] = deque()
         """Watches to be removed, in the order in which they were left."""
         self._last_token = 0
-        self._lost = trio.lowlevel.ParkingLot()
+        self._first_watch = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
-        """How many watches there are at the store."""
+        """The number of watches at the store."""
         return len(self._by_path) + len(self._unwanted)
 
     @property
     def reconnects(self) -> int:
-        return max(0, self._link.made - 1)
+        return self._reconnecting.reconnects
+
+    # --------------------------------------------------------------------------------- events
 
     def _dispatch(self, path: bytes, token: bytes) -> None:
         watch = self._by_token.get(token)
         if watch is None:
-            # Of a watch just removed; or of a store that lies, which harms nobody.
+            # Of a watch that was just removed, or from a store that lies, which harms nobody.
             return
         if len(watch.subscriptions) == 1 and not watch.spreading:
             next(iter(watch.subscriptions)).put(path)
@@ -180,8 +184,8 @@ class Watches:
             self._nursery.start_soon(self._spread, watch)
 
     async def _spread(self, watch: _Watch) -> None:
-        """Tell all subscriptions of the events, and let other tasks run after each: above all the
-        one that reads the connection."""
+        """Put the events into all subscriptions, with a turn for other tasks after each: above all for
+        the reader of the connection."""
         while watch.unspread:
             events, watch.unspread = watch.unspread, {}
             for subscription in list(watch.subscriptions):
@@ -191,12 +195,14 @@ class Watches:
                     await trio.lowlevel.checkpoint()
         watch.spreading = False
 
+    # --------------------------------------------------------------------------- subscriptions
+
     async def subscribe(self, subscription: Subscription) -> None:
         """Watch the subscription's path for it.  Raises StoreError; then nothing is watched.
 
         The first event comes at once, as Xenstore's do.
         """
-        async with self._turn:
+        async with self._lock:
             watch = self._by_path.get(subscription.path)
             if watch is not None:
                 watch.subscriptions[subscription] = None
@@ -207,7 +213,7 @@ class Watches:
             watch.subscriptions[subscription] = None
             self._by_token[watch.token] = watch
             try:
-                await self._outage.check()
+                await self._breaker.check()
                 await self._arm(watch)
             except XenstoreError:
                 del self._by_token[watch.token]
@@ -219,7 +225,7 @@ class Watches:
                 self._nursery.start_soon(self._clear)
                 raise
             self._by_path[watch.path] = watch
-            self._lost.unpark_all()
+            self._first_watch.unpark_all()
 
     def armed(self, subscription: Subscription) -> bool:
         """Whether its watch is set at the store now."""
@@ -227,18 +233,22 @@ class Watches:
         return watch is not None and watch.armed
 
     async def unsubscribe(self, subscription: Subscription) -> None:
-        """The opposite; the last subscriber of a path removes the watch.  Never raises."""
+        """Deliver no more events to it.  The last subscriber of a path removes the watch.
+
+        Never raises a StoreError.  Takes REMOVE_SECONDS at most, even if the caller is cancelled.
+        """
         if self._leave(subscription):
-            with trio.CancelScope(shield=True):
+            deadline = trio.current_time() + REMOVE_SECONDS
+            with trio.CancelScope(deadline=deadline, shield=True):
                 await self._clear()
 
     def drop(self, subscription: Subscription) -> None:
-        """The same without waiting for the store."""
+        """`unsubscribe`, in the background."""
         if self._leave(subscription):
             self._nursery.start_soon(self._clear)
 
     def _leave(self, subscription: Subscription) -> bool:
-        """Give the subscription no more events.  Whether that left a watch which nobody wants."""
+        """Returns whether that left a watch that nobody wants."""
         watch = self._by_path.get(subscription.path)
         if watch is None or subscription not in watch.subscriptions:
             return False
@@ -251,7 +261,7 @@ class Watches:
         return True
 
     async def _clear(self) -> None:
-        async with self._turn:
+        async with self._lock:
             await self._remove_unwanted()
 
     async def _remove_unwanted(self) -> None:
@@ -263,39 +273,50 @@ class Watches:
         connection = watch.connection
         if connection is None or not connection.alive:
             return
+        is_removed = False
         try:
-            await connection.burst((protocol.unwatch(watch.path, watch.token),))
+            deadline = trio.current_time() + REMOVE_SECONDS
+            (reply,) = await connection.pipeline(
+                (protocol.unwatch(watch.path, watch.token),), 0, deadline
+            )
+            is_removed = isinstance(reply, bytes) or reply.name == "ENOENT"
         except StoreError as error:
-            # The daemon may still have it: only the connection's end is sure to end it.
-            connection.close(f"a watch could not be removed: {error}")
+            log.info("a watch could not be removed: %s", error)
+        finally:
+            if not is_removed:
+                # The daemon may still have it: only the connection's end is sure to end it.
+                connection.close("a watch could not be removed")
 
     async def _arm(self, watch: _Watch) -> None:
         await self._remove_unwanted()
         deadline = trio.current_time() + self._timeout
-        connection = await self._link.connected(deadline)
+        connection = await self._reconnecting.get(deadline)
         watch.connection = connection
-        (reply,) = await connection.burst((protocol.watch(watch.path, watch.token),))
+        request = protocol.watch(watch.path, watch.token)
+        (reply,) = await connection.pipeline((request,), 0, deadline)
         if isinstance(reply, XenstoreError):
             watch.connection = None
             raise reply
         watch.armed = True
 
+    # ------------------------------------------------------------------------------ reconnects
+
     async def run(self) -> None:
         """Set the watches again whenever their connection has been lost."""
         patience = REFUSED_FIRST
         while True:
-            connection = self._link.connection
+            connection = self._reconnecting.current
             if not self._by_path or connection is None:
-                await self._lost.park()
+                await self._first_watch.park()
             elif connection.alive and all(
                 watch.connection in (None, connection) for watch in self._by_path.values()
             ):
                 if not any(watch.refused for watch in self._by_path.values()):
                     patience = REFUSED_FIRST
-                    await connection.ended()
+                    await connection.wait_ended()
                     continue
                 with trio.move_on_after(patience):
-                    await connection.ended()
+                    await connection.wait_ended()
                 if connection.alive:
                     patience = min(2 * patience, REFUSED_MAX)
                     await self._rearm()
@@ -313,7 +334,7 @@ class Watches:
     async def _rearm(self) -> None:
         for watch in list(self._by_path.values()):
             try:
-                async with self._turn:
+                async with self._lock:
                     await self._rearm_one(watch)
             except (ConnectionLost, RequestTimeout, StoreUnavailable):
                 await trio.sleep(BACKOFF_MAX)
@@ -326,25 +347,21 @@ class Watches:
             return
         try:
             await self._arm(watch)
-        except (ConnectionLost, StoreUnavailable):
-            raise
-        except RequestTimeout:
-            # It may be set later, or never: a new connection is sure to have none.
-            self._link.close("a watch was not set in time")
+        except (ConnectionLost, RequestTimeout, StoreUnavailable):
             raise
         except StoreError as error:
             watch.connection = None
             if watch.refused:
-                return  # that was said already
+                return  # the log has it already
             watch.refused = True
-            log.error("the watch of %r is refused, and tried again: %s", watch.path, error)
+            log.error("Xenstore refuses the watch of %r, xsfs retries: %s", watch.path, error)
             for subscription in watch.subscriptions:
                 subscription.put(watch.path)
         else:
             if watch.refused:
                 watch.refused = False
                 log.warning("the watch of %r is set again", watch.path)
-            # The kernel's device may send the first event before it says that the watch is set.
+            # The kernel's device may deliver the first event before the reply to WATCH.
             for subscription in watch.subscriptions:
                 subscription.alert()
 

@@ -1,62 +1,79 @@
-"""The kernel's device, /dev/xen/xenbus, where the kernel multiplexes the domain's one ring.
+"""The kernel's device, /dev/xen/xenbus, over which the kernel multiplexes the domain's one ring.
 
-It takes one message with each write and drops a second one in the same buffer; it never reports that it
-is writable, and need not: write only queues.  But it does not copy what it queues: each descriptor has
-one buffer, and the next write overwrites a message that the kernel's thread has not put into the ring
-yet.  So a descriptor can have one request at a time, and what is asked together goes out through
-several.  WATCH and UNWATCH are carried out within write; one sent while another request of the same
-descriptor is unanswered can deadlock the kernel's Xenstore driver for good.
+Each write(2) carries one message, and the kernel drops a second one in the same buffer.  The device never
+reports that it is writable, and need not: a write only queues.  But the kernel does not copy what it
+queues.  Each descriptor has one buffer, and the next write overwrites a message that the kernel's thread
+has not put into the ring yet.  So a descriptor can have one request at a time, and a pipeline goes out
+through several.  The kernel carries out WATCH and UNWATCH within write(2).  One that is sent while
+another request of its descriptor is unanswered can deadlock the kernel's Xenstore driver until reboot.
 
-What a `DeviceTransport` owns: its descriptors, opened when they are first needed, the messages that
-wait for one, and of each descriptor whether its last request is unanswered and what has come of a
-message that is not whole yet.
+A `DeviceTransport` owns its descriptors, opened when they are first needed, the messages that wait for
+one, and for each descriptor whether its last request is unanswered and the part of a message that has
+come.  Only the tasks of its connection touch it; the thread of `send_watch` writes to the first
+descriptor alone.
 
 What always holds:
 
-- Messages go out in the order in which they were sent, and the kernel keeps it, whichever descriptors
-  they take: the first that has to wait holds up the others.
-- A transaction is its descriptor's, and so is a watch: the kernel tells no other of them.  All of that
-  goes through the first one.
-- Only whole messages are given out, so that those of two descriptors do not mix.
+- Messages go out in the order in which they were sent, and the kernel keeps this order across
+  descriptors.  The first message that has to wait holds up the others.
+- A transaction belongs to its descriptor, and so does a watch.  Everything that concerns them goes
+  through the first descriptor.
+- `receive` returns whole messages only, so that the messages of two descriptors do not mix.
 """
 
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import select
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
+
+import trio
 
 from xsfs.xenstore.protocol import DEVICE_PAYLOAD_MAX, HEADER, Op
 
 DESCRIPTORS_MAX: Final = 16
 
 RECEIVE_SIZE: Final = 8192
-"""Room for an answer, and for some events."""
+"""Room for a reply and some events."""
 
-_BLOCKING: Final = frozenset((Op.WATCH, Op.UNWATCH))
-_OF_THE_FIRST: Final = frozenset((Op.TRANSACTION_START, Op.TRANSACTION_END))
+_FIRST_ONLY: Final = frozenset((Op.TRANSACTION_START, Op.TRANSACTION_END))
+
+# trio 0.22 has another name for the parameter, and from 0.35 on there is the new name alone.
+_PARAMETERS: Final = inspect.signature(trio.to_thread.run_sync).parameters
+_ABANDON: Final[dict[str, Any]] = {
+    "abandon_on_cancel" if "abandon_on_cancel" in _PARAMETERS else "cancellable": True
+}
+
+
+class WatchRefused(Exception):
+    """write(2) of a WATCH failed: the daemon refused it, and no reply will come."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 class _Descriptor:
     def __init__(self, number: int) -> None:
         self.number = number
-        self.asked = False
+        self.is_busy = False
         """Whether a request is unanswered."""
         self.partial = b""
 
     def write(self, message: bytes) -> None:
-        self.asked = True
+        self.is_busy = True
         try:
             os.write(self.number, message)
         except OSError:
-            self.asked = False  # a WATCH refused: there is no reply
+            self.is_busy = False  # there will be no reply
             raise
 
-    def take(self, data: bytes) -> bytes:
-        """The whole messages, with what has come before."""
+    def whole_messages(self, data: bytes) -> bytes:
+        """The whole messages in what has come so far."""
         data = self.partial + data
         end = 0
         while len(data) >= end + HEADER.size:
@@ -64,27 +81,26 @@ class _Descriptor:
             if len(data) < end + HEADER.size + length:
                 break
             end += HEADER.size + length
-            self.asked = self.asked and op == Op.WATCH_EVENT
+            self.is_busy = self.is_busy and op == Op.WATCH_EVENT
         self.partial = data[end:]
         return data[:end]
 
 
 class DeviceTransport:
-    """See the module's text.
+    """A `Transport` over the device; see the module's docstring.
 
-    open_device     a new descriptor of the device, which does not block
+    open_device     opens a new, non-blocking descriptor of the device
     """
 
     payload_max = DEVICE_PAYLOAD_MAX
-    watch_blocks = True
-    prompt = False
+    can_poll = False
 
     def __init__(self, open_device: Callable[[], int]) -> None:
         self._open_device = open_device
         self._descriptors: dict[int, _Descriptor] = {}
         self._queue: deque[bytes] = deque()
         self._poll = select.epoll()
-        # What is received by objects of this size, cut to what came, leaves holes in the heap.
+        # Receiving into objects of this size, which are cut to what came, leaves holes in the heap.
         self._room = memoryview(bytearray(RECEIVE_SIZE))
         self._first = self._open()
 
@@ -98,24 +114,28 @@ class DeviceTransport:
         self._descriptors[descriptor.number] = descriptor
         return descriptor
 
-    def fileno(self) -> int:
-        return self._poll.fileno()
-
-    def outlet(self) -> int:
-        return self._first.number
-
     def send(self, messages: Sequence[bytes]) -> bytes:
-        if HEADER.unpack_from(messages[0])[0] in _BLOCKING:
-            # In a thread, beside `receive`: the queue is the event loop's, which must not send these.
-            for message in messages:
-                self._first.write(message)
-            return b""
         self._queue.extend(messages)
         self._send_queued()
         return b""
 
-    def send_rest(self, rest: bytes) -> bytes:
-        raise AssertionError("the device takes a message whole")
+    async def send_rest(self, rest: bytes) -> bytes:
+        raise AssertionError("the device accepts each message whole")
+
+    async def send_watch(self, messages: Sequence[bytes]) -> bytes:
+        """Send WATCH or UNWATCH, in a thread because write(2) blocks for a round trip.
+
+        A cancelled caller leaves the thread to itself.  Raises WatchRefused.
+        """
+        try:
+            await trio.to_thread.run_sync(self._write_watch, messages, **_ABANDON)
+        except OSError as error:
+            raise WatchRefused(errno.errorcode.get(error.errno or errno.EIO, "EIO")) from error
+        return b""
+
+    def _write_watch(self, messages: Sequence[bytes]) -> None:
+        for message in messages:
+            self._first.write(message)
 
     def _send_queued(self) -> None:
         while self._queue and (descriptor := self._free_for(self._queue[0])) is not None:
@@ -123,38 +143,41 @@ class DeviceTransport:
 
     def _free_for(self, message: bytes) -> _Descriptor | None:
         op, _, tx_id, _ = HEADER.unpack_from(message)
-        if tx_id or op in _OF_THE_FIRST:
-            return None if self._first.asked else self._first
+        if tx_id or op in _FIRST_ONLY:
+            return None if self._first.is_busy else self._first
         for descriptor in self._descriptors.values():
-            if not descriptor.asked:
+            if not descriptor.is_busy:
                 return descriptor
         if len(self._descriptors) < DESCRIPTORS_MAX:
             try:
                 return self._open()
             except OSError:
-                return None  # there are others, only slower
+                return None  # fewer descriptors serve the pipeline, too, only slower
         return None
 
-    def receive(self) -> bytes:
-        messages = []
-        for number, _ in self._poll.poll(0):
-            try:
-                data = bytes(self._room[: os.readv(number, (self._room,))])
-            except BlockingIOError:
-                continue
-            if not data:
-                return b""
-            messages.append(self._descriptors[number].take(data))
-        self._send_queued()
-        received = b"".join(messages)
-        if not received:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return received
+    async def receive(self) -> bytes:
+        while True:
+            await trio.lowlevel.wait_readable(self._poll.fileno())
+            messages = []
+            for number, _ in self._poll.poll(0):
+                try:
+                    data = bytes(self._room[: os.readv(number, (self._room,))])
+                except BlockingIOError:
+                    continue
+                if not data:
+                    return b""
+                messages.append(self._descriptors[number].whole_messages(data))
+            self._send_queued()
+            if received := b"".join(messages):
+                return received
 
     def receive_soon(self) -> bytes | None:
         return None
 
     def close(self) -> None:
+        if self._poll.closed:
+            return
+        trio.lowlevel.notify_closing(self._poll.fileno())
         # A closed descriptor's number may belong to another file by the next call.
         descriptors, self._descriptors = self._descriptors, {}
         for number in descriptors:

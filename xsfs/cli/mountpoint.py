@@ -1,0 +1,98 @@
+"""Checks of the mountpoint and of FUSE before anything starts.
+
+libfuse itself reports such failures late, and without a hint.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from typing import Final
+
+from xsfs.cli.exit_statuses import EXIT_FUSE, EXIT_MOUNTPOINT, MountError
+
+FUSE_DEVICE: Final = "/dev/fuse"
+
+
+def check_mountpoint(path: str) -> None:
+    """Raises MountError if xsfs cannot be mounted at `path`."""
+    if path.startswith("/dev/fd/"):
+        return  # mount.fuse3 has opened and mounted it already (drop_privileges)
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise MountError(
+            EXIT_MOUNTPOINT, f"the mountpoint {path} does not exist", f"mkdir -p {path}"
+        ) from None
+    except OSError as error:
+        hint = "choose another directory"
+        if error.errno == errno.ENOTCONN:
+            hint = f"the file system there has died: umount {path}"
+        elif _is_mounted(path):  # another user's: stat(2) fails with EACCES
+            hint = f"umount {path} first"
+        raise MountError(
+            EXIT_MOUNTPOINT, f"the mountpoint {path} is unusable: {error.strerror}", hint
+        ) from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise MountError(
+            EXIT_MOUNTPOINT, f"the mountpoint {path} is not a directory", "choose a directory"
+        )
+    if _is_mounted(path):
+        raise MountError(EXIT_MOUNTPOINT, f"{path} is already an xsfs mount", "umount it first")
+    if os.geteuid() != 0:
+        _check_access(path, found)
+
+
+def _check_access(path: str, found: os.stat_result) -> None:
+    """fusermount3 demands this of a mountpoint if the user is not root."""
+    if not os.access(path, os.W_OK):
+        raise MountError(
+            EXIT_MOUNTPOINT,
+            f"no write access to the mountpoint {path}",
+            "choose a directory that you may write to, or run as root",
+        )
+    if found.st_mode & stat.S_ISVTX and found.st_uid != os.geteuid():
+        raise MountError(
+            EXIT_MOUNTPOINT,
+            f"the mountpoint {path} is sticky and belongs to another user",
+            "choose a directory that you own, or run as root",
+        )
+
+
+def _is_mounted(path: str) -> bool:
+    return os.path.realpath(path) in _mounted("fuse.xsfs")
+
+
+def _mounted(kind: str) -> set[str]:
+    """The mountpoints of all file systems of this type: proc(5), mountinfo."""
+    found = set()
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields, _, rest = line.partition(" - ")
+            if rest.split(" ", 1)[0] == kind:
+                path = fields.split(" ")[4]
+                # The kernel writes blanks, tabs, newlines and backslashes as octal numbers.
+                found.add(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path))
+    return found
+
+
+def check_fuse() -> None:
+    """Raises MountError if this process cannot use FUSE at all."""
+    if not os.path.exists(FUSE_DEVICE):
+        raise MountError(EXIT_FUSE, f"{FUSE_DEVICE} is missing", "modprobe fuse")
+    if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
+        raise MountError(EXIT_FUSE, f"permission denied: {FUSE_DEVICE}", "run as root")
+
+
+def fuse_failure(path: str, said: str) -> MountError:
+    """The error for a mount that libfuse refused, and what libfuse printed about it."""
+    hint = "run as root, or choose another mountpoint"
+    if "user_allow_other" in said:
+        hint = "add user_allow_other to /etc/fuse.conf, or run as root"
+    elif "fusermount3" in said and "exec" in said:
+        hint = "install the fuse3 package, or run as root"
+    elif os.geteuid() == 0:
+        hint = "mounting requires CAP_SYS_ADMIN and access to /dev/fuse, which containers lack"
+    return MountError(EXIT_FUSE, f"cannot mount at {path}: {said}", hint)

@@ -1,0 +1,328 @@
+"""The command `xsfs-watch`: prints a line for each change in a mount.
+
+It uses the watch files of the mount, and nothing but the standard library: no pyfuse3, no trio.
+
+Each path has a `Watch`: an open `.watch`.  The main thread polls them all.  A pyfuse3 without poll(2)
+makes the kernel report each of them as readable at all times.  Then one thread for each path reads it
+without O_NONBLOCK, and passes the lines through a pipe that the main thread polls instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import errno
+import json
+import math
+import os
+import select
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Final, NoReturn
+
+EXIT_COUNT: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_TIME: Final = 3
+
+STATUSES: Final = {
+    EXIT_COUNT: "printed COUNT lines",
+    EXIT_FAILED: "cannot watch a path, or the mount has ended",
+    EXIT_USAGE: "usage error",
+    EXIT_TIME: "SECONDS have passed",
+}
+
+READ_SIZE: Final = 65536
+
+USAGE: Final = "xsfs-watch [-v] [-j] [-s] [-n COUNT] [-t SECONDS] PATH..."
+
+EPILOG: Final = """\
+PATH is a directory of an xsfs mount (its changes, and all changes below it), or
+a file or missing name in one (its own changes).  A line is the path of what has
+changed.  As with xenstore-watch, the first line of each PATH comes at once: from
+then on nothing is missed.
+
+exit status:
+{statuses}
+"""
+
+
+class WatchError(Exception):
+    """One line, for the user."""
+
+
+def is_in_mount(path: bytes) -> bool:
+    """Whether an existing path lies in a mount of xsfs."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        for line in mounts:
+            fields = line.split()
+            if fields[2] == number:
+                return fields[fields.index("-") + 1] == "fuse.xsfs"
+    return False
+
+
+class Watch:
+    """One path that is watched.  Raises WatchError and OSError.
+
+    path            as the user wrote it
+    descriptor      what to poll, and then to `read`
+    """
+
+    def __init__(self, path: bytes) -> None:
+        self.path = path
+        self._rest = b""
+        self._error: OSError | None = None
+        try:
+            directory = stat.S_ISDIR(os.stat(path).st_mode)
+        except FileNotFoundError:
+            directory = False  # it may come
+        if directory:
+            parent, self._own = path, None
+        else:
+            parent, name = os.path.split(path)
+            parent = parent or b"."
+            # A line that begins otherwise would be a command or a special event.
+            self._own = b"." if name == b".value" else _as_line(name)
+        if not is_in_mount(parent):
+            raise WatchError("not in an xsfs mount")
+        self.descriptor = self._open(os.path.join(parent, b".watch"))
+
+    def _open(self, file: bytes) -> int:
+        mode = os.O_RDONLY if self._own is None else os.O_RDWR
+        try:
+            descriptor = os.open(file, mode | os.O_NONBLOCK)
+        except OSError as error:
+            if mode == os.O_RDONLY or error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            # Not permitted to tell the file what to watch: it watches the directory.
+            mode = os.O_RDONLY
+            descriptor = os.open(file, mode | os.O_NONBLOCK)
+        pollable = _pollable(descriptor, mode)
+        if not pollable:
+            os.close(descriptor)
+            descriptor = os.open(file, mode)
+        if mode == os.O_RDWR:
+            os.write(descriptor, self._node() + b"\n")
+        return descriptor if pollable else self._read_in_thread(descriptor)
+
+    def _node(self) -> bytes:
+        """What to watch, as the watch file takes it."""
+        assert self._own is not None
+        if self._own != b"." and os.path.lexists(self.path):
+            # The name may be an alias, if the node's own name is too long for a file.
+            return os.getxattr(self.path, "user.xs.path", follow_symlinks=False)
+        return self._own
+
+    def _read_in_thread(self, source: int) -> int:
+        """Have all that comes from a descriptor copied into a pipe, whose reading end is returned."""
+        reader, writer = os.pipe()
+
+        def copy() -> None:
+            try:
+                while data := os.read(source, READ_SIZE):
+                    os.write(writer, data)
+            except OSError as error:
+                self._error = error
+            os.close(writer)
+
+        threading.Thread(target=copy, daemon=True).start()
+        return reader
+
+    def read(self) -> Iterator[bytes]:
+        """The paths that have changed, as they are in the mount."""
+        data = os.read(self.descriptor, READ_SIZE)
+        if not data:
+            raise self._error or WatchError("the mount has ended")
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if self._own is None:
+                relative = line.removeprefix(b"./")
+                yield self.path if line == b"." else os.path.join(self.path, relative)
+            elif line == self._own:
+                yield self.path
+
+
+def _as_line(name: bytes) -> bytes:
+    """A name as watch files write it."""
+    return b"./" + name if name.startswith((b"-", b"@")) else name
+
+
+def _pollable(descriptor: int, mode: int) -> bool:
+    """Whether poll(2) works.  If not, the kernel says that everything is possible at all times."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN | select.POLLOUT)
+    ready = dict(poll.poll(0)).get(descriptor, 0)
+    # A file for reading only cannot be written; one that watches nothing yet has no lines.
+    return not ready & (select.POLLOUT if mode == os.O_RDONLY else select.POLLIN)
+
+
+# ------------------------------------------------------------------------------------- the output
+
+
+def value_of(path: bytes) -> bytes | None:
+    """The exact value of a node; None if it does not exist or may not be read."""
+    try:
+        return os.getxattr(path, "user.xs.value", follow_symlinks=False)
+    except OSError:
+        return None
+
+
+_ESCAPES: Final = {
+    **{code: f"\\x{code:02x}" for code in (*range(32), *range(127, 256))},
+    **{
+        ord(character): escape
+        for character, escape in (("\\", "\\\\"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t"))
+    },
+}
+
+
+def plain_line(path: bytes, *, with_value: bool) -> bytes:
+    value = value_of(path) if with_value else None
+    if value is None:
+        return path
+    return path + b" = " + value.decode("latin-1").translate(_ESCAPES).encode("ascii")
+
+
+def json_line(path: bytes, *, with_value: bool) -> bytes:
+    line: dict[str, str | None] = {"path": os.fsdecode(path)}
+    if with_value:
+        value = value_of(path)
+        try:
+            line["value"] = None if value is None else value.decode()
+        except UnicodeDecodeError:
+            line["base64"] = base64.b64encode(value or b"").decode()
+    return json.dumps(line).encode()
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise ValueError
+    return number
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"xsfs-watch: {message} (try 'xsfs-watch --help')\n")
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="xsfs-watch",
+        usage=USAGE,
+        description="Print a line for each change in a mount of xsfs.",
+        epilog=EPILOG.format(
+            statuses="\n".join(f"  {status}  {text}" for status, text in STATUSES.items())
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    switch = {"action": "store_true"}
+    parser.add_argument("-v", "--values", help="print 'PATH = VALUE'", **switch)
+    parser.add_argument("-j", "--json", help="print a JSON object a line", **switch)
+    parser.add_argument("-s", "--skip-first", help="omit the first line of each PATH", **switch)
+    parser.add_argument("-n", "--count", type=_count, metavar="COUNT", help="end after COUNT lines")
+    parser.add_argument(
+        "-t", "--timeout", type=_seconds, metavar="SECONDS", help="end after SECONDS"
+    )
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", type=os.fsencode, help=argparse.SUPPRESS
+    )
+    return parser.parse_args(arguments)
+
+
+def changes(watches: Sequence[Watch], timeout: float | None) -> Iterator[tuple[Watch, bytes]]:
+    """Each change as it comes, with its watch, until the time is over.
+
+    If nobody reads standard output any more, SIGPIPE ends the process.
+    """
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    by_descriptor = {watch.descriptor: watch for watch in watches}
+    poll = select.poll()
+    for descriptor in by_descriptor:
+        poll.register(descriptor, select.POLLIN)
+    output = sys.stdout.fileno()
+    poll.register(output, 0)  # only for errors
+    while True:
+        left = deadline - time.monotonic()
+        ready = poll.poll(None if left == math.inf else max(0, math.ceil(left * 1000)))
+        for descriptor, _ in ready:
+            if descriptor == output:
+                os.kill(os.getpid(), signal.SIGPIPE)
+                return
+            watch = by_descriptor[descriptor]
+            try:
+                for path in watch.read():
+                    yield watch, path
+            except OSError as error:
+                raise WatchError(f"{_text(watch.path)}: {error.strerror}") from None
+            except WatchError as error:
+                raise WatchError(f"{_text(watch.path)}: {error}") from None
+        if left <= 0:
+            return
+
+
+def _text(path: bytes) -> str:
+    return os.fsdecode(path)
+
+
+def opened(paths: Sequence[bytes]) -> list[Watch]:
+    watches = []
+    for path in paths:
+        try:
+            watches.append(Watch(path))
+        except OSError as error:
+            raise WatchError(f"cannot watch {_text(path)}: {error.strerror}") from None
+        except WatchError as error:
+            raise WatchError(f"cannot watch {_text(path)}: {error}") from None
+    return watches
+
+
+def watch(command: argparse.Namespace) -> int:
+    """Print the lines; the exit status.  Raises WatchError."""
+    format_line = json_line if command.json else plain_line
+    skipped: set[Watch] = set()
+    printed = 0
+    for source, path in changes(opened(command.paths), command.timeout):
+        if command.skip_first and source not in skipped:
+            skipped.add(source)
+            continue
+        line = format_line(path, with_value=command.values)
+        sys.stdout.buffer.write(line + b"\n")
+        sys.stdout.buffer.flush()
+        printed += 1
+        if printed == command.count:
+            return EXIT_COUNT
+    return EXIT_TIME
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    # They end it without a traceback; a shell that starts it in the background ignores SIGINT.
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        if number == signal.SIGPIPE or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    command = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return watch(command)
+    except WatchError as error:
+        sys.stderr.buffer.write(b"xsfs-watch: " + os.fsencode(str(error)) + b"\n")
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

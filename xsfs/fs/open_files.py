@@ -1,0 +1,248 @@
+"""Open files: what all handles of one Xenstore path share, above all what they owe the store.
+
+`echo 42 > FILE` must be exactly one WRITE.  But the shell opens the file with O_TRUNC, closes a duplicate of
+its descriptor, and only then writes.  So a truncation or creation is *owed* until a write, or the last
+close, carries it out.
+
+An `OpenFiles` owns the record of each path that is open in one view.  Only the tasks that handle FUSE
+requests touch it.
+
+What always holds:
+
+- The handles of one path share one `OpenFile`, whatever names they were opened by (`data/x`,
+  `.root/local/domain/0/data/x`, `data/x.d/.value`).
+- What is owed is true within the mount from the moment of the open: `as_seen` turns the state that the store
+  tells into the state that the mount shows.
+- What another client writes between the open and the close stays: a debt is settled in a transaction, and
+  only if the value is still the one that the open found.
+- A write that the store refuses keeps the debt.  A write that it accepts settles it.
+- When the mount removes or replaces a path, its open file becomes an *orphan*: the handles go on with the
+  last content, in memory.  Nothing of it ever reaches the store, and its debt is forgotten.
+- While a task changes an open file (`changing`), no other one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, cast
+
+import trio
+
+from xsfs.fs.nodes import Handle, Node
+from xsfs.view.names import join, parent_path
+from xsfs.view.view import EMPTY_NODE, NodeState, View
+from xsfs.xenstore import protocol
+from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.errors import XenstoreError
+from xsfs.xenstore.protocol import Request
+
+if TYPE_CHECKING:
+    from xsfs.fs.inodes import InodeTable
+
+
+class Debt:
+    """A truncation or creation that is not carried out yet.
+
+    found       the value that the open found; None if there was no node
+    holders     the handles whose close settles it
+    is_blind    whether the value may not be read, so that it cannot be compared
+    """
+
+    __slots__ = ("found", "holders", "is_blind")
+
+    def __init__(self, found: bytes | None, *, is_blind: bool = False) -> None:
+        self.found = found
+        self.holders: set[Handle] = set()
+        self.is_blind = is_blind
+
+    def replaces(self, value: bytes | None) -> bool:
+        """Whether the node, which has this value now (None: there is none), counts as empty."""
+        return self.is_blind or value == self.found
+
+    def as_seen(self, state: NodeState | None) -> NodeState | None:
+        """What the mount shows of a node of this state."""
+        if state is None:
+            return EMPTY_NODE if self.found is None else None
+        return state._replace(value=b"") if self.replaces(state.value) else state
+
+
+class Orphan:
+    """The last content of a file that was removed or replaced while it was open, and its attributes."""
+
+    __slots__ = ("content", "perms")
+
+    def __init__(self, content: bytes, perms: bytes) -> None:
+        self.content = content
+        self.perms = perms
+
+
+class OpenFile:
+    """One path as its open handles share it.
+
+    handles     how many there are
+    nodes       the inodes by which it was opened
+    debt        what it owes the store
+    orphan      set when it was removed or replaced
+    is_pinned   whether it was created as a file, and stays one while it is open and has no children
+    """
+
+    __slots__ = ("_lock", "debt", "handles", "is_pinned", "nodes", "orphan", "path")
+
+    def __init__(self, path: bytes) -> None:
+        self.path = path
+        self.handles = 0
+        self.nodes: set[Node] = set()
+        self.debt: Debt | None = None
+        self.orphan: Orphan | None = None
+        self.is_pinned = False
+        self._lock = trio.Lock()
+
+    def owe(self, handle: Handle, found: bytes | None, *, is_blind: bool = False) -> None:
+        """The handle truncates the file, or creates it if `found` is None."""
+        if self.debt is None:
+            self.debt = Debt(found, is_blind=is_blind)
+        self.debt.holders.add(handle)
+
+    def as_seen(self, state: NodeState | None) -> NodeState | None:
+        return state if self.debt is None else self.debt.as_seen(state)
+
+    @asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        """No other task changes the file within the block."""
+        try:
+            self._lock.acquire_nowait()  # without a turn for the event loop, if it is free
+        except trio.WouldBlock:
+            await self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+class OpenFiles:
+    """See the module's docstring."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._by_path: dict[bytes, OpenFile] = {}
+
+    def get(self, path: bytes) -> OpenFile | None:
+        return self._by_path.get(path)
+
+    def as_seen(self, path: bytes, state: NodeState | None) -> NodeState | None:
+        """What the mount shows of a node that the store tells to be so."""
+        file = self._by_path.get(path)
+        return state if file is None else file.as_seen(state)
+
+    def open(self, path: bytes, node: Node) -> OpenFile:
+        """One more handle."""
+        file = self._by_path.get(path)
+        if file is None:
+            file = self._by_path[path] = OpenFile(path)
+        file.handles += 1
+        file.nodes.add(node)
+        return file
+
+    def close(self, file: OpenFile) -> None:
+        """One handle less."""
+        file.handles -= 1
+        if not file.handles and self._by_path.get(file.path) is file:
+            del self._by_path[file.path]
+
+    # --------------------------------------------------------------------------------- debts
+
+    def created_in(self, directory: bytes) -> list[bytes]:
+        """The names of files in this directory whose creation is owed."""
+        return [
+            path.rpartition(b"/")[2]
+            for path, file in self._by_path.items()
+            if file.debt is not None and file.debt.found is None and parent_path(path) == directory
+        ]
+
+    async def settle(self, path: bytes) -> None:
+        """Carry out what the file at this path owes, if it is open and owes anything."""
+        file = self._by_path.get(path)
+        if file is not None and file.debt is not None:
+            await self.settle_file(file)
+
+    async def settle_below(self, top: bytes) -> None:
+        """Carry out what the files at and below a path owe."""
+        for file in self._debtors():
+            if file.path == top or file.path.startswith(join(top, b"")):
+                await self.settle_file(file)
+
+    async def settle_all(self) -> None:
+        for file in self._debtors():
+            await self.settle_file(file)
+
+    def _debtors(self) -> Iterator[OpenFile]:
+        return iter([file for file in self._by_path.values() if file.debt is not None])
+
+    async def settle_file(self, file: OpenFile) -> None:
+        async with file.changing():
+            debt = file.debt
+            if debt is None or file.orphan is not None:
+                return
+
+            async def work(commands: Commands) -> Request | None:
+                return await self._settlement(commands, file.path, debt)
+
+            await self._view.atomically(work)
+            file.debt = None
+
+    async def _settlement(self, commands: Commands, path: bytes, debt: Debt) -> Request | None:
+        """The request that settles a debt, if there is still anything to do."""
+        if debt.is_blind:
+            return protocol.write(path, b"")
+        parent, reply = await commands.pipeline(
+            (protocol.read(parent_path(path)), protocol.read(path))
+        )
+        if not isinstance(reply, XenstoreError):
+            is_changed = reply == debt.found and reply != b""
+            return protocol.write(path, b"") if is_changed else None
+        if reply.name != "ENOENT":
+            raise reply
+        if debt.found is not None:
+            return None  # another client has removed it
+        if is_missing(parent) and not self._view.is_always_there(parent_path(path)):
+            return None  # with its directory
+        return protocol.write(path, b"")
+
+    # -------------------------------------------------------------------- removal and renaming
+
+    def orphan(self, path: bytes, node: Node | None, content: bytes, perms: bytes) -> None:
+        """The file at this path was removed or replaced.
+
+        node    the inode by which that was done, if the kernel knows it
+        """
+        file = self._by_path.pop(path, None) or OpenFile(path)
+        if file.debt is not None:
+            content = b""
+            file.debt = None
+        file.orphan = Orphan(content, perms)
+        for each in (*file.nodes, node):
+            if each is not None:
+                each.gone = True
+                each.orphaned(file)
+
+    def move(self, source: bytes, target: bytes) -> None:
+        """A subtree was renamed."""
+        below = join(source, b"")
+        for path in list(self._by_path):
+            if path == source or path.startswith(below):
+                file = self._by_path.pop(path)
+                file.path = target + path[len(source) :]
+                self._by_path[file.path] = file
+
+
+def open_files_of(table: InodeTable, view: View) -> OpenFiles:
+    """The open files of a view of the mount."""
+    found = table.per_view.get(view)
+    if found is None:
+        found = table.per_view[view] = OpenFiles(view)
+    return cast(OpenFiles, found)
+
+
+def is_missing(reply: bytes | XenstoreError) -> bool:
+    return isinstance(reply, XenstoreError) and reply.name == "ENOENT"

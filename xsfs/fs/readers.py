@@ -1,0 +1,307 @@
+"""Whether the thread that waits in a read has been signalled, as /proc shows it.
+
+The kernel reports a signal to a FUSE file system by FUSE_INTERRUPT, which pyfuse3 does not pass on.  So
+xsfs looks at the thread that waits.  It is in `request_wait_answer` from the request until the answer:
+in state S until a signal arrives, and in state D from then on.
+
+A READ request does not say which thread waits.  Mostly it is the thread that opened the file.  If
+that does not wait, another one does: a child process that inherited the file, or another thread.  The
+census finds it.  It goes over all threads of the system, and notes those that wait and for which file.
+
+What `Census` owns: which threads waited for which inode when it last looked, and which openers are
+expected to wait.  Only tasks that answer a read use it; one of them at a time goes over /proc.
+
+What always holds:
+
+- The census lets other tasks run after each millisecond, and takes a tenth of the time at most.
+- A `Reader` never relies on what it found earlier: it looks at each thread again, and drops a thread
+  that has stopped waiting.
+- A guess is corrected within CENSUS_SECONDS: two readers may wait for one open file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum, auto
+from typing import Final, NamedTuple
+
+import trio
+
+CENSUS_SECONDS: Final = 30.0
+"""How old the knowledge of a reader may be."""
+
+CENSUS_SECONDS_WRITABLE: Final = 1.0
+"""The same for a file that is open for writing: a write(2) must wait for the read before it."""
+
+UNKNOWN_SECONDS: Final = 10.0
+"""How long a reader that the census did not find is left unknown."""
+
+SLICE_SECONDS: Final = 0.001
+
+CANDIDATES_MAX: Final = 16
+"""If more threads than these may be the one that waits, a reader is left unknown."""
+
+DESCRIPTORS_MAX: Final = 1024
+"""In how many descriptors of one thread the census looks for the file."""
+
+_WAITS_FOR_ANSWER: Final = b"request_wait_answer"
+_WAITS_FOR_TURN: Final = b"fdget_pos"
+"""A thread that reads or writes while another thread reads by the same open file.  It is in state D,
+and even SIGKILL has to wait until that other read ends."""
+
+
+def _mask(*signals: int) -> int:
+    return sum(1 << number - 1 for number in signals)
+
+
+_STOPS: Final = _mask(19, 20, 21, 22)
+"""SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU."""
+
+
+class Outcome(Enum):
+    """What a look at a reader showed."""
+
+    WAITS = auto()
+    INTERRUPTED = auto()
+    """A signal will end it, or call its handler: read(2) ends with EINTR."""
+    PAUSED = auto()
+    """It was stopped, frozen or traced, or its process has dealt with the signal otherwise.  A read(2)
+    of a pipe would go on when this is over, without the program noticing."""
+    UNKNOWN = auto()
+    """/proc does not show who waits."""
+
+
+def _read(thread: int, name: str) -> bytes:
+    """The start of a file in /proc; empty if the thread has ended or xsfs may not read it."""
+    try:
+        descriptor = os.open(f"/proc/{thread}/{name}", os.O_RDONLY)
+    except OSError:
+        return b""
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
+
+
+def look(thread: int, writable: bool = False) -> Outcome:
+    """What a thread does that waited in a read; UNKNOWN if it does not wait any more.
+
+    writable    whether the file is open for writing
+    """
+    place = _read(thread, "wchan")
+    if _WAITS_FOR_ANSWER in place:
+        if _read(thread, "stat").rpartition(b") ")[2][:1] != b"D":
+            return Outcome.WAITS
+        return Outcome.INTERRUPTED if _will_notice(thread) else Outcome.PAUSED
+    if _WAITS_FOR_TURN in place:
+        if writable:
+            # Perhaps it is a write, which may not have to wait for the next event.
+            return Outcome.INTERRUPTED
+        return Outcome.PAUSED if _will_notice(thread) else Outcome.WAITS
+    return Outcome.UNKNOWN
+
+
+def _will_notice(thread: int) -> bool:
+    """Whether a signal is pending that ends the program or calls a handler."""
+    masks = dict.fromkeys((b"SigPnd", b"ShdPnd", b"SigBlk", b"SigCgt"), 0)
+    for line in _read(thread, "status").splitlines():
+        name, _, value = line.partition(b":")
+        if name in masks:
+            masks[name] = int(value, 16)
+    pending = (masks[b"SigPnd"] | masks[b"ShdPnd"]) & ~masks[b"SigBlk"]
+    return bool(pending & ~(_STOPS & ~masks[b"SigCgt"]))
+
+
+def _inodes_of(thread: int) -> Iterator[int]:
+    """The inodes that a waiting thread may be reading: of the descriptor that its system call names, or
+    of all that it has open if xsfs may not see the system call."""
+    call = _read(thread, "syscall").split()
+    try:
+        # Nine words: the call, six arguments, two registers.
+        descriptors = (
+            [str(int(call[1], 16))] if len(call) == 9 else os.listdir(f"/proc/{thread}/fd")
+        )
+    except OSError:
+        return
+    for descriptor in descriptors[:DESCRIPTORS_MAX]:
+        _, found, rest = _read(thread, f"fdinfo/{descriptor}").partition(b"\nino:")
+        if found:
+            yield int(rest.split(None, 1)[0])
+
+
+class Family(NamedTuple):
+    """The ids of a thread's process and of the parent process; 0 if the thread has ended."""
+
+    process: int
+    parent: int
+
+
+def _family(thread: int) -> Family:
+    ids = dict(re.findall(rb"^(Tgid|PPid):\t(\d+)$", _read(thread, "status"), re.MULTILINE))
+    return Family(int(ids.get(b"Tgid", 0)), int(ids.get(b"PPid", 0)))
+
+
+def _numbers(directory: str) -> Iterable[int]:
+    try:
+        return [int(name) for name in os.listdir(directory) if name.isdecimal()]
+    except OSError:
+        return ()
+
+
+def _shows_own_namespace() -> bool:
+    """Whether the ids of threads that FUSE gives are those in /proc."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
+
+
+class Census:
+    """See the module's text.  There is one, as there is one /proc."""
+
+    def __init__(self) -> None:
+        self.possible = _shows_own_namespace()
+        self.openers: Counter[int] = Counter()
+        """How many reads wait now of files that this thread has opened."""
+        self._began = self._ended = -math.inf
+        self._waiting: dict[int, dict[int, Family]] = {}
+        self._lock = trio.Lock()
+
+    async def waiting(self, inode: int, since: float) -> Mapping[int, Family]:
+        """The threads that wait for the inode, as seen at `since` or later."""
+        async with self._lock:
+            if self._began < since:
+                if self._waiting:
+                    # The more it costs, the less often it is taken.
+                    await trio.sleep_until(self._ended + 9 * (self._ended - self._began))
+                began = trio.current_time()
+                self._waiting = await self._take()
+                self._began, self._ended = began, trio.current_time()
+            return self._waiting.get(inode, {})
+
+    @staticmethod
+    async def _take() -> dict[int, dict[int, Family]]:
+        found: dict[int, dict[int, Family]] = {}
+        slice_ends = trio.current_time() + SLICE_SECONDS
+        for process in _numbers("/proc"):
+            for thread in _numbers(f"/proc/{process}/task"):
+                place = _read(thread, "wchan")
+                if _WAITS_FOR_ANSWER in place or _WAITS_FOR_TURN in place:
+                    family = _family(thread)
+                    for inode in _inodes_of(thread):
+                        found.setdefault(inode, {})[thread] = family
+                if trio.current_time() > slice_ends:
+                    await trio.lowlevel.checkpoint()
+                    slice_ends = trio.current_time() + SLICE_SECONDS
+        return found
+
+
+CENSUS: Final = Census()
+
+
+class Reader:
+    """The threads that may wait in a read of one open file.
+
+    opener      the thread that opened it; 0 if it is in a PID namespace that xsfs cannot see
+    inode       the number of the file's inode
+    writable    whether it is open for writing, too
+    """
+
+    __slots__ = (
+        "_began",
+        "_guessed",
+        "_inode",
+        "_opener",
+        "_renew",
+        "_retry",
+        "_threads",
+        "_writable",
+    )
+
+    def __init__(self, opener: int, inode: int, *, writable: bool) -> None:
+        self._opener = opener
+        self._inode = inode
+        self._writable = writable
+        self._threads = {opener} - {0}
+        self._guessed = True
+        """Whether `_threads` is but a guess: the opener."""
+        self._began = 0.0
+        """When the present read began."""
+        self._renew = -math.inf
+        """When the census is to be asked again, whatever is known."""
+        self._retry = -math.inf
+        """Before when it is not: it did not find anybody."""
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While a read waits."""
+        self._began = trio.current_time()
+        if self._renew == -math.inf:
+            self._renew = self._began + self._patience
+        CENSUS.openers[self._opener] += 1
+        try:
+            yield
+        finally:
+            CENSUS.openers[self._opener] -= 1
+            if not CENSUS.openers[self._opener]:
+                del CENSUS.openers[self._opener]
+
+    @property
+    def _patience(self) -> float:
+        return CENSUS_SECONDS_WRITABLE if self._writable else CENSUS_SECONDS
+
+    async def look(self) -> Outcome:
+        """What the thread does that waits in the present read."""
+        if not CENSUS.possible:
+            return Outcome.UNKNOWN
+        now = trio.current_time()
+        # A thread waits in one read at a time: if it opened several files, others read some of them.
+        ambiguous = self._guessed and CENSUS.openers[self._opener] > 1
+        outcome = Outcome.UNKNOWN
+        if now < self._renew and not ambiguous:
+            outcome = self._look()
+        if outcome is Outcome.UNKNOWN and now >= self._retry:
+            since = max(self._began, now - self._patience / 2)
+            self._choose(await CENSUS.waiting(self._inode, since))
+            outcome = self._look()
+            now = trio.current_time()
+            self._renew = now + self._patience
+            if outcome is Outcome.UNKNOWN:
+                self._retry = now + UNKNOWN_SECONDS
+        return outcome
+
+    def _choose(self, waiting: Mapping[int, Family]) -> None:
+        """Of the threads that wait for the inode, those that may wait in this read.
+
+        Another open file may have the same inode.  Its opener, if that waits, waits for it.  A process
+        that inherited this file mostly is a child of the process that opened it.
+        """
+        own = {self._opener, _family(self._opener).process} - {0}
+        others = {
+            thread: family
+            for thread, family in waiting.items()
+            if thread == self._opener or thread not in CENSUS.openers
+        }
+        near = {thread for thread, family in others.items() if own & {thread, *family}}
+        threads = near or set(others)
+        self._guessed = not 0 < len(threads) <= CANDIDATES_MAX
+        self._threads = {self._opener} - {0} if self._guessed else threads
+
+    def _look(self) -> Outcome:
+        outcomes = {thread: look(thread, self._writable) for thread in self._threads}
+        waiting = [thread for thread in outcomes if outcomes[thread] is not Outcome.UNKNOWN]
+        if not waiting:
+            return Outcome.UNKNOWN
+        self._threads.intersection_update(waiting)
+        if Outcome.INTERRUPTED in outcomes.values() and (len(waiting) == 1 or self._writable):
+            return Outcome.INTERRUPTED
+        # If it is not sure which of them is the reader, none may be told of the other's signal.
+        signalled = Outcome.PAUSED in outcomes.values() or Outcome.INTERRUPTED in outcomes.values()
+        return Outcome.PAUSED if signalled else Outcome.WAITS
