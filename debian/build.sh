@@ -3,7 +3,7 @@
 #
 #   ./debian/build.sh [DIRECTORY]      where the packages go; default: dist
 #
-# Where the distribution's pyfuse3 is too old, as on Debian 12, Debian 13's is built, too.
+# If the pyfuse3 of the distribution is too old (Debian 12), a package of a newer one is built, too.
 set -eu
 cd "$(dirname "$0")/.."
 project=$PWD
@@ -31,4 +31,4 @@ tar -c --exclude="./xsfs-$version/debian" "./xsfs-$version" | gzip -9n > "xsfs_$
 mv xsfs_* "$target"
 
 candidate=$(apt-cache policy python3-pyfuse3 | sed -n 's/^ *Candidate: //p')
-if ! dpkg --compare-versions "${candidate:-0}" ge 3.4; then "$project/debian/backport.sh" "$target"; fi
+if ! dpkg --compare-versions "${candidate:-0}" ge 3.4; then "$project/packaging/pyfuse3/build.sh" "$target"; fi
