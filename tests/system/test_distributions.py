@@ -38,7 +38,7 @@ mount -t fuse.xsfs embedded /mnt/xenstore
 umount /mnt/xenstore
 test -e /usr/local/share/man/man8/xsfs.8
 /root/xsfs/install.sh --uninstall
-! command -v xsfs
+test ! -L /usr/local/bin/xsfs
 """
 
 # What is compared with the daemons of the distribution, and what uses them most.
