@@ -30,6 +30,7 @@ NEEDED = {
     "debootstrap": "debootstrap",
     "lintian": "lintian",
     "pipx": "pipx",
+    "rpmbuild": "rpm",
 }
 
 
