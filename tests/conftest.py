@@ -34,6 +34,8 @@ NEEDED = {
     "debootstrap": "debootstrap",
     "lintian": "lintian",
     "pipx": "pipx",
+    "ssh": "openssh-client",
+    "/usr/sbin/sshd": "openssh-server",
 }
 
 
