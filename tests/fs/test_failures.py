@@ -442,8 +442,9 @@ def test_the_daemon_stops_and_goes_on(tmp_path: Path, daemon: RealXenstored) -> 
             assert outcomes == [errno.ETIMEDOUT] * 3
         finally:
             daemon.resume()
-        assert (path / "name").read_text() == "Domain-0\n"
-        assert mount.counter("reconnects") == 0
+        works_again(path)
+        # The connection that was not answered was given up.
+        assert mount.counter("reconnects") >= 1
 
 
 def test_a_signal_ends_the_mount_of_a_stopped_daemon(tmp_path: Path, daemon: RealXenstored) -> None:

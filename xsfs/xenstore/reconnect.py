@@ -11,7 +11,7 @@ A `CircuitBreaker` owns the knowledge whether Xenstore answers, and one task tha
 - Open: requests fail at once with the error of that request.  Otherwise each system call would take the
   time limit, and some take it many times: the kernel looks a known name up twice, and lets one process at
   a time look up a name.  A probe, by a new connection, is sent with back-off, and sooner if somebody asks.
-- Half-open: while a probe has just been sent, a request waits up to GRACE_SECONDS for its outcome.
+- Half-open: if a probe has just been sent, a request waits up to GRACE_SECONDS for its outcome.
   The first answer closes the breaker.  If nobody asks for a whole time limit, the breaker closes, too,
   because an unused mount does nothing: the next request then takes its whole time limit.
 """
@@ -39,6 +39,8 @@ PROBE_MAX: Final = 1.0
 """Seconds between two probes: while somebody asks, and at most."""
 
 GRACE_SECONDS: Final = 0.25
+GRACE_SECONDS_LATER: Final = 0.05
+"""How long a request waits for the outcome of a probe: of one just sent, and of one that takes long."""
 
 Connect = Callable[[], Transport]
 OnEvent = Callable[[bytes, bytes], None]
@@ -117,10 +119,13 @@ class ReconnectingConnection:
         self._delay = min(2 * self._delay or BACKOFF_FIRST, longest) if was_short else 0.0
         await trio.sleep(self._delay)
         try:
-            return self.adopt(await open_transport_by(self._connect, deadline))
+            connection = self.adopt(await open_transport_by(self._connect, deadline))
         except StoreUnavailable as error:
             log.warning("Xenstore is gone: %s", error)
             raise
+        if self.opened > 1:
+            log.warning("connected to Xenstore again")
+        return connection
 
     def adopt(self, transport: Transport) -> Connection:
         """Make a transport that was just opened the current connection."""
@@ -128,8 +133,6 @@ class ReconnectingConnection:
         connection = Connection(transport, self._timeout, self._on_event)
         self._nursery.start_soon(connection.run)
         self.opened += 1
-        if self.opened > 1:
-            log.warning("connected to Xenstore again")
         self.current = connection
         self._opened_at = trio.current_time()
         return connection
@@ -173,7 +176,7 @@ class CircuitBreaker:
         if not self._is_probing:
             probed_at = max(now, probed_at + PROBE_FIRST)
             self._pause.deadline = min(self._pause.deadline, probed_at)
-        with trio.move_on_at(probed_at + GRACE_SECONDS):
+        with trio.move_on_at(max(probed_at + GRACE_SECONDS, now + GRACE_SECONDS_LATER)):
             await self._outcome.park()
         if self.error is not None:
             error = type(self.error)(*self.error.args)
