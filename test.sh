@@ -1,7 +1,8 @@
 #!/bin/sh
-# Install on Debian 12 or 13, as root, all that the tests need, and run them: style, types, tests.
+# Install on Debian 12 or 13, as root, everything that the tests need, and run them: style, types, tests.
 #
-#   ./test.sh [ARGUMENT OF PYTEST...]
+#   ./test.sh [ARGUMENT OF PYTEST...]           the tests that take seconds, two files at a time
+#   ./test.sh --all [ARGUMENT OF PYTEST...]     the slow ones, too: other distributions, packages
 #
 # Both real Xenstore daemons are Debian's; they run without Xen.  XSFS_VENV says where the virtual
 # environment is (default: .venv).
@@ -37,4 +38,8 @@ venv=${XSFS_VENV:-.venv}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-exec "$venv/bin/python" -m pytest -q "$@"
+if [ "${1-}" = --all ]; then
+    shift
+    exec "$venv/bin/python" -m pytest -q "$@"
+fi
+exec "$venv/bin/python" -m pytest -q -m "not slow" -n 2 --dist loadfile "$@"
