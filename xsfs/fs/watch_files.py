@@ -4,7 +4,7 @@ A `WatchHandle` owns a subscription for each path that it watches, and the event
 read yet.  The tasks of FUSE requests add and remove subscriptions, one at a time (`_turn`).  The task of
 the watches' connection puts events, and never waits for a reader.
 
-What always holds:
+Invariants:
 
 - Equal unread events are merged.  Past EVENTS_MAX, one event for each watched path replaces the backlog.
   It means "look at all of it again", so a slow reader misses nothing that is still true.
@@ -14,8 +14,8 @@ What always holds:
   cannot even kill a process before its read is answered.
 - At most one read of a handle waits, and at most READERS_MAX handles are open in a mount.  Each waiting
   read takes one of pyfuse3's tasks; mount.py has pyfuse3 start more tasks than that.
-- A poll handle is kept until the next event, even if there is something to read already: edge-triggered
-  polling must hear of each event.
+- A poll handle is kept until the next event, even if unread events exist: edge-triggered polling must report
+  each event.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class WatchHandle(Handle):
         self._poll_handle: pyfuse3.PollHandle | None = None
 
     def count(self, difference: int) -> None:
-        """One more is open, or one less."""
+        """Count one more open watch file (1), or one less (-1)."""
         self.node.table.readers += difference
         if self.unprivileged:
             self.node.table.unprivileged_readers += difference
@@ -199,7 +199,7 @@ class WatchHandle(Handle):
     # --------------------------------------------------------------------------------- events
 
     def put(self, path: bytes) -> None:
-        """An event has come.  Called in the connection's task: must not wait."""
+        """Add an event.  The connection's reader calls it, so it must not wait."""
         if len(self._events) >= EVENTS_MAX and path not in self._events:
             self._events = OrderedDict.fromkeys(self._subscriptions)
         else:
@@ -207,7 +207,7 @@ class WatchHandle(Handle):
         self.wake()
 
     def wake(self) -> None:
-        """There is something to read, or to be told of."""
+        """Wake the read that waits, and notify poll(2)."""
         if self._arrived:
             self._arrived.unpark_all()
         if self._poll_handle is not None:
