@@ -301,7 +301,7 @@ class ValueHandle(ReadHandle):
     ) -> None:
         """Write the content that `change` makes of the present one, which a debt makes empty.
 
-        needs_present   whether the present content counts even then, as another client may have written
+        needs_present   whether `change` needs the content that another client may have written meanwhile
         as_file         fail if the node has become a directory: the answer will be a file's attributes
         """
         node, file = self.node, self.file

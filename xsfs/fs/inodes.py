@@ -51,7 +51,7 @@ HANDOVER_SECONDS: Final = 0.001
 HANDOVERS_MAX: Final = 64
 
 LISTING_BYTES_MAX: Final = 64 << 20
-"""The memory of all open listings.  Users who are neither root nor the one who mounted share half of it."""
+"""The memory of all open listings.  Users who are neither root nor the mounting user share half of it."""
 
 N = TypeVar("N", bound=Node)
 
@@ -128,7 +128,7 @@ class InodeTable:
         self.readers = 0
         """How many watch files are open."""
         self.unprivileged_readers = 0
-        """How many of them by users who are neither root nor the one who mounted."""
+        """How many of them by users who are neither root nor the mounting user."""
         self.listing_bytes = 0
         """The memory of all open listings."""
         self.unprivileged_listing_bytes = 0

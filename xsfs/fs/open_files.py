@@ -53,7 +53,7 @@ class OrphanableNode(Protocol):
 class Debt:
     """A truncation or creation that is not carried out yet.
 
-    found       the value that the open found; None if there was no node
+    found       the value that the open found; None if the node did not exist
     holders     the handles whose close settles it
     is_blind    whether the value may not be read, so that it cannot be compared
     is_refused  whether the store refused a write: then the old value stays until the next write

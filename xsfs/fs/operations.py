@@ -2,7 +2,7 @@
 
 An `Operations` owns the open handles.  A handle is in the table from its OPEN to its RELEASE, or to the end
 of the mount.  With `allow_other` every user of the system can open files.  Users who are neither root nor
-the one who mounted share half of the table, so that others can still open files when they fill it.
+the mounting user share half of the table, so that root can still open files when they have filled it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Operations(pyfuse3.Operations):
         self._drop_connection = drop_connection
         self._handles: dict[int, Handle] = {}
         self._unprivileged: set[int] = set()
-        """The handles of users who are neither root nor the one who mounted."""
+        """The handles of users who are neither root nor the mounting user."""
         self._numbers = count(1)
         self._privileged_users = frozenset((0, os.getuid()))
         # direct_io: the kernel does not cut a read to the size that it knows.

@@ -1,7 +1,8 @@
 """Open transactions: the view, the commands and the end of each (see transaction_dirs.py).
 
-A `Transactions` owns the table of open transactions by name.  It owns a task for each, which ends it when it
-lies idle or loses its connection.  Only the tasks that handle FUSE requests and these tasks touch it.
+A `Transactions` owns the table of open transactions by name.  It owns a task for each, which ends a
+transaction that is idle for too long or has lost its connection.  Only the tasks that handle FUSE requests
+and these tasks touch it.
 
 Invariants:
 
@@ -48,7 +49,7 @@ at most 1024 for all its clients."""
 
 UNPRIVILEGED_MAX: Final = OPEN_MAX // 2
 EACH_UNPRIVILEGED_MAX: Final = OPEN_MAX // 8
-"""How many of them users who are neither root nor the one who mounted may have together, and each."""
+"""How many of them users who are neither root nor the mounting user may have together, and each."""
 
 
 class SharedTransaction(Commands):
@@ -211,7 +212,7 @@ class Transactions:
             self._remove(name)
 
     async def _await_end(self, name: bytes, view: TransactionView) -> None:
-        """Wait until it has ended, and end it if it lies idle or its connection is gone."""
+        """Wait until it has ended, and end it if it is idle for too long or its connection is gone."""
         while (until := view.commands.used_at + self._idle_seconds) > trio.current_time():
             with trio.move_on_at(until):
                 await view.commands.transaction.wait_disconnected()

@@ -49,7 +49,7 @@ began together would be looked at together.  A signal acts within half a second.
 
 READERS_MAX: Final = 1024
 """How many watch files may be open: each may take one of pyfuse3's tasks, for as long as it likes.
-Users who are neither root nor the one who mounted have half of it together."""
+Users who are neither root nor the mounting user have half of it together."""
 
 WATCHES_MAX: Final = 1024
 """How many paths one file may watch.  Less than EVENTS_MAX, or a backlog could not be cut short."""
@@ -151,7 +151,7 @@ class WatchHandle(Handle):
     """See the module's text.
 
     base            the path of the directory when the file was opened
-    unprivileged    whether it is of a user who is neither root nor the one who mounted
+    unprivileged    whether it is of a user who is neither root nor the mounting user
     nonblocking     whether a read that would wait fails with EAGAIN instead
     """
 
@@ -264,7 +264,7 @@ class WatchHandle(Handle):
             return
         if outcome is Outcome.PAUSED and self._subscriptions:
             # read(2) must end, and many programs take EINTR for the end of the file.  An event that
-            # says "look again" harms none.
+            # means "look again" is harmless.
             self.put(next(iter(self._subscriptions)))
             return
         # If it is UNKNOWN, too: perhaps the reader has been signalled.
@@ -281,8 +281,8 @@ class WatchHandle(Handle):
     # -------------------------------------------------------------------------- what is watched
 
     async def write(self, offset: int, data: bytes) -> int:
-        """Carry out the lines.  After the first that fails the write is short; what a program then
-        writes again begins with that line, and fails."""
+        """Carry out the lines.  The write is short if a line fails.  A program then writes the rest, which
+        begins with that line, and that write fails."""
         done = 0
         async with self._turn:
             for line in data.removesuffix(b"\n").split(b"\n"):
@@ -314,7 +314,7 @@ class WatchHandle(Handle):
         store = self.node.view.store
         self._subscriptions[path] = subscription
         try:
-            # Others may wait for the same connection, one after the other.
+            # Other subscribers may be waiting for the connection, one after the other.
             with trio.fail_after(store.timeout):
                 await store.watches.subscribe(subscription)
         except trio.TooSlowError:
