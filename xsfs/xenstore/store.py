@@ -90,7 +90,7 @@ class Transaction(Commands):
         self.requests = 0
         """How many requests were sent in it."""
         self.requests_max: int | None = None
-        """How many requests it may have.  One more fails with XenstoreError `EQUOTA`, and nothing is sent."""
+        """How many may be.  One more fails with XenstoreError `EQUOTA`, and nothing is sent."""
         self.has_written = False
         """Whether a request was sent that changes anything."""
         self.has_ended = False
