@@ -76,7 +76,8 @@ class Directory(ListedDirectory):
     def has_dot_value(self, state: NodeState) -> bool:
         """Whether `.value` exists.
 
-        Not while it is empty: tools that restore a copy create each file, which then must not exist.
+        An empty one does not, unless it was created: tools that restore a copy create each file, which must
+        not exist before.
         """
         return self.view.has_dot_value(self.path, state)
 
@@ -206,7 +207,7 @@ class Directory(ListedDirectory):
         return ValueHandle(file, self.open_files.open(file.path, file), flags)
 
     async def _make_dot_value(self) -> EntryAttributes:
-        """The node exists, so only the name has to be created."""
+        """Create `.value`.  Its node exists, so no request is needed."""
         state = self.require_directory(await self.view.fetch_one(self.path))
         if state.value:
             refuse(errno.EEXIST)
@@ -281,7 +282,7 @@ class Directory(ListedDirectory):
         self._was_removed(ValueFile, path, removed)
 
     async def _unlink_dot_value(self) -> None:
-        """So that `rm -r` and rmdir can follow, the value goes and the node stays."""
+        """Empty the value and keep the node, so that `rm -r` and rmdir can follow."""
         path = self.path
         value = await self.view.commands.read(path)
         await self.view.commands.write(path, b"")

@@ -1,8 +1,8 @@
 """Files that are a node's value.
 
-Reading gives the value as it is at the open(2), and again at each later read at offset 0.  A fetched value
-serves for FRESH_SECONDS; after that a read at the start or at the end fetches again.  Between these a reader
-sees one value, never pieces of two.  Writing sends the value at once.
+An open(2) for reading fetches the value, and each later read at offset 0 fetches it again.  A fetched value
+serves for FRESH_SECONDS; after that a read at the start or at the end fetches again.  In between a reader
+sees one value, never pieces of two.  A write sends the value immediately.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ValueFile(XenstoreNode):
     def attributes(self, state: NodeState) -> EntryAttributes:
         if state.value is None:
             entry = self.entry(0, state.readable, state.writable)
-            entry.attr_timeout = 0  # the kernel asks before anybody sees them
+            entry.attr_timeout = 0  # the kernel asks before a program sees the size
             return entry
         size = len(self.view.content.render(state.value))
         return self.entry(size, state.readable, state.writable, self.seen(hash(state.value)))
@@ -55,7 +55,7 @@ class ValueFile(XenstoreNode):
         return not self.view.is_directory(self.path, state)
 
     async def state(self) -> NodeState:
-        """What the mount shows of the node now.  Fails with ESTALE if it is no file any more."""
+        """The state that the mount shows now.  Fails with ESTALE if the node is no file any more."""
         self.require()
         state = await self.open_files.fetch_one(self.path)
         if state is None or self.gone or not self.is_of_kind(state):
@@ -301,7 +301,7 @@ class ValueHandle(ReadHandle):
     ) -> None:
         """Write the content that `change` makes of the present one, which a debt makes empty.
 
-        needs_present   whether the present content counts even then, as another client may have written
+        needs_present   whether `change` needs the content that another client may have written meanwhile
         as_file         fail if the node has become a directory: the answer will be a file's attributes
         """
         node, file = self.node, self.file
@@ -370,8 +370,8 @@ class ValueHandle(ReadHandle):
             return b""
         if debt is not None and debt.replaces(reply):
             return b""
-        # In text mode the content may lack the newline that reading would show, or hold one that the
-        # value does not tell ("" is both an empty file and an empty line): what was written counts.
+        # In text mode a program may write a content without the newline that reading would show, or an
+        # empty line, whose value is that of an empty file.  For this handle its own content counts.
         content = self.node.view.content
         if self._written is not None and content.parse(self._written) == reply:
             return self._written

@@ -1,12 +1,12 @@
 """pyfuse3's session loop, with fewer trips through the event loop.
 
-pyfuse3 takes its event loop from the name `trio` in its own module, which is how it can run on asyncio, too
-(pyfuse3.asyncio replaces that name).  Here it gets trio with two things exchanged, which the workers of its
-session loop use before each request:
+pyfuse3 takes its event loop from the name `trio` in its own module; pyfuse3.asyncio replaces that name to
+run on asyncio.  Here pyfuse3 gets trio with two objects replaced, which the workers of its session loop use
+before each request:
 
 - The lock under which one worker at a time waits for the kernel.  trio's lock lets another task run at each
-  acquisition.  `ReceiveLock` does not if it is free, so that a worker whose request needed no waiting goes
-  on with the next one.  Another worker is woken all the same, and runs as soon as this one waits.
+  acquisition.  `ReceiveLock` does not if it is free.  So a worker whose request needed no waiting goes on
+  with the next one.  The lock still wakes another worker, which runs as soon as this one waits.
 - The wait for the kernel's descriptor.  `KernelDescriptor` polls for BUSY_POLL_SECONDS before it sleeps: a
   process that has just got its answer sends the next request within that time.  An idle mount sleeps.
 
@@ -77,7 +77,7 @@ class ReceiveLock:
     ) -> Awaitable[None]:
         self._is_taken = False
         if self._sleepers and not self._has_woken:
-            # Nobody is woken if the only sleeper was cancelled and has not run since.
+            # `unpark` wakes no worker if the only sleeper was cancelled and has not run since.
             self._has_woken = bool(self._waiting.unpark())
         return DONE
 

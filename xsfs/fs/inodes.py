@@ -1,10 +1,10 @@
 """The table of inodes, and the hand-over from a LOOKUP to the OPEN that follows it.
 
 An `InodeTable` owns each `Node` for which the kernel holds a lookup count, and the few facts that all nodes
-of a mount share.  Only the tasks that handle FUSE requests touch it, and none while it waits: a task that has
-kept a node across an await checks whether it `is_current`.
+of a mount share.  Only the tasks that handle FUSE requests touch it.  The table may change while a task
+waits, so a task that has kept a node across an await checks whether it `is_current`.
 
-What always holds:
+Invariants:
 
 - A node is a position in the mount (its parent, its name) seen as one kind.  A file and a directory at one
   position are two nodes and have two inode numbers, because an inode whose type changes breaks the files
@@ -51,7 +51,7 @@ HANDOVER_SECONDS: Final = 0.001
 HANDOVERS_MAX: Final = 64
 
 LISTING_BYTES_MAX: Final = 64 << 20
-"""The memory of all open listings.  Users who are neither root nor the one who mounted share half of it."""
+"""The memory of all open listings.  Users who are neither root nor the mounting user share half of it."""
 
 N = TypeVar("N", bound=Node)
 
@@ -69,7 +69,7 @@ class LiveMirror(Protocol):
 
 
 class LookedUp(NamedTuple):
-    """What a LOOKUP fetched about a file."""
+    """The value that a LOOKUP fetched."""
 
     inode: int
     value: bytes
@@ -128,12 +128,12 @@ class InodeTable:
         self.readers = 0
         """How many watch files are open."""
         self.unprivileged_readers = 0
-        """How many of them by users who are neither root nor the one who mounted."""
+        """How many of them by users who are neither root nor the mounting user."""
         self.listing_bytes = 0
         """The memory of all open listings."""
         self.unprivileged_listing_bytes = 0
         self.per_view: dict[View, object] = {}
-        """What other modules keep for each view; it goes when the view ends."""
+        """An object of another module for each view, dropped when the view ends."""
         self._nodes: dict[int, Node] = {}
         self._view: View | None = None
         """The root's."""
@@ -241,8 +241,8 @@ class InodeTable:
         self._moved[type(node), parent, name] = node
 
     def remember(self, node: Node) -> None:
-        """The kernel is told of the node.  No await may lie between `node`, or `is_current`, and this
-        call, or two tasks could have created the node."""
+        """Count one more lookup of the node by the kernel.  No await may lie between `node`, or
+        `is_current`, and this call, or two tasks could have created the node."""
         if node.view is not self._view and not self._joins(node):
             return  # its view has ended meanwhile
         if node.renumbered and not node.lookups:

@@ -118,7 +118,7 @@ class DirectoryHandle(Handle):
             raise
 
     async def _reply(self, start: int, token: pyfuse3.ReaddirToken, told: list[Node]) -> None:
-        """Put entries into the reply until it is full.  `told` gets the nodes that the kernel learns of."""
+        """Put entries into the reply until it is full, and their nodes into `told`."""
         directory, table = self.node, self.node.table
         for position in range(start, len(SELF_AND_PARENT) + len(self._entries)):
             next_id = position + 1

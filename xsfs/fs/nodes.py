@@ -27,11 +27,11 @@ the entry can only be gone, or a file by now.  Each operation finds that out, an
 which the kernel looks the path up again."""
 
 FILE_ENTRY_TIMEOUT: Final = 0.0
-"""A file that got children meanwhile would be ENOTDIR without a question to xsfs."""
+"""If the kernel kept a file that got children meanwhile, it would fail with ENOTDIR without a request."""
 
 ATTRIBUTES_TIMEOUT: Final = 0.001
-"""Seconds, which the kernel rounds up to its tick.  Spares the fstat(2) that follows an open(2) or a listing
-at once a request of its own."""
+"""Seconds, which the kernel rounds up to its tick.  So an fstat(2) right after an open(2) or a listing sends
+no request."""
 
 BLOCK_SIZE: Final = 512
 """The unit of st_blocks."""
@@ -49,7 +49,7 @@ class Caller(NamedTuple):
     """The number of the thread; 0 if it is in another PID namespace."""
     uid: int
     unprivileged: bool
-    """Whether the user is neither root nor the one who mounted."""
+    """Whether the user is neither root nor the user who mounted."""
 
 
 class Handle:
@@ -73,7 +73,7 @@ class Handle:
         refuse(errno.EINVAL)
 
     async def fsync(self) -> None:
-        """Carry out what the handle owes the store, and report a failure."""
+        """Carry out the debt of the file, and report a failure."""
 
     async def release(self) -> None:
         """The last descriptor was closed."""

@@ -1,4 +1,4 @@
-"""Open files: what all handles of one Xenstore path share, above all what they owe the store.
+"""Open files: the record that all handles of one Xenstore path share, above all their debt to the store.
 
 `echo 42 > FILE` must be exactly one WRITE.  But the shell opens the file with O_TRUNC, closes a duplicate of
 its descriptor, and only then writes.  So a truncation or creation is *owed* until a write, or the last
@@ -7,16 +7,16 @@ close, carries it out.
 An `OpenFiles` owns the record of each path that is open in one view.  Only the tasks that handle FUSE
 requests touch it.
 
-What always holds:
+Invariants:
 
 - The handles of one path share one `OpenFile`, whatever names they were opened by (`data/x`,
   `.root/local/domain/0/data/x`, `data/x.d/.value`).
-- What is owed is true within the mount from the moment of the open: `as_seen` turns the state that the store
-  tells into the state that the mount shows.
-- What another client writes between the open and the close stays: a debt is settled in a transaction, and
-  only if the value is still the one that the open found.
-- A write that the store accepts settles the debt.  After a write that it refuses the old value stays, and
-  the next write replaces all of it.
+- The mount shows a truncation or creation from the moment of the open: `as_seen` turns the store's state of
+  a node into the state that the mount shows.
+- A value that another client writes between the open and the close stays.  A debt is settled in a
+  transaction, and only if the value is still the one that the open found.
+- A write that the store accepts settles the debt.  After a write that the store refuses, the old value
+  stays, and the next write replaces all of it.
 - After the last close xsfs settles the debt at once, and any later look-up of the path waits for that.
 - When the mount removes or replaces a path, its open file becomes an *orphan*: the handles go on with the
   last content, in memory.  Nothing of it ever reaches the store, and its debt is forgotten.
@@ -53,7 +53,7 @@ class OrphanableNode(Protocol):
 class Debt:
     """A truncation or creation that is not carried out yet.
 
-    found       the value that the open found; None if there was no node
+    found       the value that the open found; None if the node did not exist
     holders     the handles whose close settles it
     is_blind    whether the value may not be read, so that it cannot be compared
     is_refused  whether the store refused a write: then the old value stays until the next write
@@ -74,7 +74,7 @@ class Debt:
         return (self.is_blind or value == self.found) and not self.is_refused
 
     def as_seen(self, state: NodeState | None) -> NodeState | None:
-        """What the mount shows of a node of this state."""
+        """The state that the mount shows, for this state in the store."""
         if state is None:
             return EMPTY_NODE if self.found is None and not self.is_refused else None
         return state._replace(value=b"") if self.replaces(state.value) else state
@@ -144,7 +144,7 @@ class OpenFiles:
         return self._by_path.get(path)
 
     def as_seen(self, path: bytes, state: NodeState | None) -> NodeState | None:
-        """What the mount shows of a node that the store tells to be so."""
+        """The state that the mount shows, for this state in the store."""
         file = self._by_path.get(path)
         return state if file is None else file.as_seen(state)
 
@@ -174,8 +174,8 @@ class OpenFiles:
         ]
 
     async def fetch_one(self, path: bytes) -> NodeState | None:
-        """What the mount shows of a node now.  If its last handle was just closed, its debt is settled
-        before."""
+        """The state that the mount shows now.  If the last handle was just closed, this waits until the debt
+        is settled."""
         while True:
             file = self._by_path.get(path)
             debt = None if file is None else file.debt
@@ -183,7 +183,7 @@ class OpenFiles:
                 async with file.changing():
                     pass
             state = await self._view.fetch_one(path)
-            # If the debt was settled meanwhile, the store may have told the value from before.
+            # If the debt was settled meanwhile, the reply may contain the value from before.
             if file is None or debt is None or file.debt is debt:
                 return self.as_seen(path, state)
 
@@ -243,7 +243,7 @@ class OpenFiles:
     ) -> None:
         """The file at this path was removed or replaced.
 
-        node    the inode by which that was done, if the kernel knows it
+        node    the inode of the removed file, if the kernel knows it
         """
         file = self._by_path.pop(path, None) or OpenFile(path)
         if file.debt is not None:

@@ -2,7 +2,7 @@
 
 An `Operations` owns the open handles.  A handle is in the table from its OPEN to its RELEASE, or to the end
 of the mount.  With `allow_other` every user of the system can open files.  Users who are neither root nor
-the one who mounted share half of the table, so that others can still open files when they fill it.
+the mounting user share half of the table, so that root can still open files when they have filled it.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ class Operations(pyfuse3.Operations):
         self._drop_connection = drop_connection
         self._handles: dict[int, Handle] = {}
         self._unprivileged: set[int] = set()
-        """The handles of users who are neither root nor the one who mounted."""
+        """The handles of users who are neither root nor the mounting user."""
         self._numbers = count(1)
         self._privileged_users = frozenset((0, os.getuid()))
-        # direct_io: a read gives what the handle has, whatever size was told before.
+        # direct_io: the kernel does not cut a read to the size that it knows.
         self._info_of_file = FileInfo(direct_io=True, keep_cache=False)
         self._info_of_stream = FileInfo(direct_io=True, keep_cache=False, nonseekable=True)
 
@@ -145,7 +145,7 @@ class Operations(pyfuse3.Operations):
             trace.debug("%s: %s, %.0f us", described, outcome, microseconds)
 
     def _describe(self, operation: str, args: Sequence[object]) -> str:
-        """The operation and its arguments.  A value is a secret, so only its length is told."""
+        """The operation and its arguments.  A value is a secret, so the log shows only its length."""
         words = [operation]
         for position, argument in enumerate(args):
             if isinstance(argument, bytes):
@@ -303,13 +303,13 @@ class Operations(pyfuse3.Operations):
         if node.kind != stat.S_IFDIR:
             wanted &= ~0o111
         if self.table.allow_other:
-            # Nobody may believe that a file is open to others, or closed to them, that is not.
+            # The bits of other users must be exact, because a program may rely on them.
             return not wanted & 0o700 & ~present and (wanted ^ present) & 0o077 == 0
         return not wanted & 0o700 & ~present
 
     @handler
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
-        """As the owner's mode bits tell: only the owner gets in, or the kernel checks by itself."""
+        """Check the owner's mode bits.  If other users are allowed, the kernel checks by itself."""
         node = self.table.get(inode)
         if node.kind == stat.S_IFDIR and mode == os.X_OK:
             return True  # chdir(2) asks, and each directory can be entered
@@ -381,8 +381,8 @@ class Operations(pyfuse3.Operations):
         return await self._handle(fh).write(off, buf)
 
     async def flush(self, fh: FileHandleT) -> None:
-        # A shell closes a duplicate before it writes, so a flush says nothing.  After ENOSYS the kernel
-        # sends no more of them.
+        # A shell closes a duplicate before it writes, so a FLUSH does not mark the end of writing.  After
+        # ENOSYS the kernel sends no more of them.
         refuse(errno.ENOSYS)
 
     @handler
@@ -421,7 +421,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        """A directory never owes anything."""
+        """Does nothing, because a directory has no debts."""
 
 
 _INODES: Final = {"rename": (0, 2)}

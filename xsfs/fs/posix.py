@@ -55,7 +55,7 @@ async def make(
 
 
 async def removed(commands: Commands, path: bytes, state: NodeState) -> Removed:
-    """What an open file of a node that is about to go needs to know of it."""
+    """The value and permissions of a node that is about to be removed, for the files open on it."""
     (perms,) = await commands.pipeline((protocol.get_perms(path),))
     return Removed(state.value or b"", perms_text(perms) if isinstance(perms, bytes) else b"")
 
@@ -85,7 +85,7 @@ async def check_empty_directory(view: View, commands: Commands, path: bytes) -> 
 
 
 class Renamed(NamedTuple):
-    """What a rename did."""
+    """The result of a rename."""
 
     is_directory: bool
     replaced: Removed | None
@@ -104,7 +104,7 @@ async def rename(
 
     needs_parent    whether the target's parent must exist
 
-    No change is left to the commit, because a transaction is committed even if one of its requests fails.
+    All changes are sent before the commit: a commit succeeds even if a request sent with it fails.
     """
     moved, target_state = await view.fetch((source, target), commands)
     if moved is None:

@@ -4,14 +4,14 @@ The kernel reports a signal to a FUSE file system by FUSE_INTERRUPT, which pyfus
 xsfs looks at the thread that waits.  It is in `request_wait_answer` from the request until the answer:
 in state S until a signal arrives, and in state D from then on.
 
-A READ request does not say which thread waits.  Mostly it is the thread that opened the file.  If
-that does not wait, another one does: a child process that inherited the file, or another thread.  The
-census finds it.  It goes over all threads of the system, and notes those that wait and for which file.
+A READ request does not say which thread waits.  Usually it is the thread that opened the file.  If that
+thread does not wait, another one does: of a child process that inherited the file, or of the same process.
+The census finds it.  It goes over all threads of the system, and notes those that wait and for which file.
 
 `Census` owns a table: which threads waited for which inode when it last looked.  It counts the openers
 that are expected to wait.  Only tasks that answer a read use it; one of them at a time goes over /proc.
 
-What always holds:
+Invariants:
 
 - The census lets other tasks run after each millisecond, and takes a tenth of the time at most.
 - A `Reader` never relies on what it found earlier: it looks at each thread again, and drops a thread
@@ -232,15 +232,15 @@ class Reader:
         self._writable = writable
         self._threads = {opener} - {0}
         self._guessed = True
-        """Whether `_threads` is but a guess: the opener."""
+        """Whether `_threads` is only a guess: the opener."""
         self._began = 0.0
-        """When the present read began."""
+        """When the present read started."""
         self._renew = -math.inf
-        """When the census is to be asked again, whatever is known."""
+        """When the census is asked again, even if the reader is known."""
         self._missed = False
         """Whether the last look found nobody, after the census had been asked."""
         self._retry = -math.inf
-        """Before when it is not: it did not find anybody."""
+        """Until then the census is not asked, because it found no thread."""
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -313,6 +313,6 @@ class Reader:
         self._threads.intersection_update(waiting)
         if Outcome.INTERRUPTED in outcomes.values() and (len(waiting) == 1 or self._writable):
             return Outcome.INTERRUPTED
-        # If it is not sure which of them is the reader, none may be told of the other's signal.
+        # If several threads may be the reader, a signal for one must not interrupt another.
         signalled = Outcome.PAUSED in outcomes.values() or Outcome.INTERRUPTED in outcomes.values()
         return Outcome.PAUSED if signalled else Outcome.WAITS

@@ -13,13 +13,13 @@ from xsfs.fs.nodes import Caller, Handle, Node, refuse
 
 
 class TextFile(Node):
-    """A file whose content is made at each opening."""
+    """A file whose content is generated whenever it is read from the start."""
 
     __slots__ = ()
 
     @abstractmethod
     def content(self) -> bytes:
-        """What the file contains now."""
+        """The present content of the file."""
 
     async def getattr(self) -> EntryAttributes:
         return self.entry(len(self.content()), write=False)

@@ -1,6 +1,6 @@
 """Transactions as directories: `.transaction/NAME/` is the whole tree as one transaction sees it.
 
-The nodes below it are those of any tree, over the transaction's own view (see transactions.py).
+Below it are the kinds of files that every tree has, over the transaction's own view (see transactions.py).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class TransactionRoot(RootDirectory):
     __slots__ = ()
 
     entry_timeout = 0.0
-    """The name may mean another transaction the next time."""
+    """The name may mean another transaction at the next lookup."""
 
     own: ClassVar[Mapping[bytes, type[Node]]] = {**RootDirectory.own, b".control": ControlFile}
 
@@ -96,7 +96,7 @@ class TransactionRoot(RootDirectory):
         return self.parent.transactions
 
     async def getattr(self) -> EntryAttributes:
-        # Without a request, because a listing of the transactions is no use of them.
+        # Without a request: a listing of `.transaction` must not count as use of the transactions.
         self.require()
         return self.entry(0)
 
@@ -176,7 +176,7 @@ class TransactionsDirectory(Node):
 
 
 class TransactionsHandle(Handle):
-    """An open `.transaction`: the names that were there when it was opened, or last rewound."""
+    """An open `.transaction`: the names that existed when it was opened, or last rewound."""
 
     __slots__ = ("names",)
 

@@ -1,20 +1,21 @@
 """Open transactions: the view, the commands and the end of each (see transaction_dirs.py).
 
-A `Transactions` owns the table of open transactions by name, and for each a task that ends it when it lies
-idle or loses its connection.  Only the tasks that handle FUSE requests and these tasks touch it.
+A `Transactions` owns the table of open transactions by name.  It owns a task for each, which ends a
+transaction that is idle for too long or has lost its connection.  Only the tasks that handle FUSE requests
+and these tasks touch it.
 
-What always holds:
+Invariants:
 
-- A name is in the table from before its transaction is started until after its end, so that nobody can start
-  another one under it meanwhile.  `None` stands for a transaction that is being started.
+- A name is in the table from before its transaction is started until after its end.  So no other transaction
+  of this name can start meanwhile.  `None` stands for a transaction that is being started.
 - Each has a connection, a view and commands of its own, and all nodes below share the view.  Once the view
-  has `ended`, each of these nodes, and each file open on them, is ESTALE.  The next transaction of that name
-  has other nodes, with other inode numbers.
-- The kernel is not notified of an end.  It asks whenever a process names the directory.  The only way to
-  notify it earlier waits for any process that creates, removes or looks up something beside it: if xsfs
-  were killed then, each would wait for the other.
-- The end happens once, whoever wants it: the task that has called `end` carries it out, and then closes the
-  connection, which ends even what the daemon refuses to end.
+  has `ended`, operations on these nodes, and on files open on them, fail with ESTALE.  The next transaction
+  of that name has other nodes, with other inode numbers.
+- xsfs does not notify the kernel of an end.  The kernel asks whenever a process names the directory.  A
+  notification would wait for each process that creates, removes or looks up a file beside it.  If xsfs were
+  killed then, the two would wait for each other.
+- The end happens once: the first task that calls `end` carries it out, and then closes the connection.  That
+  ends even a transaction that the daemon refuses to end.
 - Within a transaction one pipeline, or one change made of several, is under way at a time, in the order in
   which the requests came.  So appending, O_EXCL and rename are atomic among its users, too, and a commit
   comes after everything that was written before.
@@ -48,7 +49,7 @@ at most 1024 for all its clients."""
 
 UNPRIVILEGED_MAX: Final = OPEN_MAX // 2
 EACH_UNPRIVILEGED_MAX: Final = OPEN_MAX // 8
-"""How many of them users who are neither root nor the one who mounted may have together, and each."""
+"""How many of them users who are neither root nor the mounting user may have together, and each."""
 
 
 class SharedTransaction(Commands):
@@ -141,7 +142,7 @@ class Transactions:
         return None if view is None or view.ended else view
 
     async def begin(self, name: bytes, caller: Caller) -> None:
-        """Start one."""
+        """Start the transaction.  FUSEError EEXIST, ENOSPC; StoreError."""
         if name in self._views:
             refuse(errno.EEXIST)
         if self._full_for(caller):
@@ -211,7 +212,7 @@ class Transactions:
             self._remove(name)
 
     async def _await_end(self, name: bytes, view: TransactionView) -> None:
-        """Wait until it has ended, and end it if it lies idle or its connection is gone."""
+        """Wait until it has ended, and end it if it is idle for too long or its connection is gone."""
         while (until := view.commands.used_at + self._idle_seconds) > trio.current_time():
             with trio.move_on_at(until):
                 await view.commands.transaction.wait_disconnected()

@@ -4,7 +4,7 @@ A `WatchHandle` owns a subscription for each path that it watches, and the event
 read yet.  The tasks of FUSE requests add and remove subscriptions, one at a time (`_turn`).  The task of
 the watches' connection puts events, and never waits for a reader.
 
-What always holds:
+Invariants:
 
 - Equal unread events are merged.  Past EVENTS_MAX, one event for each watched path replaces the backlog.
   It means "look at all of it again", so a slow reader misses nothing that is still true.
@@ -14,8 +14,8 @@ What always holds:
   cannot even kill a process before its read is answered.
 - At most one read of a handle waits, and at most READERS_MAX handles are open in a mount.  Each waiting
   read takes one of pyfuse3's tasks; mount.py has pyfuse3 start more tasks than that.
-- A poll handle is kept until the next event, even if there is something to read already: edge-triggered
-  polling must hear of each event.
+- A poll handle is kept until the next event, even if unread events exist: edge-triggered polling must report
+  each event.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ began together would be looked at together.  A signal acts within half a second.
 
 READERS_MAX: Final = 1024
 """How many watch files may be open: each may take one of pyfuse3's tasks, for as long as it likes.
-Users who are neither root nor the one who mounted have half of it together."""
+Users who are neither root nor the mounting user have half of it together."""
 
 WATCHES_MAX: Final = 1024
 """How many paths one file may watch.  Less than EVENTS_MAX, or a backlog could not be cut short."""
@@ -151,7 +151,7 @@ class WatchHandle(Handle):
     """See the module's text.
 
     base            the path of the directory when the file was opened
-    unprivileged    whether it is of a user who is neither root nor the one who mounted
+    unprivileged    whether it is of a user who is neither root nor the mounting user
     nonblocking     whether a read that would wait fails with EAGAIN instead
     """
 
@@ -191,7 +191,7 @@ class WatchHandle(Handle):
         self._poll_handle: pyfuse3.PollHandle | None = None
 
     def count(self, difference: int) -> None:
-        """One more is open, or one less."""
+        """Count one more open watch file (1), or one less (-1)."""
         self.node.table.readers += difference
         if self.unprivileged:
             self.node.table.unprivileged_readers += difference
@@ -199,7 +199,7 @@ class WatchHandle(Handle):
     # --------------------------------------------------------------------------------- events
 
     def put(self, path: bytes) -> None:
-        """An event has come.  Called in the connection's task: must not wait."""
+        """Add an event.  The connection's reader calls it, so it must not wait."""
         if len(self._events) >= EVENTS_MAX and path not in self._events:
             self._events = OrderedDict.fromkeys(self._subscriptions)
         else:
@@ -207,7 +207,7 @@ class WatchHandle(Handle):
         self.wake()
 
     def wake(self) -> None:
-        """There is something to read, or to be told of."""
+        """Wake the read that waits, and notify poll(2)."""
         if self._arrived:
             self._arrived.unpark_all()
         if self._poll_handle is not None:
@@ -264,7 +264,7 @@ class WatchHandle(Handle):
             return
         if outcome is Outcome.PAUSED and self._subscriptions:
             # read(2) must end, and many programs take EINTR for the end of the file.  An event that
-            # says "look again" harms none.
+            # means "look again" is harmless.
             self.put(next(iter(self._subscriptions)))
             return
         # If it is UNKNOWN, too: perhaps the reader has been signalled.
@@ -281,8 +281,8 @@ class WatchHandle(Handle):
     # -------------------------------------------------------------------------- what is watched
 
     async def write(self, offset: int, data: bytes) -> int:
-        """Carry out the lines.  After the first that fails the write is short; what a program then
-        writes again begins with that line, and fails."""
+        """Carry out the lines.  The write is short if a line fails.  A program then writes the rest, which
+        begins with that line, and that write fails."""
         done = 0
         async with self._turn:
             for line in data.removesuffix(b"\n").split(b"\n"):
@@ -314,7 +314,7 @@ class WatchHandle(Handle):
         store = self.node.view.store
         self._subscriptions[path] = subscription
         try:
-            # Others may wait for the same connection, one after the other.
+            # Other subscribers may be waiting for the connection, one after the other.
             with trio.fail_after(store.timeout):
                 await store.watches.subscribe(subscription)
         except trio.TooSlowError:

@@ -1,7 +1,8 @@
-"""Listing hints: the names that a directory probably has, so that their kinds can be asked with the names.
+"""Listing hints: the names that a directory probably has.
 
-A `ListingHints` owns listings as they once were, as bytes of the protocol, a bounded number of them.  They
-are never an answer: a wrong hint costs one question too many.
+With a hint, a listing asks for the kinds of the children together with their names.  A `ListingHints` owns a
+bounded number of earlier listings, as bytes of the protocol.  They are never shown, so a wrong hint only
+costs superfluous requests.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Final
 from xsfs.view.bounded import Bounded
 
 SEEN_MAX: Final = 1024
-"""How many listings of children are kept: whoever lists a directory often lists its children next."""
+"""How many listings of children are kept: a program that lists a directory often lists its children next."""
 LISTED_MAX: Final = 64
-"""How many directories are kept that were listed lately: a script may list one in a loop."""
+"""How many recently listed directories are kept: a script may list one in a loop."""
 SIZE_MAX: Final = 512
 """The length in bytes of a listing that is kept: some 50 names."""
 

@@ -6,7 +6,7 @@ empty and fills later.  Only the outermost levels matter, since a container with
 anyway.
 
 A `StickyDirectories` owns the paths of nodes that have been directories since the mount.  The tasks of FUSE
-operations change it, and whoever keeps a copy of the tree is told of each change (`on_change`).
+operations and the mirror's task change it.  It calls `on_change` at each change, for the mirror.
 """
 
 from __future__ import annotations
@@ -103,10 +103,11 @@ class StickyDirectories:
     """The nodes that have been directories since the mount, by path.
 
     A node with neither value nor children could be a file or a directory.  One that mkdir created, or that
-    had children once, stays a directory.  A directory whose `.value` was created through the mount stays
-    one even with a value and without children, or restoring a backup would turn it into a file before its
-    children exist; and its `.value` exists even while it is empty, or the tool that created it would miss
-    it.
+    had children once, stays a directory.
+
+    A directory whose `.value` was created through the mount stays one even with a value and without
+    children.  Otherwise a tool that restores a backup would turn it into a file before its children exist.
+    Its `.value` exists even while it is empty, because the tool that created it looks for it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Names and values as files have them, and as Xenstore has them.  Pure functions and tables.
+"""The names and values of Xenstore as names and contents of files.  Pure functions and tables.
 
 A name of Xenstore is a file name.  A name longer than NAME_MAX appears under an alias.  A name that
 contains a dot cannot be Xenstore's, so xsfs's own names never collide.

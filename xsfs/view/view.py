@@ -1,14 +1,14 @@
-"""What the store looks like from one place: as it is, or inside a transaction.
+"""Xenstore nodes as files and directories: of the store itself, or inside a transaction.
 
-A `View` is what all nodes of one tree share: the commands by which they ask, the domain whose rights count,
+All nodes of one tree share a `View`.  It has the commands by which they ask, the domain whose rights count,
 and the rules by which a Xenstore node is a file or a directory.  It knows Xenstore, and nothing of FUSE.
 
-READ and DIRECTORY together tell what a node is, and GET_PERMS if the rights of the asking domain may not
-suffice.  If only the kind matters, READ is left out: the value counts with nodes without children that may
-be directories, and those are asked about once more.
+READ and DIRECTORY together tell the kind of a node.  If the rights of the asking domain may not suffice, the
+view sends GET_PERMS, too.  If only the kind matters, it omits READ.  The kind depends on the value only if
+a node has no children and may be a directory; then a second pipeline fetches the value.
 
-A view keeps no answers.  It remembers which nodes have been directories (`sticky`), and which names a
-listing may ask about ahead (`hints`).
+A view keeps no states.  It remembers which nodes have been directories (`sticky`), and the names about
+which a listing may ask before it knows them (`hints`).
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ GUEST_REQUESTS_MAX: Final = 1000
 even roll it back, and since a guest has one connection to it, the transaction stays until the guest ends."""
 
 FETCH_WINDOW: Final = 256
-"""How many nodes one pipeline asks about.  A listing of 100,000 children is asked about in such steps."""
+"""How many nodes one pipeline asks about.  A listing of 100,000 children takes many such pipelines."""
 
 
 class NodeState(NamedTuple):
-    """What one pipeline told about a node."""
+    """A Xenstore node at one moment, according to the replies of one pipeline."""
 
     value: bytes | None
-    """None if READ was left out."""
+    """None if READ was not sent."""
     has_children: bool
     readable: bool
     writable: bool
@@ -61,24 +61,24 @@ EMPTY_NODE: Final = NodeState(b"", False, True, True)
 """A directory that is shown although its node does not exist: a fresh store has no /local/domain/0."""
 
 LEAF: Final = NodeState(None, False, True, True)
-"""A node without children, about whose value nothing was asked."""
+"""A node without children, whose value was not fetched."""
 
 _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 """EINVAL: the path is longer than the store accepts, so there can be no such node."""
 
 
 class Listing(NamedTuple):
-    """What one pipeline told about a directory and its children."""
+    """A directory and its children at one moment."""
 
     state: NodeState | None
     names: Names
-    """Of the children that a listing shows."""
+    """The children that a listing shows."""
     kinds: dict[bytes, NodeState | None]
-    """Of those children whose names were hinted, or which are in doubt."""
+    """The states of the children whose names were hinted, by name."""
 
 
 def requests_for(path: bytes, *, perms: bool, value: bool = True) -> tuple[Request, ...]:
-    """The questions whose answers tell what a node is; without `value`, of which kind it is."""
+    """The requests that tell the state of a node; without `value`, only its kind."""
     asked: tuple[Request, ...] = (protocol.directory(path),)
     if value:
         asked = (protocol.read(path), *asked)
@@ -88,10 +88,10 @@ def requests_for(path: bytes, *, perms: bool, value: bool = True) -> tuple[Reque
 def interpret(
     value: Reply | None, children: Reply, perms: Reply | None, domid: int
 ) -> NodeState | None:
-    """What replies to READ, DIRECTORY and GET_PERMS say of a node to domain `domid`; None if there is none.
+    """The state of a node for domain `domid`, by the replies to READ, DIRECTORY and GET_PERMS.
 
-    `value` and `perms` are None if they were not asked for.  Raises XenstoreError for a reply that says
-    neither that the node exists nor that it does not.
+    None if the node does not exist.  `value` and `perms` are None if they were not asked for.  Raises
+    XenstoreError for a reply that does not tell whether the node exists.
     """
     for reply in (value, children):
         if isinstance(reply, XenstoreError) and (reply is value or reply.name != "E2BIG"):
@@ -115,7 +115,7 @@ def interpret(
 
 
 def home_of(domid: int) -> bytes:
-    """The path that relative paths of a domain are relative to."""
+    """The directory in which the relative paths of a domain start."""
     return b"/local/domain/%d" % domid
 
 
@@ -136,7 +136,7 @@ class View:
         self.content = content
         self.sticky = sticky
         self.asks_perms = domid != 0
-        """Whether each pipeline asks for permissions, too: domain 0 may do everything anyway."""
+        """Whether each pipeline asks for permissions, too.  Domain 0 may do everything anyway."""
         self.hints = ListingHints()
         self._requests_max: int | None = None
         self._has_probed = domid == 0
@@ -145,7 +145,7 @@ class View:
         """Functions to call when it ends."""
 
     def end(self) -> None:
-        """Everything seen through it is stale from now on."""
+        """End the view: from now on everything seen through it is stale."""
         self.ended = True
         while self.at_end:
             self.at_end.popitem()[1]()
@@ -155,9 +155,9 @@ class View:
     async def fetch(
         self, paths: Sequence[bytes], commands: Commands | None = None
     ) -> list[NodeState | None]:
-        """What the nodes are now, in one round trip.
+        """The present states of the nodes, in one round trip; None for a missing node.
 
-        commands    the commands to ask by, if not the view's: a transaction's
+        commands    a transaction to ask in, instead of the view's own commands
         """
         asks_perms = self.asks_perms
         replies = await (commands or self.commands).pipeline(
@@ -178,14 +178,14 @@ class View:
         ]
 
     async def fetch_one(self, path: bytes) -> NodeState | None:
-        """What the node is now; None if there is none.  One round trip."""
+        """The present state of the node, in one round trip; None if it does not exist."""
         asks_perms = self.asks_perms
         replies = await self.commands.pipeline(requests_for(path, perms=asks_perms))
         state = interpret(replies[0], replies[1], replies[2] if asks_perms else None, self.domid)
         return self._learn(path, state)
 
     async def fetch_directory(self, path: bytes) -> NodeState | None:
-        """What a node is that probably is a directory.  Its value is None if nothing depends on it."""
+        """The state of a node that probably is a directory.  Its value is None if nothing depends on it."""
         asks_perms = self.asks_perms
         replies = await self.commands.pipeline(requests_for(path, perms=asks_perms, value=False))
         children = replies[0]
@@ -199,7 +199,7 @@ class View:
         return await self.fetch_one(path) if self._may_be_directory(path) else state
 
     async def kinds(self, parent: bytes, names: Sequence[bytes]) -> dict[bytes, NodeState | None]:
-        """Which of a node's children are directories, by name, with the value of those in doubt alone."""
+        """The states of a node's children by name.  Only those whose kind depends on it have a value."""
         replies = await self.commands.pipeline(self._requests_for_kinds(parent, names))
         return await self._understand_kinds(parent, names, replies)
 
@@ -237,9 +237,9 @@ class View:
         return states
 
     async def list_directory(self, path: bytes) -> Listing:
-        """What a node is, and its children's names, with the kinds of those whose names were hinted.
+        """The state of a node, its children's names, and the states of children whose names were hinted.
 
-        One round trip, unless the listing is too long for one reply or kinds are in doubt.
+        One round trip, unless the listing is too long for one reply, or a kind depends on a value.
         """
         hint = self.hints.take(path)
         hinted = shown_names(path, hint)
@@ -306,7 +306,7 @@ class View:
     async def takes_reserved_domids(self) -> bool:
         """Whether SET_PERMS may name a reserved domid.  C xenstored 4.22.0 dies of it on its socket.
 
-        A daemon that knows GET_FEATURE may be that one.
+        A daemon that knows GET_FEATURE may be of that version.
         """
         if self._takes_reserved_domids is None:
             (reply,) = await self.store.pipeline((protocol.get_feature(),))
@@ -316,7 +316,7 @@ class View:
         return self._takes_reserved_domids
 
     async def atomically(self, work: Work) -> None:
-        """Run `work` so that everything it reads and writes happens at once, or not at all.
+        """Run `work` in a transaction: all that it reads and writes happens together, or not at all.
 
         `work` gets the commands of a transaction, and returns its last change, which goes out together
         with the commit, or None.  It may run several times.  If it raises, nothing has happened.
@@ -331,7 +331,7 @@ class View:
         await self.store.atomically(and_commit)
 
     async def begin(self) -> Transaction:
-        """Start a transaction with a connection of its own, which cannot grow too big to be ended."""
+        """Start a transaction on its own connection, which stays small enough for the daemon to end."""
         if not self._has_probed:
             # DIRECTORY_PART tells the daemons apart.  The root of a mount may not exist yet.
             (reply,) = await self.store.pipeline((protocol.directory_part(self.home, 0),))

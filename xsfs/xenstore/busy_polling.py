@@ -1,9 +1,9 @@
-"""Busy polling: a descriptor that becomes readable within microseconds is not slept for.
+"""Busy polling: xsfs does not sleep for a descriptor that becomes readable within microseconds.
 
-To put a process to sleep and to wake it costs both sides more than such a wait takes, most of all in a
-virtual machine, whose idle processor has to be given back and asked for.  Between two polls any other
-process that wants the processor gets it.  If another process used it for long, the machine is busy, and
-polling would only delay that process: then the next SKIPS polls do not wait.
+To put a process to sleep and to wake it takes longer than such a wait.  It takes longest in a virtual
+machine, which returns an idle processor to the hypervisor.  Between two polls any other process that wants
+the processor gets it.  If another process used it for more than YIELD_SECONDS_MAX, the machine is busy, and
+polling would only delay that process.  Then the next SKIPS polls do not wait.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from typing import Final
 
 BUSY_POLL_SECONDS: Final = 100e-6
-"""How long xsfs polls for a reply, and for the next request of a process that got its answer."""
+"""How long xsfs polls for a reply, and for the next request of the kernel after it has answered one."""
 
 YIELD_SECONDS_MAX: Final = 0.0003
 """If sched_yield(2) takes longer, another process wants the processor."""

@@ -1,4 +1,4 @@
-"""The operations on Xenstore, on the store as it is or within one transaction.
+"""The operations on Xenstore: on the store itself, or within one transaction.
 
 `Commands` needs `pipeline` from its subclasses, and everything else follows.  The operations have the
 names that they have in pyxs, libxenstore and LING's xenstore module (docs/python.md has the table).

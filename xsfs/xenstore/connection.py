@@ -1,12 +1,12 @@
 """One connection to Xenstore: many requests in flight, each reply matched to its request.
 
-A `Connection` owns a transport, the requests in flight, and three tasks (`run`): a reader, a writer (idle
-unless several tasks send at once or the peer is slow) and a watchdog (idle unless a task waits for
-replies).  Any task of the same trio loop may call `pipeline`.
+A `Connection` owns a transport, the requests in flight, and three tasks (`run`).  The reader receives.  The
+writer sends if several tasks ask at once or the peer is slow.  The watchdog enforces deadlines while a task
+waits for replies.  Any task of the same trio loop may call `pipeline`.
 
-What always holds:
+Invariants:
 
-- The reader reads, whoever else waits: an oxenstored whose events are not read stops answering other
+- No other task can hold up the reader, because an oxenstored whose events are not read stops answering other
   clients.  So `on_event` must not wait, nor take longer than a few microseconds.
 - Each request in flight is known by its req_id until its reply has come.  A task that is cancelled leaves
   its requests in flight, so that late replies are recognised and dropped.  At most IN_FLIGHT_MAX are.
@@ -15,9 +15,9 @@ What always holds:
   task that sent it was cancelled.
 - A violation of the protocol ends the connection.
 
-A task that is alone waits for its replies right in `pipeline`, since the store answers within some 20
-microseconds, which is less than the way through the event loop takes.  It yields to other tasks once in
-STREAK_SECONDS.  If several tasks ask, their requests go out together, at the end of the loop's turn.
+A task that is alone waits for its replies inside `pipeline`, without the event loop: the store answers within
+some 20 microseconds, and a turn of the loop takes longer.  The task yields to other tasks once in
+STREAK_SECONDS.  If several tasks ask, the writer sends their requests together, in the loop's next turn.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ log = logging.getLogger(__name__)
 Reply = bytes | XenstoreError
 
 WINDOW: Final = 512
-"""The number of requests of one pipeline that are sent before their replies are awaited: enough to hide
-the round trip, few enough that requests of other tasks wait only milliseconds behind them."""
+"""How many requests of one pipeline are sent before their replies are awaited.  They are enough to hide the
+round trip, and few enough that requests of other tasks wait only milliseconds behind them."""
 
 IN_FLIGHT_MAX: Final = 65536
 
@@ -155,10 +155,9 @@ class Connection:
         A request that is too long for the transport is not sent.  Its reply is the XenstoreError `EINVAL`,
         with which the daemons answer a path that is too long.
 
-        Raises ConnectionLost; RequestTimeout, for this or an earlier pipeline, and the connection then has
-        ended; ValueError, and nothing
-        was sent, for a request that is no message.  If the caller is cancelled, the store may still carry
-        out requests that were sent.
+        Raises ConnectionLost.  Raises RequestTimeout if this or an earlier pipeline was not answered in time;
+        the connection has ended then.  Raises ValueError for a request that is no message; nothing was sent
+        then.  If the caller is cancelled, the store may still carry out requests that were sent.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if len(requests) > WINDOW:
@@ -219,7 +218,7 @@ class Connection:
                     batch.replies[place] = XenstoreError("EINVAL", requests[place])
                     batch.missing -= 1
                     continue
-                while req_id in in_flight:  # it has been waiting since the numbers last began at 0
+                while req_id in in_flight:  # unanswered since the numbers last started at 0
                     req_id = (req_id + 1) & 0xFFFFFFFF
                 messages.append(encode(op, req_id, tx_id, payload))
                 in_flight[req_id] = batch, place
@@ -231,7 +230,7 @@ class Connection:
         return batch, messages
 
     def _forget(self, batch: _Batch) -> None:
-        """No replies will come to it."""
+        """Remove its requests from the table, because no replies will come."""
         for req_id, (other, _) in list(self._in_flight.items()):
             if other is batch:
                 del self._in_flight[req_id]
@@ -289,7 +288,7 @@ class Connection:
         return batch.replies
 
     def _receive_at_once(self, batch: _Batch) -> None:
-        """Receive the replies here, if they come within POLL_SECONDS: the whole event loop waits."""
+        """Receive the replies here, if they come within POLL_SECONDS.  The event loop waits meanwhile."""
         if not self._transport.can_poll or len(batch.requests) > POLL_REQUESTS_MAX:
             return
         if self._poll_skips:

@@ -1,29 +1,29 @@
 """The transport of the watches: a socket that is read in time, however busy the event loop is.
 
 The socket holds some 70 events, and oxenstored keeps 2000 more for a watcher.  Past that oxenstored makes
-every writer wait, and a writer that uses the socket waits until it is killed.  oxenstored accepts 70,000
+every writer wait.  A writer that uses the socket then waits until it is killed.  oxenstored accepts 70,000
 writes a second from a client that pipelines them, so 30 ms without a read would be too long.
 
-While few events come, the event loop reads, because nothing delivers an event sooner.  Once so many bytes
-are there at once that the loop must have been late, a thread takes over.  It does nothing but read, and
-hands what it has read to the loop.  When few bytes have come for a while, the thread ends and the loop
+While few events come, the event loop reads, because nothing delivers an event sooner.  If one read returns
+LATE_BYTES or more, the loop was late, and a thread takes over.  It does nothing but read, and hands the
+bytes to the loop.  When few bytes have come for a while, the thread ends and the loop
 reads again.
 
 The thread needs the interpreter to go on, and may wait for it for SWITCH_SECONDS and more each time, in
 which the socket fills.  So it asks for more than the socket holds (MSG_WAITALL): then the kernel goes on
-reading for a moment without the interpreter.
+reading for up to CHUNK_MICROSECONDS without the interpreter.
 
 An `EventReader` owns the socket, the thread if there is one, and the chunks that the thread has read and
 the loop has not used yet.
 
-What always holds:
+Invariants:
 
 - Either the thread or the loop receives.  The loop starts the thread.  The thread's last act is to tell
   the loop that it has ended.
 - The loop alone touches the chunks, sends, and closes the socket.  It closes the socket after the thread
   has ended, because the number of a closed descriptor may belong to another file at once.
-- What is held is bounded.  Past HELD_MAX the connection ends.  Then the client sets all watches again on a
-  new one, and each subscriber learns that it may have missed something.
+- The chunks are bounded.  Past HELD_MAX bytes the connection ends.  Then the client sets all watches again on
+  a new one, and each subscriber learns that it may have missed something.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SWITCH_SECONDS: Final = 0.001
 """For sys.setswitchinterval: how long the loop may keep the interpreter from the thread."""
 
 LATE_BYTES: Final = 1024
-"""If so many bytes are there at once, the loop was late."""
+"""If one read returns so many bytes, the loop was late."""
 
 CALM_SECONDS: Final = 0.1
 """The thread ends when it has not received so many bytes at once for this time."""
@@ -153,7 +153,7 @@ class EventReader:
             self._socket.close()
 
     def _receive_chunk(self, buffer: memoryview, timeout: int, flags: int) -> bytes | None:
-        """What comes within `timeout` microseconds.  None if nothing does; b"" at the end."""
+        """The bytes that come within `timeout` microseconds.  None if none do; b"" at the end."""
         limit = struct.pack("ll", 0, timeout)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -189,8 +189,8 @@ class EventReader:
 def with_event_reader(connect: Callable[[], Transport]) -> Callable[[], Transport]:
     """`connect`, with an EventReader around each socket.
 
-    The kernel reads the device by itself, whoever waits.  A store in this event loop is no faster than
-    the loop.
+    The device needs none, because the kernel reads events from the ring by itself.  A store in this event
+    loop is no faster than the loop.
     """
 
     def connect_reader() -> Transport:

@@ -1,5 +1,5 @@
-"""What domains may do with a node: permissions as tools write them, as the protocol carries them, and
-what they mean.  Pure functions and tables.
+"""The permissions of a node: as tools write them, as the protocol carries them, and their meaning for a
+domain.  Pure functions and tables.
 
 A guest chooses the permissions of its nodes, and the daemons accept entries for domains that cannot
 exist (`r-1`, `b4294967295`).  Such an entry is data like any other: it is shown, and grants nothing.
@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from xsfs.xenstore.protocol import Op, Request, WireError, strings
 
 DOMID_FIRST_RESERVED: Final = 0x7FF0
-"""From here on a domid is no domain's, but has a special meaning (xen/include/public/xen.h)."""
+"""No domain has this domid or a higher one: some have a special meaning (xen/include/public/xen.h)."""
 
 DOMID_ANY: Final = 0x7FF5
 """An entry for this domid is one for every domain (since Xen 4.22)."""

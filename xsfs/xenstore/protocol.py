@@ -144,7 +144,7 @@ class Parser:
         self._start = 0
 
     def messages(self) -> Iterator[Message]:
-        """The whole messages that have come.  A `feed` ends the iteration's use."""
+        """The whole messages that have come.  After the next `feed`, iterate again."""
         buffer, start = self._buffer, self._start
         size = len(buffer)
         # A long message that comes in small pieces is not parsed again at each piece.
@@ -167,7 +167,7 @@ class Parser:
 
     @property
     def partial(self) -> bool:
-        """Whether part of a message is held: the peer stopped in the middle of one."""
+        """Whether the last message has come only in part."""
         return len(self._buffer) > self._start
 
 
@@ -242,7 +242,7 @@ def mkdir(path: bytes) -> Request:
 
 
 def rm(path: bytes) -> Request:
-    # oxenstored removes everything at RM of /.  No client ever means that.
+    # oxenstored removes everything at RM of /, which no client intends.
     if path == b"/":
         raise ValueError("the root cannot be removed")
     return Request(Op.RM, path + b"\0")

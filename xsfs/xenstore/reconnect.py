@@ -2,18 +2,19 @@
 
 A `ReconnectingConnection` owns at most one live `Connection`.  It opens one when a task first needs it,
 and again after it has ended.  Any task may call `get`: one of them connects, the others wait for it.
-Between requests nothing happens: the reader notices that a daemon has gone, and the next request looks
-for a new one.
+Between requests nothing happens: the reader notices that the daemon has gone, and the next request
+connects again.
 
-A `CircuitBreaker` owns the knowledge whether Xenstore answers, and one task that probes it.
+A `CircuitBreaker` knows whether Xenstore answers, and owns one task that probes it.
 
 - Closed: requests go out.  After one that nothing answered within its whole time limit it opens.
-- Open: requests fail at once with the error of that request.  Otherwise each system call would take the
-  time limit, and some take it many times: the kernel looks a known name up twice, and lets one process at
-  a time look up a name.  A probe, by a new connection, is sent with back-off, and sooner if somebody asks.
-- Half-open: if a probe has just been sent, a request waits up to GRACE_SECONDS for its outcome.
-  The first answer closes the breaker.  If nobody asks for a whole time limit, the breaker closes, too,
-  because an unused mount does nothing: the next request then takes its whole time limit.
+- Open: requests fail immediately with the error of that request.  Otherwise each system call would take the
+  time limit, and some would take it many times: the kernel looks up a known name twice, and lets one process
+  at a time look up a name.  The task sends probes on new connections, with back-off, and sooner if a task
+  asks.
+- Half-open: while a probe has just been sent, a request waits up to GRACE_SECONDS for its outcome.
+  The first answer closes the breaker.  If no task asks for a whole time limit, the breaker closes, too,
+  because an unused mount sends no probes.  The next request then takes its whole time limit.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class CircuitBreaker:
 
     nursery     runs the probing task
     timeout     the time limit of a request, in seconds
-    probe       asks something, by a new connection
+    probe       sends a request on a new connection
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class CircuitBreaker:
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """Note the outcome of the block, which asks something."""
+        """Note the outcome of the block, which sends requests."""
         answers, start = self._answers, trio.current_time()
         try:
             yield
@@ -208,11 +209,11 @@ class CircuitBreaker:
     def _failed(self, error: RequestTimeout | ConnectionLost, answers: int, start: float) -> None:
         if self._answers != answers or self.error is not None:
             return
-        # A request late in a transaction has little time.  And `open_transport_by` gives up if its next
-        # attempt would come too late.
+        # A short wait is no outage: a request late in a transaction has little time, and
+        # `open_transport_by` gives up if its next attempt would come too late.
         if trio.current_time() - start < self._timeout / 2:
             return
-        if answers:  # else the mount has not begun, and its caller reports the error
+        if answers:  # before the first answer the caller of `connect` reports the error
             log.warning("Xenstore has not answered for %g s: %s", self._timeout, error)
         self.error = error
         self._asked_at = trio.current_time()

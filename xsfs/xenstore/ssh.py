@@ -112,7 +112,7 @@ async def open_forward(
 ) -> AsyncIterator[SshForward]:
     """A forward to a Xenstore that has answered; it ends with the block.
 
-    timeout     seconds: ssh notices within them that the other host has gone
+    timeout     seconds until ssh notices that the other host is gone
     command     ssh, and options for it
 
     Raises StoreUnavailable.
@@ -256,8 +256,8 @@ class SshForward:
 
 
 class SshProcess:
-    """One ssh, from its start to its end: the process, the pipes to it, and while it may ask for a
-    password the terminal.
+    """One ssh, from its start to its end: the process, the pipes to it, and the terminal while ssh may ask
+    for a password.
 
     session     whether it runs `cat`
     may_ask     whether it may use the terminal of this process
@@ -281,12 +281,12 @@ class SshProcess:
         self._echoed = False
         self._session = session
         self._settled = trio.Event()
-        """Set when `cat` has answered, or cannot."""
+        """Set when `cat` has answered, or cannot answer."""
         if not session:
             self._settled.set()
         self._messages = b""
         self.reason = ""
-        """Why it ended."""
+        """Why ssh ended."""
         self._terminal = _own_terminal() if may_ask else None
         arguments = _arguments(
             destination, timeout, local, session=session, batch=self._terminal is None
@@ -323,13 +323,13 @@ class SshProcess:
         return os.path.exists(self._local)
 
     async def settle(self) -> None:
-        """ssh listens: wait until `cat` has answered or cannot, ECHO_SECONDS at most."""
+        """Once ssh listens: wait until `cat` has answered or cannot answer, ECHO_SECONDS at most."""
         self._take_terminal_back()
         with trio.move_on_after(ECHO_SECONDS):
             await self._settled.wait()
 
     async def run(self) -> None:
-        """Serve ssh until it has ended; when cancelled, end it."""
+        """Serve ssh until it has ended.  If cancelled, end ssh."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -354,14 +354,14 @@ class SshProcess:
         self._settled.set()
 
     async def _read(self, output: int) -> None:
-        """Read its messages, and the answer of `cat`."""
+        """Read the messages of ssh, and the answer of `cat`."""
         while True:
             await trio.lowlevel.wait_readable(output)
             if not self._read_some(output):
                 return
 
     def _read_some(self, output: int) -> bool:
-        """Whether there was something.  Raises BlockingIOError."""
+        """Read once.  False at the end.  Raises BlockingIOError."""
         data = os.read(output, MESSAGES_MAX)
         self._messages += data
         if self._mark in self._messages:
@@ -374,7 +374,7 @@ class SshProcess:
         return bool(data)
 
     def _read_rest(self, output: int) -> None:
-        """Its last messages.  One read: a program that it has started may still write."""
+        """Read the last messages, once: a program that ssh has started may still write."""
         with suppress(BlockingIOError):
             self._read_some(output)
 
@@ -385,7 +385,7 @@ class SshProcess:
             self._signal(signal.SIGTERM)
 
     async def _end(self) -> None:
-        """End it, and what it has started, and reap it."""
+        """End ssh and the programs that it has started, and reap it."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             self._signal(number)
             with trio.move_on_after(END_SECONDS):
@@ -394,12 +394,12 @@ class SshProcess:
         self._process.poll()
 
     def _signal(self, number: int) -> None:
-        """Signal its process group.  It is not reaped yet, so the number is its own."""
+        """Signal the process group of ssh.  ssh is not reaped yet, so no other process has its number."""
         with suppress(OSError):
             os.killpg(self._process.pid, number)
 
     def _last_words(self) -> str:
-        """Its last lines, or how it ended."""
+        """The last lines of ssh's messages, or how ssh ended."""
         status = self._process.returncode
         text = self._messages.decode(errors="replace")
         lines = [line.strip().removeprefix("ssh: ") for line in text.splitlines() if line.strip()]
@@ -481,9 +481,9 @@ def _before_exec(parent: int, terminal: int | None) -> None:
     locks that they held are not."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
-        os._exit(1)  # it ended before that
+        os._exit(1)  # xsfs ended before that
     if terminal is not None:
-        # The shell knows nothing of a stopped ssh, and could not continue it.
+        # The shell does not know of a stopped ssh, and could not continue it.
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)
         _give_terminal(terminal, os.getpid())
 
@@ -503,7 +503,7 @@ def private_directory() -> Iterator[str]:
 
 
 def _make_directory() -> tuple[str, int]:
-    """Its path, and the descriptor that holds its lock."""
+    """The path of a new directory, and the descriptor that holds its lock."""
     failure = "the paths of all directories for temporary files are too long"
     for above in _places():
         try:
@@ -512,7 +512,7 @@ def _make_directory() -> tuple[str, int]:
             while True:
                 path = tempfile.mkdtemp(prefix=PREFIX, dir=above)
                 lock = _lock(path)
-                # Another start may have taken it for a stale one before it was locked.
+                # Another xsfs may have removed it as a stale one before it was locked.
                 if lock is not None and os.path.exists(path):
                     break
         except OSError as error:

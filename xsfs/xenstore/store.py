@@ -9,11 +9,15 @@
             async for path in events:
                 ...
 
-A `Store` owns one connection for requests, which all tasks share and which comes back after it was lost;
-one for watches (watches.py); one for each open `Transaction`; and up to SHORT_MAX for the transactions
-of `atomically`, kept for the next one while they are idle.  To close a transaction's connection ends even
-a transaction that the daemon refuses to end, so a connection on which the state of a transaction is
-unknown is always closed.
+A `Store` owns these connections:
+
+- one for requests, which all tasks share and which is opened again after it was lost;
+- one for watches (watches.py);
+- one for each `Transaction` of `begin` and `transaction`;
+- up to SHORT_MAX for the transactions of `atomically`, which stay open for the next transaction.
+
+To close a transaction's connection ends even a transaction that the daemon refuses to end.  So a connection
+on which the state of a transaction is unknown is always closed.
 """
 
 from __future__ import annotations
@@ -55,11 +59,11 @@ CLEANUP_SECONDS: Final = 1.0
 """How long the end of a transaction may wait for a silent daemon."""
 
 IN_DOUBT_MAX: Final = 20
-"""How often one of _MAYBE_CONFLICTS is taken for the result of a conflict, before it is believed."""
+"""How often `atomically` takes one of _MAYBE_CONFLICTS for the result of a conflict, before it raises it."""
 
 _MAYBE_CONFLICTS: Final = frozenset(("ENOENT", "EIO"))
-"""Errors that C xenstored may give in a transaction with a conflict: it is no snapshot, so a listing may
-name a child that is gone by the time it is read."""
+"""Errors that C xenstored may give in a transaction with a conflict.  A transaction is no snapshot, so a
+listing may name a child that is gone when it is read."""
 
 Result = TypeVar("Result")
 
@@ -90,7 +94,7 @@ class Transaction(Commands):
         self.has_written = False
         """Whether a request was sent that changes anything."""
         self.has_ended = False
-        """Whether the store has said that it ended.  oxenstored cannot end one that is over its quota."""
+        """Whether a reply of the store has confirmed its end.  oxenstored cannot end one over its quota."""
 
     @property
     def payload_max(self) -> int:
@@ -205,13 +209,13 @@ class Store(Commands):
         await self.pipeline((protocol.directory(b"/"),))
 
     async def _probe(self) -> None:
-        """Ask something by a new connection, which takes the place of the one that is not answered."""
+        """Send a request on a new connection, which replaces the one that is not answered."""
         deadline = trio.current_time() + self.timeout
         connection = self._main.adopt(await open_transport_by(self._connect, deadline))
         await connection.pipeline((protocol.directory(b"/"),), deadline=deadline)
 
     def drop_connection(self, reason: str) -> None:
-        """Close the connection to a store that answers nonsense.  The next request opens a new one."""
+        """Close the connection to a store that violates the protocol.  The next request opens a new one."""
         self._main.close(reason)
 
     async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
@@ -306,10 +310,10 @@ class Store(Commands):
     async def atomically(self, work: Callable[[Transaction], Awaitable[Result]]) -> Result:
         """Run `work` in a short transaction and commit it, again and again while it conflicts.
 
-        `work` may end the transaction itself.  If it raises, the transaction is rolled back.  An error
-        that it meets is only true if the transaction has no conflict, so `atomically` finds that out
-        before the error is raised.  All of it takes `timeout` at most, and a quarter of it more if the
-        store stops answering at its end.
+        `work` may end the transaction itself.  If it raises, the transaction is rolled back.  An error may be
+        the result of a conflict, so `atomically` first finds out whether there is one, and then retries
+        instead.  All attempts together take `timeout` at most, and a quarter of it more if the store stops
+        answering near the end.
 
         Raises XenstoreError `EAGAIN` if it conflicted all the time.
         """
@@ -319,7 +323,7 @@ class Store(Commands):
             async with self._one_of_few(deadline):
                 in_doubt = 0
                 while True:
-                    # The last attempt must not fail just because it began late.
+                    # The last attempt must not fail just because it started late.
                     extended = trio.current_time() + self.timeout / 4
                     try:
                         return await self._attempt(work, max(deadline, extended))
@@ -348,7 +352,7 @@ class Store(Commands):
     async def is_conflict(self, transaction: Transaction, error: Exception) -> bool:
         """Whether `error`, which was met in the transaction, may be the result of a conflict.
 
-        If the transaction has only read, its commit tells, and ends it.
+        If the transaction has only read, this commits it to find out.
         """
         if isinstance(error, XenstoreError) and error.name == "EAGAIN":
             return True
@@ -414,7 +418,7 @@ class Store(Commands):
     def watch(self, path: Path) -> AbstractAsyncContextManager[Subscription]:
         """The events of a node and all below it, while the block runs.
 
-        The first event comes at once and is for the node itself.  An event is the path of the changed
+        The first event comes immediately and is for the node itself.  An event is the path of the changed
         node, in the form (absolute, relative) in which `path` is given.
         """
         return self.watches.watching(encode_path(path))

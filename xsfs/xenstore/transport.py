@@ -27,7 +27,7 @@ DEVICES: Final = ("/dev/xen/xenbus", "/proc/xen/xenbus")
 RECEIVE_SIZE: Final = 65536
 
 RECEIVE_MICROSECONDS: Final = 1000
-"""How long `receive_soon` sleeps for a reply.  The kernel rounds it up to its tick, 4 ms at most."""
+"""How long `receive_soon` sleeps for a reply.  The kernel rounds it up to its tick, which is 4 ms at most."""
 
 NO_STORE_HINT: Final = (
     "start xenstored (dom0) or load xen's drivers (domU), name its socket or device, "
@@ -87,7 +87,7 @@ class SocketTransport:
     payload_max = PAYLOAD_MAX
 
     def __init__(self, sock: socket.socket, *, same_loop: bool = False) -> None:
-        """`same_loop`: the peer is a task of this event loop, so that waiting for it is of no use."""
+        """`same_loop`: the peer is a task of this event loop, which cannot run while `receive_soon` waits."""
         self.same_loop = same_loop
         self.can_poll = not same_loop
         # Blocking, so that receive_soon is one system call.  All other calls use MSG_DONTWAIT.

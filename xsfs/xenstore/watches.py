@@ -1,21 +1,21 @@
 """Watches: one connection for all of them, and for nothing else.
 
-`Watches` owns a reconnecting connection that carries only WATCH and UNWATCH, one at a time (on the kernel's
-device any other request beside them can deadlock its Xenstore driver), and one watch at the store for each
-path, however many subscribe to it.  Any task may subscribe and unsubscribe; the connection's reader
+`Watches` owns a reconnecting connection that carries only WATCH and UNWATCH, one at a time: on the kernel's
+device any other request beside them can deadlock its Xenstore driver.  It owns one watch at the store for
+each path, however many subscribe to it.  Any task may subscribe and unsubscribe; the connection's reader
 delivers events.
 
-What always holds:
+Invariants:
 
 - An event is put into each subscription of its watch, and never waits for a subscriber.  Equal events that
   are still unread are one.  Past EVENTS_MAX the backlog becomes one event for the watched path itself,
   which by Xenstore's own rule means "look at all of it again".
 - The reader spends the same time on an event however many subscribe to its watch.  If several do, the task
-  `_spread` tells one after the other, and merges what comes meanwhile.  A reader that falls some 2000
-  events behind would stop all writers, with oxenstored until they are killed.
+  `_spread` puts it into one after the other, and merges events that come meanwhile.  If the reader fell some
+  2000 events behind, oxenstored would stop all writers until they are killed.
 - A watch that nobody wants any more is removed before another one is set, so that it no longer counts
   against the quota.
-- After the connection was lost, `run` sets every watch again, and the store's initial event tells each
+- After the connection was lost, `run` sets every watch again.  The store's first event then tells each
   subscriber that it may have missed something.  If the store refuses a watch then (others may have used
   up the quota meanwhile), `run` retries it with back-off as long as somebody wants it.
 """
@@ -57,8 +57,8 @@ REMOVE_SECONDS: Final = 1.0
 class Subscription:
     """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`.
 
-    `on_event`, if given, is called at each event, and when the watch was lost or set again, by the
-    connection's reader: it must not wait, nor take longer than a few microseconds.
+    The connection's reader calls `on_event`, if given, at each event, and when the watch was lost or set
+    again.  It must not wait, nor take longer than a few microseconds.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Watches:
     def _dispatch(self, path: bytes, token: bytes) -> None:
         watch = self._by_token.get(token)
         if watch is None:
-            # Of a watch that was just removed, or from a store that lies, which harms nobody.
+            # Of a watch that was just removed, or sent by a store that lies: harmless.
             return
         if len(watch.subscriptions) == 1 and not watch.spreading:
             next(iter(watch.subscriptions)).put(path)
@@ -250,7 +250,7 @@ class Watches:
             self._nursery.start_soon(self._clear)
 
     def _leave(self, subscription: Subscription) -> bool:
-        """Returns whether that left a watch that nobody wants."""
+        """Leave the watch.  Returns whether nobody wants it any more."""
         watch = self._by_path.get(subscription.path)
         if watch is None or subscription not in watch.subscriptions:
             return False

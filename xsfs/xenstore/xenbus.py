@@ -7,12 +7,12 @@ has not put into the ring yet.  So a descriptor can have one request at a time, 
 through several.  The kernel carries out WATCH and UNWATCH within write(2).  One that is sent while
 another request of its descriptor is unanswered can deadlock the kernel's Xenstore driver until reboot.
 
-A `DeviceTransport` owns its descriptors, opened when they are first needed, the messages that wait for
-one, and for each descriptor whether its last request is unanswered and the part of a message that has
-come.  Only the tasks of its connection touch it; the thread of `send_watch` writes to the first
-descriptor alone.
+A `DeviceTransport` owns its descriptors, which it opens when they are first needed, and the messages that
+wait for one.  It knows for each descriptor whether its last request is unanswered, and holds the part of a
+message that has come.  Only the tasks of its connection touch it; the thread of `send_watch` writes to the
+first descriptor alone.
 
-What always holds:
+Invariants:
 
 - Messages go out in the order in which they were sent, and the kernel keeps this order across
   descriptors.  The first message that has to wait holds up the others.
