@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pyfuse3
 import pytest
-from pyfuse3 import FUSEError, RequestContext
+from pyfuse3 import RequestContext
 
 from tests.support.operating import (
     ROOT,
@@ -393,15 +393,15 @@ async def test_the_memory_of_open_listings_is_bounded(w: World) -> None:
     nobody, root = ctx(uid=65534), ctx()
 
     async def open_all(caller: RequestContext) -> list[pyfuse3.FileHandleT]:
-        handles = []
-        for _ in range(1000):
-            try:
+        handles: list[pyfuse3.FileHandleT] = []
+
+        async def open_1000() -> None:
+            for _ in range(1000):
                 handles.append(await w.operations.opendir(data, caller))
-            except FUSEError as error:
-                assert error.errno == errno.ENFILE
-                return handles
-            await entries_of(w, handles[-1], 0, FETCH_WINDOW)
-        raise AssertionError("never refused")
+                await entries_of(w, handles[-1], 0, FETCH_WINDOW)
+
+        await refused(errno.ENFILE, open_1000())
+        return handles
 
     await w.operations.releasedir(await w.operations.opendir(data, root))
     assert listing.LISTING_BYTES_MAX == 64 << 20
@@ -431,10 +431,12 @@ async def test_the_memory_of_open_listings_is_bounded(w: World) -> None:
 async def test_listings_of_others_work_while_one_user_has_all_that_are_for_users(w: World) -> None:
     await write_children(w, 5000)
     data = (await w.lookup(b"data")).st_ino
-    with pytest.raises(FUSEError) as refusal:
+
+    async def open_1000() -> None:
         for _ in range(1000):
             await w.operations.opendir(data, ctx(uid=65534))
-    assert refusal.value.errno == errno.ENFILE
+
+    await refused(errno.ENFILE, open_1000())
     assert len(await listed(w, await w.operations.opendir(data, ctx()))) == 5002
 
 

@@ -27,7 +27,6 @@ from tests.support.operating import (
 )
 from xsfs.fs.directories import Directory
 from xsfs.fs.errnos import errno_of
-from xsfs.fs.open_files import open_files_of
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
 from xsfs.xenstore.errors import (
     ConnectionLost,
