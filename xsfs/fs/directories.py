@@ -292,23 +292,24 @@ class Directory(ListedDirectory):
             removed = await posix.removed(commands, path, state)
             return protocol.rm(path)
 
-        await self.view.atomically(work)
-        self._was_removed(ValueFile, path, removed)
+        async with self.open_files.changing(path):
+            await self.view.atomically(work)
+            self._was_removed(ValueFile, path, removed)
 
     async def _unlink_dot_value(self) -> None:
         """So that `rm -r` and rmdir can follow, the value goes and the node stays."""
         path = self.path
-        value = await self.view.commands.read(path)
-        await self.view.commands.write(path, b"")
-        self.view.sticky.discard_value(path)
-        self.was_written()
-        node = self.table.find(DotValue, self, VALUE_NAME)
-        self.open_files.orphan(path, node, self.view.content.render(value), b"")
+        async with self.open_files.changing(path):
+            value = await self.view.commands.read(path)
+            await self.view.commands.write(path, b"")
+            self.view.sticky.discard_value(path)
+            self.was_written()
+            node = self.table.find(DotValue, self, VALUE_NAME)
+            self.open_files.orphan(path, node, self.view.content.render(value), b"")
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
         path = await self._path_of_present(name)
-        await self.open_files.settle_below(path)
         removed = Removed(b"", b"")
 
         async def work(commands: Commands) -> Request:
@@ -317,8 +318,9 @@ class Directory(ListedDirectory):
             removed = await posix.removed(commands, path, state)
             return protocol.rm(path)
 
-        await self.view.atomically(work)
-        self._was_removed(Directory, path, removed)
+        async with self.open_files.changing_below(path):
+            await self.view.atomically(work)
+            self._was_removed(Directory, path, removed)
 
     async def _path_of_present(self, name: bytes) -> bytes:
         if name in self.own or forced_name(name) is not None:
@@ -355,8 +357,6 @@ class Directory(ListedDirectory):
             refuse(errno.EINVAL)
         if source_path.startswith(target_path + b"/"):
             refuse(errno.ENOTEMPTY)
-        await self.open_files.settle_below(source_path)
-        await self.open_files.settle_below(target_path)
         done: posix.Renamed | None = None
 
         async def work(commands: Commands) -> None:
@@ -367,9 +367,10 @@ class Directory(ListedDirectory):
                 needs_parent=not target.always_there,
             )
 
-        await self.view.atomically_apart(work)
-        assert done is not None
-        self._was_renamed(source_path, target, target_path, done)
+        async with self.open_files.changing_below(source_path, target_path):
+            await self.view.atomically_apart(work)
+            assert done is not None
+            self._was_renamed(source_path, target, target_path, done)
 
     def _was_renamed(
         self, source_path: bytes, target: Directory, target_path: bytes, done: posix.Renamed
