@@ -706,3 +706,74 @@ def test_a_new_file_of_a_size_is_one_change(
     assert [event for event, _ in witness.drain_events(0.3)] == [path]
     witness.unwatch(path, "t")
     assert witness.read(path) == b"\0" * 5
+
+
+# ------------------------------------------------------------- operations beside a rename or a removal
+
+
+def beside(change: Callable[[], None], attempt: Callable[[], None], times: int) -> None:
+    """Attempt something so often while another thread changes something all the time."""
+    stop = threading.Event()
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                change()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(times):
+            attempt()
+    finally:
+        stop.set()
+        thread.join(LIMIT)
+    assert not thread.is_alive()
+    assert errors == []
+
+
+def test_an_open_file_works_while_it_is_renamed(place: Place, box: Path, witness: XsClient) -> None:
+    file, other = box / "f", box / "g"
+    file.write_text("0\n")
+    with opened(file, os.O_RDWR) as fd:
+        numbers = iter(range(10**9))
+
+        def rename() -> None:
+            file.rename(other)
+            other.rename(file)
+
+        def use() -> None:
+            content = b"%d\n" % next(numbers)
+            os.pwrite(fd, content, 0)
+            assert os.pread(fd, 100, 0) == content
+            os.ftruncate(fd, len(content))
+            assert os.fstat(fd).st_nlink == 1
+
+        beside(rename, use, 200)
+    assert file.read_text() == "199\n"
+    assert not other.exists()
+    assert witness.ls(node(place, box)) == ["f"]
+
+
+def test_an_open_file_works_while_it_is_removed(box: Path) -> None:
+    file = box / "f"
+    opened_now: list[int] = []
+    for number in range(60):
+        file.write_text(f"{number}\n")
+        fd = os.open(file, os.O_RDWR)
+        opened_now.append(fd)
+        thread = threading.Thread(target=file.unlink)
+        thread.start()
+        for _ in range(5):
+            content = os.pread(fd, 100, 0)
+            assert content.endswith(b"\n")
+            os.pwrite(fd, content, 0)
+            os.fstat(fd)
+        thread.join(LIMIT)
+        assert os.fstat(fd).st_nlink in (0, 1)
+    for fd in opened_now:
+        os.close(fd)
+    assert os.listdir(box) == []
