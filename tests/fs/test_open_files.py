@@ -130,7 +130,7 @@ def outcome(attempt: Callable[[], Outcome]) -> Outcome:
 
 
 def tree(top: Path) -> dict[str, str | None]:
-    """What is below a directory: the content of each file, None for a directory."""
+    """All that is below a directory: the content of each file, None for a directory."""
     return {
         str(path.relative_to(top)): None if path.is_dir() else path.read_text()
         for path in sorted(top.rglob("*"))
@@ -144,7 +144,7 @@ def history(
     operation: Callable[[int], Outcome],
     opened_by: Callable[[Path], Path] = lambda path: path,
 ) -> list[Outcome]:
-    """What a program sees that has a file open, goes on when it has gone, and closes it."""
+    """The outcomes for a program that has a file open, goes on when the file has gone, and closes it."""
     directory = top / "d"
     directory.mkdir(parents=True)
     file = directory / "f"

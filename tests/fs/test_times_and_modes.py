@@ -1,4 +1,4 @@
-"""Times, blocks and modes on real mounts, as the programs of a distribution use them: to copy, to back up, to build.
+"""Times, blocks and modes on real mounts, for the programs that copy, back up and build.
 
 A program that takes an unchanged time for an unchanged value must see each change.  A program that sets the
 mode that a file has anyway must succeed.
