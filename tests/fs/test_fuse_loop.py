@@ -1,4 +1,4 @@
-"""The lock and the wait that pyfuse3's workers get in place of trio's: one reads at a time, others get a turn."""
+"""The lock and the wait that pyfuse3's workers get: one of them reads at a time, other tasks get a turn."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Ring: the operations in process: which number a node has, and that it is one node.
 
-Whoever looks it up, and whatever is renamed, removed or forgotten meanwhile.
+Nodes are looked up by several threads, and renamed, removed or forgotten meanwhile.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Listings in process, over the embedded store, without a kernel.
 
-How xsfs fetches them, what it replies to the kernel, and what may happen between the opening, the parts in
-which a directory is read, and a rewind.
+The tests look at the requests, and at the replies to the kernel.  A directory can change between its
+opening, the parts in which it is read, and a rewind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pyfuse3
 import pytest
-from pyfuse3 import FUSEError, RequestContext
+from pyfuse3 import RequestContext
 
 from tests.support.operating import (
     ROOT,
@@ -28,7 +28,7 @@ from tests.support.operating import (
     refused,
 )
 from xsfs.fs import listing
-from xsfs.fs.inodes import FORGOTTEN
+from xsfs.fs.inodes import FORGOTTEN, LISTING_BYTES_MAX
 from xsfs.view.names import join
 from xsfs.view.view import FETCH_WINDOW, NodeState
 from xsfs.xenstore.errors import ConnectionLost
@@ -60,9 +60,9 @@ async def test_a_listing_asks_for_values_only_where_the_kind_depends_on_them(w: 
 
     home = w.view.home
     assert await w.costs(lambda: fetch(home + b"/data", b"file")) == 1
-    # What has children is a directory, whatever its value.
+    # A node with children is a directory, whatever its value.
     assert await w.costs(lambda: fetch(home, b"data")) == 1
-    # What is empty may be one by custom, or because it was one.
+    # An empty node may be one by convention, or because it was one.
     assert await w.costs(lambda: fetch(home, b"device", b"data")) == 4
     await w.store.delete("data/file")
     assert await w.costs(lambda: fetch(home, b"data")) == 3
@@ -218,7 +218,7 @@ async def test_a_child_that_is_moved_to_another_directory_before_it_is_read(w: W
 
 @pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
 def test_an_empty_directory_that_goes_before_it_is_read(how: str) -> None:
-    """What the kernel is told of the name is all of one kind, or it would take the inode for broken."""
+    """Inode, mode and timeout of an entry fit each other, or the kernel would take the inode for broken."""
 
     @in_world
     async def run(w: World) -> None:
@@ -260,7 +260,7 @@ async def test_a_rewind_that_is_refused_changes_nothing(w: World) -> None:
 
 @in_world
 async def test_a_listing_that_is_begun_at_its_end(w: World) -> None:
-    """What was made since is there after a rewind."""
+    """A rewind shows a child that was made since."""
     await w.store.write("data/a", "1")
     data = await w.lookup(b"data")
     fh = await w.operations.opendir(data.st_ino, ctx())
@@ -276,7 +276,7 @@ async def test_a_listing_that_is_begun_at_its_end(w: World) -> None:
 
 @in_world
 async def test_a_listing_in_parts(w: World) -> None:
-    """The kernel knows what it was given, and no more; from anywhere on, also back, it is the same."""
+    """The kernel knows the entries that it got, and no more.  Each position gives one and the same entry."""
     await w.store.write("data", b"value")
     for number in range(4):
         await w.store.write(f"data/{number}", b"1")
@@ -393,18 +393,18 @@ async def test_the_memory_of_open_listings_is_bounded(w: World) -> None:
     nobody, root = ctx(uid=65534), ctx()
 
     async def open_all(caller: RequestContext) -> list[pyfuse3.FileHandleT]:
-        handles = []
-        for _ in range(1000):
-            try:
+        handles: list[pyfuse3.FileHandleT] = []
+
+        async def open_1000() -> None:
+            for _ in range(1000):
                 handles.append(await w.operations.opendir(data, caller))
-            except FUSEError as error:
-                assert error.errno == errno.ENFILE
-                return handles
-            await entries_of(w, handles[-1], 0, FETCH_WINDOW)
-        raise AssertionError("never refused")
+                await entries_of(w, handles[-1], 0, FETCH_WINDOW)
+
+        await refused(errno.ENFILE, open_1000())
+        return handles
 
     await w.operations.releasedir(await w.operations.opendir(data, root))
-    assert listing.LISTING_BYTES_MAX == 64 << 20
+    assert LISTING_BYTES_MAX == 64 << 20
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listing, "LISTING_BYTES_MAX", 8 << 20)  # the test is quicker so
         tracemalloc.start()
@@ -431,10 +431,12 @@ async def test_the_memory_of_open_listings_is_bounded(w: World) -> None:
 async def test_listings_of_others_work_while_one_user_has_all_that_are_for_users(w: World) -> None:
     await write_children(w, 5000)
     data = (await w.lookup(b"data")).st_ino
-    with pytest.raises(FUSEError) as refusal:
+
+    async def open_1000() -> None:
         for _ in range(1000):
             await w.operations.opendir(data, ctx(uid=65534))
-    assert refusal.value.errno == errno.ENFILE
+
+    await refused(errno.ENFILE, open_1000())
     assert len(await listed(w, await w.operations.opendir(data, ctx()))) == 5002
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import select
 import subprocess
@@ -40,10 +39,12 @@ def by_root(place: Place, mount: Mount, path: Path) -> Path:
 
 
 def value_of(witness: XsClient, path: str) -> bytes | None:
+    """None if there is no node."""
     try:
         return witness.read(path)
     except XsError as error:
-        assert "ENOENT" in str(error)
+        if "ENOENT" not in str(error):
+            raise
         return None
 
 
@@ -129,7 +130,7 @@ def outcome(attempt: Callable[[], Outcome]) -> Outcome:
 
 
 def tree(top: Path) -> dict[str, str | None]:
-    """What is below a directory: the content of each file, None for a directory."""
+    """All that is below a directory: the content of each file, None for a directory."""
     return {
         str(path.relative_to(top)): None if path.is_dir() else path.read_text()
         for path in sorted(top.rglob("*"))
@@ -143,7 +144,7 @@ def history(
     operation: Callable[[int], Outcome],
     opened_by: Callable[[Path], Path] = lambda path: path,
 ) -> list[Outcome]:
-    """What a program sees that has a file open, goes on when it has gone, and closes it."""
+    """The outcomes for a program that has a file open, goes on when the file has gone, and closes it."""
     directory = top / "d"
     directory.mkdir(parents=True)
     file = directory / "f"
@@ -282,6 +283,7 @@ def test_a_value_that_others_put_there_meanwhile_stays(
     by: str,
 ) -> None:
     """Nothing but a write through the handle changes it."""
+    (box / "child").write_text("or the other mount takes it for a file\n")
     for number, operation in enumerate(("read", "fsync", "fstat", "getxattr", "nothing")):
         file = box / str(number)
         if not STATES[state] & os.O_CREAT:
@@ -335,6 +337,7 @@ def test_what_is_written_while_an_emptied_file_is_open_stays(
     place: Place, box: Path, tmp_path: Path, options: list[str], exists: bool, witness: XsClient
 ) -> None:
     path = node(place, box / "pid")
+    (box / "child").write_text("or the other mount takes it for a file\n")
     if exists:
         witness.write(path, b"old")
     with mounted([*options, place.socket], tmp_path / "m") as mount:
@@ -638,6 +641,7 @@ def test_nothing_is_made_in_a_directory_that_another_client_removed(
         os.mknod,
         lambda path: os.symlink("target", path),
         lambda path: os.close(os.open(path, os.O_CREAT | os.O_EXCL)),
+        lambda path: path.write_text("1\n"),
         lambda path: os.rename(box / "file", path),
     ]
     (box / "file").write_text("1\n")
@@ -702,3 +706,74 @@ def test_a_new_file_of_a_size_is_one_change(
     assert [event for event, _ in witness.drain_events(0.3)] == [path]
     witness.unwatch(path, "t")
     assert witness.read(path) == b"\0" * 5
+
+
+# ------------------------------------------------------------- operations beside a rename or a removal
+
+
+def beside(change: Callable[[], None], attempt: Callable[[], None], times: int) -> None:
+    """Attempt something so often while another thread changes something all the time."""
+    stop = threading.Event()
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                change()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(times):
+            attempt()
+    finally:
+        stop.set()
+        thread.join(LIMIT)
+    assert not thread.is_alive()
+    assert errors == []
+
+
+def test_an_open_file_works_while_it_is_renamed(place: Place, box: Path, witness: XsClient) -> None:
+    file, other = box / "f", box / "g"
+    file.write_text("0\n")
+    with opened(file, os.O_RDWR) as fd:
+        numbers = iter(range(10**9))
+
+        def rename() -> None:
+            file.rename(other)
+            other.rename(file)
+
+        def use() -> None:
+            content = b"%d\n" % next(numbers)
+            os.pwrite(fd, content, 0)
+            assert os.pread(fd, 100, 0) == content
+            os.ftruncate(fd, len(content))
+            assert os.fstat(fd).st_nlink == 1
+
+        beside(rename, use, 200)
+    assert file.read_text() == "199\n"
+    assert not other.exists()
+    assert witness.ls(node(place, box)) == ["f"]
+
+
+def test_an_open_file_works_while_it_is_removed(box: Path) -> None:
+    file = box / "f"
+    opened_now: list[int] = []
+    for number in range(60):
+        file.write_text(f"{number}\n")
+        fd = os.open(file, os.O_RDWR)
+        opened_now.append(fd)
+        thread = threading.Thread(target=file.unlink)
+        thread.start()
+        for _ in range(5):
+            content = os.pread(fd, 100, 0)
+            assert content.endswith(b"\n")
+            os.pwrite(fd, content, 0)
+            os.fstat(fd)
+        thread.join(LIMIT)
+        assert os.fstat(fd).st_nlink in (0, 1)
+    for fd in opened_now:
+        os.close(fd)
+    assert os.listdir(box) == []

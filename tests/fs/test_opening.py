@@ -7,7 +7,6 @@ import stat
 import time
 from collections.abc import Awaitable, Callable
 
-import pyfuse3
 import pytest
 from pyfuse3 import FUSEError
 

@@ -27,7 +27,6 @@ from tests.support.operating import (
 )
 from xsfs.fs.directories import Directory
 from xsfs.fs.errnos import errno_of
-from xsfs.fs.open_files import open_files_of
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
 from xsfs.xenstore.errors import (
     ConnectionLost,
@@ -204,7 +203,7 @@ async def test_what_is_due_at_the_end_is_written(w: World) -> None:
 async def test_exclusive_creation(w: World) -> None:
     data = await w.lookup(b"data")
     await w.operations.create(data.st_ino, b"lock", 0o644, WRONLY | EXCL, ctx())
-    # Whoever looked before it was there, and comes later.
+    # A caller that looked it up before it existed, and comes later.
     await refused(
         errno.EEXIST, w.operations.create(data.st_ino, b"lock", 0o644, WRONLY | EXCL, ctx())
     )

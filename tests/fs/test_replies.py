@@ -1,4 +1,4 @@
-"""The operations in process, over both daemons: replies that come late, and replies that would harm the mount."""
+"""The operations in process, over both daemons: replies that come late, and replies that would do harm."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes
@@ -24,20 +24,28 @@ from xsfs.fs.posix import Removed
 from xsfs.fs.special import DomidFile, StatsFile
 from xsfs.fs.watch_files import WatchFile
 from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
-from xsfs.view.view import EMPTY_NODE, LEAF, NodeState
+from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.protocol import Request
+
+if TYPE_CHECKING:
+    from xsfs.fs.inodes import InodeTable
 
 
 class Directory(ListedDirectory):
     """A Xenstore node as a directory."""
 
-    __slots__ = ()
+    __slots__ = ("was_missing",)
 
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
     own: ClassVar[Mapping[bytes, type[Node]]] = {VALUE_NAME: DotValue, b".watch": WatchFile}
+
+    def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
+        super().__init__(table, view, parent, name)
+        self.was_missing = False
+        """Whether the node did not exist when a name in it was last looked up in vain."""
 
     @property
     def path(self) -> bytes:
@@ -63,12 +71,15 @@ class Directory(ListedDirectory):
 
     async def require_present(self) -> None:
         """Fail with ESTALE if the node does not exist: the kernel then looks its path up again."""
+        if not await self._is_present():
+            refuse(errno.ESTALE)
+
+    async def _is_present(self) -> bool:
         self.require()
         if self.always_there:
-            return
+            return True
         (reply,) = await self.view.commands.pipeline((protocol.read(self.path),))
-        if is_missing(reply):
-            refuse(errno.ESTALE)
+        return not is_missing(reply)
 
     def value_was_written(self) -> None:
         self.view.sticky.add(self.path, with_value=True)
@@ -114,6 +125,8 @@ class Directory(ListedDirectory):
         if state is None and self.view.is_always_there(path):
             state = EMPTY_NODE
         if state is None:
+            # A cached entry may have led here, and a write would create the directory again.
+            self.was_missing = not await self._is_present()
             refuse(errno.ENOENT)
         child = self.child(name, state, path)
         entry = child.attributes(state)
@@ -195,6 +208,8 @@ class Directory(ListedDirectory):
         is_exclusive = bool(flags & os.O_EXCL)
         if is_exclusive:
             await self._make(path, directory=False, missing_parent=errno.ESTALE)
+        elif self.was_missing:
+            await self.require_present()
         file = self.table.node(ValueFile, self, name)
         handle = self._opened(file, flags)
         if is_exclusive:
@@ -278,23 +293,24 @@ class Directory(ListedDirectory):
             removed = await posix.removed(commands, path, state)
             return protocol.rm(path)
 
-        await self.view.atomically(work)
-        self._was_removed(ValueFile, path, removed)
+        async with self.open_files.changing(path):
+            await self.view.atomically(work)
+            self._was_removed(ValueFile, path, removed)
 
     async def _unlink_dot_value(self) -> None:
         """Empty the value and keep the node, so that `rm -r` and rmdir can follow."""
         path = self.path
-        value = await self.view.commands.read(path)
-        await self.view.commands.write(path, b"")
-        self.view.sticky.discard_value(path)
-        self.was_written()
-        node = self.table.find(DotValue, self, VALUE_NAME)
-        self.open_files.orphan(path, node, self.view.content.render(value), b"")
+        async with self.open_files.changing(path):
+            value = await self.view.commands.read(path)
+            await self.view.commands.write(path, b"")
+            self.view.sticky.discard_value(path)
+            self.was_written()
+            node = self.table.find(DotValue, self, VALUE_NAME)
+            self.open_files.orphan(path, node, self.view.content.render(value), b"")
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
         path = await self._path_of_present(name)
-        await self.open_files.settle_below(path)
         removed = Removed(b"", b"")
 
         async def work(commands: Commands) -> Request:
@@ -303,8 +319,9 @@ class Directory(ListedDirectory):
             removed = await posix.removed(commands, path, state)
             return protocol.rm(path)
 
-        await self.view.atomically(work)
-        self._was_removed(Directory, path, removed)
+        async with self.open_files.changing_below(path):
+            await self.view.atomically(work)
+            self._was_removed(Directory, path, removed)
 
     async def _path_of_present(self, name: bytes) -> bytes:
         if name in self.own or forced_name(name) is not None:
@@ -341,8 +358,6 @@ class Directory(ListedDirectory):
             refuse(errno.EINVAL)
         if source_path.startswith(target_path + b"/"):
             refuse(errno.ENOTEMPTY)
-        await self.open_files.settle_below(source_path)
-        await self.open_files.settle_below(target_path)
         done: posix.Renamed | None = None
 
         async def work(commands: Commands) -> None:
@@ -353,9 +368,10 @@ class Directory(ListedDirectory):
                 needs_parent=not target.always_there,
             )
 
-        await self.view.atomically_apart(work)
-        assert done is not None
-        self._was_renamed(source_path, target, target_path, done)
+        async with self.open_files.changing_below(source_path, target_path):
+            await self.view.atomically_apart(work)
+            assert done is not None
+            self._was_renamed(source_path, target, target_path, done)
 
     def _was_renamed(
         self, source_path: bytes, target: Directory, target_path: bytes, done: posix.Renamed

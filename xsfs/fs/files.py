@@ -75,14 +75,17 @@ class ValueFile(XenstoreNode):
 
     async def _state_unless_orphan(self) -> NodeState | None:
         """As `state`; None if the file was removed or replaced through the mount, perhaps meanwhile."""
-        if self.orphan_file is not None:
-            return None
-        try:
-            return await self.state()
-        except FUSEError:
-            if self.orphan_file is None:
-                raise
-            return None
+        while self.orphan_file is None:
+            path = self.path
+            try:
+                return await self.state()
+            except FUSEError:
+                # A removal or a rename through the mount may be under way.
+                async with self.open_files.changing(path):
+                    pass
+                if self.orphan_file is None and (self.view.ended or self.path == path):
+                    raise
+        return None
 
     async def truncate(self, size: int) -> None:
         handle = ValueHandle(self, self._open_file(), os.O_WRONLY)
@@ -222,16 +225,23 @@ class ReadHandle(Handle):
         return time.monotonic() - self._fetched_at > FRESH_SECONDS
 
     async def _fetch(self) -> bytes:
-        node = self.node
-        node.require()
-        (reply,) = await node.view.commands.pipeline((protocol.read(self.file.path),))
-        debt = self.file.debt
+        node, file = self.node, self.file
+        while True:
+            node.require()
+            path = file.path
+            (reply,) = await node.view.commands.pipeline((protocol.read(path),))
+            debt = file.debt
+            if is_missing(reply) and (debt is None or debt.found is not None):
+                async with file.changing():
+                    pass  # a removal or a rename through the mount may be under way
+            if file.orphan is not None:
+                return b""
+            if file.path == path:
+                break
         if isinstance(reply, XenstoreError):
             if not is_missing(reply):
                 raise reply
             if debt is None or debt.found is not None:
-                if self.file.orphan is not None:
-                    return b""
                 refuse(errno.ESTALE)
             reply = b""
         elif debt is not None and debt.replaces(reply):

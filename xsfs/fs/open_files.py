@@ -20,13 +20,13 @@ Invariants:
 - After the last close xsfs settles the debt at once, and any later look-up of the path waits for that.
 - When the mount removes or replaces a path, its open file becomes an *orphan*: the handles go on with the
   last content, in memory.  Nothing of it ever reaches the store, and its debt is forgotten.
-- While a task changes an open file (`changing`), no other one does.
+- While a task changes, removes or renames an open file (`changing`), no other one does.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol, cast
 
 import trio
@@ -193,11 +193,25 @@ class OpenFiles:
         if file is not None and file.debt is not None:
             await self.settle_file(file)
 
-    async def settle_below(self, top: bytes) -> None:
-        """Carry out what the files at and below a path owe."""
-        for file in self._debtors():
-            if file.path == top or file.path.startswith(join(top, b"")):
-                await self.settle_file(file)
+    def changing(self, path: bytes) -> AbstractAsyncContextManager[None]:
+        """No other task changes the file at this path within the block, if it is open."""
+        file = self._by_path.get(path)
+        return nullcontext() if file is None else file.changing()
+
+    @asynccontextmanager
+    async def changing_below(self, *tops: bytes) -> AsyncIterator[None]:
+        """No other task changes a file at or below these paths within the block, and none owes anything."""
+        below = tuple(join(top, b"") for top in tops)
+        files = [
+            file for path, file in self._by_path.items() if path in tops or path.startswith(below)
+        ]
+        async with AsyncExitStack() as stack:
+            # In an order that no rename changes, or two tasks could wait for each other.
+            for file in sorted(files, key=id):
+                await stack.enter_async_context(file.changing())
+            for file in files:
+                await self._settle(file)
+            yield
 
     async def settle_all(self) -> None:
         for file in self._debtors():
@@ -208,15 +222,18 @@ class OpenFiles:
 
     async def settle_file(self, file: OpenFile) -> None:
         async with file.changing():
-            debt = file.debt
-            if debt is None or debt.is_refused or file.orphan is not None:
-                return
+            await self._settle(file)
 
-            async def work(commands: Commands) -> Request | None:
-                return await self._settlement(commands, file.path, debt)
+    async def _settle(self, file: OpenFile) -> None:
+        debt = file.debt
+        if debt is None or debt.is_refused or file.orphan is not None:
+            return
 
-            await self._view.atomically(work)
-            file.debt = None
+        async def work(commands: Commands) -> Request | None:
+            return await self._settlement(commands, file.path, debt)
+
+        await self._view.atomically(work)
+        file.debt = None
 
     async def _settlement(self, commands: Commands, path: bytes, debt: Debt) -> Request | None:
         """The request that settles a debt, if there is still anything to do."""

@@ -1,0 +1,371 @@
+"""Times, blocks and modes on real mounts, for the programs that copy, back up and build.
+
+A program that takes an unchanged time for an unchanged value must see each change.  A program that sets the
+mode that a file has anyway must succeed.
+"""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import os
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounting import LIMIT, Mount, Place, each_place, mounted
+from tests.support.xenstored.harness import XsClient
+
+place = each_place("C", "ocaml", "C-guest", "embedded")
+
+
+def node(place: Place, path: Path) -> str:
+    """The Xenstore path of a file below `data`."""
+    parts = path.parts
+    return place.home + "/" + "/".join(parts[parts.index("data") :])
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A directory of an ordinary file system."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    return path
+
+
+def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, "LC_ALL": "C", **environment},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT * 3,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
+    return done.stdout
+
+
+def slow() -> None:
+    """Wait longer than the kernel keeps attributes, and longer than a tick of file times."""
+    time.sleep(0.02)
+
+
+def next_second() -> None:
+    """rsync compares whole seconds."""
+    second = int(time.time())
+    while int(time.time()) == second:
+        time.sleep(0.02)
+
+
+def filled(box: Path) -> Path:
+    top = box / "tree"
+    (top / "inner").mkdir(parents=True)
+    (top / "a").write_text("value 1\n")
+    (top / "inner" / "b").write_text("value 2\n")
+    return top
+
+
+# -------------------------------------------------------------------------------------------- times
+
+
+@pytest.mark.parametrize("by", ["mount", "client"])
+def test_a_change_of_equal_length_changes_the_time(
+    place: Place, box: Path, witness: XsClient, by: str
+) -> None:
+    file = box / "f"
+    before = time.time_ns()
+    file.write_text("1\n")
+    slow()
+    first = file.stat()
+    assert before - 10**9 <= first.st_mtime_ns <= time.time_ns()
+    slow()
+    assert file.stat().st_mtime_ns == first.st_mtime_ns, "it stays while the value stays"
+    if by == "mount":
+        file.write_text("2\n")
+    else:
+        witness.write(node(place, file), b"2")
+    slow()
+    second = file.stat()
+    assert second.st_mtime_ns > first.st_mtime_ns
+    assert second.st_ctime_ns > first.st_ctime_ns
+    with open(file) as held:
+        assert os.fstat(held.fileno()).st_mtime_ns == second.st_mtime_ns
+
+
+def test_a_new_child_changes_the_time_of_its_directory(
+    place: Place, box: Path, witness: XsClient
+) -> None:
+    (box / "x").write_text("1\n")
+    slow()
+    first = box.stat().st_mtime_ns
+    slow()
+    assert box.stat().st_mtime_ns == first
+    witness.write(node(place, box / "y"), b"1")
+    slow()
+    assert box.stat().st_mtime_ns > first
+
+
+def test_setting_times_succeeds(mount: Mount, box: Path) -> None:
+    (box / "f").write_text("1\n")
+    os.utime(box / "f", (0, 0))
+    mount.bash(f"touch -d 2001-01-01 {box}/f; touch {box}/f; touch {box}")
+    assert (box / "f").stat().st_mtime > 10**9
+
+
+def test_rsync_copies_what_changed_with_equal_length(
+    place: Place, box: Path, disk: Path, witness: XsClient
+) -> None:
+    top = filled(box)
+    run("rsync", "-a", f"{top}/", f"{disk}/copy/")
+    next_second()
+    witness.write(node(place, top / "a"), b"value 9")
+    run("rsync", "-a", f"{top}/", f"{disk}/copy/")
+    assert (disk / "copy" / "a").read_text() == "value 9\n"
+    assert (disk / "copy" / "inner" / "b").read_text() == "value 2\n"
+
+
+@pytest.mark.parametrize(
+    "copy", ["rsync -aX {}/ {}", "cp -a {} {}", "tar -C {} --xattrs -cf - . | tar x --xattrs -C {}"]
+)
+def test_rsync_restores_what_changed_with_equal_length(
+    place: Place, mount: Mount, box: Path, disk: Path, witness: XsClient, copy: str
+) -> None:
+    top, backup = filled(box), disk / "backup"
+    if "tar" in copy:
+        backup.mkdir()
+    mount.bash(copy.format(top, backup))
+    next_second()
+    witness.write(node(place, top / "a"), b"value 9")
+    (top / "inner" / "more").write_text("1\n")
+    run("rsync", "-rX", "--inplace", "--delete", f"{backup}/", f"{top}/")
+    assert witness.read(node(place, top / "a")) == b"value 1"
+    assert os.listdir(top / "inner") == ["b"]
+
+
+def test_rsync_archives_onto_the_mount(
+    place: Place, box: Path, disk: Path, witness: XsClient
+) -> None:
+    (disk / "inner").mkdir()
+    (disk / "a").write_text("value 1\n")
+    (disk / "inner" / "b").write_text("value 2\n")
+    for path in (disk, disk / "inner"):
+        path.chmod(0o755)
+    for _ in range(2):
+        run("rsync", "-a", "--inplace", f"{disk}/", f"{box}/tree/")
+        assert witness.read(node(place, box / "tree" / "inner" / "b")) == b"value 2"
+        next_second()
+        (disk / "a").write_text("value 9\n")
+    run("rsync", "-a", "--inplace", f"{disk}/", f"{box}/tree/")
+    assert witness.read(node(place, box / "tree" / "a")) == b"value 9"
+
+
+def test_cp_of_what_is_newer(place: Place, box: Path, disk: Path, witness: XsClient) -> None:
+    file, copy = box / "f", disk / "copy"
+    file.write_text("1\n")
+    run("cp", "-u", file, copy)
+    assert copy.read_text() == "1\n"
+    slow()
+    witness.write(node(place, file), b"2")
+    run("cp", "-u", file, copy)
+    assert copy.read_text() == "2\n"
+    slow()
+    copy.write_text("3\n")
+    run("cp", "-u", copy, file)
+    assert witness.read(node(place, file)) == b"3"
+
+
+def test_make_builds_again_after_a_change(
+    place: Place, box: Path, disk: Path, witness: XsClient
+) -> None:
+    file = box / "f"
+    file.write_text("1\n")
+    (disk / "Makefile").write_text(f"target: {file}\n\tcp {file} target\n")
+    run("make", cwd=disk)
+    assert (disk / "target").read_text() == "1\n"
+    assert "up to date" in run("make", cwd=disk)
+    slow()
+    witness.write(node(place, file), b"2")
+    run("make", cwd=disk)
+    assert (disk / "target").read_text() == "2\n"
+
+
+def test_git_sees_a_change_of_equal_length(
+    place: Place, box: Path, disk: Path, witness: XsClient
+) -> None:
+    """Its work tree is the mount; what git keeps for itself is elsewhere."""
+    top = filled(box)
+    settings = {
+        "GIT_DIR": str(disk / "git"),
+        "GIT_WORK_TREE": str(top),
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        **{f"GIT_{who}_NAME": "x" for who in ("AUTHOR", "COMMITTER")},
+        **{f"GIT_{who}_EMAIL": "x@x" for who in ("AUTHOR", "COMMITTER")},
+    }
+    run("git", "init", "-q", cwd=top, **settings)
+    run("git", "add", "-A", cwd=top, **settings)
+    run("git", "commit", "-qm", "x", cwd=top, **settings)
+    assert run("git", "status", "--porcelain", cwd=top, **settings) == ""
+    slow()
+    witness.write(node(place, top / "a"), b"value 9")
+    assert run("git", "status", "--porcelain", cwd=top, **settings) == " M a\n"
+    run("git", "checkout", "--", ".", cwd=top, **settings)
+    assert witness.read(node(place, top / "a")) == b"value 1"
+
+
+def test_filecmp_sees_a_change_of_equal_length(
+    place: Place, box: Path, disk: Path, witness: XsClient
+) -> None:
+    file, copy = box / "f", disk / "f"
+    file.write_text("1\n")
+    shutil.copy2(file, copy)
+    assert filecmp.cmp(file, copy)
+    slow()
+    witness.write(node(place, file), b"2")
+    assert not filecmp.cmp(file, copy)
+
+
+# ------------------------------------------------------------------------------------------- blocks
+
+
+def test_tar_of_sparse_files_keeps_values(mount: Mount, box: Path) -> None:
+    value = "v" * 600 + "\n"
+    (box / "big").write_text(value)
+    assert (box / "big").stat().st_blocks == 2
+    assert mount.bash(f"cd {box}; tar -Scf - big | tar -xOf -") == value
+    assert mount.bash(f"cd {box}; echo -n > empty; stat -c %b empty; du big") == "0\n1\tbig\n"
+    mount.bash(f"cp --sparse=auto {box}/big {box}/copy")
+    assert (box / "copy").read_text() == value
+
+
+# -------------------------------------------------------------------------------------------- modes
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o755])
+def test_install_of_ordinary_modes(
+    place: Place, box: Path, disk: Path, witness: XsClient, mode: int
+) -> None:
+    (disk / "f").write_text("1\n")
+    run("install", "-m", f"{mode:o}", disk / "f", box / "f")
+    assert witness.read(node(place, box / "f")) == b"1"
+    run("install", "-d", "-m", "755", box / "d" / "e")
+    run("install", "-D", "-m", f"{mode:o}", disk / "f", box / "x" / "y" / "f")
+    assert witness.read(node(place, box / "x" / "y" / "f")) == b"1"
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "cp -a {}/. {}",
+        "cp -rp {}/. {}",
+        "tar -C {} -cf - . | tar x -C {}",
+        "tar -C {} -cf - . | tar xp -C {}",
+        "cd {} && find . | cpio -o --quiet | (cd {} && cpio -idm --quiet)",
+        "rsync -r --inplace {}/ {}",
+        "rsync -a --inplace {}/ {}",
+    ],
+)
+@pytest.mark.parametrize(("file_mode", "directory_mode"), [(0o644, 0o755), (0o600, 0o700)])
+def test_ordinary_trees_are_copied_onto_the_mount(
+    place: Place,
+    mount: Mount,
+    box: Path,
+    disk: Path,
+    witness: XsClient,
+    copy: str,
+    file_mode: int,
+    directory_mode: int,
+) -> None:
+    (disk / "inner").mkdir()
+    for name in ("a", "inner/b"):
+        (disk / name).write_text(f"{name}\n")
+        (disk / name).chmod(file_mode)
+    for path in (disk, disk / "inner"):
+        path.chmod(directory_mode)
+    target = box / "target"
+    target.mkdir()
+    done = mount.run(copy.format(disk, target))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert witness.read(node(place, target / "a")) == b"a"
+    assert witness.read(node(place, target / "inner" / "b")) == b"inner/b"
+
+
+COPIES: list[Callable[[Path, Path], object]] = [shutil.copy, shutil.copy2, shutil.move]
+
+
+@pytest.mark.parametrize("copy", COPIES, ids=lambda copy: copy.__name__)
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o755])
+def test_python_copies_files_both_ways(
+    box: Path, disk: Path, mode: int, copy: Callable[[Path, Path], object]
+) -> None:
+    (disk / "f").write_text("1\n")
+    (disk / "f").chmod(mode)
+    copy(disk / "f", box / "f")
+    assert (box / "f").read_text() == "1\n"
+    copy(box / "f", disk / "back")
+    assert (disk / "back").read_text() == "1\n"
+
+
+def test_python_copies_trees_both_ways(box: Path, disk: Path) -> None:
+    top = filled(box)
+    shutil.copytree(top, disk / "copy")
+    shutil.copytree(disk / "copy", box / "again")
+    assert (box / "again" / "inner" / "b").read_text() == "value 2\n"
+    shutil.move(disk / "copy", box / "moved")
+    assert (box / "moved" / "inner" / "b").read_text() == "value 2\n"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o755])
+def test_node_copies_a_file_onto_a_node(
+    place: Place, box: Path, disk: Path, witness: XsClient, mode: int
+) -> None:
+    """copyFileSync removes its target if fchmod fails."""
+    (disk / "new").write_text("new\n")
+    (disk / "new").chmod(mode)
+    file = box / "f"
+    file.write_text("old\n")
+    perms = witness.get_perms(node(place, file))
+    script = "require('fs').copyFileSync(process.argv[1], process.argv[2])"
+    run("node", "-e", script, disk / "new", file)
+    assert witness.read(node(place, file)) == b"new"
+    assert witness.get_perms(node(place, file)) == perms
+
+
+def test_chmod_never_pretends_rights(mount: Mount, box: Path) -> None:
+    file = box / "f"
+    file.write_text("1\n")
+    present = stat.S_IMODE(file.stat().st_mode)
+    for mode in (present, 0o400, 0o644, 0o666, 0o755):
+        file.chmod(mode)
+    for mode in (0o4755, 0o2755):
+        with pytest.raises(OSError, match=os.strerror(errno.EPERM)):
+            file.chmod(mode)
+    assert stat.S_IMODE(file.stat().st_mode) == present
+    os.chown(file, os.getuid(), os.getgid())
+    with pytest.raises(OSError, match=os.strerror(errno.EPERM)):
+        os.chown(file, 12345, -1)
+
+
+@pytest.fixture
+def open_mount(place: Place, tmp_path: Path) -> Iterator[Mount]:
+    with mounted(["-o", "allow_other,umask=022", place.socket], tmp_path / "open") as mount:
+        yield mount
+
+
+def test_chmod_never_pretends_what_others_may(place: Place, open_mount: Mount, box: Path) -> None:
+    file = open_mount.path / "data" / box.name / "f"
+    (box / "x").write_text("a directory for this mount, too\n")
+    file.write_text("1\n")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    file.chmod(0o644)
+    file.chmod(0o666)  # the umask cuts it, as at creation
+    for mode in (0o600, 0o640, 0o604):
+        with pytest.raises(OSError, match=os.strerror(errno.EPERM)):
+            file.chmod(mode)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
