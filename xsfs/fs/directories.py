@@ -16,6 +16,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs import posix
+from xsfs.fs.dumps import JsonFile, LsFile
 from xsfs.fs.files import DotValue, ValueFile, ValueHandle
 from xsfs.fs.listing import ListedDirectory
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
@@ -37,7 +38,12 @@ class Directory(ListedDirectory):
 
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
-    own: ClassVar[Mapping[bytes, type[Node]]] = {VALUE_NAME: DotValue, b".watch": WatchFile}
+    own: ClassVar[Mapping[bytes, type[Node]]] = {
+        VALUE_NAME: DotValue,
+        b".watch": WatchFile,
+        b".ls": LsFile,
+        b".json": JsonFile,
+    }
 
     @property
     def path(self) -> bytes:
