@@ -115,9 +115,9 @@ def _ls_perms(perms: bytes) -> bytes:
         except ValueError:
             entries.append(entry)
             continue
-        entries.append(
-            b"%c%d" % (entry[0], max(-(1 << 63), min(number, (1 << 63) - 1)) & 0xFFFFFFFF)
-        )
+        # strtol(3), and then an int.
+        number = max(-(1 << 63), min(number, (1 << 63) - 1)) & 0xFFFFFFFF
+        entries.append(b"%c%d" % (entry[0], number - (number >> 31 << 32)))
     return b",".join(entries)
 
 
@@ -370,6 +370,7 @@ class Walk:
         replies = await self._view.commands.pipeline(requests)
         position = 0
         found: list[_Run] = []
+        earlier_error = self._error
         for run, names in window:
             for name in names:
                 path = run.prefix + name
@@ -380,7 +381,7 @@ class Walk:
                 position += self._step
                 if child is not None:
                     found.append(child)
-                if self._error is not None:
+                if self._error is not earlier_error:
                     # The text ends here, but what comes before is not complete yet.
                     self._runs = found[::-1]
                     run.segment.closed = True
