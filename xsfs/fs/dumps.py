@@ -113,6 +113,7 @@ class SubtreeHandle(Handle):
         node = self.node
         node.require()
         self._next_look = trio.current_time() + LOOK_SECONDS
+        await node.directory.open_files.wait_closed_below(node.path)
         try:
             made = await Walk(node.text_format(node.view, node.path), self._check).run()
             if made is None:

@@ -180,6 +180,12 @@ class OpenFiles:
             async with file.changing():
                 pass
 
+    async def wait_closed_below(self, top: bytes) -> None:
+        """The same for all files at and below a path."""
+        for file in self._debtors():
+            if file.path == top or file.path.startswith(join(top, b"")):
+                await self.wait_closed(file.path)
+
     async def settle(self, path: bytes) -> None:
         """Carry out what the file at this path owes, if it is open and owes anything."""
         file = self._by_path.get(path)
