@@ -1,6 +1,6 @@
 """Print debian/changelog, which follows from CHANGELOG.md, debian/control and SOURCE_DATE_EPOCH.
 
-The newest section of CHANGELOG.md must be the one of the version that is built.
+The newest version in CHANGELOG.md must be the one that is built.  What is unreleased is left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def find(pattern: str, name: str) -> str:
 
 def main() -> None:
     version = find(r'^__version__ = "(.*)"$', "xsfs/__init__.py")
-    changes = find(rf"\A[^#]*# [^\n]*\n+## {re.escape(version)}\n([^#]*)", "CHANGELOG.md")
+    newest = rf"\A(?:(?!^## \[\d).*\n)*## \[{re.escape(version)}\] - .*\n((?:(?!## ).*\n)*)"
+    changes = re.sub("^### .*\n", "", find(newest, "CHANGELOG.md"), flags=re.MULTILINE)
     maintainer = find(r"^Maintainer: (.*)$", "debian/control")
     date = formatdate(float(os.environ["SOURCE_DATE_EPOCH"]))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from xsfs import __version__
+from xsfs.cli import watch
 from xsfs.cli.exit_statuses import STATUSES
 from xsfs.cli.options import FLAGS, MOUNT_FLAGS, OPTIONS, Flag, Option
 
@@ -74,8 +75,8 @@ def manual_options() -> Iterator[str]:
         yield from sentences(option.help, option.details)
 
 
-def manual_statuses() -> Iterator[str]:
-    for status, text in STATUSES.items():
+def manual_statuses(statuses: Mapping[int, str]) -> Iterator[str]:
+    for status, text in statuses.items():
         yield f".It {status}"
         yield from sentences(text, "")
 
@@ -116,14 +117,23 @@ PARTS: Final[Mapping[str, Callable[[], Iterable[str]]]] = {
     "flags": lambda: manual_flags(FLAGS),
     "mount flags": lambda: manual_flags(MOUNT_FLAGS),
     "options": manual_options,
-    "exit statuses": manual_statuses,
+    "exit statuses": lambda: manual_statuses(STATUSES),
+    "exit statuses of xsfs-watch": lambda: manual_statuses(watch.STATUSES),
     "words": bash_words,
+    "words of xsfs-watch": lambda: [f"    local flags='{' '.join(watch.FLAGS)}'"],
     "flags of zsh": zsh_flags,
     "options of zsh": zsh_options,
 }
 
 FILES_WITH_PARTS: Final = tuple(
-    DOCUMENTS / name for name in ("xsfs.8", "completion/xsfs", "completion/_xsfs")
+    DOCUMENTS / name
+    for name in (
+        "xsfs.8",
+        "xsfs-watch.1",
+        "completion/xsfs",
+        "completion/_xsfs",
+        "completion/xsfs-watch",
+    )
 )
 
 

@@ -20,6 +20,10 @@ NEEDED = {
     "getfattr": "attr",
     "gcc": "gcc",
     "rsync": "rsync",
+    "gawk": "gawk",
+    "lua5.4": "lua5.4",
+    "busybox": "busybox",
+    "xxd": "xxd",
     "inotifywait": "inotify-tools",
     "xenstore-ls": "xenstore-utils",
     "nsenter": "util-linux",
@@ -30,6 +34,8 @@ NEEDED = {
     "debootstrap": "debootstrap",
     "lintian": "lintian",
     "pipx": "pipx",
+    "ssh": "openssh-client",
+    "/usr/sbin/sshd": "openssh-server",
 }
 
 

@@ -67,12 +67,14 @@ READERS: Mapping[str, Sequence[str]] = {
 class Blocked(Program):
     """A program whose standard input is the watch file of a directory of its own."""
 
-    def __init__(self, name: str, directory: Path, *, opener: str) -> None:
+    def __init__(
+        self, name: str, directory: Path, *, opener: str, command: Sequence[str | Path] = ()
+    ) -> None:
         directory.mkdir()
         self.name = name
         self.directory = directory
         file = directory / ".watch"
-        command = READERS[name]
+        command = (*command, *READERS[name])
         if opener == "itself":
             super().__init__("sh", "-c", 'exec "$@" < "$0"', file, *command)
         else:
@@ -334,3 +336,58 @@ def test_readers_that_xsfs_cannot_see_end_now_and_then(tmp_path: Path) -> None:
     finally:
         subprocess.run(["umount", path], check=True, timeout=LIMIT)
         process.wait(LIMIT)
+
+
+NEWER = (
+    "cat",
+    "head",
+    "tail",
+    "tr",
+    "cut",
+    "nl",
+    "paste",
+    "uniq",
+    "fold",
+    "expand",
+    "sort",
+    "od",
+    "tee",
+)
+
+
+@pytest.fixture(scope="module")
+def sid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A root with the newest coreutils of Debian, which take EINTR for an error."""
+    root = tmp_path_factory.mktemp("sid")
+    command = ["debootstrap", "--variant=minbase", "sid", str(root)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, timeout=900)
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.mark.slow
+def test_the_newest_coreutils(place: Place, box: Path, witness: XsClient, sid: Path) -> None:
+    version = subprocess.run(
+        ["chroot", sid, "cat", "--version"], capture_output=True, text=True, check=True
+    )
+    major, minor = map(int, version.stdout.split()[3].split("."))
+    assert (major, minor) >= (9, 8)
+    with ExitStack() as stack:
+        readers = []
+        for name in NEWER:
+            reader = Blocked(name, box / name, opener="its parent", command=("chroot", sid))
+            stack.callback(reader.end)
+            readers.append(reader)
+        assert all_wait(readers)
+        time.sleep(WAITED)
+        all_read_on(place, witness, readers)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for reader in readers:
+                reader.process.send_signal(number)
+            if number == signal.SIGSTOP:
+                assert failing(readers, lambda r: until(lambda: r.state == "T", SOON)) == []
+        assert all_wait(readers)
+        all_read_on(place, witness, readers)
+        for reader in readers:
+            reader.process.terminate()
+        assert failing(readers, lambda r: until(lambda: r.process.poll() is not None, SOON)) == []

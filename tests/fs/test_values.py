@@ -164,7 +164,8 @@ def test_reading_from_the_start_reads_anew(
     with open(file, "rb", buffering=0) as opened:
         assert opened.read() == b"first\n"
         witness.write(path, b"second, and longer")
-        assert opened.read() == b""
+        # What was fetched serves for some milliseconds.
+        assert opened.read() in (b"", b", and longer\n")
         opened.seek(0)
         assert opened.read() == b"second, and longer\n"
 

@@ -67,7 +67,9 @@ def source(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_version_stands_in_one_place(wheel: Path, source: Path) -> None:
     assert wheel.name == f"xsfs-{__version__}-py3-none-any.whl"
     assert source.name == f"xsfs-{__version__}.tar.gz"
-    newest = re.search("^## (.*)$", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    newest = re.search(
+        r"^## \[(\d.*)\] - ", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
     assert newest is not None
     assert newest[1] == __version__
     assert __version__ not in (REPOSITORY / "pyproject.toml").read_text()

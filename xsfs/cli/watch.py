@@ -21,8 +21,8 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Final, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NoReturn
 
 EXIT_COUNT: Final = 0
 EXIT_FAILED: Final = 1
@@ -35,6 +35,11 @@ STATUSES: Final = {
     EXIT_USAGE: "usage error",
     EXIT_TIME: "SECONDS have passed",
 }
+
+FLAGS: Final = (
+    *("-v", "--values", "-j", "--json", "-s", "--skip-first"),
+    *("-n", "--count", "-t", "--timeout", "-h", "--help"),
+)
 
 READ_SIZE: Final = 65536
 
@@ -84,11 +89,13 @@ class Watch:
             directory = False  # it may come
         if directory:
             parent, self._own = path, None
+            self._own_lines = set[bytes]()
         else:
             parent, name = os.path.split(path)
             parent = parent or b"."
             # A line that begins otherwise would be a command or a special event.
             self._own = b"." if name == b".value" else _as_line(name)
+            self._own_lines = {self._own}
         if not is_in_mount(parent):
             raise WatchError("not in an xsfs mount")
         self.descriptor = self._open(os.path.join(parent, b".watch"))
@@ -100,8 +107,10 @@ class Watch:
         except OSError as error:
             if mode == os.O_RDONLY or error.errno not in (errno.EROFS, errno.EACCES):
                 raise
-            # Not permitted to tell the file what to watch: it watches the directory.
+            # Not permitted to tell the file what to watch: it watches the directory, and its `.` may
+            # stand for all below it.
             mode = os.O_RDONLY
+            self._own_lines.add(b".")
             descriptor = os.open(file, mode | os.O_NONBLOCK)
         pollable = _pollable(descriptor, mode)
         if not pollable:
@@ -116,7 +125,12 @@ class Watch:
         assert self._own is not None
         if self._own != b"." and os.path.lexists(self.path):
             # The name may be an alias, if the node's own name is too long for a file.
-            return os.getxattr(self.path, "user.xs.path", follow_symlinks=False)
+            try:
+                return os.getxattr(self.path, "user.xs.path", follow_symlinks=False)
+            except OSError as error:
+                if error.errno == errno.ENODATA:
+                    raise WatchError("no node of Xenstore") from None
+                raise
         return self._own
 
     def _read_in_thread(self, source: int) -> int:
@@ -144,7 +158,7 @@ class Watch:
             if self._own is None:
                 relative = line.removeprefix(b"./")
                 yield self.path if line == b"." else os.path.join(self.path, relative)
-            elif line == self._own:
+            elif line in self._own_lines:
                 yield self.path
 
 
@@ -167,6 +181,9 @@ def _pollable(descriptor: int, mode: int) -> bool:
 
 def value_of(path: bytes) -> bytes | None:
     """The exact value of a node; None if it does not exist or may not be read."""
+    directory, name = os.path.split(path)
+    if name == b".value":
+        path = directory or b"."  # there is no such file while the value is empty
     try:
         return os.getxattr(path, "user.xs.value", follow_symlinks=False)
     except OSError:
@@ -204,26 +221,28 @@ def json_line(path: bytes, *, with_value: bool) -> bytes:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("not a number of lines")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise ValueError
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1e9:
+        raise argparse.ArgumentTypeError("not a number of seconds")
     return number
 
 
-class _Parser(argparse.ArgumentParser):
+class _WatchParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"xsfs-watch: {message} (try 'xsfs-watch --help')\n")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = _WatchParser(
         prog="xsfs-watch",
         usage=USAGE,
         description="Print a line for each change in a mount of xsfs.",
@@ -232,7 +251,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    switch = {"action": "store_true"}
+    switch: Mapping[str, Any] = {"action": "store_true"}
     parser.add_argument("-v", "--values", help="print 'PATH = VALUE'", **switch)
     parser.add_argument("-j", "--json", help="print a JSON object a line", **switch)
     parser.add_argument("-s", "--skip-first", help="omit the first line of each PATH", **switch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import pyfuse3
@@ -51,11 +51,7 @@ class Directory(ListedDirectory):
 
     @property
     def always_there(self) -> bool:
-        return isinstance(self.parent, Directory) and self.name in self.parent.always_there_below()
-
-    def always_there_below(self) -> Collection[bytes]:
-        """The names of directories in it that are shown even if their nodes do not exist."""
-        return ()
+        return self.view.is_always_there(self.path)
 
     def is_of_kind(self, state: NodeState) -> bool:
         return state.has_children or self.view.is_directory(self.path, state)
@@ -119,13 +115,10 @@ class Directory(ListedDirectory):
         path = join(self.path, name)
         if len(path) > protocol.PATH_MAX:
             refuse(errno.ENAMETOOLONG)
-        await self.open_files.wait_closed(path)
-        state = self.open_files.as_seen(path, await self.view.fetch_one(path))
-        if state is None and name in self.always_there_below():
+        state = await self.open_files.fetch_one(path)
+        if state is None and self.view.is_always_there(path):
             state = EMPTY_NODE
         if state is None:
-            # A cached entry may have led here: does the directory itself still exist?
-            await self.require_present()
             refuse(errno.ENOENT)
         child = self.child(name, state, path)
         entry = child.attributes(state)
@@ -135,9 +128,10 @@ class Directory(ListedDirectory):
 
     async def _lookup_forced(self, name: bytes) -> EntryAttributes:
         child = await self._child_name(name)
-        state = await self.view.fetch_one(join(self.path, child))
+        path = join(self.path, child)
+        state = await self.view.fetch_one(path)
         if state is None:
-            if child not in self.always_there_below():
+            if not self.view.is_always_there(path):
                 refuse(errno.ENOENT)
             state = EMPTY_NODE
         directory = self.table.node(ForcedDirectory, self, child)
@@ -391,10 +385,6 @@ class ForcedDirectory(Directory):
 
     __slots__ = ()
 
-    @property
-    def always_there(self) -> bool:
-        return isinstance(self.parent, Directory) and self.name in self.parent.always_there_below()
-
     def value_was_written(self) -> None:
         """NAME stays what it is."""
 
@@ -440,9 +430,6 @@ class RootDirectory(Directory):
 
     def is_of_kind(self, state: NodeState) -> bool:
         return True
-
-    def always_there_below(self) -> Collection[bytes]:
-        return self.view.always_there_below(self.path)
 
     def own_nodes(self) -> list[Node]:
         if not self.table.visible:

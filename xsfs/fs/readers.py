@@ -8,8 +8,8 @@ A READ request does not say which thread waits.  Mostly it is the thread that op
 that does not wait, another one does: a child process that inherited the file, or another thread.  The
 census finds it.  It goes over all threads of the system, and notes those that wait and for which file.
 
-What `Census` owns: which threads waited for which inode when it last looked, and which openers are
-expected to wait.  Only tasks that answer a read use it; one of them at a time goes over /proc.
+`Census` owns a table: which threads waited for which inode when it last looked.  It counts the openers
+that are expected to wait.  Only tasks that answer a read use it; one of them at a time goes over /proc.
 
 What always holds:
 
@@ -64,7 +64,7 @@ _STOPS: Final = _mask(19, 20, 21, 22)
 
 
 class Outcome(Enum):
-    """What a look at a reader showed."""
+    """The result of a look at a reader."""
 
     WAITS = auto()
     INTERRUPTED = auto()
@@ -91,7 +91,7 @@ def _read(thread: int, name: str) -> bytes:
 
 
 def look(thread: int, writable: bool = False) -> Outcome:
-    """What a thread does that waited in a read; UNKNOWN if it does not wait any more.
+    """The state of a thread that waited in a read; UNKNOWN if it does not wait any more.
 
     writable    whether the file is open for writing
     """
@@ -218,6 +218,7 @@ class Reader:
         "_began",
         "_guessed",
         "_inode",
+        "_missed",
         "_opener",
         "_renew",
         "_retry",
@@ -236,6 +237,8 @@ class Reader:
         """When the present read began."""
         self._renew = -math.inf
         """When the census is to be asked again, whatever is known."""
+        self._missed = False
+        """Whether the last look found nobody, after the census had been asked."""
         self._retry = -math.inf
         """Before when it is not: it did not find anybody."""
 
@@ -243,6 +246,7 @@ class Reader:
     def reading(self) -> Iterator[None]:
         """While a read waits."""
         self._began = trio.current_time()
+        self._missed = False
         if self._renew == -math.inf:
             self._renew = self._began + self._patience
         CENSUS.openers[self._opener] += 1
@@ -258,7 +262,7 @@ class Reader:
         return CENSUS_SECONDS_WRITABLE if self._writable else CENSUS_SECONDS
 
     async def look(self) -> Outcome:
-        """What the thread does that waits in the present read."""
+        """The state of the thread that waits in the present read."""
         if not CENSUS.possible:
             return Outcome.UNKNOWN
         now = trio.current_time()
@@ -267,13 +271,20 @@ class Reader:
         outcome = Outcome.UNKNOWN
         if now < self._renew and not ambiguous:
             outcome = self._look()
-        if outcome is Outcome.UNKNOWN and now >= self._retry:
-            since = max(self._began, now - self._patience / 2)
+        if outcome is not Outcome.UNKNOWN:
+            self._missed = False
+        elif now >= self._retry:
+            since = now if self._missed else max(self._began, now - self._patience / 2)
             self._choose(await CENSUS.waiting(self._inode, since))
             outcome = self._look()
             now = trio.current_time()
             self._renew = now + self._patience
-            if outcome is Outcome.UNKNOWN:
+            missed_before, self._missed = self._missed, outcome is Outcome.UNKNOWN
+            if self._missed and not missed_before:
+                # A thread that a signal has just woken is nowhere for a moment.
+                return Outcome.WAITS
+            if self._missed:
+                self._missed = False
                 self._retry = now + UNKNOWN_SECONDS
         return outcome
 

@@ -1,21 +1,21 @@
-"""Watch files: `.watch` of a directory, the stream of what changes at or below it.
+"""Watch files: `.watch` of a directory is a stream of the changes at or below it.
 
-What a `WatchHandle` owns: a subscription for each path that it watches, and the events that its reader
-has not read yet.  The tasks of FUSE requests add and remove subscriptions, one at a time (`_turn`);
-events are put by the task of the watches' connection, which never waits for a reader.
+A `WatchHandle` owns a subscription for each path that it watches, and the events that its reader has not
+read yet.  The tasks of FUSE requests add and remove subscriptions, one at a time (`_turn`).  The task of
+the watches' connection puts events, and never waits for a reader.
 
 What always holds:
 
-- Equal events still unread are one.  Past EVENTS_MAX the backlog becomes one event for each watched
-  path, which means "look at all of it again": a reader that was away misses nothing that is so now.
-- Events are kept as the paths that came from the store, one object for all readers, and become lines
-  when they are read.  A read gives whole lines; what of a line did not fit is the next read.
-- A read waits until there is an event or its reader has been signalled (readers.py).  A process whose
-  read is not answered cannot even be killed.
-- At most one read of a handle waits, and at most READERS_MAX handles are open in a mount: so many of
-  pyfuse3's tasks at most are taken by readers, and there are more (mount.py).
-- A poll handle is kept until the next event, whether or not there is something to read already: who
-  polls edge-triggered must hear of each.
+- Equal unread events are merged.  Past EVENTS_MAX, one event for each watched path replaces the backlog.
+  It means "look at all of it again", so a slow reader misses nothing that is still true.
+- Events are kept as the paths that came from the store, one object for all readers.  They become lines
+  when they are read.  A read returns whole lines; if a line does not fit, the next read has the rest.
+- A read waits until there is an event, or until its reader has been signalled (readers.py): the kernel
+  cannot even kill a process before its read is answered.
+- At most one read of a handle waits, and at most READERS_MAX handles are open in a mount.  Each waiting
+  read takes one of pyfuse3's tasks; mount.py has pyfuse3 start more tasks than that.
+- A poll handle is kept until the next event, even if there is something to read already: edge-triggered
+  polling must hear of each event.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ daemon decides."""
 def line_of(path: bytes, base: bytes) -> bytes:
     """How the reader of a directory's watch file sees a path: relative to the directory if below it.
 
-    A name may begin with what is no name elsewhere: `-` of an option, `@` of a special event.  Guests
-    choose names, so these begin with `./`.
+    Guests choose names.  A name that begins with `-`, as options do, or with `@`, as special events do,
+    gets `./` in front.
     """
     if path == base:
         return b"."
     try:
         protocol.check_path(path)
     except ValueError:
-        # What no store has could be several lines, or none, or speak to a terminal: look at all.
+        # A lying store could send line breaks or escape sequences: report a change of everything.
         return b"."
     below = join(base, b"")
     line = path
@@ -84,7 +84,7 @@ def line_of(path: bytes, base: bytes) -> bytes:
 
 
 def path_of(line: bytes, base: bytes) -> bytes:
-    """What is to be watched: the opposite.  EINVAL for what cannot be in Xenstore."""
+    """The path that a line asks to watch, the inverse of `line_of`.  EINVAL if Xenstore cannot have it."""
     if SPECIAL.fullmatch(line):
         return line
     if line == b".":
@@ -133,7 +133,7 @@ class WatchFile(Node):
             self,
             nonblocking=bool(flags & os.O_NONBLOCK),
             writable=mode != os.O_RDONLY,
-            foreign=caller.unprivileged,
+            unprivileged=caller.unprivileged,
             opener=caller.pid,
         )
         handle.count(1)
@@ -151,8 +151,8 @@ class WatchHandle(Handle):
     """See the module's text.
 
     base            the path of the directory when the file was opened
-    foreign         whether it is of a user who is neither root nor the one who mounted
-    nonblocking     whether a read that would wait is EAGAIN instead
+    unprivileged    whether it is of a user who is neither root nor the one who mounted
+    nonblocking     whether a read that would wait fails with EAGAIN instead
     """
 
     __slots__ = (
@@ -165,21 +165,21 @@ class WatchHandle(Handle):
         "_turn",
         "_waits",
         "base",
-        "foreign",
         "nonblocking",
+        "unprivileged",
         "writable",
     )
 
     stream = True
 
     def __init__(
-        self, node: WatchFile, *, nonblocking: bool, writable: bool, foreign: bool, opener: int
+        self, node: WatchFile, *, nonblocking: bool, writable: bool, unprivileged: bool, opener: int
     ) -> None:
         super().__init__(node)
         self.base = node.path
         self.nonblocking = nonblocking
         self.writable = writable
-        self.foreign = foreign
+        self.unprivileged = unprivileged
         self._subscriptions: dict[bytes, Subscription] = {}
         # A dict would be slow to take the oldest from: it goes over all that were taken before.
         self._events: OrderedDict[bytes, None] = OrderedDict()
@@ -193,7 +193,7 @@ class WatchHandle(Handle):
     def count(self, difference: int) -> None:
         """One more is open, or one less."""
         self.node.table.readers += difference
-        if self.foreign:
+        if self.unprivileged:
             self.node.table.unprivileged_readers += difference
 
     # --------------------------------------------------------------------------------- events
@@ -334,7 +334,7 @@ class WatchHandle(Handle):
 
 
 class _Tap(Subscription):
-    """A subscription whose events are its handle's at once, together with those of all others."""
+    """A subscription that passes its events to its handle at once."""
 
     def __init__(self, path: bytes, handle: WatchHandle) -> None:
         super().__init__(path)
