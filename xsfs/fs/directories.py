@@ -16,7 +16,8 @@ import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs import posix
-from xsfs.fs.dumps import JsonFile, LsFile
+from xsfs.fs.domain_links import DomainsDirectory
+from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
 from xsfs.fs.files import DotValue, ValueFile, ValueHandle
 from xsfs.fs.listing import ListedDirectory
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
@@ -43,6 +44,7 @@ class Directory(ListedDirectory):
         b".watch": WatchFile,
         b".ls": LsFile,
         b".json": JsonFile,
+        b".dump": DumpFile,
     }
 
     @property
@@ -418,6 +420,7 @@ class RootDirectory(Directory):
         b".root": WholeStoreDirectory,
         b".domid": DomidFile,
         b".stats": StatsFile,
+        b".domain": DomainsDirectory,
     }
 
     @property

@@ -256,6 +256,15 @@ def parse_line(line: bytes) -> DumpLine:
     return DumpLine(path, value, fields.get("perms"))
 
 
+def is_complete(text: bytes) -> bool:
+    """Whether the text is a whole line, right or wrong, rather than the start of one."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 # ----------------------------------------------------------------------------------------- walk
 
 
