@@ -337,7 +337,10 @@ def test_a_dump_of_all_kinds_of_permissions_is_restored_as_it_was(
     top, owner = node_of(place, box), place.domid
     (box / "from").mkdir()
     (box / "to").mkdir()
-    for number, entry in enumerate(("r-1", "b32757", "w4294967295", "n65536")):
+    entries = ["b32757", "w4294967295", "n65536"]
+    if place.kind == "C":
+        entries.append("r-1")  # oxenstored shows a number that it does not accept
+    for number, entry in enumerate(entries):
         witness.write(f"{top}/from/{number}", b"x")
         with contextlib.suppress(XsError):
             witness.set_perms(f"{top}/from/{number}", [f"b{owner}", entry])
@@ -411,9 +414,9 @@ def test_lines_longer_than_a_write(place: Place, witness: XsClient, box: Path) -
 
 
 def test_many_lines_in_one_write(place: Place, witness: XsClient, box: Path) -> None:
-    text = b"".join(b'{"path": "n%d", "value": "%d"}\n' % (n, n) for n in range(500))
+    text = b"".join(b'{"path": "n%d", "value": "%d"}\n' % (n, n) for n in range(300))
     (box / ".dump").write_bytes(text)
-    assert len(os.listdir(box)) == 500
+    assert len(os.listdir(box)) == 300
 
 
 def test_what_cannot_be_stored(place: Place, witness: XsClient, box: Path) -> None:
@@ -479,10 +482,11 @@ def test_a_guest_may_not_restore_what_it_may_not_write(
 def test_a_full_target_is_an_error(place: Place, mount: Mount, box: Path) -> None:
     if not place.guest:
         pytest.skip("domain 0 has no quota")
-    text = b"".join(b'{"path": "n%d", "value": "%d"}\n' % (n, n) for n in range(2000))
+    text = b"".join(b'{"path": "%d/%d", "value": "x"}\n' % (n // 50, n) for n in range(2000))
     number = refusal(lambda: (box / ".dump").write_bytes(text))
     assert number in (errno.ENOSPC, errno.EDQUOT)
-    assert 100 < len(os.listdir(box)) < 2000
+    restored = json.loads((box / ".json").read_bytes())
+    assert 100 < sum(map(len, restored.values())) < 2000
 
 
 # ------------------------------------------------------------------------------- large subtrees
