@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar, Final
 
@@ -100,6 +100,10 @@ class SubtreeFile(Node):
         await handle.make()
         return handle
 
+    async def make_text(self, before_window: Callable[[int], None]) -> SubtreeText | None:
+        """The text as it is now; None if the directory's node does not exist."""
+        return await Walk(self.text_format(self.view, self.path), before_window).run()
+
 
 class LsFile(SubtreeFile):
     """`.ls`: what xenstore-ls -f -p prints."""
@@ -161,7 +165,7 @@ class SubtreeHandle(Handle):
         self._next_look = trio.current_time() + LOOK_SECONDS
         await node.directory.open_files.wait_closed_below(node.path)
         try:
-            made = await Walk(node.text_format(node.view, node.path), self._check).run()
+            made = await node.make_text(self._check)
             if made is None:
                 if not node.directory.always_there:
                     refuse(errno.ESTALE)
