@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import ClassVar, Final, NamedTuple
 
-from xsfs.view.names import VALUE_NAME, is_shown, join
+from xsfs.view.names import VALUE_NAME, is_shown, join, shown_names
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Names
@@ -36,6 +36,9 @@ from xsfs.xenstore.protocol import Request
 
 WINDOW: Final = 96
 """How many nodes one pipeline asks about: some 300 requests, behind which others wait for a millisecond."""
+
+SHORT_LISTING: Final = 8192
+"""Names of longer listings, in bytes, are checked as the walk comes to them, as nothing may take long."""
 
 _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 """EINVAL: the path is longer than the store accepts, so there can be no such node."""
@@ -285,9 +288,11 @@ class _Run:
     prefix      the parent's path and a slash
     names       of all siblings
     start       how many of them it has asked about
+    is_first    whether no text comes before them in their parent
+    is_checked  whether all the names can be shown
     """
 
-    __slots__ = ("is_first", "names", "parent", "prefix", "segment", "start")
+    __slots__ = ("is_checked", "is_first", "names", "parent", "prefix", "segment", "start")
 
     def __init__(
         self,
@@ -296,12 +301,14 @@ class _Run:
         names: Sequence[bytes],
         segment: _Segment,
         is_first: bool,
+        is_checked: bool,
     ) -> None:
         self.parent = parent
         self.prefix = prefix
         self.names = names
         self.segment = segment
         self.is_first = is_first
+        self.is_checked = is_checked
         self.start = 0
 
     def take(self, most: int) -> Sequence[bytes]:
@@ -347,7 +354,7 @@ class Walk:
         """
         assert self._first is not None
         top = self._format.top
-        self._runs.append(_Run(b"", b"", (top,), self._first, True))
+        self._runs.append(_Run(b"", b"", (top,), self._first, True, True))
         while self._runs:
             self._before_window(self._size)
             await self._next_window()
@@ -367,7 +374,7 @@ class Walk:
             names = run.take(WINDOW - count)
             if run.start >= len(run.names):
                 self._runs.pop()
-            if run.parent:
+            if not run.is_checked:
                 names = [name for name in names if self._format.shows(run.parent, name)]
             count += len(names)
             window.append((run, names))
@@ -377,17 +384,25 @@ class Walk:
                 if self._step == 3:
                     requests.append(protocol.get_perms(path))
         replies = await self._view.commands.pipeline(requests)
-        position = 0
+        position, step, text_format = 0, self._step, self._format
         found: list[_Run] = []
         earlier_error = self._error
         for run, names in window:
             for name in names:
                 path = run.prefix + name
-                perms = replies[position + 2] if self._step == 3 else b""
-                child = await self._add(
-                    run, name, path, replies[position], replies[position + 1], perms
-                )
-                position += self._step
+                value, children = replies[position], replies[position + 1]
+                perms = replies[position + 2] if step == 3 else b""
+                position += step
+                if children == b"" and type(value) is bytes and type(perms) is bytes:
+                    # A leaf, as most nodes are.
+                    node = SubtreeNode(path, name, value, perms, False)
+                    text = text_format.begin(node, run.is_first) + text_format.end(node)
+                    run.segment.text += text
+                    run.is_first = False
+                    self._size += len(text)
+                    self._exists = True
+                    continue
+                child = await self._add(run, name, path, value, children, perms)
                 if child is not None:
                     found.append(child)
                 if self._error is not earlier_error:
@@ -405,6 +420,7 @@ class Walk:
     ) -> _Run | None:
         """Add a node to its run's segment.  Returns the run of its children, if it has any."""
         names: Names = []
+        is_short = False
         listing_error = None
         if isinstance(children, XenstoreError) and children.name == "E2BIG":
             try:
@@ -415,7 +431,8 @@ class Walk:
                 else:
                     listing_error = error
         elif isinstance(children, bytes):
-            names = protocol.decode_names(children)
+            is_short = len(children) <= SHORT_LISTING and path != b"/"
+            names = shown_names(path, children) if is_short else protocol.decode_names(children)
         for reply in (value, children, perms):
             if isinstance(reply, XenstoreError) and reply.name != "E2BIG":
                 if reply.name in _ABSENT:
@@ -441,7 +458,9 @@ class Walk:
             after = _Segment(run.segment.next)
             inner = run.segment.next = _Segment(after)
             run.segment = after
-            child = _Run(path, join(path, b""), names, inner, not self._format.fills(node))
+            child = _Run(
+                path, join(path, b""), names, inner, not self._format.fills(node), is_short
+            )
         self._put(run.segment, self._format.end(node))
         return child
 
