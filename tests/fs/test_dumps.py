@@ -10,6 +10,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -545,19 +546,28 @@ def test_a_killed_reader_ends_the_walk(large: Mount) -> None:
     assert (large.path / "data" / "one").read_text() == "1\n"
 
 
+def p99_of_reads(path: Path, goes_on: Callable[[], bool]) -> float:
+    waits = []
+    while goes_on():
+        start = time.perf_counter()
+        path.read_text()
+        waits.append(time.perf_counter() - start)
+    assert len(waits) > 100
+    waits.sort()
+    return waits[-1 - len(waits) // 100]
+
+
 def test_a_reader_beside_a_walk_hardly_waits(large: Mount) -> None:
+    """p99 is at most 5 ms more than without a walk, on a machine that has nothing else to do.  If it is
+    busy, each of the two processes that work together may wait for a processor, so a lot more is granted."""
+    one = large.path / "data" / "one"
+    end = time.monotonic() + 2
+    alone = p99_of_reads(one, lambda: time.monotonic() < end)
     walk = subprocess.Popen(
         ["cat", large.path / "data" / "large" / ".ls"], stdout=subprocess.DEVNULL
     )
-    waits = []
-    while walk.poll() is None:
-        start = time.perf_counter()
-        (large.path / "data" / "one").read_text()
-        waits.append(time.perf_counter() - start)
-    waits.sort()
+    beside = p99_of_reads(one, lambda: walk.poll() is None)
     assert walk.returncode == 0
-    assert len(waits) > 100
-    print(
-        f"{len(waits)} reads: median {waits[len(waits) // 2]:.5f}, p99 {waits[-len(waits) // 100]:.5f}"
-    )
-    assert waits[-len(waits) // 100 - 1] < 0.05
+    print(f"p99 of a read: alone {alone * 1000:.2f} ms, beside a walk {beside * 1000:.2f} ms")
+    busy = os.getloadavg()[0] > 2.5
+    assert beside <= (alone * 10 + 0.1 if busy else alone + 0.005)

@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import ClassVar, Final, NamedTuple
 
+import trio
+
 from xsfs.view.names import VALUE_NAME, is_shown, join, shown_names
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
@@ -36,6 +38,9 @@ from xsfs.xenstore.protocol import Request
 
 WINDOW: Final = 96
 """How many nodes one pipeline asks about: some 300 requests, behind which others wait for a millisecond."""
+
+TURN_NODES: Final = 32
+"""After so many nodes, which take less than a millisecond, other tasks get a turn."""
 
 SHORT_LISTING: Final = 8192
 """Names of longer listings, in bytes, are checked as the walk comes to them, as nothing may take long."""
@@ -389,6 +394,8 @@ class Walk:
         earlier_error = self._error
         for run, names in window:
             for name in names:
+                if position % (TURN_NODES * step) == 0:
+                    await trio.lowlevel.checkpoint()
                 path = run.prefix + name
                 value, children = replies[position], replies[position + 1]
                 perms = replies[position + 2] if step == 3 else b""
