@@ -16,6 +16,8 @@ import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs import posix
+from xsfs.fs.domain_links import DomainsDirectory
+from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
 from xsfs.fs.files import DotValue, ValueFile, ValueHandle
 from xsfs.fs.listing import ListedDirectory
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
@@ -40,7 +42,13 @@ class Directory(ListedDirectory):
 
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
-    own: ClassVar[Mapping[bytes, type[Node]]] = {VALUE_NAME: DotValue, b".watch": WatchFile}
+    own: ClassVar[Mapping[bytes, type[Node]]] = {
+        VALUE_NAME: DotValue,
+        b".watch": WatchFile,
+        b".ls": LsFile,
+        b".json": JsonFile,
+        b".dump": DumpFile,
+    }
 
     def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
         super().__init__(table, view, parent, name)
@@ -429,6 +437,7 @@ class RootDirectory(Directory):
         b".root": WholeStoreDirectory,
         b".domid": DomidFile,
         b".stats": StatsFile,
+        b".domain": DomainsDirectory,
     }
 
     @property

@@ -132,6 +132,9 @@ class InodeTable:
         self.listing_bytes = 0
         """The memory of all open listings."""
         self.unprivileged_listing_bytes = 0
+        self.text_bytes = 0
+        """The memory of all open texts of subtrees."""
+        self.unprivileged_text_bytes = 0
         self.per_view: dict[View, object] = {}
         """An object of another module for each view, dropped when the view ends."""
         self._nodes: dict[int, Node] = {}

@@ -187,6 +187,14 @@ class OpenFiles:
             if file is None or debt is None or file.debt is debt:
                 return self.as_seen(path, state)
 
+    async def wait_closed_below(self, top: bytes) -> None:
+        """Wait until the debts of files at and below a path are settled whose last handle was closed."""
+        for file in self._debtors():
+            is_below = file.path == top or file.path.startswith(join(top, b""))
+            if is_below and file.debt is not None and file.debt.is_closing:
+                async with file.changing():
+                    pass
+
     async def settle(self, path: bytes) -> None:
         """Carry out what the file at this path owes, if it is open and owes anything."""
         file = self._by_path.get(path)

@@ -6,18 +6,21 @@ Below it are the kinds of files that every tree has, over the transaction's own 
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs.directories import RootDirectory
+from xsfs.fs.dumps import SubtreeFile
 from xsfs.fs.inodes import InodeTable
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.special import MirrorLink, TextFile, TextHandle
 from xsfs.fs.transactions import Transactions, TransactionView
+from xsfs.view.differences import differences
 from xsfs.view.names import NAME_MAX, join
+from xsfs.view.subtree import SubtreeText
 from xsfs.view.view import View
 from xsfs.xenstore import protocol
 
@@ -67,6 +70,24 @@ class ControlHandle(TextHandle):
         return len(data)
 
 
+class DiffFile(SubtreeFile):
+    """`.diff` of a transaction: what a commit would change."""
+
+    __slots__ = ()
+
+    parent: TransactionRoot
+    view: TransactionView
+
+    async def make_text(self, before_window: Callable[[int], None]) -> SubtreeText:
+        """Fails with EFBIG if the transaction has changed too much to remember it."""
+        view = self.view
+        await self.parent.open_files.settle_all()
+        if view.touched.overflows:
+            refuse(errno.EFBIG)
+        found = await differences(view, view.outer, view.touched, before_window)
+        return SubtreeText(found, None)
+
+
 class TransactionRoot(RootDirectory):
     """`.transaction/NAME`: the root of the mount, in the transaction."""
 
@@ -75,7 +96,11 @@ class TransactionRoot(RootDirectory):
     entry_timeout = 0.0
     """The name may mean another transaction at the next lookup."""
 
-    own: ClassVar[Mapping[bytes, type[Node]]] = {**RootDirectory.own, b".control": ControlFile}
+    own: ClassVar[Mapping[bytes, type[Node]]] = {
+        **RootDirectory.own,
+        b".control": ControlFile,
+        b".diff": DiffFile,
+    }
 
     parent: TransactionsDirectory
     view: TransactionView

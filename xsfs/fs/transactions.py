@@ -34,6 +34,7 @@ from typing import Final
 import trio
 
 from xsfs.fs.nodes import Caller, refuse
+from xsfs.view.differences import TouchedPaths
 from xsfs.view.view import View, Work
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.connection import Reply
@@ -93,7 +94,10 @@ class TransactionView(View):
         sticky = outer.sticky.copy()
         super().__init__(outer.store, outer.domid, outer.root, outer.content, sticky)
         self.number = number
+        self.outer = outer
         self.commands = SharedTransaction(transaction)
+        self.touched = TouchedPaths(outer.home)
+        transaction.on_requests = self.touched.add
         self.started = datetime.now(UTC)
 
     async def atomically(self, work: Work) -> None:

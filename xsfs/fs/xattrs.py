@@ -20,7 +20,7 @@ from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.errors import XenstoreError
-from xsfs.xenstore.permissions import parse_permissions, perms_text, set_perms
+from xsfs.xenstore.permissions import Permissions, parse_permissions, perms_text, set_perms
 from xsfs.xenstore.protocol import Request
 
 if TYPE_CHECKING:
@@ -145,17 +145,26 @@ async def _get_perms(node: XenstoreNode) -> bytes:
     return perms_text(await node.view.commands.call(protocol.get_perms(node.path)))
 
 
-async def _set_perms(node: XenstoreNode, value: bytes) -> None:
+async def permissions_of(view: View, text: str) -> Permissions:
+    """The permissions `n0,r7` as they may be sent to the daemon.  Fails with EINVAL if they may not."""
     try:
-        # setfattr and scripts may leave a newline or a NUL at the end.
-        perms = parse_permissions(value.rstrip(b"\n\0").decode("ascii"))
+        perms = parse_permissions(text)
     except ValueError:
         refuse(errno.EINVAL)
     if any(abs(entry.domid) > DOMID_LIMIT for entry in perms):
         refuse(errno.EINVAL)
-    if any(entry.is_reserved for entry in perms) and not await node.view.takes_reserved_domids():
+    if any(entry.is_reserved for entry in perms) and not await view.takes_reserved_domids():
         refuse(errno.EINVAL)
-    request = set_perms(node.path, perms)
+    return perms
+
+
+async def _set_perms(node: XenstoreNode, value: bytes) -> None:
+    try:
+        # setfattr and scripts may leave a newline or a NUL at the end.
+        text = value.rstrip(b"\n\0").decode("ascii")
+    except UnicodeDecodeError:
+        refuse(errno.EINVAL)
+    request = set_perms(node.path, await permissions_of(node.view, text))
     if len(request.payload) > node.view.commands.payload_max:
         refuse(errno.E2BIG)
     await node.view.commands.call(request)

@@ -91,6 +91,8 @@ class Transaction(Commands):
         """How many requests were sent in it."""
         self.requests_max: int | None = None
         """How many may be.  One more fails with XenstoreError `EQUOTA`, and nothing is sent."""
+        self.on_requests: Callable[[Sequence[Request]], None] | None = None
+        """Called with the requests of each pipeline before they are sent."""
         self.has_written = False
         """Whether a request was sent that changes anything."""
         self.has_ended = False
@@ -112,6 +114,8 @@ class Transaction(Commands):
         if self.requests_max is not None and self.requests + len(requests) > self.requests_max:
             raise XenstoreError("EQUOTA", requests[0])
         self.requests += len(requests)
+        if self.on_requests is not None:
+            self.on_requests(requests)
         self.has_written = self.has_written or not all(r.repeatable for r in requests)
         deadline = self._deadline
         if deadline is None:

@@ -1,0 +1,132 @@
+"""A walk over a subtree, in process, over the embedded store: its windows, its round trips, its ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+import trio
+
+from tests.support.operating import World, in_world
+from xsfs.view.subtree import (
+    WINDOW,
+    DumpFormat,
+    JsonFormat,
+    LsFormat,
+    TextFormat,
+    Walk,
+    is_complete,
+    parse_line,
+)
+from xsfs.xenstore.connection import Reply
+from xsfs.xenstore.protocol import Request
+
+TOP = b"/local/domain/0/data"
+
+
+class Recorder:
+    """The sizes of the pipelines that a view's commands send."""
+
+    def __init__(self, w: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        pipeline = w.store.pipeline
+
+        async def record(requests: Sequence[Request]) -> list[Reply]:
+            self.sizes.append(len(requests))
+            return await pipeline(requests)
+
+        monkeypatch.setattr(w.store, "pipeline", record)
+
+
+async def text_of(w: World, kind: type[TextFormat], top: bytes = TOP) -> bytes:
+    made = await Walk(kind(w.view, top), lambda size: None).run()
+    assert made is not None
+    assert made.error is None
+    return bytes(made.text)
+
+
+@in_world
+async def test_no_pipeline_is_long_and_none_is_wasted(w: World) -> None:
+    for number in range(2000):
+        await w.store.write(b"%s/%d/%d" % (TOP, number // 50, number), b"x")
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(w, patch)
+        text = await text_of(w, LsFormat)
+    assert text.count(b"\n") == 2040
+    assert max(recorder.sizes) <= 3 * WINDOW
+    assert len(recorder.sizes) <= 2041 // WINDOW + 1 + 3
+
+
+@in_world
+async def test_a_deep_chain_beside_a_wide_directory_costs_its_depth(w: World) -> None:
+    for number in range(500):
+        await w.store.write(b"%s/a/%d" % (TOP, number), b"x")
+    await w.store.write(TOP + b"/b" * 40, b"x")
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(w, patch)
+        await text_of(w, JsonFormat)
+    assert len(recorder.sizes) <= 41 + 542 // WINDOW + 1
+
+
+@in_world
+async def test_the_text_is_in_order_whatever_the_windows(w: World) -> None:
+    for number in range(300):
+        await w.store.write(b"%s/%d/x/%d" % (TOP, number % 17, number), b"%d" % number)
+    lines = (await text_of(w, DumpFormat)).splitlines()
+    paths = [json.loads(line)["path"] for line in lines]
+    assert len(paths) == len(set(paths)) == 1 + 17 + 17 + 300
+    # Depth first: what is below a node follows it at once.
+    for position, path in enumerate(paths[1:], 1):
+        below = [each.startswith(path + "/") for each in paths[position + 1 :]]
+        assert below == sorted(below, reverse=True)
+
+
+@in_world
+async def test_before_each_window_the_caller_may_end_the_walk(w: World) -> None:
+    for number in range(500):
+        await w.store.write(b"%s/%d" % (TOP, number), b"v" * 100)
+    sizes: list[int] = []
+
+    def check(size: int) -> None:
+        sizes.append(size)
+        if size > 20_000:
+            raise OverflowError
+
+    with pytest.raises(OverflowError):
+        await Walk(LsFormat(w.view, TOP), check).run()
+    assert sizes == sorted(sizes)
+    assert sizes[-1] < 20_000 + WINDOW * 200
+
+
+@in_world
+async def test_a_walk_can_be_cancelled(w: World) -> None:
+    for number in range(500):
+        await w.store.write(b"%s/%d" % (TOP, number), b"x")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await text_of(w, LsFormat)
+    assert scope.cancelled_caught
+    assert (await text_of(w, LsFormat)).count(b"\n") == 500
+
+
+@in_world
+async def test_a_node_that_does_not_exist_has_no_text(w: World) -> None:
+    for kind in (LsFormat, JsonFormat, DumpFormat):
+        assert await Walk(kind(w.view, TOP + b"/none"), lambda size: None).run() is None
+
+
+@in_world
+async def test_every_line_of_a_dump_can_be_parsed(w: World) -> None:
+    values = [bytes((byte,)) for byte in range(256)] + [b"", "\u2028\u00e9".encode()]
+    for number, value in enumerate(values):
+        await w.store.write(b"%s/%d" % (TOP, number), value)
+    lines = [parse_line(line) for line in (await text_of(w, DumpFormat)).splitlines()]
+    found = {line.path: line.value for line in lines}
+    assert found == {b".": b""} | {b"%d" % number: value for number, value in enumerate(values)}
+
+
+def test_only_a_whole_object_is_complete() -> None:
+    line = b'{"path": "a", "value": "}"}'
+    assert [end for end in range(len(line) + 1) if is_complete(line[:end])] == [len(line)]
+    assert not is_complete(b"[" * 100_000)

@@ -1,0 +1,333 @@
+"""A whole subtree in one file: `.ls`, `.json` and `.dump` of each directory.
+
+The text is made at the open(2), by one walk (view/subtree.py), and stays with the handle until its close.  A
+`.dump` that is written to restores the nodes that its lines name.
+
+What a `SubtreeHandle` owns: its text, whose memory counts in `table.text_bytes` from the walk to the close.
+
+What a `DumpHandle` owns: the start of a line whose end has not been written yet.  What always holds: all
+complete lines before a wrong line are restored, RESTORE_WINDOW of them in one transaction, so that no other
+client sees a node between its creation and its permissions.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar, Final
+
+import trio
+from pyfuse3 import EntryAttributes, FUSEError
+
+from xsfs.fs.errnos import errno_of
+from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.readers import CENSUS, Outcome, look
+from xsfs.fs.xattrs import XenstoreNode, permissions_of
+from xsfs.view.names import join
+from xsfs.view.subtree import (
+    DumpFormat,
+    JsonFormat,
+    LsFormat,
+    SubtreeText,
+    TextFormat,
+    Walk,
+    is_complete,
+    parse_line,
+)
+from xsfs.xenstore import protocol
+from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.errors import XenstoreError
+from xsfs.xenstore.permissions import set_perms
+from xsfs.xenstore.protocol import Request
+
+log = logging.getLogger(__name__)
+
+TEXT_MAX: Final = 256 << 20
+"""The longest text in bytes.  Past it the open(2) fails with EFBIG."""
+
+TEXTS_MAX: Final = 2 * TEXT_MAX
+"""The memory of all open texts in bytes.  Users who are neither root nor the one who mounted share half."""
+
+RESTORE_WINDOW: Final = 64
+"""How many lines of a dump one transaction restores."""
+
+LINE_MAX: Final = 64 << 10
+"""The longest line of a dump in bytes.  JSON may need six bytes for one of the value."""
+
+LOOK_SECONDS: Final = 0.25
+"""How often xsfs looks whether the thread that opens has been signalled."""
+
+
+class SubtreeFile(Node):
+    """A file whose content is made of a directory's node and all below it."""
+
+    __slots__ = ()
+
+    text_format: ClassVar[type[TextFormat]]
+    writable: ClassVar[bool] = False
+
+    @property
+    def directory(self) -> XenstoreNode:
+        assert isinstance(self.parent, XenstoreNode)
+        return self.parent
+
+    @property
+    def path(self) -> bytes:
+        return self.directory.path
+
+    @property
+    def label(self) -> bytes:
+        return join(super().label, self.name)
+
+    def require(self) -> None:
+        super().require()
+        self.directory.require()
+
+    async def getattr(self) -> EntryAttributes:
+        self.require()
+        if not self.directory.always_there and await self.view.fetch_one(self.path) is None:
+            refuse(errno.ESTALE)
+        # The size is not known before the text is made, and nobody may pay for that at a stat(2).
+        return self.entry(0, write=self.writable)
+
+    async def open(self, flags: int, caller: Caller) -> Handle:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            refuse(errno.EACCES)
+        handle = SubtreeHandle(self, caller)
+        await handle.make()
+        return handle
+
+    async def make_text(self, before_window: Callable[[int], None]) -> SubtreeText | None:
+        """The text as it is now; None if the directory's node does not exist."""
+        return await Walk(self.text_format(self.view, self.path), before_window).run()
+
+
+class LsFile(SubtreeFile):
+    """`.ls`: what xenstore-ls -f -p prints."""
+
+    __slots__ = ()
+
+    text_format = LsFormat
+
+
+class JsonFile(SubtreeFile):
+    """`.json`: one object."""
+
+    __slots__ = ()
+
+    text_format = JsonFormat
+
+
+class DumpFile(SubtreeFile):
+    """`.dump`: a line a node.  Writing restores."""
+
+    __slots__ = ()
+
+    text_format = DumpFormat
+    writable = True
+
+    async def truncate(self, size: int) -> None:
+        """A shell truncates before it writes."""
+
+    async def open(self, flags: int, caller: Caller) -> Handle:
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            return await super().open(flags, caller)
+        await self.getattr()
+        return DumpHandle(self, caller, appends=bool(flags & os.O_APPEND))
+
+
+class SubtreeHandle(Handle):
+    """The text as it was at the open(2)."""
+
+    __slots__ = ("_bytes", "_caller", "_error", "_next_look", "_text")
+
+    node: SubtreeFile
+
+    def __init__(self, node: SubtreeFile, caller: Caller) -> None:
+        super().__init__(node)
+        self._caller = caller
+        self._text: bytearray | None = None
+        self._error: XenstoreError | None = None
+        self._bytes = 0
+        """How much of `table.text_bytes` is this handle's."""
+        self._next_look = 0.0
+
+    async def make(self) -> None:
+        """Make the text.
+
+        Fails with EFBIG if it gets too long, ENFILE if all open texts are, EINTR if a signal ends the wait.
+        """
+        node = self.node
+        node.require()
+        self._next_look = trio.current_time() + LOOK_SECONDS
+        await node.directory.open_files.wait_closed_below(node.path)
+        try:
+            made = await node.make_text(self._check)
+            if made is None:
+                if not node.directory.always_there:
+                    refuse(errno.ESTALE)
+                made = SubtreeText(bytearray(), None)
+            self._check(len(made.text))
+        except BaseException:
+            self._account(0)
+            raise
+        self._text, self._error = made
+
+    def _check(self, size: int) -> None:
+        if size > TEXT_MAX:
+            refuse(errno.EFBIG)
+        self._account(size)
+        now = trio.current_time()
+        if now >= self._next_look:
+            # The kernel waits for the answer even if the process was killed.
+            if CENSUS.possible and look(self._caller.pid) is Outcome.INTERRUPTED:
+                refuse(errno.EINTR)
+            self._next_look = now + LOOK_SECONDS
+
+    def _account(self, size: int) -> None:
+        """Fails with ENFILE if the open texts would take too much memory."""
+        table, more = self.node.table, size - self._bytes
+        is_full = table.text_bytes + more > TEXTS_MAX
+        if self._caller.unprivileged:
+            half = TEXTS_MAX // 2
+            is_full = is_full or table.unprivileged_text_bytes + more > half
+        if is_full and more > 0:
+            refuse(errno.ENFILE)
+        table.text_bytes += more
+        if self._caller.unprivileged:
+            table.unprivileged_text_bytes += more
+        self._bytes = size
+
+    async def read(self, offset: int, size: int) -> bytes:
+        assert self._text is not None
+        if self._error is not None and offset >= len(self._text):
+            # As xenstore-ls, which prints the text before it, and fails.
+            refuse(errno_of(self._error))
+        return bytes(memoryview(self._text)[offset : offset + size])
+
+    async def release(self) -> None:
+        self._text = None
+        self._account(0)
+
+
+class DumpHandle(SubtreeHandle):
+    """A `.dump` as an open(2) that writes has it."""
+
+    __slots__ = ("_appends", "_lock", "_partial", "_written")
+
+    def __init__(self, node: SubtreeFile, caller: Caller, *, appends: bool) -> None:
+        super().__init__(node, caller)
+        self._appends = appends
+        self._partial = b""
+        self._written = 0
+        self._lock = trio.Lock()
+
+    async def read(self, offset: int, size: int) -> bytes:
+        async with self._lock:
+            if self._text is None:
+                await self.make()
+        return await super().read(offset, size)
+
+    async def truncate(self, size: int) -> None:
+        """A shell truncates before it writes."""
+
+    async def write(self, offset: int, data: bytes) -> int:
+        async with self._lock:
+            if not self._appends and offset != self._written:
+                refuse(errno.ESPIPE)  # lines have no positions
+            *lines, self._partial = (self._partial + data).split(b"\n")
+            if self._partial.endswith(b"}") and is_complete(self._partial):
+                # The last line of a file may lack its newline, and a later close could not report errors.
+                lines.append(self._partial)
+                self._partial = b""
+            try:
+                await self._restore(lines)
+                if len(self._partial) > LINE_MAX:
+                    refuse(errno.EINVAL)
+            except BaseException:
+                self._partial = b""
+                raise
+            self._written = offset + len(data)
+        return len(data)
+
+    async def _restore(self, lines: Sequence[bytes]) -> None:
+        node = self.node
+        node.require()
+        lines = [line for line in lines if line.strip()]
+        if not lines:
+            return
+        await node.directory.open_files.settle_below(node.path)
+        try:
+            for start in range(0, len(lines), RESTORE_WINDOW):
+                await self._restore_window(lines[start : start + RESTORE_WINDOW])
+        finally:
+            node.table.handover.clear()
+
+    async def _restore_window(self, lines: Sequence[bytes]) -> None:
+        """Restore these lines; or those before the first wrong or refused one, and raise its error."""
+        failure: FUSEError | None = None
+        changes: list[Sequence[Request]] = []
+        for line in lines:
+            try:
+                changes.append(await self._requests_of(line))
+            except FUSEError as error:
+                failure = error
+                break
+        while changes:
+            try:
+                await self.node.view.atomically(partial(_carry_out, changes))
+                break
+            except _RefusedLine as refused:
+                # Nothing has happened yet: the lines before it come first.
+                changes = changes[: refused.number]
+                failure = FUSEError(errno_of(refused.error))
+        if failure is not None:
+            raise failure
+
+    async def _requests_of(self, line: bytes) -> Sequence[Request]:
+        try:
+            name, value, perms = parse_line(line)
+        except ValueError:
+            refuse(errno.EINVAL)
+        commands = self.node.view.commands
+        path = self.node.path if name == b"." else join(self.node.path, name)
+        if len(path) > protocol.PATH_MAX:
+            refuse(errno.ENAMETOOLONG)
+        requests = []
+        if value and len(value) > protocol.value_max(path, commands.payload_max):
+            refuse(errno.EFBIG)
+        if path != b"/" or value:
+            requests.append(protocol.mkdir(path) if value is None else protocol.write(path, value))
+        if perms is not None:
+            request = set_perms(path, await permissions_of(self.node.view, perms))
+            if len(request.payload) > commands.payload_max:
+                refuse(errno.E2BIG)
+            requests.append(request)
+        return requests
+
+    async def release(self) -> None:
+        if self._partial:
+            log.warning("left out of a dump for %r: a line that does not end", self.node.path)
+        await super().release()
+
+
+class _RefusedLine(Exception):
+    """The store refused a request of the line with this number."""
+
+    def __init__(self, number: int, error: XenstoreError) -> None:
+        super().__init__(number, error)
+        self.number = number
+        self.error = error
+
+
+async def _carry_out(changes: Sequence[Sequence[Request]], commands: Commands) -> None:
+    replies = await commands.pipeline([request for each in changes for request in each])
+    numbers = [number for number, each in enumerate(changes) for _ in each]
+    for number, reply in zip(numbers, replies, strict=True):
+        if isinstance(reply, XenstoreError):
+            if reply.name == "EAGAIN":
+                raise reply
+            raise _RefusedLine(number, reply)

@@ -1,0 +1,162 @@
+"""What a transaction would change: the nodes that it has touched, compared with the store.
+
+A `TouchedPaths` owns the paths for which a transaction has sent changes.  Only the tasks that use the
+transaction touch it.  What always holds: it has TOUCHED_MAX paths at most, or it `overflows`, and the
+differences are unknown from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from xsfs.view.names import join, parent_path
+from xsfs.view.subtree import SubtreeNode, TextFormat, Walk
+from xsfs.view.view import View
+from xsfs.xenstore import protocol
+from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.connection import Reply
+from xsfs.xenstore.errors import XenstoreError
+from xsfs.xenstore.protocol import Op, Request
+
+TOUCHED_MAX: Final = 65_536
+"""How many paths are remembered: 8 MiB of usual ones."""
+
+COMPARE_WINDOW: Final = 128
+"""How many nodes one pipeline asks about."""
+
+_ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
+
+
+class TouchedPaths:
+    """See the module's docstring.
+
+    home    the path that relative paths are relative to
+    """
+
+    def __init__(self, home: bytes) -> None:
+        self._home = home
+        self._is_removed: dict[bytes, bool] = {}
+        """By path: whether it was removed, with all below."""
+        self.overflows = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._is_removed)
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """These requests are about to be sent."""
+        for request in requests:
+            if self.overflows or request.op not in (Op.WRITE, Op.MKDIR, Op.RM, Op.SET_PERMS):
+                continue
+            path = request.path
+            if not path.startswith(b"/"):
+                path = join(self._home, path)
+            is_removed = request.op == Op.RM or self._is_removed.get(path, False)
+            self._is_removed[path] = is_removed
+            if len(self._is_removed) > TOUCHED_MAX:
+                self._is_removed.clear()
+                self.overflows = True
+
+    def removed(self) -> list[bytes]:
+        """The topmost paths that were removed."""
+        removed = {path for path, is_removed in self._is_removed.items() if is_removed}
+        return [path for path in removed if removed.isdisjoint(_above(path))]
+
+
+def _above(path: bytes) -> Iterator[bytes]:
+    """The paths of the nodes above, the nearest first."""
+    while path != b"/":
+        path = parent_path(path)
+        yield path
+
+
+class _PathsFormat(TextFormat):
+    """A path a line."""
+
+    asks_perms = False
+
+    def begin(self, node: SubtreeNode, is_first: bool) -> bytes:
+        return node.path + b"\n"
+
+
+class _Content(NamedTuple):
+    """What two views of a node may differ in; None if it may not be read."""
+
+    value: bytes | None
+    perms: bytes | None
+
+
+async def differences(
+    inside: View, outside: View, touched: TouchedPaths, before_window: Callable[[int], None]
+) -> bytearray:
+    """A line for each difference, parents first: `+ PATH`, `- PATH`, `* PATH` if the value differs, and
+    `p PATH` if the permissions do.
+
+    inside          the transaction's view
+    before_window   called before each pipeline with the size of the paths or of the text so far in bytes
+    """
+    paths = set(touched)
+    for top in touched.removed():
+        for view in (inside, outside):
+            found = await Walk(_PathsFormat(view, top), before_window).run()
+            if found is not None:
+                paths.update(bytes(found.text).splitlines())
+    above = {way for path in touched for way in _above(path)} - paths
+    # Nodes above others are compared only if the transaction has made them.  If it read the others, their
+    # later changes would be conflicts.
+    candidates = sorted(above)
+    for start in range(0, len(candidates), COMPARE_WINDOW):
+        before_window(0)
+        window = candidates[start : start + COMPARE_WINDOW]
+        found_there = await _contents(outside.commands, window)
+        paths.update(path for path, old in zip(window, found_there, strict=True) if old is None)
+    ordered = sorted(paths, key=lambda path: path.split(b"/"))
+    text = bytearray()
+    for start in range(0, len(ordered), COMPARE_WINDOW):
+        before_window(len(text))
+        window = ordered[start : start + COMPARE_WINDOW]
+        now = await _contents(outside.commands, window)
+        then = await _contents(inside.commands, window)
+        for path, old, new in zip(window, now, then, strict=True):
+            shown = _shown(path, inside.root)
+            for mark in _marks(old, new):
+                text += b"%s %s\n" % (mark, shown)
+    return text
+
+
+async def _contents(commands: Commands, paths: Sequence[bytes]) -> list[_Content | None]:
+    """What the nodes contain; None if there is no node."""
+    replies = await commands.pipeline(
+        [request for path in paths for request in (protocol.read(path), protocol.get_perms(path))]
+    )
+    return [_content(*replies[2 * index : 2 * index + 2]) for index in range(len(paths))]
+
+
+def _content(value: Reply, perms: Reply) -> _Content | None:
+    for reply in (value, perms):
+        if isinstance(reply, XenstoreError):
+            if reply.name in _ABSENT:
+                return None
+            if reply.name != "EACCES":
+                raise reply
+    return _Content(
+        value if isinstance(value, bytes) else None, perms if isinstance(perms, bytes) else None
+    )
+
+
+def _marks(old: _Content | None, new: _Content | None) -> list[bytes]:
+    if old is None or new is None:
+        return [] if old is new else [b"+" if old is None else b"-"]
+    marks = []
+    if old.value != new.value:
+        marks.append(b"*")
+    if old.perms != new.perms:
+        marks.append(b"p")
+    return marks
+
+
+def _shown(path: bytes, root: bytes) -> bytes:
+    if path == root:
+        return b"."
+    above = join(root, b"")
+    return path[len(above) :] if path.startswith(above) else path
