@@ -18,7 +18,7 @@ from xsfs.fs.nodes import Node, refuse
 from xsfs.fs.open_files import OpenFile, OpenFiles, Orphan, open_files_of
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
-from xsfs.xenstore.permissions import parse_permissions, perms_text, set_perms
+from xsfs.xenstore.permissions import Permissions, parse_permissions, perms_text, set_perms
 
 if TYPE_CHECKING:
     from xsfs.fs.inodes import InodeTable
@@ -131,7 +131,8 @@ async def _get_perms(node: XenstoreNode) -> bytes:
     return perms_text(await node.view.commands.call(protocol.get_perms(node.path)))
 
 
-async def _set_perms(node: XenstoreNode, value: bytes) -> None:
+async def permissions_to_set(view: View, value: bytes) -> Permissions:
+    """The permissions that `user.xs.perms` is set to.  Fails with EINVAL if no node may have them."""
     try:
         # setfattr and scripts may leave a newline or a NUL at the end.
         perms = parse_permissions(value.rstrip(b"\n\0").decode("ascii"))
@@ -139,9 +140,13 @@ async def _set_perms(node: XenstoreNode, value: bytes) -> None:
         refuse(errno.EINVAL)
     if any(abs(entry.domid) > DOMID_LIMIT for entry in perms):
         refuse(errno.EINVAL)
-    if any(entry.is_reserved for entry in perms) and not await node.view.takes_reserved_domids():
+    if any(entry.is_reserved for entry in perms) and not await view.takes_reserved_domids():
         refuse(errno.EINVAL)
-    request = set_perms(node.path, perms)
+    return perms
+
+
+async def _set_perms(node: XenstoreNode, value: bytes) -> None:
+    request = set_perms(node.path, await permissions_to_set(node.view, value))
     if len(request.payload) > node.view.commands.payload_max:
         refuse(errno.E2BIG)
     await node.view.commands.call(request)
@@ -182,13 +187,13 @@ def _set_orphan_value(node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
 
 
 PERMS_NAME: Final = b"user.xs.perms"
+PATH_NAME: Final = b"user.xs.path"
+VALUE_ATTRIBUTE_NAME: Final = b"user.xs.value"
 
 _ATTRIBUTES: Final[dict[bytes, _Attribute]] = {
     PERMS_NAME: _Attribute(
         _get_perms, _set_perms, lambda node, orphan: orphan.perms, _set_orphan_perms
     ),
-    b"user.xs.path": _Attribute(
-        _get_path, _set_path, lambda node, orphan: node.path, _set_orphan_path
-    ),
-    b"user.xs.value": _Attribute(_get_value, _set_value, _get_orphan_value, _set_orphan_value),
+    PATH_NAME: _Attribute(_get_path, _set_path, lambda node, orphan: node.path, _set_orphan_path),
+    VALUE_ATTRIBUTE_NAME: _Attribute(_get_value, _set_value, _get_orphan_value, _set_orphan_value),
 }
