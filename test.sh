@@ -14,7 +14,7 @@ apt-get update -qq
 apt-get install -y -qq --no-install-recommends \
     python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3 \
     xen-utils-4.17 xenstore-utils attr inotify-tools rsync dash procps util-linux mount systemd \
-    man-db mandoc bash-completion zsh \
+    man-db mandoc bash-completion zsh vim nano ed patch perl \
     debootstrap lintian pipx \
     qemu-system-x86 cpio kmod e2fsprogs >/dev/null
 

@@ -157,7 +157,7 @@ class Operations(pyfuse3.Operations):
             elif isinstance(argument, int) and position in _INODES.get(operation, (0,)):
                 on_handle = operation in _ON_HANDLES
                 node = self._handles[argument].node if on_handle else self.table.peek(argument)
-                words.append(node.label.decode() if node is not None else str(argument))
+                words.append(repr(node.label)[2:-1] if node is not None else str(argument))
             elif isinstance(argument, int):
                 words.append(str(argument))
         return " ".join(words)

@@ -1,8 +1,8 @@
 """Scratch files: the temporary files of editors and of atomic writers, in the memory of this mount.
 
 vim, rsync, patch, `sed -i.bak` and many others make a file of another name first and then rename it.
-Xenstore cannot hold these names (see view.names.is_scratch_name), so the files live here.  A rename to a name that
-Xenstore can hold writes the content to that node (see directories.py).
+Xenstore cannot hold these names (see view.names.is_scratch_name), so the files live here.  A rename to a name
+that Xenstore can hold writes the content to that node (see directories.py).
 
 A `ScratchFiles` owns all scratch files of a mount, by directory and name.  Only the tasks that handle FUSE
 requests touch it.
