@@ -491,6 +491,23 @@ def test_transactions_have_none(place: Place, box: Path, tx: Path) -> None:
     assert (box / ".x").read_text() == "1"
 
 
+def test_the_mirror_has_none(place: Place, tmp_path: Path, witness: XsClient) -> None:
+    with mounted(["-o", f"mirror={tmp_path}/mirror", place.socket], tmp_path / "m") as mount:
+        data = mount.path / "data"
+        (data / ".x").write_text("1")
+        (data / "f").write_text("1\n")
+        (data / "f").rename(data / "f~")
+        (data / "last").write_text("1\n")
+        deadline = time.monotonic() + LIMIT
+        mirror = tmp_path / "mirror" / "data"
+        while not (mirror / "last").exists() or (mirror / "f").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # until the mirror has followed
+        assert not [name for name in os.listdir(mirror) if is_scratch_name(name.encode())]
+        assert (data / "f~").read_text() == "1\n"
+        mount.bash("rm data/last data/.x data/f~")
+
+
 # ----------------------------------------------------------------------------- limits and the end
 
 
