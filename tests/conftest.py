@@ -39,6 +39,9 @@ NEEDED = {
     "debootstrap": "debootstrap",
     "lintian": "lintian",
     "pipx": "pipx",
+    "ssh": "openssh-client",
+    "/usr/sbin/sshd": "openssh-server",
+    "rpmbuild": "rpm",
 }
 
 

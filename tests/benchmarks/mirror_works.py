@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Final
 
-from xsfs.mirror.windows import WINDOW, WINDOWS_AHEAD
-
 from tests.support.mirroring import has_user_attributes
 from tests.support.xenstored.harness import XsClient
+from xsfs.mirror.mirror import BATCH
 from xsfs.mirror.staging import PERMS_ATTRIBUTE
 
 from .errors import BenchmarkError
@@ -42,6 +41,9 @@ CHANGED: Final = f"{HOME}/changed"
 
 SECONDS: Final = 10.0
 """When a change is taken for lost."""
+
+AHEAD: Final = "4"
+"""By how many connections the least that copies asks."""
 
 IN_MOVED_TO: Final = 0x80
 """inotify(7)"""
@@ -125,8 +127,7 @@ def copying(store: Store, copy: str) -> Contender:
         directory = place()
         try:
             perms = PERMS_ATTRIBUTE if has_user_attributes(Path(directory).parent) else ""
-            ahead = str(WINDOWS_AHEAD)
-            arguments = [store.socket, store.top, directory, str(WINDOW), ahead, perms]
+            arguments = [store.socket, store.top, directory, str(BATCH), AHEAD, perms]
             start = time.perf_counter()
             execute([sys.executable, "-m", f"{__package__}.copier", *arguments], compiled())
             taken = time.perf_counter() - start

@@ -286,7 +286,7 @@ def test_killed_while_one_transaction_begins_and_another_ends(
             start("mkdir", "begins")
             until(lambda: liar.connections > connections)
             if how == "idle":
-                until(lambda: "is rolled back" in mount.stderr)
+                until(lambda: "rolled back transaction" in mount.stderr)
             elif how == "rmdir":
                 start("rmdir", "ends")
             else:

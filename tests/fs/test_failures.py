@@ -325,6 +325,58 @@ def test_replies_byte_by_byte(liar: LyingStore, over_liar: Mount) -> None:
     assert (over_liar.path / "name").read_text() == "Domain-0\n"
 
 
+LACKING: dict[str, tuple[Op, Callable[[Path], object]]] = {
+    "open": (Op.READ, lambda path: os.close(os.open(path / "name", os.O_RDONLY))),
+    "read": (Op.READ, lambda path: (path / "name").read_bytes()),
+    "getxattr of permissions": (
+        Op.GET_PERMS,
+        lambda path: os.getxattr(path / "name", "user.xs.perms"),
+    ),
+    "getxattr of the value": (Op.READ, lambda path: os.getxattr(path / "name", "user.xs.value")),
+    "setxattr": (
+        Op.SET_PERMS,
+        lambda path: os.setxattr(path / "data", "user.xs.perms", b"n0"),
+    ),
+    "opendir": (Op.DIRECTORY, lambda path: os.listdir(path / "data")),
+    "mkdir": (Op.MKDIR, lambda path: (path / "data" / f"d{time.monotonic_ns()}").mkdir()),
+    "write": (Op.WRITE, lambda path: (path / "data" / "x").write_text("1\n")),
+    "remove": (Op.RM, lambda path: (path / "data" / "x").unlink(missing_ok=True)),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_the_store_lacks_once_works_afterwards(
+    liar: LyingStore, over_liar: Mount, name: str
+) -> None:
+    """The kernel would turn an operation off, until the mount ends, that fails with ENOSYS."""
+    op, action = LACKING[name]
+    path = over_liar.path
+    (path / "data" / "x").write_text("0\n")
+    lies = 0
+
+    def once(talk: Talk, request: Message) -> bool:
+        nonlocal lies
+        if request.op != op or lies:
+            return False
+        lies += 1
+        return says(b"ENOSYS\0", Op.ERROR)(talk, request)
+
+    liar.lie = once
+    with fails(errno.EOPNOTSUPP):
+        action(path)
+    assert lies == 1
+    for _ in range(3):
+        action(path)
+    got = subprocess.run(
+        ["getfattr", "-n", "user.xs.perms", "--only-values", path / "name"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert got.stdout.startswith("n0")
+    works_again(path)
+
+
 def test_an_unknown_error_is_logged(liar: LyingStore, over_liar: Mount) -> None:
     liar.lie = on(Op.READ, says(b"EWHATEVER\0", Op.ERROR))
     with fails(errno.EIO):

@@ -1,6 +1,6 @@
-"""Ring: listings in process, over the embedded store, without a kernel.
+"""Listings in process, over the embedded store, without a kernel.
 
-How they are asked for, what the kernel is told, and what may happen between the opening, the parts in
+How xsfs fetches them, what it replies to the kernel, and what may happen between the opening, the parts in
 which a directory is read, and a rewind.
 """
 
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import errno
 import stat
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any, cast
 
 import pyfuse3
 import pytest
-from xsfs.view.children import Children, LookInside
-from xsfs.view.looks import Look
+from pyfuse3 import FUSEError, RequestContext
 
 from tests.support.operating import (
     ROOT,
+    WRONLY,
     World,
     ctx,
     entries_of,
@@ -26,22 +27,22 @@ from tests.support.operating import (
     listed,
     refused,
 )
+from xsfs.fs import listing
 from xsfs.fs.inodes import FORGOTTEN
-from xsfs.fs.listing import DirectoryHandle
 from xsfs.view.names import join
-from xsfs.view.view import LOOK_WINDOW
+from xsfs.view.view import FETCH_WINDOW, NodeState
 from xsfs.xenstore.errors import ConnectionLost
-from xsfs.xenstore.protocol import WireError
+from xsfs.xenstore.protocol import write
 from xsfs.xenstore.store import open_store
 
 
 @in_world
-async def test_a_listing_asks_one_burst_for_the_names(w: World) -> None:
+async def test_a_listing_is_one_pipeline(w: World) -> None:
     assert await w.costs(lambda: w.operations.opendir(ROOT, ctx())) == 2
 
 
 @in_world
-async def test_a_stat_tells_which_names_to_ask_for(w: World) -> None:
+async def test_a_stat_hints_the_names(w: World) -> None:
     await w.store.write("data/d/x", b"1")
     directory = (await w.lookup(b"data", b"d")).st_ino
     assert await w.costs(lambda: w.operations.getattr(directory, ctx())) == 1
@@ -52,50 +53,57 @@ async def test_a_stat_tells_which_names_to_ask_for(w: World) -> None:
 async def test_a_listing_asks_for_values_only_where_the_kind_depends_on_them(w: World) -> None:
     await w.store.write("data/file", b"value")
     await w.store.mkdir("device")
-    looks: dict[bytes, Look | None] = {}
+    states: dict[bytes, NodeState | None] = {}
 
-    async def look(path: bytes, *names: bytes) -> None:
-        looks.update(await w.view.look_at_children(path, names))
+    async def fetch(path: bytes, *names: bytes) -> None:
+        states.update(await w.view.kinds(path, names))
 
     home = w.view.home
-    assert await w.costs(lambda: look(home + b"/data", b"file")) == 1
+    assert await w.costs(lambda: fetch(home + b"/data", b"file")) == 1
     # What has children is a directory, whatever its value.
-    assert await w.costs(lambda: look(home, b"data")) == 1
+    assert await w.costs(lambda: fetch(home, b"data")) == 1
     # What is empty may be one by custom, or because it was one.
-    assert await w.costs(lambda: look(home, b"device", b"data")) == 4
+    assert await w.costs(lambda: fetch(home, b"device", b"data")) == 4
     await w.store.delete("data/file")
-    assert await w.costs(lambda: look(home, b"data")) == 3
+    assert await w.costs(lambda: fetch(home, b"data")) == 3
     shown = {
-        name: look is not None and w.view.is_directory(join(home, name), look)
-        for name, look in looks.items()
+        name: state is not None and w.view.is_directory(join(home, name), state)
+        for name, state in states.items()
     }
     assert shown == {b"file": False, b"device": True, b"data": True}
 
 
 @in_world
-async def test_it_makes_no_difference_when_the_answers_are_looked_at(w: World) -> None:
-    """While the next request is awaited, or when it comes; where a guess was right, wrong, or none."""
+async def test_hints_that_are_right_wrong_or_missing_give_one_listing(w: World) -> None:
     await w.store.write("data/file", b"value")
     await w.store.write("data/directory/x", b"value")
     data = (await w.lookup(b"data")).st_ino
     await w.operations.mkdir(data, b"empty", cast(Any, 0), ctx())
     expected = {b".": True, b"..": True, b"file": False, b"directory": True, b"empty": True}
 
-    async def opened(*, early: bool) -> pyfuse3.FileHandleT:
-        fh = await w.operations.opendir(data, ctx())
-        if early:
-            w.operations._handles.get(fh).prepare()
-        return fh
+    for _ in range(2):
+        assert await listed(w, await w.operations.opendir(data, ctx())) == expected
+    await w.store.write("data/new", b"value")
+    with_new = await w.operations.opendir(data, ctx())
+    await w.store.delete("data/new")
+    # Its name was not hinted: its kind is fetched when the listing is read, and it has gone.
+    assert await listed(w, with_new) == expected
+    assert await listed(w, await w.operations.opendir(data, ctx())) == expected
 
-    for early in (True, False):
-        for _ in range(2):
-            assert await listed(w, await opened(early=early)) == expected
-        await w.store.write("data/new", b"value")
-        with_new = await opened(early=early)
-        await w.store.delete("data/new")
-        # Its name came too late for a guess: it is asked for when it is read, and has gone.
-        assert await listed(w, with_new) == expected
-        assert await listed(w, await opened(early=early)) == expected
+
+@in_world
+async def test_a_listing_with_hints_is_one_round_trip(w: World) -> None:
+    for number in range(5):
+        await w.store.write(f"data/{number}", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    await listed(w, await w.operations.opendir(data, ctx()))
+    handles: list[pyfuse3.FileHandleT] = []
+
+    async def open_it() -> None:
+        handles.append(await w.operations.opendir(data, ctx()))
+
+    assert await w.costs(open_it) == 2 + 5
+    assert await w.costs(lambda: listed(w, handles[0])) == 0
 
 
 @in_world
@@ -109,23 +117,15 @@ async def test_a_directory_that_is_renamed_before_it_is_read(w: World) -> None:
     assert await listed(w, await w.operations.opendir(before, ctx())) == expected
 
     fh = await w.operations.opendir(before, ctx())
-    w.operations.waiter.do_chore()
     await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
     assert await listed(w, fh) == expected
     assert await listed(w, fh) == expected, "after a rewind"
 
 
-async def prepared(
-    w: World, directory: pyfuse3.InodeT, child: bytes = b"file"
-) -> pyfuse3.FileHandleT:
-    """A listing with this child that is made, but has not been read."""
+async def prepared(w: World, directory: pyfuse3.InodeT) -> pyfuse3.FileHandleT:
+    """An open listing whose children's kinds are fetched, and that has not been read."""
     await listed(w, await w.operations.opendir(directory, ctx()))
-    fh = await w.operations.opendir(directory, ctx())
-    w.operations.waiter.do_chore()
-    handle = w.operations._handles.get(fh)
-    assert isinstance(handle, DirectoryHandle)
-    assert child in handle.made
-    return fh
+    return await w.operations.opendir(directory, ctx())
 
 
 @in_world
@@ -133,25 +133,21 @@ async def test_a_child_that_is_looked_up_before_it_is_read(w: World) -> None:
     await w.store.write("data/file", b"value")
     data = (await w.lookup(b"data")).st_ino
     fh = await prepared(w, data)
-    handle = w.operations._handles.get(fh)
-    assert isinstance(handle, DirectoryHandle)
-    found = handle.made[b"file"]
-    assert found is not None
-    made = found[1]
-    await w.operations.forget([(made.inode, made.lookups)])
+    listed_before = w.table.get((await w.lookup(b"data", b"file")).st_ino)
+    await forget(w, listed_before.inode)
     file = (await w.lookup(b"data", b"file")).st_ino
-    known = w.tree.get(file)
-    assert known is not made
-    await listed(w, fh)
-    assert w.tree.get(file) is known
+    known = w.table.get(file)
+    assert known is not listed_before
+    assert (await entries_of(w, fh))[b"file"].inode == file
+    assert w.table.get(file) is known
     assert known.lookups == 2
-    assert made.lookups == FORGOTTEN
+    assert listed_before.lookups == FORGOTTEN
 
 
 async def forget(w: World, inode: pyfuse3.InodeT) -> None:
     """The kernel forgets the node."""
-    await w.operations.forget([(inode, w.tree.get(inode).lookups)])
-    assert w.tree.peek(inode) is None
+    await w.operations.forget([(inode, w.table.get(inode).lookups)])
+    assert w.table.peek(inode) is None
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -166,9 +162,9 @@ def test_a_child_that_is_renamed_before_it_is_read(*, forgotten: bool) -> None:
         if forgotten:
             await forget(w, file)
         inode = (await entries_of(w, fh))[b"file"].inode
-        assert w.tree.get(inode).path == b"/local/domain/0/data/file"
+        assert w.table.get(inode).path == b"/local/domain/0/data/file"
         if not forgotten:
-            assert w.tree.get(file).path == b"/local/domain/0/data/new"
+            assert w.table.get(file).path == b"/local/domain/0/data/new"
 
     run()
 
@@ -180,12 +176,12 @@ async def test_a_directory_that_was_renamed_and_is_forgotten_before_it_is_read(w
     data = (await w.lookup(b"data")).st_ino
     old = (await w.lookup(b"data", b"old")).st_ino
     await w.operations.rename(data, b"old", data, b"new", cast(Any, 0), ctx())
-    fh = await prepared(w, data, b"new")
+    fh = await prepared(w, data)
     await forget(w, old)
     inode = (await entries_of(w, fh))[b"new"].inode
     assert inode != old
     await w.operations.rename(data, b"new", data, b"third", cast(Any, 0), ctx())
-    assert w.tree.get(inode).path == b"/local/domain/0/data/third"
+    assert w.table.get(inode).path == b"/local/domain/0/data/third"
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -216,8 +212,8 @@ async def test_a_child_that_is_moved_to_another_directory_before_it_is_read(w: W
     file = (await w.lookup(b"data", b"file")).st_ino
     await w.operations.rename(data, b"file", other, b"file", cast(Any, 0), ctx())
     inode = (await entries_of(w, fh))[b"file"].inode
-    assert w.tree.get(inode).path == b"/local/domain/0/data/file"
-    assert w.tree.get(file).path == b"/local/domain/0/data/other/file"
+    assert w.table.get(inode).path == b"/local/domain/0/data/file"
+    assert w.table.get(file).path == b"/local/domain/0/data/other/file"
 
 
 @pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
@@ -230,7 +226,6 @@ def test_an_empty_directory_that_goes_before_it_is_read(how: str) -> None:
         data = (await w.lookup(b"data")).st_ino
         await w.operations.mkdir(data, b"empty", cast(Any, 0), ctx())
         fh = await w.operations.opendir(data, ctx())
-        w.operations.waiter.do_chore()
         told = await entries_of(w, fh, 0, 3)
         assert list(told) == [b".", b"..", b"a"]
         if how == "renamed":
@@ -242,7 +237,7 @@ def test_an_empty_directory_that_goes_before_it_is_read(how: str) -> None:
         told = await entries_of(w, fh, told[b"a"].next_id)
         assert list(told) == [b"empty"]
         for entry in told.values():
-            node = w.tree.get(entry.inode)
+            node = w.table.get(entry.inode)
             assert stat.S_IFMT(entry.mode) == node.kind
             assert entry.timeout == node.entry_timeout
 
@@ -280,25 +275,6 @@ async def test_a_listing_that_is_begun_at_its_end(w: World) -> None:
 
 
 @in_world
-async def test_a_listing_that_makes_no_sense_is_met_by_who_reads_it(w: World) -> None:
-    data = (await w.lookup(b"data")).st_ino
-
-    class Nonsense(LookInside):
-        def digest(self) -> Children:
-            raise WireError("a listing that makes no sense")
-
-    fh = await w.operations.opendir(data, ctx())
-    handle = w.operations._handles.get(fh)
-    assert isinstance(handle, DirectoryHandle)
-    handle.inside = Nonsense(w.view, b"/")
-    w.operations.waiter.do_chore()
-    await refused(errno.EIO, listed(w, fh))
-    # It was met; from the start on it is asked again.
-    assert await listed(w, fh, 1) == {b"..": True}
-    assert await listed(w, fh) == {b".": True, b"..": True}
-
-
-@in_world
 async def test_a_listing_in_parts(w: World) -> None:
     """The kernel knows what it was given, and no more; from anywhere on, also back, it is the same."""
     await w.store.write("data", b"value")
@@ -309,8 +285,8 @@ async def test_a_listing_in_parts(w: World) -> None:
     first = await entries_of(w, fh, 0, 5)
     assert list(first) == [b".", b"..", b".value", b"0", b"1"]
     known = {entry.inode for entry in first.values()}
-    assert [w.tree.get(inode).lookups for inode in known - {data}] == [1, 1, 1]
-    assert len(w.tree) == 2 + 3, "the root and data, and what was listed"
+    assert [w.table.get(inode).lookups for inode in known - {data}] == [1, 1, 1]
+    assert len(w.table) == 2 + 3, "the root and data, and what was listed"
     rest = await entries_of(w, fh, first[b"1"].next_id)
     assert list(rest) == [b"2", b"3"]
     assert await entries_of(w, fh, 2) == {
@@ -321,35 +297,35 @@ async def test_a_listing_in_parts(w: World) -> None:
 
 @in_world
 async def test_a_reply_that_fails_in_the_middle_tells_the_kernel_of_nothing(w: World) -> None:
-    for number in range(LOOK_WINDOW + 50):
+    for number in range(FETCH_WINDOW + 50):
         await w.store.write(f"data/{number}", b"1")
     data = (await w.lookup(b"data")).st_ino
     known = await w.lookup(b"data", b"7")
-    look_at_children = w.view.look_at_children
+    kinds = w.view.kinds
     asked = 0
 
-    async def look(path: bytes, names: Sequence[bytes]) -> dict[bytes, Look | None]:
+    async def failing(path: bytes, names: Sequence[bytes]) -> dict[bytes, NodeState | None]:
         nonlocal asked
         asked += 1
         if asked % 2 == 0:
             raise ConnectionLost("in the middle")
-        return await look_at_children(path, names)
+        return await kinds(path, names)
 
     fh = await w.operations.opendir(data, ctx())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(w.view, "look_at_children", look)
+        patch.setattr(w.view, "kinds", failing)
         for times in (1, 2):
             await refused(errno.EIO, listed(w, fh))
             assert asked == 2 * times
-            assert len(w.tree) == 3, "the root, data, and what was looked up"
-            assert w.tree.get(known.st_ino).lookups == 1
-    assert len(await listed(w, fh)) == 2 + LOOK_WINDOW + 50
-    assert w.tree.get(known.st_ino).lookups == 2
+            assert len(w.table) == 3, "the root, data, and what was looked up"
+            assert w.table.get(known.st_ino).lookups == 1
+    assert len(await listed(w, fh)) == 2 + FETCH_WINDOW + 50
+    assert w.table.get(known.st_ino).lookups == 2
 
 
 @in_world
 async def test_a_directory_that_is_renamed_between_two_parts(w: World) -> None:
-    for number in range(LOOK_WINDOW + 50):
+    for number in range(FETCH_WINDOW + 50):
         await w.store.write(f"data/d/{number}", b"1")
     data = (await w.lookup(b"data")).st_ino
     fh = await w.operations.opendir((await w.lookup(b"data", b"d")).st_ino, ctx())
@@ -357,7 +333,7 @@ async def test_a_directory_that_is_renamed_between_two_parts(w: World) -> None:
     await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
     last = list(first.values())[-1]
     rest = await entries_of(w, fh, last.next_id)
-    assert len(first) + len(rest) == LOOK_WINDOW + 50 + 2
+    assert len(first) + len(rest) == FETCH_WINDOW + 50 + 2
 
 
 @in_world
@@ -401,3 +377,76 @@ async def test_the_directory_data_is_listed_while_it_is_not_there(w: World) -> N
     await w.store.delete("data")
     for _ in range(2):  # the second time it is among the names that are guessed, and is not
         assert (await listed(w, await w.operations.opendir(ROOT, ctx())))[b"data"]
+
+
+async def write_children(w: World, count: int) -> None:
+    home = w.view.home
+    await w.store.pipeline([write(b"%s/data/%d" % (home, number), b"") for number in range(count)])
+
+
+@in_world
+async def test_the_memory_of_open_listings_is_bounded(w: World) -> None:
+    await write_children(w, 5000)
+    await w.store.write("other/x", b"")
+    data = (await w.lookup(b"data")).st_ino
+    other = (await w.lookup(b"other")).st_ino
+    nobody, root = ctx(uid=65534), ctx()
+
+    async def open_all(caller: RequestContext) -> list[pyfuse3.FileHandleT]:
+        handles = []
+        for _ in range(1000):
+            try:
+                handles.append(await w.operations.opendir(data, caller))
+            except FUSEError as error:
+                assert error.errno == errno.ENFILE
+                return handles
+            await entries_of(w, handles[-1], 0, FETCH_WINDOW)
+        raise AssertionError("never refused")
+
+    await w.operations.releasedir(await w.operations.opendir(data, root))
+    assert listing.LISTING_BYTES_MAX == 64 << 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "LISTING_BYTES_MAX", 8 << 20)  # the test is quicker so
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            by_nobody = await open_all(nobody)
+            by_root = await open_all(root)
+            after, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert after - before <= 8 << 20
+        assert len(by_nobody) >= 5
+        assert len(by_root) >= 5
+
+        # One that is closed makes room for another, of any user.
+        await w.operations.releasedir(by_root.pop())
+        assert set(await listed(w, await w.operations.opendir(other, root))) == {b".", b"..", b"x"}
+        for fh in (*by_nobody, *by_root):
+            await w.operations.releasedir(fh)
+        assert len(await open_all(nobody)) == len(by_nobody)
+
+
+@in_world
+async def test_listings_of_others_work_while_one_user_has_all_that_are_for_users(w: World) -> None:
+    await write_children(w, 5000)
+    data = (await w.lookup(b"data")).st_ino
+    with pytest.raises(FUSEError) as refusal:
+        for _ in range(1000):
+            await w.operations.opendir(data, ctx(uid=65534))
+    assert refusal.value.errno == errno.ENFILE
+    assert len(await listed(w, await w.operations.opendir(data, ctx()))) == 5002
+
+
+@in_world
+async def test_a_file_whose_creation_is_owed_is_listed(w: World) -> None:
+    data = (await w.lookup(b"data")).st_ino
+    info, _ = await w.operations.create(data, b"new", cast(Any, 0o644), cast(Any, WRONLY), ctx())
+    expected = {b".": True, b"..": True, b"new": False}
+    for _ in range(2):
+        assert await listed(w, await w.operations.opendir(data, ctx())) == expected
+    by_root = (await w.lookup(b".root", b"local", b"domain", b"0", b"data")).st_ino
+    assert await listed(w, await w.operations.opendir(by_root, ctx())) == expected
+    await refused(errno.ENOTEMPTY, w.operations.rmdir(ROOT, b"data", ctx()))
+    await w.operations.release(info.fh)
+    assert await w.store.read("data/new") == b""

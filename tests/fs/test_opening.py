@@ -1,15 +1,15 @@
-"""Ring: the operations in process: what a LOOKUP makes ready for the OPEN that follows it."""
+"""The operations in process: the value that a LOOKUP hands over to the OPEN of the same open(2)."""
 
 from __future__ import annotations
 
 import errno
 import stat
+import time
 from collections.abc import Awaitable, Callable
 
 import pyfuse3
 import pytest
 from pyfuse3 import FUSEError
-from xsfs.fs.handles import Handles
 
 from tests.support.operating import (
     RDONLY,
@@ -21,7 +21,8 @@ from tests.support.operating import (
     in_world_of,
     refused,
 )
-from xsfs.fs import prefetched
+from xsfs.fs import inodes
+from xsfs.fs.nodes import Caller
 from xsfs.fs.operations import Operations
 from xsfs.xenstore.store import open_store
 
@@ -37,16 +38,16 @@ def test_an_open_that_fails(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whether or not its LOOKUP has made all ready."""
+    """Whether or not its LOOKUP has handed a value over."""
 
-    def fail(self: Handles, uid: int) -> bool:
+    def fail(self: Operations, caller: Caller) -> None:
         raise error
 
     @in_world
     async def test(w: World) -> None:
         entry = await w.lookup(b"name", pid=1 if looked_up else 2)
         with monkeypatch.context() as patch:
-            patch.setattr(Handles, "admit", fail)
+            patch.setattr(Operations, "_admit", fail)
             await refused(number, w.operations.open(entry.st_ino, RDONLY, ctx(1)))
         assert len(w.operations) == 0
         info = await w.operations.open(entry.st_ino, RDONLY, ctx(1))
@@ -57,29 +58,66 @@ def test_an_open_that_fails(
 
 
 @in_world
-async def test_what_a_lookup_has_made_ready_is_all_that_is_opened(w: World) -> None:
-    async def slow(self: Operations, *args: object) -> pyfuse3.FileInfo:
-        raise AssertionError("nothing had been made ready")
-
-    entry = await w.lookup(b"name")
-    answered = w.operations.answered
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Operations, "_open", slow)
-        info = await w.operations.open(entry.st_ino, RDONLY, ctx())
-    assert w.operations.answered == answered + 1
-    assert await w.operations.read(info.fh, 0, 4096) == b"Domain-0\n"
+async def test_a_value_is_handed_over_once_to_the_thread_that_looked_it_up(w: World) -> None:
+    entry = await w.lookup(b"name", pid=1)
+    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(2))) == 2
+    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(1))) == 0
+    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(1))) == 2
 
 
 @in_world
-async def test_what_was_made_ready_is_good_for_a_moment(w: World) -> None:
+async def test_a_value_is_handed_over_for_its_own_inode_only(w: World) -> None:
+    await w.store.write("data/x", "other")
+    other = await w.lookup(b"data", b"x", pid=1)
+    await w.lookup(b"name", pid=1)
+    info = await w.operations.open(other.st_ino, RDONLY, ctx(1))
+    assert await w.operations.read(info.fh, 0, 4096) == b"other\n"
+
+
+@in_world
+async def test_a_value_is_handed_over_within_a_millisecond(w: World) -> None:
+    """stat(2) of a file, and an open(2) by /proc/self/fd/N later, are not one system call."""
+    assert inodes.HANDOVER_SECONDS <= 0.001
+    await w.store.write("data/x", "old")
+    entry = await w.lookup(b"data", b"x")
+    await w.store.write("data/x", "new")
+    end = time.monotonic() + inodes.HANDOVER_SECONDS
+    while time.monotonic() <= end:
+        pass
+    info = await w.operations.open(entry.st_ino, RDONLY, ctx())
+    assert await w.operations.read(info.fh, 0, 4096) == b"new\n"
+
+
+@in_world
+async def test_the_hand_over_is_bounded(w: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefetched, "PREFETCH_SECONDS", -1.0)
-        entry = await w.lookup(b"name")
-    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx())) == 2
+        patch.setattr(inodes, "HANDOVER_SECONDS", 1000.0)
+        for pid in range(inodes.HANDOVERS_MAX + 1):
+            entry = await w.lookup(b"name", pid=pid)
+        assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(0))) == 2
+        assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(1))) == 0
+
+
+@in_world
+async def test_what_a_write_made_outdated_is_not_handed_over(w: World) -> None:
+    """Whatever changed it: a write, an extended attribute, a removal."""
+    await w.store.write("data/x", "old")
+    data = (await w.lookup(b"data")).st_ino
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inodes, "HANDOVER_SECONDS", 1000.0)
+        entry = await w.lookup(b"data", b"x")
+        await w.operations.setxattr(entry.st_ino, b"user.xs.value", b"new", ctx())
+        info = await w.operations.open(entry.st_ino, RDONLY, ctx())
+        assert await w.operations.read(info.fh, 0, 4096) == b"new\n"
+        entry = await w.lookup(b"data", b"x")
+        await w.operations.unlink(data, b"x", ctx(2))
+        await w.store.write("data/x", "another")
+        info = await w.operations.open((await w.lookup(b"data", b"x")).st_ino, RDONLY, ctx())
+        assert await w.operations.read(info.fh, 0, 4096) == b"another\n"
 
 
 async def furnish(w: World) -> None:
-    """Nodes of the guest, which he may read and write, read, or neither."""
+    """Nodes of the guest, which it may read and write, read, or neither."""
     async with open_store(connect=w.connect_as(0)) as dom0:
         for name, perms in (("own", "n5"), ("readable", "r0"), ("secret", "n0")):
             await dom0.write(f"/local/domain/5/data/{name}", "value")
@@ -89,8 +127,8 @@ async def furnish(w: World) -> None:
 
 
 @in_world_of(5)
-async def test_a_guest_opens_what_he_may(w: World) -> None:
-    """The kernel is not asked for permissions: it is xsfs that must refuse."""
+async def test_a_guest_opens_what_its_permissions_allow(w: World) -> None:
+    """The kernel is not asked for permissions: so xsfs must refuse."""
     await furnish(w)
     entry = await w.lookup(b"data", b"readable")
     assert stat.S_IMODE(entry.st_mode) == 0o400
@@ -128,9 +166,9 @@ def test_nothing_of_an_ended_transaction_is_opened(end: Callable[[World], Awaita
 
 
 @in_world
-async def test_a_value_is_opened_as_the_node_that_the_tree_has(w: World) -> None:
+async def test_a_value_is_opened_as_the_node_that_the_table_has(w: World) -> None:
     await w.store.write("data/x", "value")
     await w.store.write("data/x/child", "value")
     entry = await w.lookup(b"data", b"x", b".value")
     info = await w.operations.open(entry.st_ino, RDONLY, ctx())
-    assert w.operations._handles.get(info.fh).node is w.tree.get(entry.st_ino)
+    assert w.operations._handles[info.fh].node is w.table.get(entry.st_ino)

@@ -12,8 +12,6 @@ import logging
 import pyfuse3
 import pytest
 from pyfuse3 import FUSEError
-from xsfs.fs.verdicts import errno_of
-from xsfs.view.known import KNOWN_MAX, StickyDirectories
 
 from tests.support.operating import (
     APPEND,
@@ -28,6 +26,9 @@ from tests.support.operating import (
     refused,
 )
 from xsfs.fs.directories import Directory
+from xsfs.fs.errnos import errno_of
+from xsfs.fs.open_files import open_files_of
+from xsfs.view.kinds import STICKY_MAX, StickyDirectories
 from xsfs.xenstore.errors import (
     ConnectionLost,
     RequestTimeout,
@@ -41,7 +42,7 @@ from xsfs.xenstore.protocol import WireError, directory, read, watch, write
 
 
 @in_world
-async def test_open_read_close_asks_once(w: World) -> None:
+async def test_open_read_close_is_one_round_trip(w: World) -> None:
     async def cat() -> None:
         entry = await w.lookup(b"name")
         handle = await w.operations.open(entry.st_ino, RDONLY, ctx())
@@ -49,7 +50,7 @@ async def test_open_read_close_asks_once(w: World) -> None:
         assert await w.operations.read(handle.fh, 9, 4096) == b""
         await w.operations.release(handle.fh)
 
-    assert await w.costs(cat) == 2  # READ and DIRECTORY, in one burst
+    assert await w.costs(cat) == 2  # READ and DIRECTORY, in one pipeline
     assert len(w.operations) == 0
 
 
@@ -100,21 +101,21 @@ async def test_echo_is_one_request(w: World) -> None:
     assert await w.store.read("data/new") == b"42"
 
 
-def test_known_directories_are_bounded() -> None:
-    known = StickyDirectories()
-    for number in range(KNOWN_MAX + 10):
-        known.add(b"/%d" % number)
-    assert known.get(b"/9") is None
-    assert known.get(b"/10") is False
-    known.add(b"/10", with_value=True)
-    known.add(b"/10")
-    assert known.get(b"/10") is True
+def test_sticky_directories_are_bounded() -> None:
+    sticky = StickyDirectories()
+    for number in range(STICKY_MAX + 10):
+        sticky.add(b"/%d" % number)
+    assert sticky.get(b"/9") is None
+    assert sticky.get(b"/10") is False
+    sticky.add(b"/10", with_value=True)
+    sticky.add(b"/10")
+    assert sticky.get(b"/10") is True
 
 
 # ------------------------------------------------------------------------------------------ errors
 
 
-def test_verdicts() -> None:
+def test_errnos() -> None:
     for name in ("ENOENT", "EACCES", "EPERM", "ENOSPC", "EAGAIN", "EEXIST", "EROFS", "EBUSY"):
         assert errno_of(XenstoreError(name, read(b"/x"))) == getattr(errno, name)
     assert errno_of(XenstoreError("EQUOTA", write(b"/x", b""))) == errno.EDQUOT
@@ -171,7 +172,7 @@ def test_every_exception_becomes_an_errno(
         answered = w.operations.answered
         assert (await w.lookup(b"name")).st_size == 9
         assert w.operations.answered == answered + 1
-        assert w.operations.waiter.under_way == 0
+        assert w.operations.kernel.under_way == 0
 
     with caplog.at_level(logging.WARNING):
         test()
@@ -193,7 +194,7 @@ async def test_what_is_due_at_the_end_is_written(w: World) -> None:
     data = await w.lookup(b"data")
     await w.operations.create(data.st_ino, b"touched", 0o644, WRONLY | APPEND, ctx())
     assert await w.store.read("data/x") == b"old"
-    await w.operations.end()
+    await w.operations.end(w.view)
     assert await w.store.read("data/x") == b""
     assert await w.store.read("data/touched") == b""
     assert len(w.operations) == 0

@@ -465,6 +465,26 @@ def test_directories_with_scratch_files(place: Place, box: Path, witness: XsClie
         (box / "gone" / ".x").write_text("1")
 
 
+def test_a_directory_that_is_removed_under_its_user(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    (box / "d").mkdir()
+    (box / "d" / ".x").write_text("1")
+    inside = os.open(box / "d", os.O_DIRECTORY)
+    try:
+        witness.rm(node(place, box / "d"))
+        with fails(errno.ENOENT):
+            os.stat(".x", dir_fd=inside)
+        with fails(errno.ENOENT):
+            os.mknod(".y", dir_fd=inside)
+        with pytest.raises(OSError, match="Stale|No such"):
+            os.close(os.open(".y", os.O_CREAT | os.O_WRONLY, dir_fd=inside))
+        witness.write(node(place, box / "d" / "f"), b"1")
+        assert os.listdir(box / "d") == ["f"]
+    finally:
+        os.close(inside)
+
+
 def test_rm_and_cp_and_tar(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
     mount.bash(f"cd {box}; mkdir d; echo 1 > d/f; echo 2 > d/.x; cp -a d e; mv d/.x d/g; rm -r d")
     assert sorted(os.listdir(box / "e")) == [".x", "f"]

@@ -37,7 +37,7 @@ def script(tmp_path: Path) -> Path:
 
 
 def run_many(script: Path, name: str, mounts: list[Mount], key: str, times: int) -> None:
-    """One process at each of the mounts given, each adding one so many times."""
+    """One process for each of the given mounts adds one, `times` times."""
     command = f'i=0; while [ $i -lt {times} ]; do {name} "$0" "$1" "$2" || exit 1; i=$((i+1)); done'
     processes = [
         subprocess.Popen(
@@ -58,7 +58,7 @@ def run_many(script: Path, name: str, mounts: list[Mount], key: str, times: int)
         for process in processes:
             process.kill()
             process.wait()
-    # Each saw a number of its own.
+    # Every process saw different numbers.
     assert len(set(printed)) == len(mounts) * times
 
 
@@ -122,7 +122,7 @@ def test_a_script_that_is_ended_leaves_nothing(
     words = ["dash", "-c", blocking, "increment", str(mount.path), f"data/{box.name}/n"]
     process = subprocess.Popen(words)
     until(lambda: os.listdir(mount.path / ".transaction") == [f"increment-{process.pid}"])
-    # It is a shell which waits in open(2): that ends with the signal.
+    # The shell waits in open(2), which the signal ends.
     process.send_signal(signal.SIGTERM)
     assert process.wait(LIMIT) == 1
     assert os.listdir(mount.path / ".transaction") == []
@@ -132,7 +132,7 @@ def test_a_script_that_is_ended_leaves_nothing(
 def test_a_domain_has_the_transactions_of_its_own_rights(
     place: Place, mount: Mount, tx: Path
 ) -> None:
-    """What Xenstore refuses, it refuses inside, at the time of the write."""
+    """Xenstore refuses a write inside a transaction at the time of the write."""
     tx.mkdir()
     name = Path(f"{tx}/.root/local/domain/{GUEST}/name")
     if place.guest:

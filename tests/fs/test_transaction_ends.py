@@ -167,7 +167,7 @@ def test_idle_ones_are_rolled_back(
             os.stat("x", dir_fd=held)
         os.close(held)
         assert mount.counter("transactions") == 0
-        assert "transaction idle was not used for 0.5 s" in mount.stderr
+        assert "rolled back transaction idle: idle for 0.5 s" in mount.stderr
         assert witness.ls(node(place, box)) == ["old"]
 
 
@@ -278,7 +278,7 @@ def test_the_daemon_restarts(tmp_path: Path, kind: str) -> None:
                 with fails(errno.ESTALE):
                     os.write(held, b"commit\n")
             until(lambda: os.listdir(mount.path / ".transaction") == [])
-            assert "transaction t1 lost its connection" in mount.stderr
+            assert "rolled back transaction t1: its connection was closed" in mount.stderr
             again = start(mount, "t1")
             (again / "data" / "y").write_text("2\n")
             control(again, "commit")

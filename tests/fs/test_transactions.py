@@ -28,7 +28,6 @@ from tests.support.transaction_dirs import (
     start,
 )
 from tests.support.xenstored.harness import RealXenstored, XsClient
-from xsfs.fs.transactions import KnownInTransaction
 from xsfs.view.kinds import StickyDirectories
 
 # ---------------------------------------------------------------------------------- the ordinary
@@ -497,11 +496,11 @@ def test_what_a_transaction_knows_of_directories(
         take(model, step)
     all_paths = [b"/a", b"/a/b", b"/a/b/c", b"/d", b"/d/b", b"/d/b/c", b"/x", b"/x/b", b"/x/b/c"]
     first = [outside.get(path) for path in all_paths]
-    layer = KnownInTransaction(outside)
+    layer = outside.copy()
     for step in within:
         take(layer, step)
         take(model, step)
     assert [layer.get(path) for path in all_paths] == [model.get(path) for path in all_paths]
     assert [outside.get(path) for path in all_paths] == first
-    layer.committed()
+    outside.carry_out(layer)
     assert [outside.get(path) for path in all_paths] == [model.get(path) for path in all_paths]

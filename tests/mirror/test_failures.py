@@ -9,16 +9,25 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.mirror.test_places import refused
-from tests.support.lying_store import HangUp, LyingStore, Talk, on, says, silence
-from tests.support.mirroring import HOME, Mirrored, await_true, live, mirrored, scratch
+from tests.support.lying_store import HangUp, Lie, LyingStore, Talk, on, says, silence
+from tests.support.mirroring import (
+    HOME,
+    Mirrored,
+    await_true,
+    has_user_attributes,
+    live,
+    mirrored,
+    scratch,
+)
 from tests.support.mounting import LIMIT, Place, each_place, mounted
 from tests.support.xenstored.harness import XsClient, strings
-from xsfs.xenstore.protocol import Message, Op, encode
+from xsfs.xenstore.protocol import Message, Op
 
 place = each_place("C", "ocaml")
 
@@ -114,7 +123,7 @@ def test_a_watch_that_is_refused_is_tried_again(
         liar.lie = on(Op.WATCH, says(b"E2BIG\0", Op.ERROR))
         liar.hang_up()
         await_true(lambda: is_gone(alive))
-        await_true(lambda: "is refused" in alive.mount.stderr)
+        await_true(lambda: "refuses the watch" in alive.mount.stderr)
         liar.behave()
         alive.witness.close()
         alive.witness = place.witness()
@@ -134,33 +143,6 @@ def test_hung_up_on_in_the_middle(place: Place, liar: LyingStore, tmp_path: Path
                 alive.witness.write(f"{HOME}/hung/{n}", f"{number}+")
             alive.settle()
         alive.witness.rm(f"{HOME}/hung")
-
-
-def test_the_new_file_is_made_while_the_store_is_asked(
-    place: Place, liar: LyingStore, tmp_path: Path
-) -> None:
-    path = f"{HOME}/awaited"
-    with mirrored(behind(place, liar), tmp_path / "m") as alive:
-        alive.witness.write(path, "old")
-        alive.settle()
-        held: list[tuple[Talk, Message]] = []
-
-        def hold(talk: Talk, request: Message) -> bool:
-            if request.op != Op.READ or request.payload != path.encode() + b"\0":
-                return False
-            held.append((talk, request))
-            return True
-
-        liar.lie = hold
-        alive.witness.write(path, "new")
-        made = alive.directory.parent / f".{alive.directory.name}.xsfs" / "new"
-        await_true(lambda: bool(held) and made.exists())
-        liar.behave()
-        for talk, request in held:
-            talk.upstream.sendall(encode(*request))
-        alive.settle()
-        assert not made.exists()
-        alive.witness.rm(path)
 
 
 # ---------------------------------------------------------------------------------- lies
@@ -230,10 +212,9 @@ def test_names_of_no_file(place: Place, liar: LyingStore, tmp_path: Path) -> Non
     "lie",
     [
         on(Op.WATCH, silence),
-        on(Op.GET_PERMS, says(b"garbage")),
         on(Op.READ, says(b"EIO\0", Op.ERROR)),
     ],
-    ids=["no watch", "no permissions", "no values"],
+    ids=["no watch", "no values"],
 )
 def test_no_mirror_of_nonsense(place: Place, liar: LyingStore, tmp_path: Path, lie: object) -> None:
     def later(talk: Talk, request: Message) -> bool:
@@ -258,15 +239,89 @@ def many(store: XsClient, directory: str) -> None:
     store.pipeline(("WRITE", strings(f"{directory}/{n}") + b"%d" % n) for n in range(MANY))
 
 
-@pytest.mark.parametrize("number", [0, 200, MANY - 1])
-def test_no_mirror_where_one_of_many_makes_no_sense(
-    place: Place, liar: LyingStore, tmp_path: Path, number: int
+def contains(path: Path, content: str) -> bool:
+    return path.exists() and path.read_text() == content
+
+
+NONSENSE: dict[str, tuple[Op, Lie]] = {
+    "an error of a value": (Op.READ, says(b"EIO\0", Op.ERROR)),
+    "an unknown error": (Op.DIRECTORY, says(b"EWHATEVER\0", Op.ERROR)),
+    "a listing without its end": (Op.DIRECTORY, says(b"child")),
+    "too many children to list": (Op.DIRECTORY, says(b"E2BIG\0", Op.ERROR)),
+}
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE)
+def test_a_node_that_makes_no_sense_costs_that_node(
+    place: Place, liar: LyingStore, caplog: pytest.LogCaptureFixture, nonsense: str
 ) -> None:
-    """It is looked at while the files of others are made."""
+    """The mirror has all the others, at the start and later, and the log tells once."""
+    top = "/sense"
+    bad = [f"{top}/bad", f"{top}/many/{MANY // 2}"]
+    op, reply = NONSENSE[nonsense]
+
+    def lie(talk: Talk, request: Message) -> bool:
+        path = request.payload.partition(b"\0")[0].decode()
+        if path not in bad:
+            return False
+        if nonsense == "too many children to list" and request.op == Op.DIRECTORY_PART:
+            return says(b"ENOSYS\0", Op.ERROR)(talk, request)
+        return request.op == op and reply(talk, request)
+
+    with place.witness() as store:
+        many(store, f"{top}/many")
+        store.write(f"{top}/bad", "v")
+        liar.lie = lie
+        with live(liar.path, store, root=top) as alive:
+            for number in range(3):
+                for path in bad:
+                    store.write(path, str(number))
+                store.write(f"{top}/good", str(number))
+                await_true(partial(contains, alive.path("good"), f"{number}\n"))
+            assert alive.mirror.is_current
+            assert sorted(os.listdir(alive.directory)) == ["good", "many"]
+            assert len(os.listdir(alive.path("many"))) == MANY - 1
+            for path in bad:
+                said = f"left out of the mirror: {path.encode()!r}"
+                assert sum(said in line for line in caplog.messages) == 1
+            liar.behave()
+            for path in bad:
+                store.write(path, "good")
+            alive.settle()
+        store.rm(top)
+
+
+@pytest.mark.parametrize(
+    "perms", [b"garbage", b"", b"n0\0x7\0", b"n0\0r-1\0", b"\xff" * 3000 + b"\0"]
+)
+def test_permissions_that_make_no_sense_are_shown_as_they_came(
+    place: Place, liar: LyingStore, perms: bytes
+) -> None:
+    """Domain 0 may do everything with the node, and sees it."""
+    path = "/sense/bad"
+
+    def lie(talk: Talk, request: Message) -> bool:
+        return request.payload == f"{path}\0".encode() and says(perms)(talk, request)
+
+    with place.witness() as store:
+        store.write(path, "v")
+        liar.lie = on(Op.GET_PERMS, lie)
+        with live(liar.path, store, root="/sense") as alive:
+            store.write(path, "w")
+            await_true(lambda: alive.path("bad").read_text() == "w\n")
+            if has_user_attributes(alive.directory.parent) and perms:
+                shown = os.getxattr(alive.path("bad"), "user.xs.perms")
+                assert shown == perms.rstrip(b"\0").replace(b"\0", b",")
+        store.rm("/sense")
+
+
+def test_a_root_that_makes_no_sense_has_no_mirror(
+    place: Place, liar: LyingStore, tmp_path: Path
+) -> None:
     top = f"{HOME}/many"
 
     def lie(talk: Talk, request: Message) -> bool:
-        about = request.payload == f"{top}/{number}\0".encode()
+        about = request.payload == f"{top}\0".encode()
         return about and says(b"EIO\0", Op.ERROR)(talk, request)
 
     with place.witness() as store:
@@ -303,17 +358,23 @@ def test_hung_up_on_while_many_are_looked_at(
 
 
 def test_nonsense_later_withdraws_it(place: Place, liar: LyingStore, tmp_path: Path) -> None:
+    def about_home(talk: Talk, request: Message) -> bool:
+        about = request.payload == f"{HOME}\0".encode()
+        return about and says(b"EIO\0", Op.ERROR)(talk, request)
+
     with scratch() as above, place.witness() as store:
         options = f"timeout=0.5,mirror={above}/m"
         with mounted(["-o", options, liar.path], tmp_path / "m", tracebacks=True) as mount:
             alive = Mirrored(mount, above / "m", HOME, store)
             alive.settle()
-            liar.lie = on(Op.GET_PERMS, says(b"garbage"))
+            liar.lie = on(Op.READ, about_home)
             store.write(f"{HOME}/nonsense", "v")
+            store.write(HOME, "v")
             await_true(lambda: is_gone(alive))
             assert (mount.path / "nonsense").read_text() == "v\n"
             liar.behave()
             store.rm(f"{HOME}/nonsense")
+            store.write(HOME, "")
             await_true((mount.path / ".mirror").exists, 70)
             alive.settle()
         assert os.listdir(above) == []

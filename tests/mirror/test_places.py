@@ -367,3 +367,48 @@ def test_the_owner_leads_nobody_outside(place: Place, tmp_path: Path, shm: Path)
         assert (outside / "d" / "f").read_text() == "mine"
         assert sorted(str(p.relative_to(outside)) for p in outside.rglob("*")) == ["d", "d/f", "f"]
         assert os.listxattr(outside / "d") == []
+
+
+@pytest.mark.parametrize("when", ["while it lives", "before the next start"])
+def test_another_user_swaps_the_directory_for_a_link(
+    place: Place, tmp_path: Path, shm: Path, when: str
+) -> None:
+    """Who may write to the directory above it: with a mirror there, any directory could be had."""
+    shm.chmod(0o711)
+    victim, theirs = shm / "victim", shm / "theirs"
+    for directory in (victim, theirs):
+        directory.mkdir()
+    (victim / "precious").write_text("mine")
+    os.chown(theirs, 65534, 65534)
+    script = "mkdir m" if when == "while it lives" else "ln -s ../victim m; mkdir .m.xsfs"
+
+    def attack(script: str) -> None:
+        subprocess.run(["sh", "-ec", script], cwd=theirs, preexec_fn=as_nobody, check=True)
+
+    attack(script)
+    before = victim.stat()
+    mount = Mount(["-o", f"mirror={theirs}/m", place.socket], tmp_path / "m")
+    try:
+        with suppress(AssertionError):
+            mount.wait_mounted()
+            attack("mv m away; mv .m.xsfs away2; ln -s ../victim m; ln -s ../victim .m.xsfs")
+            subprocess.run(["umount", mount.path], check=False)
+        status = mount.process.wait(LIMIT)
+    finally:
+        mount.clear()
+    after = victim.stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, 0, before.st_mode)
+    assert os.listdir(victim) == ["precious"]
+    assert status == EXIT_MIRROR
+    reason = "belongs to another user" if when == "while it lives" else "is not"
+    assert reason in mount.stderr
+
+
+def test_every_parent_is_checked(place: Place, tmp_path: Path, shm: Path) -> None:
+    shm.chmod(0o777)
+    (shm / "own").mkdir()
+    said = refused(place, shm / "own" / "m", tmp_path / "m")
+    assert f"the mirror is not safe in {shm}: it can be written by others" in said
+    shm.chmod(0o1777)
+    with mirrored(place, tmp_path / "m") as alive:
+        alive.settle()

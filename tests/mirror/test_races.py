@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.lying_store import LyingStore, Talk
-from tests.support.mirroring import Live, await_true, live
+from tests.support.mirroring import Live, await_true, has_user_attributes, live
 from tests.support.mounting import GUEST, LIMIT, Place, each_place, open_place
 from tests.support.storming import REFUSED
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsError, strings
@@ -248,7 +248,7 @@ def test_a_subtree_removed_and_made_again_while_it_is_read(place: Place, tmp_pat
         for path in (b"/late/a/7", b"/late/a/149/x", b"/late/a"):
             liar.lie = late = Late(Op.READ, path)
             store.write("/late/a", "again")
-            alive.tell(lambda: alive.mirror._queue.setdefault(b"/late", False))
+            alive.tell(lambda: alive.mirror._queue.update({b"/late": False}))
             assert late.asked.wait(LIMIT)
             store.rm("/late/a")
             for number in range(0, count, 3):
@@ -410,3 +410,33 @@ def test_a_guest_writes_itself(guest: Place) -> None:
         for number in range(5):
             witness.rm(f"data/{number}")
         alive.settle()
+
+
+def test_a_guest_gives_its_nodes_any_permissions(guest: Place) -> None:
+    """Both daemons take them.  The mirror of domain 0 shows them as they came, and all the rest."""
+    path = f"{guest.home}/data/theirs"
+    assert guest.daemon is not None
+    with (
+        guest.witness() as witness,
+        guest.dom0() as dom0,
+        live(guest.daemon.socket, dom0, root=guest.home) as alive,
+    ):
+        reconnects = alive.mirror.store.reconnects
+        for entry in ("r-1", "b32757", "w4294967295", "n99999999999999999999"):
+            witness.write(path, entry)
+            try:
+                witness.set_perms(path, [f"n{GUEST}", entry])
+            except XsError:
+                continue  # this daemon takes it for what it is
+            dom0.write(f"{guest.home}/data/after", entry)
+            after, theirs = alive.path("data/after"), alive.path("data/theirs")
+            alive.settle()
+            assert after.read_text() == theirs.read_text() == f"{entry}\n"
+            if has_user_attributes(alive.directory.parent):
+                shown = os.getxattr(theirs, "user.xs.perms").decode()
+                assert shown == ",".join(dom0.get_perms(path))
+        assert alive.mirror.store.reconnects == reconnects
+        # And from the start.
+        with live(guest.daemon.socket, dom0, root=guest.home) as another:
+            another.settle()
+        dom0.rm(path)

@@ -162,11 +162,11 @@ def test_a_file_is_replaced_by_an_equal_one_if_an_event_names_the_node(shm: Path
 def test_no_step_goes_through_all_children(shm: Path) -> None:
     many = [b"%d" % number for number in range(10_000)]
     with copied(shm / "mirror") as it:
-        assert it.apply(NODE, seen(b"", *many)) > len(many) / CHUNK
+        assert it.apply(NODE, seen(b"", *many)) >= len(many) // CHUNK
         for name in many:
             it.apply(NODE + b"/" + name, seen(b""))
         it.publish()
-        assert it.apply(NODE, seen(b"", *many)) > 2 * (len(many) // CHUNK)
+        assert it.apply(NODE, seen(b"", *many)) >= 2 * (len(many) // CHUNK)
         assert it.apply(NODE, GONE) > len(many)
 
 

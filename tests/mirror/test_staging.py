@@ -103,7 +103,7 @@ def every_operation(files: MirrorDirectory) -> None:
 
 @pytest.mark.parametrize("swapped", ["the directory", "the staging directory", "the parent"])
 def test_a_directory_that_is_swapped_leads_nobody_outside(shm: Path, swapped: str) -> None:
-    """Where it was stands a symbolic link then."""
+    """A symbolic link takes its place."""
     outside = shm / "outside"
     parent = shm / "parent"
     for directory in ("tree/d", "old/d", "d", "mirror/d"):
@@ -180,7 +180,7 @@ UNSAFE: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("why", UNSAFE)
 @pytest.mark.parametrize("where", ["parent", "parent/mirror", ""])
 def test_nobody_else_can_write_where_the_mirror_is(shm: Path, where: str, why: str) -> None:
-    """Nor swap anything above it; which a sticky bit, as that of /tmp, prevents."""
+    """Nor swap anything above it.  A sticky bit prevents that, as in /tmp."""
     (shm / "parent" / "mirror").mkdir(parents=True)
     UNSAFE[why](shm / where)
     if (where, why) == ("", "can be written by others, sticky"):
@@ -210,7 +210,7 @@ def test_a_user_trusts_root_and_oneself(shm: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_default_directory_lets_others_pass(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the umask is: that of the systemd unit is 077."""
+    """Whatever the umask is.  The systemd unit sets 077."""
     run = shm / "run"
     monkeypatch.setattr(staging, "RUN_DIRECTORY", str(run))
     mask = os.umask(0o077)
@@ -231,6 +231,11 @@ def test_the_default_directory_lets_others_pass(shm: Path, monkeypatch: pytest.M
 # ---------------------------------------------------------------------------------------- no room
 
 
+def fill(files: MirrorDirectory, content: bytes) -> None:
+    for number in range(100_000):
+        files.put(b"%d" % number, content, b"n0", new=True)
+
+
 @pytest.mark.parametrize(
     ("options", "content"),
     [("size=8m", b"x" * 4000), ("size=40m", b"x" * 4000), ("nr_inodes=900", b"")],
@@ -240,8 +245,7 @@ def test_a_reserve_stays_free(shm: Path, options: str, content: bytes) -> None:
         whole = os.statvfs(small)
         files.begin()
         with pytest.raises(OSError, match="No space left on device"):
-            for number in range(100_000):
-                files.put(b"%d" % number, content, b"n0", new=True)
+            fill(files, content)
         left = os.statvfs(small)
         if content:
             reserve = max(1 << 20, whole.f_blocks * whole.f_frsize // 20)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from xsfs.mirror.windows import TRIED_MAX, WINDOW, full_window, next_window
 
 from tests.support.mirroring import Live, await_true, live_at
 from tests.support.mounting import Place, each_place
@@ -28,53 +26,6 @@ def alive(place: Place) -> Iterator[Live]:
 @pytest.fixture
 def store(alive: Live) -> XsClient:
     return alive.emptied()
-
-
-def queue(count: int) -> OrderedDict[bytes, None]:
-    return OrderedDict.fromkeys(b"%d" % number for number in range(count))
-
-
-def test_the_latest_come_first() -> None:
-    queued = queue(5)
-    assert next_window(queued, size=3) == [b"4", b"3", b"2"]
-    assert next_window(queued, size=3) == [b"1", b"0"]
-    assert next_window(queued, size=3) == []
-
-
-def test_a_quarter_are_those_that_have_waited_longest() -> None:
-    queued = queue(20)
-    newest = [b"19", b"18", b"17", b"16", b"15", b"14"]
-    assert next_window(queued, size=8, fair=True) == [*newest, b"0", b"1"]
-    assert next(iter(queued)) == b"2"
-    assert next_window(queue(9), size=2, fair=True) == [b"8", b"0"]
-    assert next_window(queue(3), size=8, fair=True) == [b"2", b"1", b"0"]
-
-
-def test_those_that_are_looked_at_anyway_take_nobodys_place() -> None:
-    queued = queue(6)
-    assert next_window(queued, {b"5", b"3", b"0"}, size=2, fair=True) == [b"4", b"1"]
-    assert list(queued) == [b"2", b"3"]
-
-
-@pytest.mark.parametrize("step", [2, 3])
-def test_a_burst_is_filled_with_what_is_worth_it(step: int) -> None:
-    """And not beyond: those for whom there is no place stay."""
-
-    def worth(paths: Sequence[bytes]) -> list[bytes]:
-        return [path for path in paths if int(path) % step]
-
-    queued = queue(3 * WINDOW)
-    all_worth = worth(list(reversed(queued)))
-    assert full_window(queued, worth) == all_worth[:WINDOW]
-    assert worth(list(reversed(queued))) == all_worth[WINDOW:]
-    assert full_window(queued, worth) == all_worth[WINDOW : 2 * WINDOW]
-    assert full_window(queue(0), worth) == []
-
-
-def test_not_everything_is_gone_through_for_one_burst() -> None:
-    queued = queue(10 * WINDOW)
-    assert full_window(queued, lambda _: []) == []
-    assert len(queued) == 10 * WINDOW - TRIED_MAX
 
 
 @contextmanager
@@ -119,7 +70,7 @@ def test_nor_is_the_rest_kept_from_being_looked_at(alive: Live, store: XsClient,
     must always be looked at, too."""
     demands: list[Callable[[], None]] = [
         lambda: domain_ends(alive),
-        lambda: alive.mirror._copy.again.update({b"/test/far": None, b"/test/deep": None}),
+        lambda: alive.mirror._queue.update({b"/test/far": False, b"/test/deep": False}),
     ]
     places = ("far", "deep/down/there", "many/0", f"many/{many - 1}")
     files = [alive.path(place) for place in places]

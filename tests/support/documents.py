@@ -1,10 +1,11 @@
-"""What the documents say that one types, and what they say comes of it.
+"""The commands, scripts and programs in the documents, and their output.
 
-Two kinds of blocks are read.  A `console` block is a session in bash: lines that begin with `$ ` are
-typed (`> ` goes on with one), the others are what is printed, standard error included; `...` stands for
-anything within a line, and a line of it alone for any lines.  All sessions of a document are one bash.
-A `sh` block that begins with `#!` is a script; the first word of its second line, after `#`, is its
-name.
+A `console` block is a session in bash.  Lines that start with `$ ` are typed, and `> ` continues such a
+line.  The other lines are the output, standard error included.  `...` stands for anything in a line, and
+a line `...` for any lines.  One bash runs all sessions of a document.
+
+A `sh` block that starts with `#!` is a script.  The first word of its second line, after `#`, is its
+name.  Other kinds of blocks are read by their tests.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MUL
 
 @dataclass
 class Command:
-    """What is typed, and the lines that it prints."""
+    """One typed command, and the lines that it prints."""
 
     typed: str
     output: list[str]
@@ -38,18 +39,18 @@ def blocks(document: str, kind: str) -> Iterator[str]:
 
 
 def session(document: str) -> list[Command]:
-    """All that is typed in a document."""
+    """All commands of a document."""
     commands: list[Command] = []
     for block in blocks(document, "console"):
-        goes_on = False
+        continues = False
         for line in block.splitlines():
             if line.startswith("$ "):
                 commands.append(Command(line[2:], []))
-                goes_on = True
-            elif goes_on and line.startswith("> "):
+                continues = True
+            elif continues and line.startswith("> "):
                 commands[-1].typed += "\n" + line[2:]
             else:
-                goes_on = False
+                continues = False
                 commands[-1].output.append(line)
     return commands
 
@@ -65,7 +66,7 @@ def scripts(document: str) -> dict[str, str]:
 
 
 def install_scripts(document: str, host: Host) -> list[str]:
-    """Put them where programs are; their names."""
+    """Install the scripts of a document on the host; returns their names."""
     directory = host.root / "usr" / "local" / "bin"
     for name, text in scripts(document).items():
         path = directory / name
@@ -75,11 +76,11 @@ def install_scripts(document: str, host: Host) -> list[str]:
 
 
 def play(host: Host, commands: Sequence[Command], before: str = "") -> list[list[str]]:
-    """Type it all; what each command printed."""
+    """Run the commands; returns the lines that each has printed."""
     mark = "\x01"
     script = before + "".join(f"\n{command.typed}\nprintf '{mark}'" for command in commands)
     done = host.run(script)
-    # A shell that nobody sits at tells the line, too.
+    # A shell without a terminal adds the number of the line.
     printed = re.sub(rf"(^|{mark})bash: line \d+: ", r"\1bash: ", done.stdout, flags=re.MULTILINE)
     outputs = printed.split(mark)
     assert len(outputs) == len(commands) + 1, printed
@@ -95,19 +96,19 @@ def matches(expected: Sequence[str], printed: Sequence[str]) -> bool:
 
 
 CLOCK_REALTIME_COARSE = 5
-"""clock_gettime(2): what file times are taken from.  It goes on with the kernel's tick."""
+"""clock_gettime(2): the clock of file times.  It advances with the kernel's tick."""
 
 
 def wait_for_tick() -> None:
-    """Nobody types two commands within one: what the second changes is newer than the first."""
+    """Return in the next tick, so that the next command's changes are newer than the last one's."""
     now = time.clock_gettime(CLOCK_REALTIME_COARSE)
     while time.clock_gettime(CLOCK_REALTIME_COARSE) == now:
         os.sched_yield()
 
 
 def check_dialogue(document: str, host: Host, before: str = "") -> None:
-    """The same where programs in the background print, too: each command is typed when all has come
-    that is said to come of the one before."""
+    """As check_session, for documents in which programs in the background print.  Each command is typed
+    when all lines of the command before it have arrived."""
     commands = session(document)
     assert commands
     with host.shell(before) as shell:
@@ -130,7 +131,7 @@ def check_dialogue(document: str, host: Host, before: str = "") -> None:
 
 
 def check_session(document: str, host: Host, before: str = "") -> None:
-    """The document must say what happens."""
+    """The commands must print what the document shows."""
     commands = session(document)
     assert commands
     wrong = []
@@ -138,4 +139,4 @@ def check_session(document: str, host: Host, before: str = "") -> None:
         if not matches(command.output, printed):
             difference = difflib.ndiff(command.output, printed)
             wrong.append(f"$ {command.typed}\n" + "\n".join(difference))
-    assert not wrong, f"{document} says otherwise:\n" + "\n".join(wrong)
+    assert not wrong, f"{document} shows something else:\n" + "\n".join(wrong)

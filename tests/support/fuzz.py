@@ -91,8 +91,7 @@ def parse(pieces: Sequence[bytes]) -> tuple[list[Message], str | None]:
     for piece in pieces:
         parser.feed(piece)
         try:
-            while (message := parser.next()) is not None:
-                found.append(message)
+            found.extend(parser.messages())
         except WireError as error:
             return found, str(error)
     return found, None

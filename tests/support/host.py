@@ -89,6 +89,8 @@ class Host:
         self._holder = holder
         self.root = Path(f"/proc/{holder.pid}/root")
         """Its file system, as seen from here."""
+        self.enter = ("nsenter", f"--mount=/proc/{holder.pid}/ns/mnt")
+        """The words before a command that is to run there."""
         self.fstab = self.root / "etc" / "fstab"
 
     def start(
@@ -113,7 +115,7 @@ class Host:
         clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         return subprocess.Popen(
             [
-                *("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--wdns=/mnt"),
+                *(*self.enter, "--wdns=/mnt"),
                 *("setpriv", *change_user, "--", "bash", "-c", script, "bash", *arguments),
             ],
             env={**clean, "LC_ALL": "C", "TZ": "UTC", **environment},

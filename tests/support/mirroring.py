@@ -70,7 +70,7 @@ def scratch() -> Iterator[Path]:
 def tmpfs(path: Path, options: str) -> Iterator[Path]:
     """A tmpfs mounted there, that nobody else can write to."""
     path.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"{options},mode=755", "none", path]
+    command = ["mount", "-t", "tmpfs", "-o", f"{options},mode=755", "none", str(path)]
     subprocess.run(command, check=True)
     try:
         yield path

@@ -30,7 +30,7 @@ from xsfs.xenstore.store import Store, open_store
 from xsfs.xenstore.transport import SocketTransport
 
 ROOT = pyfuse3.ROOT_INODE
-LIMIT = 10.0
+LIMIT = 60.0
 IDLE_SECONDS = 60.0
 RDONLY, WRONLY, RDWR, TRUNC, APPEND, EXCL = (
     os.O_RDONLY,
@@ -42,8 +42,8 @@ RDONLY, WRONLY, RDWR, TRUNC, APPEND, EXCL = (
 )
 
 
-def ctx(pid: int = 1) -> RequestContext:
-    return cast(RequestContext, SimpleNamespace(pid=pid, uid=0, gid=0, umask=0))
+def ctx(pid: int = 1, uid: int = 0) -> RequestContext:
+    return cast(RequestContext, SimpleNamespace(pid=pid, uid=uid, gid=uid, umask=0))
 
 
 class World:
@@ -73,8 +73,8 @@ class World:
     async def looking_up(
         self, directory: pyfuse3.EntryAttributes, name: bytes
     ) -> AsyncIterator[list[pyfuse3.EntryAttributes]]:
-        """Another thread's LOOKUP: the block runs when the store was asked and has not answered yet,
-        and what the thread gets is there after it."""
+        """Another thread's LOOKUP: the block runs while the store has not replied yet.  The attributes that
+        the thread gets are in the list after the block."""
         entries: list[pyfuse3.EntryAttributes] = []
         connection = self.store._main.current
         assert connection is not None

@@ -1,40 +1,115 @@
-"""Ring: what the documents show, typed as it stands on a host of its own
-(tests/support/documents.py)."""
+"""Ring: the commands in the documents, on a host of their own (tests/support/documents.py)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.support.documents import check_dialogue, check_session, matches
+from tests.support.documents import (
+    blocks,
+    check_dialogue,
+    check_session,
+    install_scripts,
+    matches,
+)
 from tests.support.host import REPOSITORY, Host, open_host
+from tests.support.mounting import LIMIT
+from tests.support.programs import Lines
 from tests.support.xenstored.harness import RealXenstored
 
 MOUNTED = "xsfs /mnt/xenstore"
 
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+REPOSITORY_THERE = "/mnt/.repository"
+"""The project, on the host of the tests."""
+
+DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 TROUBLESHOOTING = REPOSITORY / "docs" / "troubleshooting.md"
 
 
 @pytest.fixture
-def dom0() -> Iterator[Host]:
-    """A dom0 with two guests, all fresh."""
+def daemon() -> Iterator[RealXenstored]:
+    """A fresh Xenstore with two guests."""
     with RealXenstored("C", guests=(7, 9)) as daemon:
         daemon.populate()
-        with open_host(daemon.socket) as host:
-            yield host
+        yield daemon
+
+
+@pytest.fixture
+def dom0(daemon: RealXenstored) -> Iterator[Host]:
+    """The dom0 that the Xenstore belongs to."""
+    with open_host(daemon.socket) as host:
+        yield host
 
 
 def test_the_readme(dom0: Host) -> None:
-    check_session("README.md", dom0, MOUNTED)
+    check_session("README.md", dom0)
 
 
-def test_the_tutorial(dom0: Host) -> None:
-    check_session("docs/tutorial.md", dom0)
+def quick_reference() -> list[tuple[list[str], list[str]]]:
+    """The commands of each row of the README's table: with xenstore-*, and with the mount."""
+    text = (REPOSITORY / "README.md").read_text()
+    table = text[text.index("\n## Quick reference") : text.index("\n## A session")]
+    rows = re.findall(r"^\| (?!---|with )(.*) \| (.*) \|$", table, re.MULTILINE)
+    # A single word in backquotes is the name of a file.
+    return [
+        (re.findall("`([^`]* [^`]*)`", old), re.findall("`([^`]* [^`]*)`", new))
+        for old, new in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [pytest.param(*row, id=row[1][0]) for row in quick_reference() if row[1]]
+)
+def test_the_quick_reference(dom0: Host, old: list[str], new: list[str]) -> None:
+    """Both sides of a row do the same to the store."""
+
+    def outcome(commands: list[str]) -> str:
+        path = "data" if "watch" in commands[0] else "data/x"
+        script = "\n".join(
+            # A watcher never ends by itself: its first line must come.
+            f"exec 3< <(exec {command}); read -r line <&3 || exit; kill $!"
+            if "watch" in command
+            else command
+            for command in commands
+        )
+        script = script.replace("V", "2").replace("P", path)
+        dom0.sh(f"set -e; cd /mnt/xenstore; rm -rf data; mkdir -p data; echo 1 > data/x\n{script}")
+        return dom0.sh("xenstore-ls -f -p data")
+
+    dom0.sh(MOUNTED)
+    assert not old or outcome(old) == outcome(new)
+    outcome(new)
+
+
+def test_the_quick_reference_was_found() -> None:
+    assert len([row for row in quick_reference() if row[0] and row[1]]) >= 9
+
+
+def test_the_tutorial(daemon: RealXenstored, dom0: Host) -> None:
+    """A thread plays domain 7 and its toolstack, which react to the request to shut down."""
+    shutdown = "/local/domain/7/control/shutdown"
+
+    def guest() -> None:
+        with daemon.client(timeout=LIMIT) as client:
+            client.watch(shutdown, "")
+            while client.read(shutdown) != b"poweroff":
+                client.event(LIMIT)
+            daemon.destroy_domain(7)
+            client.rm("/local/domain/7")
+
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(guest)
+        check_session("docs/tutorial.md", dom0)
+        done.result(LIMIT)
+
+
+def test_the_commands(dom0: Host) -> None:
+    check_session("docs/commands.md", dom0)
 
 
 def test_transactions(dom0: Host) -> None:
@@ -49,13 +124,18 @@ def test_the_mirror(dom0: Host) -> None:
     check_dialogue("docs/mirror.md", dom0)
 
 
+def test_monitoring(dom0: Host) -> None:
+    install_scripts("docs/monitoring.md", dom0)
+    check_session("docs/monitoring.md", dom0)
+
+
 def test_troubleshooting(dom0: Host) -> None:
     check_session("docs/troubleshooting.md", dom0)
 
 
 def test_messages_in_troubleshooting_are_those_of_the_program() -> None:
-    """Each that stands in a table must stand in the source, too."""
-    source = "".join(path.read_text() for path in (REPOSITORY / "xsfs").glob("*.py"))
+    """Every message in a table must occur in the source."""
+    source = "".join(path.read_text() for path in (REPOSITORY / "xsfs").rglob("*.py"))
     tables = re.findall(
         r"^\| message \|.*?\n\n", TROUBLESHOOTING.read_text(), re.DOTALL | re.MULTILINE
     )
@@ -69,23 +149,73 @@ def test_messages_in_troubleshooting_are_those_of_the_program() -> None:
 
 
 def anchors(document: Path) -> set[str]:
-    """Of its headings, as they are made of them."""
+    """The anchors that a document's headings get."""
     headings = re.findall("^#+ (.*)$", document.read_text(), re.MULTILINE)
     return {re.sub("[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)]*)\)", path.read_text()):
+    for target in re.findall(r"\]\((?!https://)([^)]*)\)", path.read_text()):
         file, _, anchor = target.partition("#")
         document = path.parent / file if file else path
         assert document.exists(), target
         assert not anchor or anchor in anchors(document), target
 
 
-def test_what_matches() -> None:
+def test_matches() -> None:
     assert matches(["a", "b...d", "...", "e"], ["a", "bcd", "x", "y", "e"])
     assert matches(["...", "e"], ["e"])
     assert not matches(["a"], ["a", "b"])
     assert not matches(["a...c"], ["a", "c"])
     assert not matches([], ["a"])
+
+
+def check_python(document: str, dom0: Host, daemon: RealXenstored, first: Sequence[str]) -> None:
+    """The program of a document prints these lines, and then each change below `data`."""
+    (program,) = blocks(document, "python")
+    with dom0.start(
+        'exec /mnt/.python/bin/python -c "$1"', program, PYTHONPATH=REPOSITORY_THERE
+    ) as run:
+        assert run.stdout is not None
+        lines = Lines(run.stdout.fileno())
+        try:
+            assert [lines.next() for _ in first] == first
+            with daemon.client() as client:
+                client.write("/local/domain/0/data/new", "1")
+            assert re.fullmatch("(b'data/)?new'?", lines.next())
+        finally:
+            run.kill()
+
+
+def test_the_python_client(daemon: RealXenstored, dom0: Host) -> None:
+    with daemon.client() as client:
+        client.write("/local/domain/0/data/n", "1")
+    check_python("docs/python.md", dom0, daemon, ["b'Domain-0'", "b'data'"])
+    with daemon.client() as client:
+        assert client.read("/local/domain/0/data/n") == b"2"
+
+
+def test_a_watch_in_asyncio(daemon: RealXenstored, dom0: Host) -> None:
+    dom0.sh(MOUNTED)
+    check_python("docs/watches.md", dom0, daemon, ["."])
+
+
+def test_every_document_can_be_reached_from_the_readme() -> None:
+    reached = {REPOSITORY / "README.md"}
+    new = list(reached)
+    while new:
+        path = new.pop()
+        targets = re.findall(r"\]\(([^)#]+\.md)(?:#[^)]*)?\)", path.read_text())
+        found = {(path.parent / target).resolve() for target in targets} - reached
+        found = {path for path in found if path.exists()}
+        reached |= found
+        new += found
+    assert set(DOCUMENTS) - reached == set()
+
+
+def test_the_robustness_page_names_test_files() -> None:
+    text = (REPOSITORY / "docs" / "dev" / "robustness.md").read_text()
+    named = set(re.findall("`([a-z]+/test_[a-z_]+)`", text))
+    assert len(named) > 10
+    assert {name for name in named if not (REPOSITORY / "tests" / f"{name}.py").exists()} == set()

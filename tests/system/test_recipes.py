@@ -1,4 +1,4 @@
-"""Ring: the recipes, on a host of its own, as they stand (tests/support/documents.py)."""
+"""Ring: the recipes, on a host of their own (tests/support/documents.py)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def dom0(daemon: RealXenstored) -> Iterator[XsClient]:
 
 @contextmanager
 def running(host: Host, command: str) -> Iterator[subprocess.Popen[str]]:
-    """A program that goes on until it is told to end."""
+    """A program that runs until the block ends."""
     with host.start(f"exec {command}") as process:
         try:
             yield process
@@ -65,7 +65,7 @@ def running(host: Host, command: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def next_line(process: subprocess.Popen[str]) -> str:
-    """What it prints next."""
+    """The next line that the program prints."""
     assert process.stdout is not None
     readable, _, _ = select.select([process.stdout], [], [], LIMIT)
     assert readable, "it prints nothing"
@@ -75,7 +75,7 @@ def next_line(process: subprocess.Popen[str]) -> str:
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT
     while not condition():
-        assert time.monotonic() < deadline, "it does not come true"
+        assert time.monotonic() < deadline, "the condition was never met"
         time.sleep(0.01)
 
 
@@ -90,6 +90,8 @@ def test_what_the_recipes_show(kind: str) -> None:
         with other.client() as there:
             there.write("/local/domain/0/memory/target", "2097152")
             there.write("/from-other", "1")
+            # A mount shows the home's `data` always, and everybody else only if it exists.
+            there.mkdir("/local/domain/0/data")
         with prepared(daemon.socket, other=other.socket) as host:
             check_session(RECIPES, host)
 
@@ -105,7 +107,7 @@ def test_wait_for(host: Host, dom0: XsClient) -> None:
     assert host.run("wait-for 'no such name' 4").returncode == 1
 
 
-def test_the_hotplug_script_fails_in_words(host: Host, dom0: XsClient) -> None:
+def test_the_hotplug_script_reports_its_failure(host: Host, dom0: XsClient) -> None:
     dom0.write("/local/domain/0/backend/vif/7/1/frontend-id", "7")
     assert host.run("vif-dhcp online", XENBUS_PATH="backend/vif/7/1").returncode == 1
     assert dom0.read("/local/domain/0/backend/vif/7/1/hotplug-status") == b"error"
@@ -116,20 +118,20 @@ def test_the_hotplug_script_fails_in_words(host: Host, dom0: XsClient) -> None:
 def test_the_guest_agent(daemon: RealXenstored, dom0: XsClient, host: Host) -> None:
     agent = f"/local/domain/{GUEST}/data/agent"
 
-    def told() -> bool:
+    def has_told() -> bool:
         try:
             return dom0.read(f"{agent}/state") == b"told"
         except XsError:
             return False
 
     with prepared(daemon.guest_socket(GUEST)) as guest, running(guest, "guest-agent"):
-        until(told)
+        until(has_told)
         assert dom0.read(f"{agent}/hostname").decode() == os.uname().nodename
         assert dom0.read(f"{agent}/kernel").decode() == os.uname().release
-        # As dom0 asks, by its own mount.
+        # dom0 asks through its own mount.
         dom0.write(f"{agent}/state", "old")
         host.sh(f"cd /mnt/xenstore/.root{agent}; echo now > refresh")
-        until(told)
+        until(has_told)
 
 
 def test_the_log_of_changes(host: Host, dom0: XsClient) -> None:
@@ -171,7 +173,7 @@ def test_the_lock(host: Host, dom0: XsClient) -> None:
     with running(host, "with-lock one sh -c 'echo mine; cat /tmp/end'") as holder:
         assert next_line(holder) == "mine"
         with running(host, "with-lock one echo mine") as waiting:
-            # Changes of others do not let it in.
+            # A change of another lock does not let the waiting program in.
             dom0.write("/local/domain/0/data/lock-two", "")
             with pytest.raises(subprocess.TimeoutExpired):
                 waiting.wait(1)
@@ -180,14 +182,14 @@ def test_the_lock(host: Host, dom0: XsClient) -> None:
             assert waiting.wait(LIMIT) == 0
     assert "lock-one" not in dom0.ls("/local/domain/0/data")
     dom0.rm("/local/domain/0/data")
-    # An error is not taken for a lock that somebody has.
+    # An error is not mistaken for a lock that is held.
     done = host.run("with-lock 'a b' echo mine")
     assert done.returncode == 1
     assert "mine" not in done.stdout
 
 
-def test_many_who_want_the_lock(host: Host) -> None:
-    """Each reads, and writes one more: without the lock some would be lost.  In dash and in bash."""
+def test_many_programs_want_the_lock(host: Host) -> None:
+    """Each program reads a number and writes the next one.  Without the lock some would be lost."""
     one_more = "n=$(cat /mnt/xenstore/data/n); echo $((n + 1)) > /mnt/xenstore/data/n"
     host.sh(
         "mkdir -p /mnt/xenstore/data; echo 0 > /mnt/xenstore/data/n;"

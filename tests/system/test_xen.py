@@ -1,7 +1,8 @@
 """xsfs on real Xen: the lab's checks, in dom0 and in a domU, with each daemon, and under systemd.
 
 Each check's outcome is printed as it comes.  It takes some minutes, since all is emulated; a single
-configuration is chosen by `-k ocaml`, single checks by `python -m tests.system.xen` (docs/real-xen.md).
+configuration is chosen by `-k ocaml`, single checks by `python -m tests.system.xen`: see
+docs/dev/real-xen.md.
 """
 
 from __future__ import annotations

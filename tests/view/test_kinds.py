@@ -1,15 +1,15 @@
-"""Which empty nodes are directories by custom."""
+"""Which empty nodes are directories: by Xen's conventions, and by what has happened in the mount."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xsfs.view.kinds import EMPTY, container_at, is_container
+from xsfs.view.kinds import EMPTY, STICKY_MAX, StickyDirectories, container_at, is_container
 from xsfs.view.names import join
 
 HOME = b"/local/domain/5"
@@ -83,3 +83,139 @@ def test_a_child_is_one_if_its_container_says_so(above: list[bytes], name: bytes
     child = container_at(join(path, name))
     assert child is (None if container is None else container.get(name))
     assert not (container is EMPTY and child)
+
+
+# ------------------------------------------------------------------------------ sticky directories
+
+
+def content(sticky: StickyDirectories, *paths: bytes) -> dict[bytes, bool | None]:
+    return {path: sticky.get(path) for path in paths}
+
+
+def test_a_directory_stays_one() -> None:
+    sticky = StickyDirectories()
+    assert sticky.get(b"/a") is None
+    sticky.add(b"/a")
+    assert content(sticky, b"/a", b"/a/b", b"/") == {b"/a": False, b"/a/b": None, b"/": None}
+    sticky.add(b"/b", with_value=True)
+    sticky.add(b"/b")  # its children were seen; its value was created all the same
+    assert sticky.get(b"/b") is True
+    sticky.add(b"/a", with_value=True)
+    assert sticky.get(b"/a") is True
+    sticky.discard_value(b"/a")
+    assert sticky.get(b"/a") is False
+    sticky.discard(b"/a")
+    sticky.discard(b"/never")
+    sticky.discard_value(b"/never")
+    assert content(sticky, b"/a", b"/b", b"/never") == {b"/a": None, b"/b": True, b"/never": None}
+
+
+def test_a_subtree_that_is_renamed_takes_all_along() -> None:
+    sticky = StickyDirectories()
+    for path, with_value in ((b"/a", False), (b"/a/b", True), (b"/ab", False), (b"/c/a", True)):
+        sticky.add(path, with_value=with_value)
+    sticky.move(b"/a", b"/x/y")
+    assert content(sticky, b"/a", b"/a/b", b"/ab", b"/c/a", b"/x/y", b"/x/y/b") == {
+        b"/a": None,
+        b"/a/b": None,
+        b"/ab": False,
+        b"/c/a": True,
+        b"/x/y": False,
+        b"/x/y/b": True,
+    }
+
+
+def test_each_change_is_told_and_nothing_else() -> None:
+    sticky = StickyDirectories()
+    told: list[bytes] = []
+    sticky.on_change = told.append
+    steps: list[tuple[Callable[[], None], list[bytes]]] = [
+        (lambda: sticky.add(b"/a"), [b"/a"]),
+        (lambda: sticky.add(b"/a"), []),
+        (lambda: sticky.discard_value(b"/a"), []),
+        (lambda: sticky.add(b"/a", with_value=True), [b"/a"]),
+        (lambda: sticky.add(b"/a"), []),
+        (lambda: sticky.discard_value(b"/a"), [b"/a"]),
+        (lambda: sticky.move(b"/a", b"/b"), [b"/a", b"/b"]),
+        (lambda: sticky.move(b"/a", b"/b"), []),
+        (lambda: sticky.discard(b"/a"), []),
+        (lambda: sticky.discard(b"/b"), [b"/b"]),
+    ]
+    for number, (step, expected) in enumerate(steps):
+        told.clear()
+        step()
+        assert told == expected, number
+
+
+def test_the_oldest_are_forgotten() -> None:
+    sticky = StickyDirectories()
+    told: list[bytes] = []
+    sticky.add(b"/first")
+    sticky.add(b"/second")
+    for number in range(STICKY_MAX - 2):
+        sticky.add(b"/%d" % number)
+    sticky.add(b"/first")  # seen again, so it is no longer the oldest
+    sticky.on_change = told.append
+    sticky.add(b"/one more")
+    assert told == [b"/one more", b"/second"]
+    assert content(sticky, b"/first", b"/second") == {b"/first": False, b"/second": None}
+
+
+PATHS = st.sampled_from([b"/a", b"/a/b", b"/a/b/c", b"/ab", b"/d"])
+CHANGES = st.one_of(
+    st.tuples(st.just("add"), PATHS, st.booleans()),
+    st.tuples(st.just("discard"), PATHS),
+    st.tuples(st.just("discard_value"), PATHS),
+    st.tuples(st.just("move"), PATHS, PATHS),
+)
+Change = tuple[str, bytes] | tuple[str, bytes, bytes] | tuple[str, bytes, bool]
+
+
+def carry_out(sticky: StickyDirectories, changes: list[Change]) -> None:
+    for name, *arguments in changes:
+        if name == "add":
+            path, with_value = arguments
+            assert isinstance(path, bytes)
+            sticky.add(path, with_value=bool(with_value))
+        else:
+            getattr(sticky, name)(*arguments)
+
+
+@given(st.lists(CHANGES, max_size=8), st.lists(CHANGES, max_size=8))
+def test_a_commit_makes_the_changes_of_the_transaction(
+    before: list[Change], within: list[Change]
+) -> None:
+    """In the mount they are as if they had been made there, and until then it knows nothing of them."""
+    sticky, expected = StickyDirectories(), StickyDirectories()
+    for each in (sticky, expected):
+        carry_out(each, before)
+    told: list[bytes] = []
+    sticky.on_change = told.append
+    copy = sticky.copy()
+    assert copy._has_value == sticky._has_value
+    carry_out(copy, within)
+    assert sticky._has_value == expected._has_value
+    assert told == []
+    carry_out(expected, within)
+    assert copy._has_value == expected._has_value
+    sticky.carry_out(copy)
+    assert sticky._has_value == expected._has_value
+    # Each path whose state differs now was told.
+    carry_out(unchanged := StickyDirectories(), before)
+    for path in {*sticky._has_value, *unchanged._has_value}:
+        assert path in told or sticky.get(path) == unchanged.get(path)
+
+
+def test_what_happens_in_the_mount_meanwhile_stays() -> None:
+    sticky = StickyDirectories()
+    sticky.add(b"/removed")
+    copy = sticky.copy()
+    copy.add(b"/created")
+    sticky.add(b"/meanwhile")
+    sticky.discard(b"/removed")
+    sticky.carry_out(copy)
+    assert content(sticky, b"/created", b"/meanwhile", b"/removed") == {
+        b"/created": False,
+        b"/meanwhile": False,
+        b"/removed": None,
+    }

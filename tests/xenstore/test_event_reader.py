@@ -2,67 +2,63 @@
 
 from __future__ import annotations
 
-import errno
+import gc
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
+from trio.testing import trio_test, wait_all_tasks_blocked
 
-from tests.fs.test_values import fails
 from tests.support.mounting import LIMIT, mounted
 from tests.support.programs import program
 from tests.support.xenstored.harness import RealXenstored, strings
-from xsfs.xenstore.event_reader import MUCH, DrainedTransport
+from xsfs.xenstore.event_reader import HELD_MAX, LATE_BYTES, EventReader
 from xsfs.xenstore.transport import SocketTransport
 
 HOME = "/local/domain/0"
 
 
-def until(condition: Callable[[], bool]) -> None:
+@asynccontextmanager
+async def pair() -> AsyncIterator[tuple[EventReader, trio.SocketStream]]:
+    """A reader, and the peer of its socket."""
+    ours, theirs = socket.socketpair()
+    reader = EventReader(SocketTransport(ours))
+    peer = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+    with trio.fail_after(LIMIT):
+        async with peer:
+            yield reader, peer
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(LIMIT):
+        while not condition():
+            await trio.sleep(0.001)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
-@contextmanager
-def pair() -> Iterator[tuple[DrainedTransport, socket.socket]]:
-    ours, peer = socket.socketpair()
-    drained = DrainedTransport(SocketTransport(ours))
-    with peer:
-        yield drained, peer
-
-
-def received(drained: DrainedTransport) -> bytes:
-    """The next chunk, waited for."""
-    chunk: list[bytes] = []
-
-    def come() -> bool:
-        try:
-            chunk.append(drained.receive())
-        except BlockingIOError:
-            return False
-        return True
-
-    until(come)
-    return chunk[0]
-
-
-def received_to_the_end(drained: DrainedTransport) -> None:
-    while received(drained):
+async def receive_to_the_end(reader: EventReader) -> None:
+    while await reader.receive():
         pass
 
 
-def rush(drained: DrainedTransport, peer: socket.socket) -> None:
+async def fall_behind(reader: EventReader, peer: trio.SocketStream) -> None:
     """Have the thread take over."""
-    assert not drained.rushing
-    peer.sendall(bytes(MUCH))
-    assert len(received(drained)) == MUCH
-    assert drained.rushing
+    assert not reader.has_thread
+    await peer.send_all(bytes(LATE_BYTES))
+    assert len(await reader.receive()) == LATE_BYTES
+    assert reader.has_thread
     assert threads()
 
 
@@ -74,83 +70,113 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_little_is_read_by_the_loop() -> None:
-    with pair() as (drained, peer):
+@trio_test
+async def test_little_is_read_by_the_loop() -> None:
+    async with pair() as (reader, peer):
         for number in range(100):
-            peer.sendall(b"%d" % number)
-            assert received(drained) == b"%d" % number
-            assert not drained.rushing
+            await peer.send_all(b"%d" % number)
+            assert await reader.receive() == b"%d" % number
+            assert not reader.has_thread
         assert not threads()
-        drained.close()
+        reader.close()
 
 
-def test_what_is_sent_comes_in_order_while_nobody_takes_it() -> None:
+@trio_test
+async def test_what_is_sent_comes_in_order_while_nobody_takes_it() -> None:
     sent = b"".join(b"%07d\n" % number for number in range(100_000))
-    with pair() as (drained, peer):
-        peer.settimeout(LIMIT)
-        rush(drained, peer)
+    async with pair() as (reader, peer):
+        await fall_behind(reader, peer)
         # Several times what a socket holds: the peer does not wait for the one who takes.
-        peer.sendall(sent)
+        await peer.send_all(sent)
         found = bytearray()
         while len(found) < len(sent):
-            found += received(drained)
+            found += await reader.receive()
         assert found == sent
-        drained.close()
+        reader.close()
 
 
-def test_the_loop_reads_again_when_little_comes() -> None:
+@trio_test
+async def test_the_loop_reads_again_when_little_comes() -> None:
     """Nothing is lost, doubled or reordered while the socket changes hands, again and again."""
-    with pair() as (drained, peer):
-        peer.settimeout(LIMIT)
+    async with pair() as (reader, peer):
         for _ in range(3):
-            rush(drained, peer)
-            found, number = b"", 0
-            while drained.rushing:
-                peer.sendall(b"<%d>" % number)
-                number += 1
-                found += received(drained)
-            assert found == b"".join(b"<%d>" % each for each in range(number))
-            until(lambda: not threads())
-        drained.close()
+            await fall_behind(reader, peer)
+            sent, found = bytearray(), bytearray()
+            while reader.has_thread:
+                piece = b"<%d>" % len(sent)
+                sent += piece
+                await peer.send_all(piece)
+                found += await reader.receive()
+            while len(found) < len(sent):
+                found += await reader.receive()
+            assert found == sent
+            await until(lambda: not threads())
+        reader.close()
 
 
-def test_the_end_of_the_peer_is_the_end() -> None:
-    for rushing in (False, True):
-        with pair() as (drained, peer):
-            if rushing:
-                rush(drained, peer)
-            peer.sendall(b"last words")
-            peer.close()
-            assert received(drained) == b"last words"
-            assert received(drained) == b""
-            drained.close()
+@pytest.mark.parametrize("by_thread", [False, True])
+@trio_test
+async def test_the_end_of_the_peer_is_the_end(by_thread: bool) -> None:
+    async with pair() as (reader, peer):
+        if by_thread:
+            await fall_behind(reader, peer)
+        await peer.send_all(b"last words")
+        await peer.aclose()
+        assert await reader.receive() == b"last words"
+        assert await reader.receive() == b""
+        reader.close()
 
 
-def test_more_than_can_be_held_is_the_end() -> None:
-    with pair() as (drained, peer):
-        peer.settimeout(LIMIT)
-        rush(drained, peer)
+@trio_test
+async def test_more_than_can_be_held_is_the_end() -> None:
+    async with pair() as (reader, peer):
+        await fall_behind(reader, peer)
         # The sender is let go of at once, not when somebody takes what has come.
-        with fails(errno.EPIPE):
-            while True:
-                peer.sendall(bytes(1 << 16))
-        with pytest.raises(OSError, match="more events than can be taken"):
-            received_to_the_end(drained)
-        drained.close()
+        with pytest.raises(trio.BrokenResourceError):
+            await peer.send_all(bytes(4 * HELD_MAX))
+        with pytest.raises(OSError, match="more events than"):
+            await receive_to_the_end(reader)
+        reader.close()
+
+
+@pytest.mark.parametrize("by_thread", [False, True])
+@trio_test
+async def test_whoever_waits_is_woken_when_it_is_closed(by_thread: bool) -> None:
+    async with pair() as (reader, peer):
+        if by_thread:
+            await fall_behind(reader, peer)
+        ended = []
+
+        async def wait() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await reader.receive()
+            ended.append(True)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+            reader.close()
+        assert ended == [True]
 
 
 def test_nothing_is_left_of_it() -> None:
-    before = threads(), descriptors()
-    for rushing in (False, True):
+    wait_until(lambda: not threads())  # of the tests before
+    gc.collect()
+    before = descriptors()
+
+    async def use(by_thread: bool, peer_first: bool) -> None:
+        async with pair() as (reader, peer):
+            if by_thread:
+                await fall_behind(reader, peer)
+            if peer_first:
+                await peer.aclose()
+                assert await reader.receive() == b""
+            reader.close()
+
+    for by_thread in (False, True):
         for peer_first in (False, True):
-            with pair() as (drained, peer):
-                if rushing:
-                    rush(drained, peer)
-                if peer_first:
-                    peer.close()
-                    assert received(drained) == b""
-                drained.close()
-    until(lambda: (threads(), descriptors()) == before)
+            trio.run(use, by_thread, peer_first)
+    wait_until(lambda: not threads() and descriptors() == before)
 
 
 @pytest.mark.parametrize("kind", ["C", "ocaml"])

@@ -13,7 +13,7 @@ import itertools
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,7 @@ from tests.support.lying_store import (
 from tests.support.xenstored.harness import RealXenstored
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import LISTING_RESTARTS
-from xsfs.xenstore.connection import PROMPT_MAX
+from xsfs.xenstore.connection import POLL_REQUESTS_MAX
 from xsfs.xenstore.errors import (
     ConnectionLost,
     RequestTimeout,
@@ -253,7 +253,7 @@ async def test_a_store_that_never_stops_lying(liar: LyingStore, name: str) -> No
 async def test_every_waiter_is_woken(liar: LyingStore, name: str, late: bool) -> None:
     """The lie is the last of many replies, the others of which never come."""
     outcomes: list[type[StoreError]] = []
-    waiters = 2 * PROMPT_MAX
+    waiters = 2 * POLL_REQUESTS_MAX
 
     async with opened(liar) as store:
 
@@ -283,7 +283,7 @@ async def test_every_waiter_is_woken(liar: LyingStore, name: str, late: bool) ->
 @trio_test
 async def test_the_last_reply_of_a_burst_is_a_lie(liar: LyingStore, name: str) -> None:
     """All others were answered: nothing but the lie itself can wake the sender."""
-    count = PROMPT_MAX + 1
+    count = POLL_REQUESTS_MAX + 1
     asked = itertools.count(1)
 
     def last(talk: Talk, request: Message) -> bool:
@@ -292,7 +292,7 @@ async def test_the_last_reply_of_a_burst_is_a_lie(liar: LyingStore, name: str) -
     async with opened(liar) as store:
         liar.lie = last
         with trio.fail_after(LONG / 2), pytest.raises(ConnectionLost):
-            await store.burst([protocol.write(b"/test/x", b"")] * count)
+            await store.pipeline([protocol.write(b"/test/x", b"")] * count)
         liar.behave()
         await works(store)
 
@@ -370,7 +370,7 @@ async def test_replies_in_another_order(liar: LyingStore) -> None:
 
     async with opened(liar) as store:
         liar.lie = backwards
-        replies = await store.burst([protocol.read(b"/%d" % number) for number in range(count)])
+        replies = await store.pipeline([protocol.read(b"/%d" % number) for number in range(count)])
         assert replies == [b"reply to /%d\0" % number for number in range(count)]
 
         found: dict[int, bytes] = {}
@@ -399,7 +399,8 @@ async def test_late_replies_are_dropped(liar: LyingStore) -> None:
         gate.open()
         await comes_back(store)
         assert await store.read(NODE) == b"truth"
-        assert store.reconnects == 0
+        # A connection that has not answered once may never again: it was replaced.
+        assert store.reconnects >= 1
 
 
 # ------------------------------------------------------------------- replies that make no sense
@@ -488,11 +489,13 @@ async def test_work_that_fails_keeps_its_own_error(liar: LyingStore) -> None:
             await tx.write("/test/x", "1")
             raise Failure
 
-        with pytest.raises(Failure):
-            await store.atomically(work)
+        for count in 1, 2:
+            with pytest.raises(Failure):
+                await store.atomically(work)
+            assert liar.connections == 1 + count
         liar.behave()
         await works(store)
-        assert store.reconnects == 1
+        assert store.reconnects == 0
 
 
 # ------------------------------------------------------------------------ listings without an end
@@ -508,7 +511,7 @@ def parts(part: Lie) -> Lie:
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"7", b"7\0", b"x\0a\0", b"7\0a", b"\0a\0"], ids=lambda payload: repr(payload)
+    "payload", [b"", b"7", b"7\0", b"x\0a\0", b"\0a\0", b"x"], ids=lambda payload: repr(payload)
 )
 @trio_test
 async def test_a_part_that_makes_no_sense(liar: LyingStore, payload: bytes) -> None:
@@ -728,7 +731,8 @@ async def test_a_store_that_refuses_the_client_later_is_not_asked_all_the_time(
 class LikeTheDevice(SocketTransport):
     """A socket on which WATCH is sent in a thread, as on the kernel's device."""
 
-    watch_blocks = True
+    async def send_watch(self, messages: Sequence[bytes]) -> bytes:
+        return await trio.to_thread.run_sync(self.send, messages)
 
 
 @both_ways

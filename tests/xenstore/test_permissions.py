@@ -7,12 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsfs.xenstore.permissions import (
-    USUAL_MAX,
+    DOMID_ANY,
     Permission,
     access_of,
     decode_perms,
     format_permissions,
-    once_if_usual,
     parse_permission,
     parse_permissions,
     perms_text,
@@ -23,7 +22,7 @@ ACCESS = {"n": (False, False), "r": (True, False), "w": (False, True), "b": (Tru
 
 
 @pytest.mark.parametrize("letter", "nrwb")
-@pytest.mark.parametrize("domid", [0, 7, 32751, 4294967295])
+@pytest.mark.parametrize("domid", [0, 7, 32751, 4294967295, -1, 99999999999])
 def test_a_permission_as_text_and_back(letter: str, domid: int) -> None:
     perm = parse_permission(f"{letter}{domid}")
     assert perm == Permission(domid, *ACCESS[letter])
@@ -32,7 +31,7 @@ def test_a_permission_as_text_and_back(letter: str, domid: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "r", "7", "x7", "R7", "r-1", "r7 ", " r7", "r7\n", "r٣", "r²", "rr7", "r12345678901"],
+    ["", "r", "7", "x7", "R7", "r-", "r--1", "r+1", "r7 ", " r7", "r7\n", "r٣", "r²", "rr7"],
 )
 def test_what_is_no_permission(text: str) -> None:
     with pytest.raises(ValueError, match="permission"):
@@ -52,7 +51,7 @@ def test_what_are_no_permissions(text: str) -> None:
         parse_permissions(text)
 
 
-permissions = st.builds(Permission, st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+permissions = st.builds(Permission, st.integers(-(2**63), 2**63), st.booleans(), st.booleans())
 
 
 @settings(deadline=None)
@@ -80,21 +79,26 @@ def test_permissions_survive_text_and_wire(perms: list[Permission]) -> None:
         ("n5,b7", 8, "n"),
         ("n5,r7,w7", 7, "r"),  # of which the first counts
         ("n5,n8,w7,b7", 7, "w"),
+        ("n5,b32757", 7, "b"),  # DOMID_ANY
+        ("n5,r7,b32757", 7, "r"),
+        ("n5,r32757,b7", 7, "r"),
+        ("b5,n32757", 7, "n"),
+        ("n5,n32757", 5, "b"),
+        ("n5,n32757", 0, "b"),
+        ("n5,b-1", 7, "n"),  # no domain at all
+        ("n5,b4294967303", 7, "n"),
     ],
 )
 def test_who_may_do_what(text: str, domid: int, access: str) -> None:
     assert access_of(parse_permissions(text), domid) == ACCESS[access]
 
 
-def test_only_usual_replies_are_kept() -> None:
-    decoded = []
-
-    @once_if_usual
-    def decode(payload: bytes) -> int:
-        decoded.append(payload)
-        return len(payload)
-
-    usual, long = b"x" * USUAL_MAX, b"x" * (USUAL_MAX + 1)
-    for payload in (usual, usual, long, long):
-        assert decode(payload) == len(payload)
-    assert decoded == [usual, long, long]
+@pytest.mark.parametrize(
+    ("domid", "is_reserved"),
+    [
+        *((0, False), (7, False), (0x7FEF, False), (0x7FF0, True), (DOMID_ANY, True)),
+        *((0xFFFFFFFF, True), (1 << 40, True), (-1, True)),
+    ],
+)
+def test_domids_that_no_domain_has(domid: int, is_reserved: bool) -> None:
+    assert Permission(domid, True, False).is_reserved == is_reserved

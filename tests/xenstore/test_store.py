@@ -4,12 +4,15 @@ guest of each, and the embedded store.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import trio_test
-from xsfs.xenstore.eventual import result_of
 
 from tests.support import client_places
 from tests.support.client_places import (
@@ -22,10 +25,14 @@ from tests.support.client_places import (
 )
 from tests.support.clients import GUEST, HOME, Place, opened
 from xsfs.xenstore import protocol
+from xsfs.xenstore.commands import Commands, Value
 from xsfs.xenstore.connection import WINDOW
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import Permission
 from xsfs.xenstore.protocol import PAYLOAD_MAX
+from xsfs.xenstore.store import Store
+from xsfs.xenstore.transport import SocketTransport
+from xsfs.xenstore.watches import Subscription
 
 places, place = client_places.places, client_places.place
 
@@ -53,6 +60,68 @@ async def test_text_and_numbers(place: Place) -> None:
         await store.write(f"{base}/v", -42)
         assert await store.read(f"{base}/v") == b"-42"
         assert await store.read_integer(f"{base}/v") == -42
+
+
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [
+        (b"abc", b"abc"),
+        (bytearray(b"abc"), b"abc"),
+        (memoryview(b"xabcx")[1:4], b"abc"),
+        ("abc", b"abc"),
+        (7, b"7"),
+        (0, b"0"),
+        ("", b""),
+    ],
+    ids=repr,
+)
+@trio_test
+async def test_what_a_value_may_be(place: Place, value: Value, stored: bytes) -> None:
+    async with opened(place) as (store, base):
+        await store.write(f"{base}/v", value)
+        assert await store.read(f"{base}/v") == stored
+        async with store.transaction() as tx:
+            await tx.write(f"{base}/w", value)
+        assert await store.read(f"{base}/w") == stored
+
+
+@pytest.mark.parametrize("value", [None, True, False, 1.5, [1], ("a",), object()], ids=repr)
+@trio_test
+async def test_what_is_no_value(place: Place, value: Any) -> None:
+    """What str() or bytes() would make of it is not what the caller means."""
+    async with opened(place) as (store, base):
+        with pytest.raises(TypeError, match="value"):
+            await store.write(f"{base}/v", value)
+        assert not await store.exists(f"{base}/v")
+
+
+@trio_test
+async def test_what_is_no_request(place: Place) -> None:
+    async with opened(place) as (store, base):
+        nonsense = protocol.Request(-42, base.encode() + b"\0")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="-42"):
+            await store.call(nonsense)
+        with pytest.raises(ValueError, match="-42"):
+            await store.pipeline([protocol.read(base.encode()), nonsense])
+        assert await store.read(base) == b""
+        assert store.reconnects == 0
+
+
+@trio_test
+async def test_a_path_of_the_greatest_length_ends_no_connection(place: Place) -> None:
+    """A listing in parts, and a watch, have more in their payload than the path."""
+    path = b"/" + b"x" * (protocol.PATH_MAX - 1)
+    async with opened(place) as (store, base):
+        for call in store.read, store.list, store.get_perms:
+            with pytest.raises(XenstoreError):
+                await call(path)
+        with fails_with("EINVAL"):
+            await store.call(protocol.directory_part(path, 0))
+        with fails_with("EINVAL"):
+            async with store.watch(path):
+                pass
+        assert await store.read(base) == b""
+        assert store.reconnects == store.watches.reconnects == 0
 
 
 @trio_test
@@ -130,7 +199,7 @@ async def test_what_would_break_the_connection_is_not_sent(place: Place) -> None
         room = PAYLOAD_MAX - len(base) - 1
         too_long: list[tuple[str, Callable[[], Awaitable[object]]]] = [
             ("value", lambda: store.write(base, bytes(room + 1))),
-            ("path", lambda: store.read("/" + 3072 * "x")),
+            ("path", lambda: store.read("/" + 4095 * "x")),
             ("path", lambda: store.mkdir("/a//b")),
             ("path", lambda: store.list("")),
             ("path", lambda: store.get_perms("/a.b")),
@@ -246,7 +315,7 @@ async def test_each_task_gets_its_own_answer(place: Place) -> None:
 
 
 @trio_test
-async def test_bursts_larger_than_the_window(place: Place) -> None:
+async def test_pipelines_larger_than_the_window(place: Place) -> None:
     async with opened(place) as (store, base):
         count = 3 * WINDOW + 7
         requests = [
@@ -258,7 +327,7 @@ async def test_bursts_larger_than_the_window(place: Place) -> None:
         results: dict[int, list[bytes | XenstoreError]] = {}
 
         async def ask(number: int) -> None:
-            results[number] = await store.burst(requests)
+            results[number] = await store.pipeline(requests)
 
         async with trio.open_nursery() as nursery:
             for number in range(3):
@@ -275,65 +344,9 @@ async def test_bursts_larger_than_the_window(place: Place) -> None:
 
 
 @trio_test
-async def test_an_empty_burst(place: Place) -> None:
+async def test_an_empty_pipeline(place: Place) -> None:
     async with opened(place) as (store, _):
-        assert await store.burst([]) == []
-
-
-@trio_test
-async def test_what_is_done_while_the_store_is_at_work(place: Place) -> None:
-    """Once, whatever is asked and of whom."""
-    async with opened(place) as (store, base):
-        path = base.encode()
-        await store.write(path, b"1")
-        done: list[int] = []
-
-        def meanwhile() -> None:
-            done.append(len(done))
-
-        assert await store.burst([protocol.read(path)], meanwhile) == [b"1"]
-        assert done == [0]
-        assert await store.burst([], meanwhile) == []
-        assert done == [0, 1]
-        replies = await store.burst([protocol.read(path)] * (WINDOW + 1), meanwhile)
-        assert replies == [b"1"] * (WINDOW + 1)
-        assert done == [0, 1, 2]
-        transaction = await store.begin()
-        assert await transaction.burst([protocol.read(path)], meanwhile) == [b"1"]
-        await transaction.rollback()
-        assert done == [0, 1, 2, 3]
-        store.drop_connection("for the test")  # the next one has to connect first
-        assert await store.burst([protocol.read(path)], meanwhile) == [b"1"]
-        assert done == [0, 1, 2, 3, 4]
-
-
-@trio_test
-async def test_what_is_asked_behind_a_burst(place: Place) -> None:
-    """It is asked once, and its replies are its own, errors among them, whenever they come."""
-    async with opened(place) as (store, base):
-        path = base.encode()
-        await store.write(base, "7")
-        calls = []
-
-        def more() -> list[protocol.Request]:
-            calls.append(1)
-            return [protocol.get_domain_path(5), protocol.read(path + b"/missing")]
-
-        first, rest = await result_of(
-            store.ask_and([protocol.read(path), protocol.directory(path)], more)
-        )
-        assert first == [b"7", b""]
-        for replies in (list(rest()), list(rest())):
-            assert len(replies) <= 2
-            assert replies[:1] in ([], [b"/local/domain/5\0"])
-            for error in replies[1:]:
-                assert isinstance(error, XenstoreError)
-                assert error.name == "ENOENT"
-        assert calls == [1]
-        first, rest = await result_of(store.ask_and([protocol.read(path)], list))
-        assert first == [b"7"]
-        assert not list(rest())
-        assert store.reconnects == 0
+        assert await store.pipeline([]) == []
 
 
 @trio_test
@@ -342,6 +355,161 @@ async def test_those_who_leave_do_not_disturb(place: Place) -> None:
     async with opened(place) as (store, base):
         for number in range(50):
             with trio.move_on_after(0):
-                await store.burst([protocol.get_domain_path(number)] * 100)
+                await store.pipeline([protocol.get_domain_path(number)] * 100)
         assert await store.read(base) == b""
         assert store.reconnects == 0
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+Operation = Callable[[Commands, str], Awaitable[object]]
+
+OPERATIONS: dict[str, Operation] = {
+    "pipeline": lambda store, base: store.pipeline([protocol.read(base.encode())]),
+    "empty pipeline": lambda store, _: store.pipeline([]),
+    "call": lambda store, base: store.call(protocol.read(base.encode())),
+    "read": lambda store, base: store.read(base),
+    "read_integer": lambda store, base: store.read_integer(f"{base}/number"),
+    "write": lambda store, base: store.write(f"{base}/x", "1"),
+    "mkdir": lambda store, base: store.mkdir(f"{base}/x"),
+    "delete": lambda store, base: store.delete(f"{base}/number"),
+    "exists": lambda store, base: store.exists(base),
+    "list": lambda store, base: store.list(base),
+    "list_all": lambda store, base: store.list_all([base.encode()]),
+    "get_perms": lambda store, base: store.get_perms(base),
+    "set_perms": lambda store, base: store.set_perms(f"{base}/number", "n7,b8"),
+    "domid": lambda store, _: store.domid(),
+    "get_domain_path": lambda store, _: store.get_domain_path(3),
+}
+OF_THE_STORE: dict[str, Callable[[Store, str], Awaitable[object]]] = {
+    "begin": lambda store, _: store.begin(),
+    "atomically": lambda store, _: store.atomically(lambda transaction: transaction.commit()),
+    "subscribe": lambda store, base: store.watches.subscribe(Subscription(base.encode())),
+}
+
+
+async def state_of(store: Store, base: str) -> object:
+    return (
+        sorted(await store.list(base)),
+        await store.read(f"{base}/number"),
+        await store.get_perms(f"{base}/number"),
+    )
+
+
+@trio_test
+async def test_a_cancelled_operation_sends_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(place) as (store, base):
+        await store.write(f"{base}/number", 1)
+        await store.set_perms(f"{base}/number", f"n{place.domid},r3")
+        before = await state_of(store, base)
+        calls: dict[str, Callable[[], Awaitable[object]]] = {}
+        transaction = await store.begin()
+        await transaction.read(base)
+        for name, operation in OPERATIONS.items():
+            calls[name] = partial(operation, store, base)
+            calls[f"{name} in a transaction"] = partial(operation, transaction, base)
+        for name, of_store in OF_THE_STORE.items():
+            calls[name] = partial(of_store, store, base)
+        sent: list[object] = []
+
+        def send(transport: SocketTransport, messages: Sequence[bytes]) -> bytes:
+            sent.extend(messages)
+            return b""
+
+        for name, call in calls.items():
+            with monkeypatch.context() as patch, trio.CancelScope() as scope:
+                patch.setattr(SocketTransport, "send", send)
+                scope.cancel()
+                await call()
+            assert scope.cancelled_caught, name
+            assert sent == [], name
+        store.abandon(transaction)
+        assert await state_of(store, base) == before
+        assert store.transactions == 0
+        assert store.reconnects == 0
+
+
+@trio_test
+async def test_a_loop_of_reads_can_be_cancelled(place: Place) -> None:
+    async with opened(place) as (store, base):
+        count = 0
+        start = time.perf_counter()
+        with trio.move_on_after(0.2) as scope:
+            while True:
+                await store.read(base)
+                count += 1
+        assert scope.cancelled_caught
+        assert time.perf_counter() - start < 0.25 + SLOW_MACHINE
+        assert count > 10
+
+
+SLOW_MACHINE = 0.05
+"""Seconds for other processes."""
+
+
+@trio_test
+async def test_other_tasks_have_their_turn_beside_a_loop_of_reads(place: Place) -> None:
+    """A task that reads, each time a reply is there, must not keep the event loop to itself."""
+    async with opened(place) as (store, base):
+        late = []
+
+        async def tick() -> None:
+            for _ in range(60):
+                due = time.perf_counter() + 0.005
+                await trio.sleep(0.005)
+                late.append(time.perf_counter() - due)
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tick)
+            while True:
+                await store.read(base)
+        late.sort()
+        print(f"late: median {late[30] * 1e3:.1f} ms, at most {late[-1] * 1e3:.1f} ms")
+        assert late[30] < 0.005 + SLOW_MACHINE / 5
+        assert late[-1] < SLOW_MACHINE
+
+
+@pytest.mark.parametrize("place", ["C", "ocaml"], indirect=True)
+@trio_test
+async def test_many_tasks_that_read_send_together(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not each its own request, with a system call for each on both sides."""
+    tasks = 100
+    async with opened(place) as (store, base):
+        sends = 0
+        send = SocketTransport.send
+
+        def counting(transport: SocketTransport, messages: Sequence[bytes]) -> bytes:
+            nonlocal sends
+            sends += 1
+            return send(transport, messages)
+
+        monkeypatch.setattr(SocketTransport, "send", counting)
+
+        async def read() -> None:
+            await store.read(base)
+
+        async def by_tasks() -> float:
+            start = time.perf_counter()
+            async with trio.open_nursery() as nursery:
+                for _ in range(tasks):
+                    nursery.start_soon(read)
+            return time.perf_counter() - start
+
+        async def by_pipeline() -> float:
+            start = time.perf_counter()
+            await store.pipeline([protocol.read(base.encode())] * tasks)
+            return time.perf_counter() - start
+
+        together, alone = [], []
+        for _ in range(30):
+            sends = 0
+            together.append(await by_tasks())
+            assert sends <= 5
+            alone.append(await by_pipeline())
+        ratio = median(together) / median(alone)
+        print(f"{tasks} tasks: {ratio:.2f} times a pipeline of {tasks}")

@@ -141,7 +141,7 @@ async def test_a_backlog_too_long_becomes_one_event(place: Place) -> None:
     async with opened(place) as (store, base), store.watch(base) as events:
         await anext(events)
         paths = [f"{base}/{number}" for number in range(EVENTS_MAX + over)]
-        await store.burst([protocol.mkdir(path.encode()) for path in paths])
+        await store.pipeline([protocol.mkdir(path.encode()) for path in paths])
         async with store.watch("/further") as further:
             await anext(further)
         backlog = [path.decode() for path in events.take()]

@@ -11,7 +11,6 @@ import random
 import socket
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,9 +23,9 @@ from trio.testing import trio_test, wait_all_tasks_blocked
 
 from xsfs.xenstore import protocol
 from xsfs.xenstore.connection import Connection, Reply
-from xsfs.xenstore.errors import RequestTimeout
+from xsfs.xenstore.errors import RequestTimeout, XenstoreError
 from xsfs.xenstore.protocol import Message, Op, Parser, Request, encode, read, watch
-from xsfs.xenstore.xenbus import DESCRIPTORS_MAX, DeviceTransport
+from xsfs.xenstore.xenbus import DESCRIPTORS_MAX, DeviceTransport, WatchRefused
 
 LIMIT = 20.0
 
@@ -59,8 +58,7 @@ class Device:
             assert number not in self.unanswered
             parser = Parser()
             parser.feed(data)
-            message = parser.next()
-            assert message is not None
+            (message,) = parser.messages()
             assert not parser.partial
             self.unanswered[number] = message
             new.append((number, message))
@@ -113,7 +111,7 @@ async def test_what_is_asked_together_goes_out_together(device: Device) -> None:
     answers: list[Reply] = []
 
     async def ask() -> None:
-        answers.extend(await connection.burst(requests))
+        answers.extend(await connection.pipeline(requests))
 
     async with connected(device) as (connection, nursery):
         nursery.start_soon(ask)
@@ -146,7 +144,7 @@ def test_each_answer_is_to_its_question(
 
     async def main() -> None:
         async def ask(start: int) -> None:
-            answers[start] = await connection.burst(requests[start::2])
+            answers[start] = await connection.pipeline(requests[start::2])
 
         async with connected(device) as (connection, nursery):
             nursery.start_soon(ask, 0)
@@ -172,7 +170,7 @@ async def test_a_transaction_is_its_descriptors(device: Device) -> None:
     done: list[str] = []
 
     async def ask(name: str, request: Request, tx_id: int = 0) -> None:
-        await connection.burst([request], tx_id)
+        await connection.pipeline([request], tx_id)
         done.append(name)
 
     async with connected(device) as (connection, nursery):
@@ -205,7 +203,7 @@ async def test_an_event_is_no_answer(device: Device) -> None:
     async with connected(device) as (connection, nursery):
         device.transport_limit = 1
         for path in b"/a", b"/b":
-            nursery.start_soon(connection.burst, [read(path)])
+            nursery.start_soon(connection.pipeline, [read(path)])
         await wait_all_tasks_blocked()
         device.look()
         device.sides[0].send(encode(Op.WATCH_EVENT, 99, 0, b"/a\0token\0"))
@@ -222,9 +220,9 @@ async def test_a_watch_has_one_time_limit(device: Device) -> None:
     """Whatever part of it the kernel takes to carry it out."""
 
     class Slow(DeviceTransport):
-        def send(self, messages: Sequence[bytes]) -> bytes:
-            time.sleep(0.8)
-            return super().send(messages)
+        async def send_watch(self, messages: Sequence[bytes]) -> bytes:
+            await trio.sleep(0.8)
+            return await super().send_watch(messages)
 
     connection = Connection(Slow(device.open), timeout=1.0)
     with trio.fail_after(LIMIT):
@@ -232,42 +230,107 @@ async def test_a_watch_has_one_time_limit(device: Device) -> None:
             nursery.start_soon(connection.run)
             start = trio.current_time()
             with pytest.raises(RequestTimeout):
-                await connection.burst([watch(b"/", b"token")])
+                await connection.pipeline([watch(b"/", b"token")])
             assert trio.current_time() - start < 1.6
             connection.close()
 
 
+@trio_test
+async def test_the_loop_goes_on_while_the_kernel_carries_out_a_watch(device: Device) -> None:
+    """write(2) of a WATCH blocks until the daemon has answered."""
+    may_go_on = threading.Event()
+
+    class Slow(DeviceTransport):
+        def _write_watch(self, messages: Sequence[bytes]) -> None:
+            assert may_go_on.wait(LIMIT)
+            super()._write_watch(messages)
+
+    connection = Connection(Slow(device.open), LIMIT)
+    replies: list[Reply] = []
+
+    async def set_watch() -> None:
+        replies.extend(await connection.pipeline([watch(b"/", b"token")]))
+
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.run)
+            nursery.start_soon(set_watch)
+            await wait_all_tasks_blocked()
+            assert device.look() == []
+            may_go_on.set()
+            while not (came := device.look()):
+                await trio.sleep(0.001)
+            assert [(number, message.op) for number, message in came] == [(0, Op.WATCH)]
+            device.answer(0)
+            while not replies:
+                await trio.sleep(0.001)
+            assert replies == [b"answer to /\0token\0"]
+            connection.close()
+
+
+@trio_test
+async def test_a_refused_watch_is_an_error_of_that_request(device: Device) -> None:
+    """The kernel refuses it within write(2), and no reply comes: the connection goes on as before."""
+
+    class Refusing(DeviceTransport):
+        def _write_watch(self, messages: Sequence[bytes]) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with pytest.raises(WatchRefused, match="EINVAL"):
+        await Refusing(device.open).send_watch([])
+    connection = Connection(Refusing(device.open), LIMIT)
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.run)
+            for _ in range(3):
+                with pytest.raises(XenstoreError) as caught:
+                    await connection.pipeline([watch(b"/", b"token")])
+                assert caught.value.name == "EINVAL"
+                assert caught.value.request == watch(b"/", b"token")
+            nursery.start_soon(connection.pipeline, [read(b"/a")])
+            await wait_all_tasks_blocked()
+            (answered,) = device.look()
+            device.answer(answered[0])
+            await wait_all_tasks_blocked()
+            assert connection.alive
+            connection.close()
+
+
 def test_a_watch_is_sent_by_the_thread_that_asks(device: Device) -> None:
-    """It blocks there until the kernel has carried it out, and a refused one is that thread's error:
-    what receives meanwhile, in the event loop, has nothing to do with it."""
-    transport = DeviceTransport(device.open)
-    device.sides[0].shutdown(socket.SHUT_RD)  # each write is refused
+    """A refused one is that thread's error: what the event loop receives meanwhile has nothing to do
+    with it."""
     refused = 0
 
-    def watch() -> None:
+    async def main() -> None:
         nonlocal refused
-        for number in range(100_000):
-            try:
-                transport.send([encode(Op.WATCH, number, 0, b"/a\0token\0")])
-            except BrokenPipeError:
+        transport = DeviceTransport(device.open)
+        device.sides[0].shutdown(socket.SHUT_RD)  # each write is refused
+
+        async def receive() -> None:
+            while True:
+                device.sides[0].send(encode(Op.WATCH_EVENT, 0, 0, b"/a\0token\0"))
+                await transport.receive()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            for number in range(500):
+                with pytest.raises(WatchRefused, match="EPIPE"):
+                    await transport.send_watch([encode(Op.WATCH, number, 0, b"/a\0token\0")])
                 refused += 1
+            nursery.cancel_scope.cancel()
+        transport.close()
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        thread = threading.Thread(target=watch)
-        thread.start()
-        while thread.is_alive():
-            device.sides[0].send(encode(Op.WATCH_EVENT, 0, 0, b"/a\0token\0"))
-            transport.receive()
-        thread.join(LIMIT)
+        trio.run(main)
     finally:
         sys.setswitchinterval(interval)
-        transport.close()
-    assert refused == 100_000
+    assert refused == 500
 
 
-def test_nothing_is_left_of_it(device: Device) -> None:
+@trio_test
+async def test_nothing_is_left_of_it(device: Device) -> None:
     before = len(os.listdir("/proc/self/fd"))
     transport = DeviceTransport(device.open)
     transport.send([encode(Op.READ, number, 0, b"/\0") for number in range(4)])

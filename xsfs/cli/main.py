@@ -20,10 +20,11 @@ USAGE: Final = "xsfs [-f] [-d] [-o OPT[,OPT...]]... [SOURCE] MOUNTPOINT"
 DESCRIPTION: Final = "Mount Xenstore, the configuration store of the Xen hypervisor."
 
 EPILOG: Final = """\
-SOURCE is a socket or device of Xenstore, or 'embedded' for a store inside xsfs
-that needs no Xen.  If SOURCE is missing, or 'xenstore', 'none' or 'auto', xsfs
-finds Xenstore itself: $XENSTORED_PATH, then the socket in $XENSTORED_RUNDIR (or
-/var/run/xenstored), then /dev/xen/xenbus.
+SOURCE is a socket or device of Xenstore, 'embedded' for a store inside xsfs
+that needs no Xen, or [USER@]HOST:[SOCKET] for another host, by ssh.  If SOURCE
+is missing, or 'xenstore', 'none' or 'auto', xsfs finds Xenstore itself:
+$XENSTORED_PATH, then the socket in $XENSTORED_RUNDIR (or /var/run/xenstored),
+then /dev/xen/xenbus.
 
 options of -o:
 {options}

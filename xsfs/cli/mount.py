@@ -128,7 +128,8 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                 view = await _view(options, store)
                 async with _mirror(options, connect, view) as mirror:
                     about = {"store": _source(options), "daemon": await _daemon(options, store)}
-                    operations = _operations(options, view, mirror, background_tasks, about)
+                    transactions = Transactions(background_tasks, view, options.tx_timeout)
+                    operations = _operations(options, view, mirror, transactions, about)
                     _fuse_mount(operations, options)
                     try:
                         ready()
@@ -139,7 +140,7 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                             ended.append(serving)
                             await _answer_the_kernel()
                     finally:
-                        await _unmount(operations, view)
+                        await _unmount(operations, transactions, view)
     return was_ready
 
 
@@ -155,10 +156,11 @@ def _source(options: Options) -> str:
     return options.source
 
 
-async def _unmount(operations: Operations, view: View) -> None:
+async def _unmount(operations: Operations, transactions: Transactions, view: View) -> None:
     notify(STOPPING)
     with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
         await operations.end(view)
+        await transactions.roll_back_all()
     pyfuse3.close(unmount=True)
 
 
@@ -201,15 +203,33 @@ async def _store(options: Options, connect: Connect | None) -> AsyncIterator[Sto
         async with open_store(path, timeout=options.timeout, connect=connect) as store:
             yield store
     except StoreUnavailable as error:
-        status = EXIT_DENIED if error.denied else EXIT_NO_STORE
-        raise MountError(status, str(error), error.hint) from error
+        raise _unavailable(error) from error
     except StoreError as error:
         raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
 
 
+def _unavailable(error: StoreUnavailable) -> MountError:
+    status = EXIT_DENIED if error.denied else EXIT_NO_STORE
+    return MountError(status, str(error), error.hint)
+
+
 @asynccontextmanager
 async def _connect(options: Options) -> AsyncIterator[Connect | None]:
-    """Run the embedded store, and give the function that connects to it; None for a real store."""
+    """Run what makes connections to the source, and give the function that does.
+
+    The embedded store, or ssh to another host.  None for a real store of this host.  Raises MountError.
+    """
+    if options.destination is not None:
+        from xsfs.xenstore.ssh import open_forward
+
+        try:
+            async with open_forward(
+                options.destination, timeout=options.timeout, command=options.ssh_command
+            ) as forward:
+                yield forward.connect
+        except StoreUnavailable as error:
+            raise _unavailable(error) from error
+        return
     if not options.embedded:
         yield None
         return
@@ -303,7 +323,7 @@ def _operations(
     options: Options,
     view: View,
     mirror: Mirror | None,
-    background_tasks: trio.Nursery,
+    transactions: Transactions,
     about: Mapping[str, str],
 ) -> Operations:
     """The tree over the store, with nothing mounted yet.
@@ -333,7 +353,6 @@ def _operations(
         options.ownership, counters, allow_other=options.allow_other, visible=options.visible
     )
     table.mirror = mirror
-    transactions = Transactions(background_tasks, view, options.tx_timeout)
     table.add_root(MountRoot(table, view, transactions))
     operations = Operations(table, store.drop_connection)
     return operations

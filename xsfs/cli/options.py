@@ -14,6 +14,13 @@ from typing import Any, Final, NamedTuple
 from xsfs.view.ownership import Ownership
 from xsfs.xenstore.errors import DEFAULT_TIMEOUT
 from xsfs.xenstore.protocol import check_path
+from xsfs.xenstore.ssh_destination import (
+    DEFAULT_SSH,
+    SshDestination,
+    is_remote,
+    parse_command,
+    parse_destination,
+)
 
 EMBEDDED: Final = "embedded"
 DEFAULT_LABEL: Final = "xenstore"
@@ -38,6 +45,11 @@ def source_of(text: str) -> str:
     word = os.path.basename(text)
     if word in AUTOMATIC_SOURCES | {EMBEDDED} and os.path.isdir(text):
         return word
+    if is_remote(text):
+        try:
+            parse_destination(text)
+        except ValueError as error:
+            raise UsageError(f"the source '{text}' {error}") from None
     return text
 
 
@@ -51,7 +63,7 @@ class Options:
 
     mountpoint: str
     source: str | None = None
-    """A socket or device, or `embedded`.  None: find it."""
+    """A socket or device, `[USER@]HOST:[SOCKET]`, or `embedded`.  None: find it."""
     foreground: bool = False
     debug: bool = False
     root: bytes | None = None
@@ -70,10 +82,18 @@ class Options:
     """The directory of the live mirror.  Empty: the default directory."""
     listen: str | None = None
     domid: int = 0
+    ssh_command: tuple[str, ...] = (DEFAULT_SSH,)
 
     @property
     def embedded(self) -> bool:
         return self.source == EMBEDDED
+
+    @property
+    def destination(self) -> SshDestination | None:
+        """The other host whose Xenstore is meant."""
+        if self.source is None or not is_remote(self.source):
+            return None
+        return parse_destination(self.source)
 
     @property
     def label(self) -> str:
@@ -260,6 +280,12 @@ OPTIONS: Final[dict[str, Option]] = {
         "SOCKET",
         "embedded store only: also accept Xenstore clients on SOCKET",
         "Set XENSTORED_PATH=SOCKET to connect xenstore-ls and other programs to it.",
+    ),
+    "ssh_command": Option(
+        parse_command,
+        "CMD",
+        f"other hosts only: how to run ssh (default: {DEFAULT_SSH})",
+        "CMD is ssh and options for it, quoted as for a shell.",
     ),
     "domid": Option(_domid, "N", "embedded store only: mount as domain N (default: 0)"),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import pyfuse3
@@ -48,11 +48,7 @@ class Directory(ListedDirectory):
 
     @property
     def always_there(self) -> bool:
-        return isinstance(self.parent, Directory) and self.name in self.parent.always_there_below()
-
-    def always_there_below(self) -> Collection[bytes]:
-        """The names of directories in it that are shown even if their nodes do not exist."""
-        return ()
+        return self.view.is_always_there(self.path)
 
     def is_of_kind(self, state: NodeState) -> bool:
         return state.has_children or self.view.is_directory(self.path, state)
@@ -121,14 +117,11 @@ class Directory(ListedDirectory):
         path = join(self.path, name)
         if len(path) > protocol.PATH_MAX:
             refuse(errno.ENAMETOOLONG)
-        await self.open_files.wait_closed(path)
-        state = self.open_files.as_seen(path, await self.view.fetch_one(path))
-        if state is None and name in self.always_there_below():
+        state = await self.open_files.fetch_one(path)
+        if state is None and self.view.is_always_there(path):
             state = EMPTY_NODE
         if state is None:
             self.scratch.drop_below(path)
-            # A cached entry may have led here: does the directory itself still exist?
-            await self.require_present()
             refuse(errno.ENOENT)
         child = self.child(name, state, path)
         entry = child.attributes(state)
@@ -138,9 +131,10 @@ class Directory(ListedDirectory):
 
     async def _lookup_forced(self, name: bytes) -> EntryAttributes:
         child = await self._child_name(name)
-        state = await self.view.fetch_one(join(self.path, child))
+        path = join(self.path, child)
+        state = await self.view.fetch_one(path)
         if state is None:
-            if child not in self.always_there_below():
+            if not self.view.is_always_there(path):
                 refuse(errno.ENOENT)
             state = EMPTY_NODE
         directory = self.table.node(ForcedDirectory, self, child)
@@ -206,6 +200,7 @@ class Directory(ListedDirectory):
             dot_value = self.table.node(DotValue, self, name)
             return self._opened(dot_value, flags), entry
         if self.scratch.takes(name):
+            await self.require_present()
             scratch = await self._make_scratch(
                 name, caller, present=errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
             )
@@ -238,6 +233,7 @@ class Directory(ListedDirectory):
         if name == VALUE_NAME:
             return await self._make_dot_value()
         if self.scratch.takes(name):
+            await self._require_existing()
             scratch = await self._make_scratch(name, caller, present=errno.EEXIST)
             return self._found(scratch, scratch.attributes())
         path = self._new_path(name)
@@ -253,12 +249,18 @@ class Directory(ListedDirectory):
         return self._found(directory, directory.attributes(EMPTY_NODE))
 
     async def make_symlink(self, name: bytes) -> EntryAttributes:
+        await self._require_existing()
+        refuse(errno.EPERM)
+
+    async def _require_existing(self) -> None:
+        """Fail with ENOENT if the node does not exist.
+
+        After ESTALE the kernel looks the directory up again at a CREATE, but not at a MKNOD or SYMLINK.
+        """
         try:
             await self.require_present()
         except pyfuse3.FUSEError:
-            # After ESTALE the kernel would not look the directory up again here.
             refuse(errno.ENOENT)
-        refuse(errno.EPERM)
 
     async def _make(self, path: bytes, *, directory: bool, missing_parent: int) -> None:
         """Create a node.
@@ -439,14 +441,13 @@ class Directory(ListedDirectory):
 
     async def _lookup_scratch(self, name: bytes) -> EntryAttributes:
         if self.scratch.get(self.path, name) is not None:
-            await self.require_present()
+            await self._require_existing()
         if (node := self.scratch_file(name)) is None:
             refuse(errno.ENOENT)
         return self._found(node, node.attributes())
 
     async def _make_scratch(self, name: bytes, caller: Caller, *, present: int) -> ScratchFile:
         """Create a scratch file.  Fails with the errno `present` if there is one of this name."""
-        await self.require_present()
         content = await self.scratch.new(self.view, caller)
         path = self.path
         if self.scratch.get(path, name) is not None:
@@ -552,10 +553,6 @@ class ForcedDirectory(Directory):
 
     __slots__ = ()
 
-    @property
-    def always_there(self) -> bool:
-        return isinstance(self.parent, Directory) and self.name in self.parent.always_there_below()
-
     def value_was_written(self) -> None:
         """NAME stays what it is."""
 
@@ -601,9 +598,6 @@ class RootDirectory(Directory):
 
     def is_of_kind(self, state: NodeState) -> bool:
         return True
-
-    def always_there_below(self) -> Collection[bytes]:
-        return self.view.always_there_below(self.path)
 
     def own_nodes(self) -> list[Node]:
         if not self.table.visible:

@@ -39,11 +39,6 @@ class ValueFile(XenstoreNode):
 
     __slots__ = ()
 
-    @property
-    def may_be_missing(self) -> bool:
-        """Whether the file is shown even if its node does not exist."""
-        return False
-
     def attributes(self, state: NodeState) -> EntryAttributes:
         if state.value is None:
             entry = self.entry(0, state.readable, state.writable)
@@ -62,20 +57,32 @@ class ValueFile(XenstoreNode):
     async def state(self) -> NodeState:
         """What the mount shows of the node now.  Fails with ESTALE if it is no file any more."""
         self.require()
-        path = self.path
-        await self.open_files.wait_closed(path)
-        state = self.open_files.as_seen(path, await self.view.fetch_one(path))
+        state = await self.open_files.fetch_one(self.path)
         if state is None or self.gone or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         return state
 
     async def getattr(self) -> EntryAttributes:
-        if self.orphan_file is not None and self.orphan_file.orphan is not None:
-            content = self.orphan_file.orphan.content
-            entry = self.entry(len(content), mtime_ns=self.seen(hash(content)))
-            entry.st_nlink = 0
-            return entry
-        return self.attributes(await self.state())
+        state = await self._state_unless_orphan()
+        if state is not None:
+            return self.attributes(state)
+        assert self.orphan_file is not None
+        assert self.orphan_file.orphan is not None
+        content = self.orphan_file.orphan.content
+        entry = self.entry(len(content), mtime_ns=self.seen(hash(content)))
+        entry.st_nlink = 0
+        return entry
+
+    async def _state_unless_orphan(self) -> NodeState | None:
+        """As `state`; None if the file was removed or replaced through the mount, perhaps meanwhile."""
+        if self.orphan_file is not None:
+            return None
+        try:
+            return await self.state()
+        except FUSEError:
+            if self.orphan_file is None:
+                raise
+            return None
 
     async def truncate(self, size: int) -> None:
         handle = ValueHandle(self, self._open_file(), os.O_WRONLY)
@@ -98,13 +105,12 @@ class ValueFile(XenstoreNode):
         truncates = bool(flags & os.O_TRUNC)
         value, fetched_at = None, 0.0
         is_readable = True
-        if self.orphan_file is None and (truncates or not writes):
+        if self.orphan_file is None and (truncates or reads):
             found = self.table.handover.take(caller.pid, self.inode)
             if found is not None:
                 self.require()
                 value, fetched_at = found.value, found.fetched_at
-            else:
-                state = await self.state()
+            elif (state := await self._state_unless_orphan()) is not None:
                 value, fetched_at = state.value, time.monotonic()
                 is_readable = state.readable
         if reads and not is_readable:
@@ -140,7 +146,7 @@ class DotValue(ValueFile):
         return join(super().label, self.name)
 
     @property
-    def may_be_missing(self) -> bool:
+    def always_there(self) -> bool:
         return self.directory.always_there
 
     def is_of_kind(self, state: NodeState) -> bool:
@@ -149,8 +155,9 @@ class DotValue(ValueFile):
     async def state(self) -> NodeState:
         self.require()
         self.directory.require()
-        path = self.path
-        state = self.open_files.as_seen(path, await self.view.fetch_one(path))
+        state = await self.open_files.fetch_one(self.path)
+        if self.gone:
+            refuse(errno.ESTALE)
         if state is None:
             if not self.directory.always_there:
                 refuse(errno.ESTALE)
@@ -358,7 +365,7 @@ class ValueHandle(ReadHandle):
                 raise reply
             if debt is not None:
                 return b""
-            if not self.node.may_be_missing:
+            if not self.node.always_there:
                 refuse(errno.ESTALE)
             return b""
         if debt is not None and debt.replaces(reply):

@@ -173,12 +173,19 @@ class OpenFiles:
             if file.debt is not None and file.debt.found is None and parent_path(path) == directory
         ]
 
-    async def wait_closed(self, path: bytes) -> None:
-        """If the last handle of this path was just closed, return when its debt is settled."""
-        file = self._by_path.get(path)
-        if file is not None and file.debt is not None and file.debt.is_closing:
-            async with file.changing():
-                pass
+    async def fetch_one(self, path: bytes) -> NodeState | None:
+        """What the mount shows of a node now.  If its last handle was just closed, its debt is settled
+        before."""
+        while True:
+            file = self._by_path.get(path)
+            debt = None if file is None else file.debt
+            if file is not None and debt is not None and debt.is_closing:
+                async with file.changing():
+                    pass
+            state = await self._view.fetch_one(path)
+            # If the debt was settled meanwhile, the store may have told the value from before.
+            if file is None or debt is None or file.debt is debt:
+                return self.as_seen(path, state)
 
     async def settle(self, path: bytes) -> None:
         """Carry out what the file at this path owes, if it is open and owes anything."""

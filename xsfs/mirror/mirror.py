@@ -1,26 +1,27 @@
 """The live mirror: a watch, a work queue and one task, which keep a copy of a tree as plain files.
 
-What `Mirror` owns: subscriptions to the tree's watch and to @releaseDomain's; the work queue, in which
-each node stands once, first in, first out; and the task `run`, which alone changes files and takes nodes
-from the queue.  Other tasks wake it, and queue nodes of which the mount has learned something.
+`Mirror` owns subscriptions to two watches, the tree's and @releaseDomain's, and the work queue.  Each node
+stands in the queue once, first in, first out.  Only the task `run` takes nodes from it and changes files.
+Other tasks wake that task, and queue a node when the mount learns that it is a directory.
 
 Why the copy is exact whenever the store is at rest:
 
-An event says that something changed at a path or below it.  So the task fetches the node at that path,
-makes its file or directory what the reply says, and queues all its children; their children follow.  If a
-node's parent is not in the mirror, the task queues the highest missing ancestor instead, and from there
-the way down leads to the node.  Each fetch begins after the task has taken the event, and the task
-applies replies in the order of the fetches.  Take any node N and its last change:
+An event says that something changed at a path or below it.  So the task fetches the node at that path and
+makes its file or directory agree with the reply.  Then it queues all children; theirs follow.  If a node's
+parent is not in the mirror, the task queues the highest missing ancestor instead.  The way down from there
+leads to the node.  Each fetch begins after the task has taken the event, and the task applies replies in
+the order of the fetches.  Take any node N and its last change:
 
 - A client wrote N, made it, removed it or set its permissions.  The event came after the change, and the
   fetch after the event.
 - The store made N implicitly, as an ancestor of D.  D's event follows.  If N is missing in the mirror,
   the task fetches N on the way down to D.  It fetches N, too, if N is a directory that is shown without
-  a node.  If an older N is still shown, the event of its removal, at N or above, precedes D's.  The fetch
-  that this event caused was answered either before N was made again, and the task removed N; or later,
-  and it showed the new N.
-- N vanished with an ancestor A.  A's event follows.  The task finds that A is missing; or it finds a new
-  A, removes the files of what the new A does not list, and fetches each child that it does list.
+  a node.  If an older N is still shown, the event of its removal, at N or above, precedes D's.  That event
+  caused a fetch.  If it was answered before N was made again, the task removed N.  Otherwise the task
+  showed the new N.
+- N vanished with an ancestor A.  A's event follows.  If the task finds no A, it removes all files below.
+  If it finds a new A, it removes the files of all children that the new A does not list, and fetches the
+  others.
 - A domain died, and N vanished or lost permissions.  Some daemons send no event for N, but all send
   @releaseDomain.  Then the task queues the root, and everything below follows.
 - Events were lost.  If the backlog was full, the client reports an event of the root instead.  If the
@@ -40,7 +41,7 @@ import errno
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from typing import Final
 
@@ -50,6 +51,7 @@ from xsfs.mirror.reconcile import GONE, FetchedNode, Reconciler
 from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import shown_names
 from xsfs.view.view import View, interpret, requests_for
+from xsfs.xenstore.background import open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
 from xsfs.xenstore.protocol import WireError, check_path
@@ -80,11 +82,46 @@ LEFT_OUT_MAX: Final = 100
 RELEASE: Final = b"@releaseDomain"
 
 _COSTS_THE_NODE: Final = frozenset((errno.ENAMETOOLONG, errno.EMLINK, errno.EILSEQ, errno.EINVAL))
-"""What a file system answers if it cannot hold a node that another one could hold."""
+"""Errors of a file system that cannot hold a node which another one could hold."""
 
 
 class _Lost(ConnectionLost):
     """Events may have been missed, so the copy may be wrong."""
+
+
+Batch = dict[bytes, bool]
+"""Nodes that one pipeline fetches: a part of the work queue."""
+
+
+class _Fetching:
+    """A batch that a background task fetches."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        fetch: Callable[[Sequence[bytes]], Awaitable[list[FetchedNode]]],
+        background: trio.Nursery,
+    ) -> None:
+        self.batch = batch
+        self._fetch = fetch
+        self._done = trio.Event()
+        self._nodes: list[FetchedNode] | Exception = []
+        if batch:
+            background.start_soon(self._run)
+
+    async def _run(self) -> None:
+        try:
+            self._nodes = await self._fetch(list(self.batch))
+        except Exception as error:
+            self._nodes = error
+        self._done.set()
+
+    async def nodes(self) -> list[FetchedNode]:
+        """The nodes, once they are fetched.  Raises what fetching raised."""
+        await self._done.wait()
+        if isinstance(self._nodes, Exception):
+            raise self._nodes
+        return self._nodes
 
 
 class Mirror:
@@ -106,7 +143,7 @@ class Mirror:
         self._releases = Subscription(RELEASE, self._wake)
         self._heard: set[Subscription] = set()
         """Those of the two whose first event has come since they were set."""
-        self._in_flight: frozenset[bytes] = frozenset()
+        self._in_flight: set[bytes] = set()
         """The nodes that are being fetched: what they become depends on what is known afterwards."""
         self._idle = trio.lowlevel.ParkingLot()
         self._unrested = 0.0
@@ -183,10 +220,10 @@ class Mirror:
                     log.error("the mirror is gone: %s", error)
             except (StoreError, OSError) as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
-                log.error("the mirror is gone, and tried again in %g s: %s", delay, error)
+                log.error("the mirror is gone, xsfs retries in %g s: %s", delay, error)
             except Exception:
                 delay = RETRY_MAX
-                log.exception("the mirror is gone, and tried again in %g s", delay)
+                log.exception("the mirror is gone, xsfs retries in %g s", delay)
             await self._withdraw()
             await trio.sleep(delay)
 
@@ -202,14 +239,28 @@ class Mirror:
         await self._armed()
         interruptions = self._interruptions
         self._left_out.clear()
+        self._in_flight.clear()
         self._files.begin()
         self._reconciler.begin()
-        while self._queue:
-            await self._work()
+        await self._copy_all()
         if self._interruptions != interruptions:
             raise _Lost("the connection was lost while the copy was made")
         await self._carry_out(self._reconciler.publish())
         self._copy_of = interruptions
+
+    async def _copy_all(self) -> None:
+        """Work until the queue is empty.  The store is another process: it replies to the next pipeline
+        while the files of the last one are made."""
+        async with open_background() as background:
+            fetching = _Fetching(self._next_batch(), self._fetch, background)
+            while fetching.batch:
+                nodes = await fetching.nodes()
+                ahead = _Fetching(self._next_batch(), self._fetch, background)
+                await trio.lowlevel.checkpoint()  # so that it is sent
+                await self._carry_out(self._apply(fetching.batch, nodes))
+                if not ahead.batch:
+                    ahead = _Fetching(self._next_batch(), self._fetch, background)
+                fetching = ahead
 
     async def _armed(self) -> None:
         """Return when both watches are set at the store, and their first events have come."""
@@ -237,6 +288,7 @@ class Mirror:
                 self._unrested += time.thread_time() - began
                 await self._rest()
             else:
+                self._files.release()
                 parked = time.monotonic()
                 await self._idle.park()
                 self._unrested = max(0.0, self._unrested - (time.monotonic() - parked))
@@ -280,20 +332,27 @@ class Mirror:
 
     async def _work(self) -> None:
         """Fetch the next nodes, and make the files agree with them."""
-        batch: dict[bytes, bool] = {}
+        batch = self._next_batch()
+        nodes = await self._fetch(list(batch))  # a checkpoint, even if there is nothing to fetch
+        await self._carry_out(self._apply(batch, nodes))
+
+    def _next_batch(self) -> Batch:
+        batch: Batch = {}
+        until = time.perf_counter() + SLICE_SECONDS
         while self._queue and len(batch) < BATCH:
             path, renew = self._queue.popitem(last=False)
-            if not renew or self._is_inside(path):
+            if not renew:
                 batch[path] = renew
-        self._in_flight = frozenset(batch)
-        try:
-            nodes = await self._fetch(list(batch))
-        finally:
-            self._in_flight = frozenset()
-        await self._carry_out(self._apply(batch, nodes))
-        self._files.release()
+                continue
+            if self._is_inside(path) and self._reconciler.is_within_reach(path):
+                batch[path] = renew
+            if time.perf_counter() > until:
+                break
+        self._in_flight.update(batch)
+        return batch
 
-    def _apply(self, batch: Mapping[bytes, bool], nodes: Sequence[FetchedNode]) -> Steps:
+    def _apply(self, batch: Batch, nodes: Sequence[FetchedNode]) -> Steps:
+        self._in_flight.difference_update(batch)
         for (path, renew), node in zip(batch.items(), nodes, strict=True):
             try:
                 yield from self._reconciler.apply(path, node, renew=renew)
@@ -301,6 +360,7 @@ class Mirror:
                 if error.errno not in _COSTS_THE_NODE:
                     raise
                 self._leave_out(path, error)
+            yield b""
 
     async def _carry_out(self, steps: Steps) -> None:
         """Change files, with a turn for other tasks after each slice."""
@@ -316,36 +376,53 @@ class Mirror:
 
         A node that makes no sense counts as missing, unless it is the root: that raises StoreError.
         """
-        requests = [requests_for(path, perms=self._view.asks_perms) for path in paths]
-        replies = iter(await self.store.pipeline([one for some in requests for one in some]))
+        perms = self._view.asks_perms
+        replies = await self.store.pipeline(
+            [request for path in paths for request in requests_for(path, perms=perms)]
+        )
+        each = len(replies) // len(paths) if paths else 0
         nodes = []
-        for path, asked in zip(paths, requests, strict=True):
+        for index, path in enumerate(paths):
             try:
-                node = await self._interpret(path, [next(replies) for _ in asked])
+                own = replies[index * each : (index + 1) * each]
+                node = self._interpret(path, *own) or await self._list_long(path, *own)
             except (XenstoreError, WireError) as error:
                 if path == self._view.root:
-                    raise (
-                        error if isinstance(error, StoreError) else StoreError(str(error))
-                    ) from None
+                    raise StoreError(f"the root makes no sense: {error}") from error
                 self._leave_out(path, error)
                 node = GONE
             nodes.append(node)
         self.fetched += len(paths)
         return nodes
 
-    async def _interpret(self, path: bytes, replies: Sequence[Reply]) -> FetchedNode:
-        value, listing, *rest = replies
-        perms = rest[0] if rest else None
-        state = interpret(value, listing, perms, self._view.domid)
+    def _interpret(
+        self, path: bytes, value: Reply, listing: Reply, perms: Reply = b""
+    ) -> FetchedNode | None:
+        """The node, according to the replies; None if it has too many children for one reply."""
+        # Domain 0 may do everything, whatever a guest has made of the permissions.
+        domid = self._view.domid
+        state = interpret(value, listing, perms if domid else None, domid)
         if state is None:
             return GONE
         names: Sequence[bytes] = ()
         if state.has_children:
             self._view.sticky.add(path)
             if not isinstance(listing, bytes):
-                listing = b"".join(b"%s\0" % name for name in await self.store.list(path))
+                return None
             names = shown_names(path, listing)
         return FetchedNode(state, names, perms if isinstance(perms, bytes) else b"")
+
+    async def _list_long(
+        self, path: bytes, value: Reply, _: Reply, perms: Reply = b""
+    ) -> FetchedNode:
+        try:
+            names = await self.store.list(path)
+        except XenstoreError as error:
+            if error.name in ("ENOENT", "EACCES"):
+                return GONE  # since its value was read
+            raise
+        listing = b"".join([b"%s\0" % name for name in names])
+        return self._interpret(path, value, listing, perms) or GONE
 
     def _leave_out(self, path: bytes, error: Exception) -> None:
         if path not in self._left_out and len(self._left_out) < LEFT_OUT_MAX:

@@ -1,12 +1,13 @@
-"""What one node's state makes of the mirror's files.
+"""Turns one node's state into files of the mirror.
 
-`Reconciler` keeps no copy in memory: what is shown is what the files are.  What it owns is the number of
-nodes shown, and which of the directories that are always shown have no node.  Only the mirror's task may
-use it.  Nodes that must be fetched as a consequence go into the work queue (xsfs/mirror/mirror.py).
+`Reconciler` keeps no copy in memory; it looks at the files.  It owns the number of nodes shown, and the set
+of directories that are shown without a node.  Only the mirror's task may call `apply`.  Nodes that must be
+fetched as a consequence go into the work queue (xsfs/mirror/mirror.py).
 """
 
 from __future__ import annotations
 
+import re
 import stat
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ from typing import Final, NamedTuple
 from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
+
+_LONG_NAME: Final = re.compile(rb"[^/]{%d}" % (NAME_MAX + 1))
 
 CHUNK: Final = 256
 """How many names one step goes through."""
@@ -76,13 +79,13 @@ class Reconciler:
         """The path of a node's file, relative to the mirror's directory."""
         root = self._view.root
         inside = path[1:] if root == b"/" else path[len(root) + 1 :]
-        if len(inside) <= NAME_MAX:
+        if _LONG_NAME.search(inside) is None:
             return inside
         return b"/".join(map(file_name, inside.split(b"/")))
 
     def contradicts(self, path: bytes) -> bool:
-        """Whether the mirror may show a node as something else than what is known of it by now: that it
-        has been a directory, or that its `.value` was made."""
+        """Whether the files may contradict what the sticky directories say of a node by now: that it is a
+        directory, or that its `.value` was made."""
         if self._moves:
             return True
         place = self.place(path)
@@ -104,6 +107,19 @@ class Reconciler:
         with closing(self._files.names(place)) as names:
             return any(name != VALUE_NAME for name in names)
 
+    def is_within_reach(self, path: bytes) -> bool:
+        """Whether a node that an event named can be shown.  If not, its highest missing ancestor is queued
+        instead: it may be one for many nodes, and the store walks up the path of each missing node.
+        """
+        for directory in self._nodeless:
+            # It may have been made implicitly with this node, and has no event of its own.
+            if path.startswith(directory + b"/"):
+                self._queue.setdefault(directory, False)
+        missing = self._first_missing(path)
+        if missing is not None:
+            self._queue.setdefault(missing, False)
+        return missing is None
+
     # ---------------------------------------------------------------------------------- apply
 
     def apply(self, path: bytes, node: FetchedNode, *, renew: bool) -> Steps:
@@ -111,13 +127,9 @@ class Reconciler:
 
         renew   an event named the node: its file is replaced even by an equal one
         """
-        # Whoever queued it since it was fetched is a node of the same pipeline that was fetched before
-        # it; or has learned something that counts from here on.
+        # Since it was fetched, only nodes that were fetched before it can have queued it; or the mount
+        # has learned something, which counts from here on.
         self._queue.pop(path, None)
-        for directory in self._nodeless:
-            # It may have been made implicitly with this node, and has no event of its own.
-            if renew and path.startswith(directory + b"/"):
-                self._queue.setdefault(directory, False)
         state = node.state
         if state is not None and not state.readable:
             state = None
@@ -180,16 +192,15 @@ class Reconciler:
         if wanted == stat.S_IFREG:
             self._show_file(place, kind, content, perms, renew=renew)
             self.nodes += not kind
-            yield place
         else:
             if kind:
                 self._files.set_perms(place, perms)
             else:
                 self._files.make_directory(place, perms)
                 self.nodes += 1
-            yield place
+            is_new = not kind
             value_place = self._in(place, VALUE_NAME)
-            kind = self._files.kind(value_place)
+            kind = 0 if is_new else self._files.kind(value_place)
             if kind == stat.S_IFDIR:  # the files' owner has made it
                 yield from self._files.removing(value_place)
                 kind = 0
@@ -197,8 +208,9 @@ class Reconciler:
                 self._show_file(value_place, kind, content, perms, renew=renew)
             elif kind:
                 self._files.remove_file(value_place)
-            yield value_place
-            yield from self._show_children(path, place, node.names)
+            yield from self._queue_children(path, node.names)
+            if not is_new:
+                yield from self._remove_others(path, place, node.names)
         if self._wanted(path, state) != wanted:
             # That was learned when the files did not contradict it yet.
             self._queue.setdefault(path, False)
@@ -211,12 +223,17 @@ class Reconciler:
         elif renew or self._files.read(place) != (content, perms):
             self._files.put(place, content, perms)
 
-    def _show_children(self, path: bytes, place: bytes, names: Iterable[bytes]) -> Steps:
-        """Queue the children, and remove the files of others."""
+    def _queue_children(self, path: bytes, names: Iterable[bytes]) -> Steps:
         above = join(path, b"")
-        shown = {VALUE_NAME}
         for number, name in enumerate(chain(names, self._view.always_there_below(path)), 1):
             self._queue.setdefault(above + name, False)
+            if number % CHUNK == 0:
+                yield b""
+
+    def _remove_others(self, path: bytes, place: bytes, names: Iterable[bytes]) -> Steps:
+        """Remove all files in a directory but those of the children of these names."""
+        shown = {VALUE_NAME}
+        for number, name in enumerate(chain(names, self._view.always_there_below(path)), 1):
             shown.add(file_name(name))
             if number % CHUNK == 0:
                 yield b""

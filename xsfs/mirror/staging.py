@@ -1,7 +1,7 @@
 """The files of a live mirror: the directory DIR, and the staging directory beside it.
 
-What `MirrorDirectory` owns: descriptors of DIR, of its parent, and of the staging directory
-`.NAME.xsfs`.  It opens them once and holds them; only the mirror's task may use it.
+`MirrorDirectory` owns descriptors of DIR, of its parent, and of the staging directory `.NAME.xsfs`.  It
+opens them once and holds them.  Only the mirror's task may use it.
 
 What always holds:
 
@@ -74,7 +74,7 @@ _EMPTY: Final = "name an empty directory, or one to be made: mirror=DIR"
 _TRUSTED: Final = "name a directory in a place where nobody else can write: mirror=DIR"
 
 _UNSUITABLE: Final = frozenset((errno.ENOSPC, errno.E2BIG, errno.ERANGE))
-"""What a file system answers to an attribute that is too large for it."""
+"""Errors of a file system for an attribute that is too large for it."""
 
 Steps = Generator[bytes, None, None]
 """A change in small steps, for callers that have others to serve in between.  Of each step: which file or
@@ -154,8 +154,8 @@ def _open_trusted(path: bytes) -> int:
 
 
 def _identity(fd: int) -> bytes:
-    """What no other directory in the same place has: the number of its inode, and the generation if the
-    file system uses numbers again."""
+    """The number of the inode, and its generation if the file system uses numbers again.  No other
+    directory in the same place has both."""
     try:
         generation = fcntl.ioctl(fd, _GET_VERSION, bytes(struct.calcsize("l"))).hex()
     except OSError:
@@ -198,7 +198,7 @@ class StagingDirectory:
             raise
 
     def release(self) -> None:
-        """Close it.  What is in it stays, for the next start."""
+        """Close it.  Its files stay, for the next start."""
         for fd in (self._lock, self.fd):
             if fd >= 0:
                 os.close(fd)
@@ -230,7 +230,7 @@ class _OpenDirectories:
 
     top         an open directory, which stays open
     modes       the modes of the directory itself and of those below it, if they deny writing to this
-                user, who then has to permit it for the time of a change; None for root
+                user; xsfs then permits it for the time of a change.  None for root
     """
 
     def __init__(self, top: int, modes: tuple[int, int] | None = None) -> None:
@@ -276,8 +276,8 @@ class _OpenDirectories:
         try:
             self.enter(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            assert isinstance(error.filename, bytes)
-            return error.filename
+            missing: bytes = error.filename
+            return missing
         return None
 
     def _close(self, path: bytes) -> None:
@@ -484,8 +484,8 @@ class MirrorDirectory:
                 os.rmdir(self._name, dir_fd=self._parent)
 
     def release(self) -> None:
-        """Close what was opened for the last changes.  To be called before each wait: nobody may find
-        directories open, or writable, that xsfs does not use."""
+        """Close the directories that were opened for the last changes.  To be called when there is nothing
+        to do: the next change finds the directories that are in place then."""
         self._copy.close()
 
     def _clear_now(self) -> None:
@@ -513,7 +513,7 @@ class MirrorDirectory:
     # ----------------------------------------------------------------------- the whole copy
 
     def begin(self) -> None:
-        """What is made from now on, nobody sees before `publish`."""
+        """Make a new copy from now on, which nobody sees before `publish`."""
         self.release()
         self._check_room()
         # Made now, since `clear` needs it when the file system may be full.
@@ -674,7 +674,7 @@ class MirrorDirectory:
             log.debug("permissions of %d bytes are left out: %s", len(perms), error.strerror)
 
     def make_directory(self, path: bytes, perms: bytes) -> None:
-        """Make the directory, of which nothing is there.  Raises OSError."""
+        """Make the directory, which is missing.  Raises OSError."""
         self._count()
         parent, _, name = path.rpartition(b"/")
         directory = self._copy.enter(parent, change=True)

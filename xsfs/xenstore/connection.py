@@ -11,7 +11,8 @@ What always holds:
 - Each request in flight is known by its req_id until its reply has come.  A task that is cancelled leaves
   its requests in flight, so that late replies are recognised and dropped.  At most IN_FLIGHT_MAX are.
 - A task that waits for replies is woken when the last one has come, when its deadline has passed, or when
-  the connection has ended.  A reply that is later than a deadline ends the connection.
+  the connection has ended.  A request that is unanswered at its deadline ends the connection, even if the
+  task that sent it was cancelled.
 - A violation of the protocol ends the connection.
 
 A task that is alone waits for its replies right in `pipeline`, since the store answers within some 20
@@ -77,6 +78,7 @@ class _Batch:
     missing     how many of them are not answered
     replies     in the order of the requests, complete if nothing is missing
     task        the task that sleeps until then
+    deadline    in trio's time; 0 if no task has slept yet
     """
 
     __slots__ = ("deadline", "missing", "replies", "requests", "task")
@@ -115,7 +117,7 @@ class Connection:
         """By req_id: the batch, and the request's place in it."""
         self._next_id = 0
         self._waiting: dict[_Batch, None] = {}
-        """The batches for which a task sleeps."""
+        """The batches for which a task sleeps, or slept until it was cancelled."""
         self._outgoing: list[bytes] = []
         """Messages that the writer is to send."""
         self._unsent = b""
@@ -150,8 +152,13 @@ class Connection:
 
         deadline    in trio's time; `timeout` from now on if None
 
-        Raises ConnectionLost; RequestTimeout, and the connection then has ended.  If the caller is
-        cancelled, the store may still carry out requests that were sent.
+        A request that is too long for the transport is not sent.  Its reply is the XenstoreError `EINVAL`,
+        with which the daemons answer a path that is too long.
+
+        Raises ConnectionLost; RequestTimeout, for this or an earlier pipeline, and the connection then has
+        ended; ValueError, and nothing
+        was sent, for a request that is no message.  If the caller is cancelled, the store may still carry
+        out requests that were sent.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if len(requests) > WINDOW:
@@ -204,14 +211,30 @@ class Connection:
         batch = _Batch(requests)
         messages = []
         req_id = self._next_id
-        for place, (op, payload) in enumerate(requests):
-            while req_id in in_flight:  # it has been waiting since the numbers last began at 0
+        payload_max = self.payload_max
+        try:
+            for place, (op, payload) in enumerate(requests):
+                if len(payload) > payload_max:
+                    # C xenstored closes the connection, and oxenstored gets out of step.
+                    batch.replies[place] = XenstoreError("EINVAL", requests[place])
+                    batch.missing -= 1
+                    continue
+                while req_id in in_flight:  # it has been waiting since the numbers last began at 0
+                    req_id = (req_id + 1) & 0xFFFFFFFF
+                messages.append(encode(op, req_id, tx_id, payload))
+                in_flight[req_id] = batch, place
                 req_id = (req_id + 1) & 0xFFFFFFFF
-            messages.append(encode(op, req_id, tx_id, payload))
-            in_flight[req_id] = batch, place
-            req_id = (req_id + 1) & 0xFFFFFFFF
+        except ValueError:
+            self._forget(batch)
+            raise
         self._next_id = req_id
         return batch, messages
+
+    def _forget(self, batch: _Batch) -> None:
+        """No replies will come to it."""
+        for req_id, (other, _) in list(self._in_flight.items()):
+            if other is batch:
+                del self._in_flight[req_id]
 
     def _send(self, messages: Sequence[bytes]) -> None:
         try:
@@ -235,7 +258,6 @@ class Connection:
 
         def abort(_: object) -> Abort:
             batch.task = None
-            self._waiting.pop(batch, None)
             return Abort.SUCCEEDED
 
         replies: list[Reply] = await wait_task_rescheduled(abort)
@@ -258,9 +280,7 @@ class Connection:
             self.close("the kernel did not carry out a WATCH in time")
             raise RequestTimeout("the kernel did not carry out a WATCH in time") from None
         except WatchRefused as refused:
-            for req_id, (other, _) in list(self._in_flight.items()):
-                if other is batch:
-                    del self._in_flight[req_id]
+            self._forget(batch)
             raise XenstoreError(refused.name, requests[0]) from refused
         except OSError as error:
             self.close(f"cannot send: {error.strerror}")
@@ -304,8 +324,12 @@ class Connection:
         finally:
             self.close("the connection was closed")
 
-    def close(self, reason: str = "the connection was closed") -> None:
-        """End the connection, and wake all tasks that wait on it.  Any number of times."""
+    def close(
+        self,
+        reason: str = "the connection was closed",
+        error: type[ConnectionLost] | type[RequestTimeout] = ConnectionLost,
+    ) -> None:
+        """End the connection, and wake all tasks that wait on it with `error`.  Any number of times."""
         if not self.alive:
             return
         self._closed_because = reason
@@ -313,7 +337,7 @@ class Connection:
         self._scope.cancel()
         self._ended.set()
         for batch in self._waiting:
-            batch.wake(outcome.Error(ConnectionLost(reason)))
+            batch.wake(outcome.Error(error(reason)))
         self._waiting.clear()
         self._in_flight.clear()
         self._transport.close()
@@ -366,13 +390,13 @@ class Connection:
             raise WireError(f"a reply of type {op} to a request of type {request.op}")
         del self._in_flight[req_id]
         batch.missing -= 1
-        if not batch.missing and batch.task is not None:
+        if not batch.missing and batch.deadline:
             del self._waiting[batch]
             batch.wake(outcome.Value(batch.replies))
 
     async def _write(self) -> None:
         try:
-            while True:
+            while self.alive:
                 if self._unsent:
                     self._unsent = await self._transport.send_rest(self._unsent)
                 elif self._outgoing:
@@ -395,9 +419,5 @@ class Connection:
                 await self._watchdog_parked.park()
                 continue
             now = trio.current_time()
-            overdue = [batch for batch in self._waiting if batch.deadline <= now]
-            for batch in overdue:
-                del self._waiting[batch]
-                batch.wake(outcome.Error(RequestTimeout("Xenstore did not answer in time")))
-            if overdue:
-                self.close("Xenstore did not answer in time")
+            if any(batch.deadline <= now for batch in self._waiting):
+                self.close("Xenstore did not answer in time", RequestTimeout)

@@ -192,23 +192,22 @@ class CircuitBreaker:
         self._outcome.unpark_all()
 
     @contextmanager
-    def observe(self, deadline: float) -> Iterator[None]:
-        """Note the outcome of the block, which asks something that is to be answered by `deadline`."""
-        answers = self._answers
+    def observe(self) -> Iterator[None]:
+        """Note the outcome of the block, which asks something."""
+        answers, start = self._answers, trio.current_time()
         try:
             yield
         except (RequestTimeout, ConnectionLost) as error:
-            self._failed(error, answers, deadline)
+            self._failed(error, answers, start)
             raise
         self.answered()
 
-    def _failed(
-        self, error: RequestTimeout | ConnectionLost, answers: int, deadline: float
-    ) -> None:
+    def _failed(self, error: RequestTimeout | ConnectionLost, answers: int, start: float) -> None:
         if self._answers != answers or self.error is not None:
             return
-        # `open_transport_by` gives up if its next attempt would come too late.
-        if deadline - trio.current_time() > self._timeout / 2:
+        # A request late in a transaction has little time.  And `open_transport_by` gives up if its next
+        # attempt would come too late.
+        if trio.current_time() - start < self._timeout / 2:
             return
         if answers:  # else the mount has not begun, and its caller reports the error
             log.warning("Xenstore has not answered for %g s: %s", self._timeout, error)

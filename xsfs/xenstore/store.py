@@ -54,6 +54,9 @@ mounts and its other programs share."""
 CLEANUP_SECONDS: Final = 1.0
 """How long the end of a transaction may wait for a silent daemon."""
 
+IN_DOUBT_MAX: Final = 20
+"""How often one of _MAYBE_CONFLICTS is taken for the result of a conflict, before it is believed."""
+
 _MAYBE_CONFLICTS: Final = frozenset(("ENOENT", "EIO"))
 """Errors that C xenstored may give in a transaction with a conflict: it is no snapshot, so a listing may
 name a child that is gone by the time it is read."""
@@ -87,7 +90,7 @@ class Transaction(Commands):
         self.has_written = False
         """Whether a request was sent that changes anything."""
         self.has_ended = False
-        """Whether the store has said that it ended."""
+        """Whether the store has said that it ended.  oxenstored cannot end one that is over its quota."""
 
     @property
     def payload_max(self) -> int:
@@ -110,7 +113,7 @@ class Transaction(Commands):
         if deadline is None:
             deadline = trio.current_time() + self._timeout
         try:
-            with self._breaker.observe(deadline):
+            with self._breaker.observe():
                 return await self.connection.pipeline(requests, self._tx_id, deadline)
         except ConnectionLost as error:
             self._tx_id = None
@@ -133,7 +136,7 @@ class Transaction(Commands):
         *replies, end = await self.connection.pipeline(
             (*requests, protocol.transaction_end(commit)), tx_id, self._deadline
         )
-        self.has_ended = True
+        self.has_ended = not isinstance(end, XenstoreError) or end.name == "EAGAIN"
         if isinstance(end, XenstoreError):
             # C xenstored ends a transaction in which a request failed with ENOMEM: the reply to that
             # request tells the reason.
@@ -217,16 +220,22 @@ class Store(Commands):
             await self.breaker.check()
         self.requests += len(requests)
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe(deadline):
+        failure: ConnectionLost | RequestTimeout | None = None
+        with self.breaker.observe():
             while True:
                 connection = self._main.current
                 if connection is None or not connection.alive:
-                    connection = await self._main.get(deadline)
+                    try:
+                        connection = await self._main.get(deadline)
+                    except ConnectionLost as error:
+                        raise failure or error from None
                 try:
                     return await connection.pipeline(requests, 0, deadline)
-                except ConnectionLost:
-                    if trio.current_time() >= deadline or not all(r.repeatable for r in requests):
+                except (ConnectionLost, RequestTimeout) as error:
+                    is_late = connection.alive or trio.current_time() >= deadline
+                    if is_late or not all(r.repeatable for r in requests):
                         raise
+                    failure = error
 
     async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
         """As in Commands.  A node that never stops changing is listed in a transaction, in which it
@@ -237,16 +246,12 @@ class Store(Commands):
             if error.name != "EAGAIN":
                 raise
 
-        async def work(transaction: Transaction) -> NamesOfEach | XenstoreError:
-            try:
-                return await transaction.list_all(paths)
-            except XenstoreError as error:
-                return error  # `atomically` would take EAGAIN for a conflict and try for long
-
-        names = await self.atomically(work)
-        if isinstance(names, XenstoreError):
-            raise names
-        return names
+        # Not `atomically`: a commit would conflict with the very changes that disturb the listing.
+        transaction = await self.begin()
+        try:
+            return await transaction.list_all(paths)
+        finally:
+            self.abandon(transaction)
 
     # -------------------------------------------------------------------------- transactions
 
@@ -269,7 +274,7 @@ class Store(Commands):
         """Start a transaction with a connection of its own.  The caller must `abandon` it later."""
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe(deadline):
+        with self.breaker.observe():
             connection = await self._open(deadline)
             self.transactions += 1
             try:
@@ -303,19 +308,24 @@ class Store(Commands):
 
         `work` may end the transaction itself.  If it raises, the transaction is rolled back.  An error
         that it meets is only true if the transaction has no conflict, so `atomically` finds that out
-        before the error is raised.  All of it takes `timeout` at most.
+        before the error is raised.  All of it takes `timeout` at most, and a quarter of it more if the
+        store stops answering at its end.
 
         Raises XenstoreError `EAGAIN` if it conflicted all the time.
         """
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe(deadline):
+        with self.breaker.observe():
             async with self._one_of_few(deadline):
+                in_doubt = 0
                 while True:
+                    # The last attempt must not fail just because it began late.
+                    extended = trio.current_time() + self.timeout / 4
                     try:
-                        return await self._attempt(work, deadline)
+                        return await self._attempt(work, max(deadline, extended))
                     except _Conflict as conflict:
-                        if trio.current_time() >= deadline:
+                        in_doubt += conflict.error.name in _MAYBE_CONFLICTS
+                        if trio.current_time() >= deadline or in_doubt > IN_DOUBT_MAX:
                             raise conflict.error from None
 
     async def _attempt(
@@ -329,10 +339,11 @@ class Store(Commands):
                     await transaction.commit()
                 return result
             except Exception as error:
-                if await self.is_conflict(transaction, error):
-                    end = protocol.transaction_end(True)
-                    raise _Conflict(XenstoreError("EAGAIN", end)) from error
-                raise
+                if not await self.is_conflict(transaction, error):
+                    raise
+                if not isinstance(error, XenstoreError) or not transaction.has_written:
+                    error = XenstoreError("EAGAIN", protocol.transaction_end(True))
+                raise _Conflict(error) from error
 
     async def is_conflict(self, transaction: Transaction, error: Exception) -> bool:
         """Whether `error`, which was met in the transaction, may be the result of a conflict.

@@ -239,8 +239,10 @@ class Watches:
         """
         if self._leave(subscription):
             deadline = trio.current_time() + REMOVE_SECONDS
-            with trio.CancelScope(deadline=deadline, shield=True):
+            with trio.CancelScope(deadline=deadline, shield=True) as scope:
                 await self._clear()
+            if scope.cancelled_caught:
+                self._nursery.start_soon(self._clear)
 
     def drop(self, subscription: Subscription) -> None:
         """`unsubscribe`, in the background."""

@@ -158,6 +158,8 @@ class DeviceTransport:
     async def receive(self) -> bytes:
         while True:
             await trio.lowlevel.wait_readable(self._poll.fileno())
+            if self._poll.closed:
+                raise trio.ClosedResourceError  # a task that ran in between has closed it
             messages = []
             for number, _ in self._poll.poll(0):
                 try:

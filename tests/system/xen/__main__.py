@@ -1,8 +1,8 @@
 """Check xsfs on real Xen: `python -m tests.system.xen [CONFIGURATION...] [-- ARGUMENT OF PYTEST...]`.
 
 Builds the lab's image where it is missing ($XSFS_XEN_CACHE, default /var/cache/xsfs-xen: 1 GB), boots
-each configuration, and prints what its checks say.  Without any it runs all.  docs/real-xen.md tells
-more.
+each configuration, and prints what its checks say.  Without any it runs all.  See
+docs/dev/real-xen.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The kernel's device has traps that the socket has not (docs/real-xen.md lists them); xsfs steps on
-none of them.  Run in dom0 and in the domU."""
+"""The kernel's device has traps that the socket has not (docs/dev/real-xen.md lists them); xsfs
+steps on none of them.  Run in dom0 and in the domU."""
 
 from __future__ import annotations
 
