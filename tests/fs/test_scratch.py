@@ -477,7 +477,7 @@ def test_a_directory_that_is_removed_under_its_user(
             os.stat(".x", dir_fd=inside)
         with fails(errno.ENOENT):
             os.mknod(".y", dir_fd=inside)
-        with pytest.raises(OSError, match="Stale|No such"):
+        with pytest.raises(OSError, match=r"Stale|No such"):
             os.close(os.open(".y", os.O_CREAT | os.O_WRONLY, dir_fd=inside))
         witness.write(node(place, box / "d" / "f"), b"1")
         assert os.listdir(box / "d") == ["f"]
