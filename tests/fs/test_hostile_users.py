@@ -225,7 +225,7 @@ def test_names_that_mean_something_elsewhere(mount: Mount) -> None:
     def write(path: Path) -> None:
         path.write_text("1")
 
-    for name in ("a b", "a\nb", "a\x1b[31m", "\x07", "a\tb", "é", "..x", "~", "*", "$(id)", "a;b"):
+    for name in ("a b", "a\nb", "a\x1b[31m", "\x07", "a\tb", "é", "x..", "*", "$(id)", "a;b"):
         for attempt in (write, Path.mkdir):
             with fails(errno.EINVAL):
                 attempt(data / name)

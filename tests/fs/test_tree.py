@@ -151,7 +151,7 @@ def test_dot_value(place: Place, mount: Mount, box: Path, witness: XsClient) -> 
 # ---------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["a.b", ".hidden", "a b", "ä", "a:b", "x~", "a+", ".#lock", "*"])
+@pytest.mark.parametrize("name", ["a.b", "a b", "ä", "a:b", "a+", "#", "a~b", "a.XXXXXX", "*"])
 def test_names_that_xenstore_refuses(mount: Mount, box: Path, name: str) -> None:
     with fails(errno.EINVAL):
         (box / name).write_text("1")

@@ -17,6 +17,7 @@ from xsfs.view.names import (
     file_name,
     forced_name,
     is_alias,
+    is_scratch_name,
     is_shown,
     join,
     parent_path,
@@ -115,3 +116,39 @@ def test_text_ends_with_a_newline() -> None:
     assert TEXT.parse(b"a") == b"a"  # printf
     assert TEXT.parse(b"a\n\n") == b"a\n"
     assert RAW.render(b"a") == RAW.parse(b"a") == b"a"
+
+
+SCRATCH = [".x", ".#x", "..x", "x~", "~", "#x#", "##", "x.bak", "x.tmp", "x.orig", "x.rej"]
+SCRATCH += [
+    ".x.swp",
+    "x.swo",
+    "x.swx",
+    ".ansible_tmp8f3x",
+    ".f.Ab12Cd",
+    "f.oAb12Cd",
+    ".git",
+    "a b~",
+]
+NOT_SCRATCH = ["x", "x.b", "x.XXXXXX", "x.Ab12Cd", "#", "#x", "x#", "a b", "x.d", "x.bak.d", "a~b"]
+NOT_SCRATCH += [
+    ".watch",
+    ".value",
+    ".ls",
+    ".json",
+    ".dump",
+    ".root",
+    ".domain",
+    ".diff",
+    ".control",
+]
+NOT_SCRATCH += ["n" * 200 + "~0123456789abcdef"]
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_scratch_names(name: str) -> None:
+    assert is_scratch_name(name.encode())
+
+
+@pytest.mark.parametrize("name", NOT_SCRATCH)
+def test_other_names(name: str) -> None:
+    assert not is_scratch_name(name.encode())

@@ -1,7 +1,8 @@
 """Directories: Xenstore nodes with children, and the names that xsfs adds to them.
 
 `own` of each class is the table of xsfs's own names in such a directory.  A new kind of file is a new class
-and a line there.  A name is looked up in this order: own names, `NAME.d`, aliases of long names, children.
+and a line there.  A name is looked up in this order: own names, children, `NAME.d`, scratch files, aliases
+of long names.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from xsfs.fs.listing import ListedDirectory
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.open_files import is_missing
 from xsfs.fs.posix import Removed
+from xsfs.fs.scratch import ScratchFile, ScratchFiles, ScratchHandle
 from xsfs.fs.special import DomidFile, StatsFile
 from xsfs.fs.watch_files import WatchFile
 from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.permissions import perms_text
 from xsfs.xenstore.protocol import Request
 
 if TYPE_CHECKING:
@@ -69,6 +72,8 @@ class Directory(ListedDirectory):
     def require_directory(self, state: NodeState | None) -> NodeState:
         if state is None and self.always_there:
             return EMPTY_NODE
+        if state is None:
+            self.scratch.drop_below(self.path)
         if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         return state
@@ -87,7 +92,10 @@ class Directory(ListedDirectory):
         if self.always_there:
             return True
         (reply,) = await self.view.commands.pipeline((protocol.read(self.path),))
-        return not is_missing(reply)
+        if is_missing(reply):
+            self.scratch.drop_below(self.path)
+            return False
+        return True
 
     def value_was_written(self) -> None:
         self.view.sticky.add(self.path, with_value=True)
@@ -114,6 +122,8 @@ class Directory(ListedDirectory):
             return await self._lookup_child(name, pid)
         if (forced := forced_name(name)) is not None:
             return await self._lookup_forced(forced)
+        if self.scratch.takes(name):
+            return await self._lookup_scratch(name)
         return await self._lookup_child(await self._child_name(name), pid)
 
     async def _lookup_own(self, kind: type[Node], name: bytes, pid: int) -> EntryAttributes:
@@ -133,6 +143,7 @@ class Directory(ListedDirectory):
         if state is None and self.view.is_always_there(path):
             state = EMPTY_NODE
         if state is None:
+            self.scratch.drop_below(path)
             # A cached entry may have led here, and a write would create the directory again.
             self.was_missing = not await self._is_present()
             refuse(errno.ENOENT)
@@ -212,6 +223,12 @@ class Directory(ListedDirectory):
             entry = await self._make_dot_value()
             dot_value = self.table.node(DotValue, self, name)
             return self._opened(dot_value, flags), entry
+        if self.scratch.takes(name):
+            await self.require_present()
+            scratch = await self._make_scratch(
+                name, caller, present=errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
+            )
+            return ScratchHandle(scratch, flags), self._found(scratch, scratch.attributes())
         path = self._new_path(name)
         is_exclusive = bool(flags & os.O_EXCL)
         if is_exclusive:
@@ -241,6 +258,10 @@ class Directory(ListedDirectory):
     async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
         if name == VALUE_NAME:
             return await self._make_dot_value()
+        if self.scratch.takes(name):
+            await self._require_existing()
+            scratch = await self._make_scratch(name, caller, present=errno.EEXIST)
+            return self._found(scratch, scratch.attributes())
         path = self._new_path(name)
         await self._make(path, directory=False, missing_parent=errno.ENOENT)
         file = self.table.node(ValueFile, self, name)
@@ -254,12 +275,18 @@ class Directory(ListedDirectory):
         return self._found(directory, directory.attributes(EMPTY_NODE))
 
     async def make_symlink(self, name: bytes) -> EntryAttributes:
+        await self._require_existing()
+        refuse(errno.EPERM)
+
+    async def _require_existing(self) -> None:
+        """Fail with ENOENT if the node does not exist.
+
+        After ESTALE the kernel looks the directory up again at a CREATE, but not at a MKNOD or SYMLINK.
+        """
         try:
             await self.require_present()
         except pyfuse3.FUSEError:
-            # After ESTALE the kernel would not look the directory up again here.
             refuse(errno.ENOENT)
-        refuse(errno.EPERM)
 
     async def _make(self, path: bytes, *, directory: bool, missing_parent: int) -> None:
         """Create a node.
@@ -286,6 +313,9 @@ class Directory(ListedDirectory):
         self.require()
         if name == VALUE_NAME:
             await self._unlink_dot_value()
+            return
+        if self.scratch.takes(name):
+            self.scratch.unlink(self.path, name)
             return
         path = await self._path_of_present(name)
         file = self.open_files.get(path)
@@ -324,6 +354,8 @@ class Directory(ListedDirectory):
         async def work(commands: Commands) -> Request:
             nonlocal removed
             state = await posix.check_empty_directory(self.view, commands, path)
+            if self.scratch.names(path):
+                refuse(errno.ENOTEMPTY)
             removed = await posix.removed(commands, path, state)
             return protocol.rm(path)
 
@@ -340,13 +372,16 @@ class Directory(ListedDirectory):
         self, kind: type[Directory] | type[ValueFile], path: bytes, removed: Removed
     ) -> None:
         self.view.sticky.discard(path)
+        self.scratch.drop_below(path)
         self.was_written()
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
         self.open_files.orphan(path, node, self.view.content.render(removed.value), removed.perms)
 
     # --------------------------------------------------------------------------------- rename
 
-    async def rename(self, name: bytes, target: Node, target_name: bytes, flags: int) -> None:
+    async def rename(
+        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
+    ) -> None:
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             refuse(errno.EINVAL)
         if not isinstance(target, Directory) or target.view is not self.view:
@@ -354,12 +389,18 @@ class Directory(ListedDirectory):
         if VALUE_NAME in (name, target_name):
             refuse(errno.EXDEV)
         self.require()
+        replace = not flags & pyfuse3.RENAME_NOREPLACE
+        if self.scratch.takes(name) and target.scratch.takes(target_name):
+            await self._rename_scratch(name, target, target_name, replace=replace)
+            return
+        if self.scratch.takes(name):
+            await self._write_scratch(name, target, target_name, replace=replace)
+            return
+        if target.scratch.takes(target_name):
+            await self._take_into_scratch(name, target, target_name, caller, replace=replace)
+            return
         source_path = await self._path_of_present(name)
-        target_path = (
-            await target._path_of_present(target_name)
-            if is_alias(target_name)
-            else target._new_path(target_name)
-        )
+        target_path = await target._target_path(target_name)
         if source_path == target_path:
             return
         if target_path.startswith(source_path + b"/"):
@@ -372,9 +413,12 @@ class Directory(ListedDirectory):
             nonlocal done
             done = await posix.rename(
                 *(self.view, commands, source_path, target_path),
-                replace=not flags & pyfuse3.RENAME_NOREPLACE,
+                replace=replace,
                 needs_parent=not target.always_there,
             )
+            is_replaced = done.is_directory and done.replaced is not None
+            if is_replaced and self.scratch.names(target_path):
+                refuse(errno.ENOTEMPTY)
 
         async with self.open_files.changing_below(source_path, target_path):
             await self.view.atomically_apart(work)
@@ -393,10 +437,142 @@ class Directory(ListedDirectory):
                 self.table.move(node, target, new_name)
         self.was_written()
         self.open_files.move(source_path, target_path)
+        self.scratch.move_below(source_path, target_path)
         self.view.sticky.move(source_path, target_path)
         if done.is_directory:
             # The old name may have made it a directory by convention, and the new one does not.
             self.view.sticky.add(target_path)
+
+    async def _target_path(self, name: bytes) -> bytes:
+        """The path of a node to which something is renamed."""
+        return await self._path_of_present(name) if is_alias(name) else self._new_path(name)
+
+    # --------------------------------------------------------------------------- scratch files
+
+    @property
+    def scratch(self) -> ScratchFiles:
+        """The scratch files of the mount; an empty table in a transaction."""
+        return self.table.scratch_of(self.view)
+
+    def scratch_names(self) -> list[bytes]:
+        return self.scratch.names(self.path)
+
+    def scratch_file(self, name: bytes) -> ScratchFile | None:
+        content = self.scratch.get(self.path, name)
+        if content is None:
+            return None
+        node = self.table.find(ScratchFile, self, name)
+        if node is not None and node.content is not content:
+            node.gone = True  # another file has its name by now
+        return self.table.node(ScratchFile, self, name)
+
+    async def _lookup_scratch(self, name: bytes) -> EntryAttributes:
+        if self.scratch.get(self.path, name) is not None:
+            await self._require_existing()
+        if (node := self.scratch_file(name)) is None:
+            refuse(errno.ENOENT)
+        return self._found(node, node.attributes())
+
+    async def _make_scratch(self, name: bytes, caller: Caller, *, present: int) -> ScratchFile:
+        """Create a scratch file.  Fails with the errno `present` if there is one of this name."""
+        content = await self.scratch.new(self.view, caller)
+        path = self.path
+        if self.scratch.get(path, name) is not None:
+            self.scratch.release(content)
+            refuse(present)
+        self.scratch.link(path, name, content)
+        node = self.scratch_file(name)
+        assert node is not None
+        return node
+
+    async def _rename_scratch(
+        self, name: bytes, target: Directory, target_name: bytes, *, replace: bool
+    ) -> None:
+        await target.require_present()
+        node, replaced = self.scratch_file(name), target.scratch_file(target_name)
+        if node is None:
+            refuse(errno.ENOENT)
+        if replaced is not None:
+            if not replace:
+                refuse(errno.EEXIST)
+            if replaced.content is node.content:
+                return
+            replaced.gone = True
+        self.scratch.rename((self.path, name), (target.path, target_name))
+        if node.lookups:
+            self.table.move(node, target, target_name)
+
+    async def _write_scratch(
+        self, name: bytes, target: Directory, target_name: bytes, *, replace: bool
+    ) -> None:
+        """Rename a scratch file to a node: one WRITE of its content."""
+        path = await target._target_path(target_name)
+        content = self.scratch.get(self.path, name)
+        if content is None:
+            refuse(errno.ENOENT)
+        async with content.lock:
+            if not content.is_linked:
+                refuse(errno.ENOENT)
+            value = self.view.content.parse(bytes(content.data))
+            if len(value) > protocol.value_max(path, self.view.commands.payload_max):
+                refuse(errno.EFBIG)
+            await self.open_files.settle_below(path)
+            replaced: Removed | None = None
+
+            async def work(commands: Commands) -> Request | None:
+                nonlocal replaced
+                replaced = await posix.check_replaceable(
+                    *(self.view, commands, path),
+                    replace=replace,
+                    needs_parent=not target.always_there,
+                )
+                return await posix.write_with_perms(commands, path, value, content.perms)
+
+            await self.view.atomically(work)
+            if self.scratch.get(self.path, name) is content:
+                self.scratch.unlink(self.path, name)
+            if replaced is not None:
+                target._was_removed(ValueFile, path, replaced)
+            self.view.sticky.discard(path)
+            self.was_written()
+            content.become(self.table.node(ValueFile, target, path.rpartition(b"/")[2]))
+
+    async def _take_into_scratch(
+        self,
+        name: bytes,
+        target: Directory,
+        target_name: bytes,
+        caller: Caller,
+        *,
+        replace: bool,
+    ) -> None:
+        """Rename a file's node to a scratch name: its value and permissions are taken along."""
+        path = await self._path_of_present(name)
+        if join(target.path, b"").startswith(join(path, b"")):
+            refuse(errno.EINVAL)
+        await target.require_present()
+        if not replace and target.scratch_file(target_name) is not None:
+            refuse(errno.EEXIST)
+        await self.open_files.settle_below(path)
+        content = await self.scratch.new(self.view, caller)
+        taken: posix.Taken | None = None
+
+        async def work(commands: Commands) -> Request:
+            nonlocal taken
+            taken = await posix.take_file(self.view, commands, path)
+            data = self.view.content.render(taken.value)
+            self.scratch.require_room(content.owner, more=len(data) - len(content.data))
+            content.data[:] = data
+            content.perms = taken.perms
+            return protocol.rm(path)
+
+        try:
+            await self.view.atomically(work)
+            assert taken is not None
+            self._was_removed(ValueFile, path, Removed(taken.value, perms_text(taken.perms)))
+            self.scratch.link(target.path, target_name, content)
+        finally:
+            self.scratch.release(content)
 
 
 class ForcedDirectory(Directory):

@@ -32,6 +32,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar, cast
 import pyfuse3
 
 from xsfs.fs.nodes import Node, refuse
+from xsfs.fs.scratch import ScratchFiles
 from xsfs.view.bounded import Bounded
 from xsfs.view.names import NAME_MAX, file_name, join
 from xsfs.view.ownership import Ownership
@@ -52,6 +53,8 @@ HANDOVERS_MAX: Final = 64
 
 LISTING_BYTES_MAX: Final = 64 << 20
 """The memory of all open listings.  Users who are neither root nor the mounting user share half of it."""
+
+_NO_SCRATCH: Final = ScratchFiles(is_enabled=False)
 
 N = TypeVar("N", bound=Node)
 
@@ -123,6 +126,7 @@ class InodeTable:
         self.visible = visible
         self.mounted_ns = time.time_ns()
         self.handover = Handover()
+        self.scratch = ScratchFiles()
         self._aliases: Bounded[bytes, bytes] = Bounded(ALIASES_MAX)
         self.mirror: LiveMirror | None = None
         self.readers = 0
@@ -179,6 +183,10 @@ class InodeTable:
         root.lookups = 1
         self._view = root.view
         self._nodes[root.inode] = root
+
+    def scratch_of(self, view: View) -> ScratchFiles:
+        """The scratch files that this view shows: a transaction has none."""
+        return self.scratch if view is self._view else _NO_SCRATCH
 
     def get(self, inode: int) -> Node:
         """The node with this number.  Fails with ESTALE if there is none any more."""

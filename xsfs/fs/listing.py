@@ -11,6 +11,7 @@ from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.fs.inodes import LISTING_BYTES_MAX
 from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.scratch import ScratchFile
 from xsfs.fs.xattrs import XenstoreNode
 from xsfs.view.names import VALUE_NAME
 from xsfs.view.view import EMPTY_NODE, FETCH_WINDOW, NodeState
@@ -35,6 +36,14 @@ class ListedDirectory(XenstoreNode):
         """The node for a child of this state, or for `.value`."""
 
     @abstractmethod
+    def scratch_names(self) -> list[bytes]:
+        """The names of the scratch files in it."""
+
+    @abstractmethod
+    def scratch_file(self, name: bytes) -> ScratchFile | None:
+        """The node for the scratch file of this name, if there is one."""
+
+    @abstractmethod
     def own_nodes(self) -> list[Node]:
         """The nodes for xsfs's own names that a listing shows."""
 
@@ -50,7 +59,10 @@ class DirectoryHandle(Handle):
     The kinds of the children are fetched as the listing goes on, FETCH_WINDOW of them at a time.
     """
 
-    __slots__ = ("_bytes", "_entries", "_is_unprivileged", "_kinds", "_own", "_path", "_was_read")
+    __slots__ = (
+        *("_bytes", "_entries", "_is_unprivileged", "_kinds", "_own", "_path", "_scratch"),
+        "_was_read",
+    )
 
     node: ListedDirectory
 
@@ -62,6 +74,7 @@ class DirectoryHandle(Handle):
         self._entries: list[bytes] = []
         self._kinds: dict[bytes, NodeState | None] = {}
         self._own: dict[bytes, Node] = {}
+        self._scratch: frozenset[bytes] = frozenset()
         self._was_read = False
         self._bytes = 0
 
@@ -83,7 +96,9 @@ class DirectoryHandle(Handle):
         if node.has_dot_value(state):
             own[VALUE_NAME] = node.child(VALUE_NAME, state)
         self._own = own
-        names = (*own, *listing.names, *created, *node.view.always_there_below(path))
+        self._scratch = frozenset(node.scratch_names())
+        always_there = node.view.always_there_below(path)
+        names = (*own, *self._scratch, *listing.names, *created, *always_there)
         self._account(sum(map(len, names)) + ENTRY_BYTES * len(names))
         self._entries = list(dict.fromkeys(names))
 
@@ -129,7 +144,7 @@ class DirectoryHandle(Handle):
                 continue
             index = position - len(SELF_AND_PARENT)
             name = self._entries[index]
-            if name not in self._own and name not in self._kinds:
+            if not self._is_of_xsfs(name) and name not in self._kinds:
                 await self._fetch_kinds(index)
             found = await self._node_and_entry(name)
             if found is None:
@@ -149,16 +164,25 @@ class DirectoryHandle(Handle):
                 return own, await own.getattr()
             except FUSEError:
                 return None
+        if name in self._scratch:
+            scratch = directory.scratch_file(name)
+            return None if scratch is None else (scratch, scratch.attributes())
         state = self._kinds[name]
         if state is None:
             return None
         child = directory.child(name, state)
         return child, child.attributes(state)
 
+    def _is_of_xsfs(self, name: bytes) -> bool:
+        """Whether Xenstore has no node of this name."""
+        return name in self._own or name in self._scratch
+
     async def _fetch_kinds(self, index: int) -> None:
         """Fetch the kinds of the entries from `index` on.  Those of the entries before are dropped."""
         window = [
-            name for name in self._entries[index : index + FETCH_WINDOW] if name not in self._own
+            name
+            for name in self._entries[index : index + FETCH_WINDOW]
+            if not self._is_of_xsfs(name)
         ]
         view, path = self.node.view, self.node.path
         self._kinds = await view.kinds(path, window)

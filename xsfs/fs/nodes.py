@@ -165,6 +165,10 @@ class Node(ABC):
         """The attributes for the LOOKUP of one of xsfs's own names by thread `pid`."""
         return await self.getattr()
 
+    def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """Set the times that are given, in nanoseconds since the epoch.  Most files forget them."""
+        return
+
     async def truncate(self, size: int) -> None:
         refuse(errno.EISDIR if self.kind == stat.S_IFDIR else errno.EACCES)
 
@@ -193,7 +197,9 @@ class Node(ABC):
     async def rmdir(self, name: bytes) -> None:
         refuse(errno.ENOTDIR)
 
-    async def rename(self, name: bytes, target: Node, target_name: bytes, flags: int) -> None:
+    async def rename(
+        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
+    ) -> None:
         refuse(errno.ENOTDIR)
 
     async def readlink(self) -> bytes:

@@ -41,6 +41,7 @@ from xsfs.fs.open_files import open_files_of
 from xsfs.view.names import NAME_MAX
 from xsfs.view.view import View
 
+log = logging.getLogger(__name__)
 trace = logging.getLogger("xsfs.trace")
 
 HANDLES_MAX: Final = 65536
@@ -119,6 +120,8 @@ class Operations(pyfuse3.Operations):
                 await handle.release()
             except Exception as error:
                 self.failure("release", error)
+        if left := len(self.table.scratch):
+            log.warning("scratch files lost at the unmount: %d", left)
 
     # -------------------------------------------------------------------------------- errors
 
@@ -154,7 +157,7 @@ class Operations(pyfuse3.Operations):
             elif isinstance(argument, int) and position in _INODES.get(operation, (0,)):
                 on_handle = operation in _ON_HANDLES
                 node = self._handles[argument].node if on_handle else self.table.peek(argument)
-                words.append(node.label.decode() if node is not None else str(argument))
+                words.append(repr(node.label)[2:-1] if node is not None else str(argument))
             elif isinstance(argument, int):
                 words.append(str(argument))
         return " ".join(words)
@@ -256,7 +259,7 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         source, target = self.table.get(parent_inode_old), self.table.get(parent_inode_new)
-        await source.rename(name_old, target, name_new, flags)
+        await source.rename(name_old, target, name_new, flags, self._caller(ctx))
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
@@ -277,7 +280,7 @@ class Operations(pyfuse3.Operations):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        """Truncates.  Times are accepted and forgotten; modes and owners cannot change."""
+        """Truncates.  Only scratch files keep times that are set; modes and owners cannot change."""
         node = self.table.get(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             present = await node.getattr()
@@ -292,6 +295,11 @@ class Operations(pyfuse3.Operations):
                 await self._handle(fh).truncate(attr.st_size)
             else:
                 await node.truncate(attr.st_size)
+        if fields.update_atime or fields.update_mtime:
+            node.set_times(
+                attr.st_atime_ns if fields.update_atime else None,
+                attr.st_mtime_ns if fields.update_mtime else None,
+            )
         return await node.getattr()
 
     def _is_granted(self, node: Node, wanted: int, present: int) -> bool:

@@ -84,6 +84,61 @@ async def check_empty_directory(view: View, commands: Commands, path: bytes) -> 
     return state
 
 
+class Taken(NamedTuple):
+    """A file's node that is about to go, as it was."""
+
+    value: bytes
+    perms: bytes
+    """The reply to GET_PERMS."""
+
+
+async def take_file(view: View, commands: Commands, path: bytes) -> Taken:
+    """A file's node, which becomes a scratch file.  Fails with ENOENT, and with EINVAL for a directory."""
+    (state,) = await view.fetch((path,), commands)
+    if state is None:
+        refuse(errno.ENOENT)
+    if view.is_directory(path, state):
+        refuse(errno.EINVAL)
+    return Taken(state.value or b"", await commands.call(protocol.get_perms(path)))
+
+
+async def check_replaceable(
+    view: View, commands: Commands, path: bytes, *, replace: bool, needs_parent: bool
+) -> Removed | None:
+    """What a file replaces that gets this name.  Fails with EEXIST, EISDIR, ESTALE.
+
+    needs_parent    whether the parent must exist
+    """
+    (state,) = await view.fetch((path,), commands)
+    if state is None:
+        if needs_parent and not await commands.exists(parent_path(path)):
+            refuse(errno.ESTALE)
+        return None
+    if not replace:
+        refuse(errno.EEXIST)
+    if view.is_directory(path, state):
+        refuse(errno.EISDIR)
+    return await removed(commands, path, state)
+
+
+async def write_with_perms(
+    commands: Commands, path: bytes, value: bytes, perms: bytes | None
+) -> Request | None:
+    """Write a value.  The node keeps its permissions if `perms`, a reply to GET_PERMS, is None."""
+    write = protocol.write(path, value)
+    if perms is None:
+        return write
+    set_perms = Request(Op.SET_PERMS, path + b"\0" + perms)
+    if len(set_perms.payload) > commands.payload_max:
+        refuse(errno.E2BIG)
+    _, present = replies = await commands.pipeline((write, protocol.get_perms(path)))
+    _raise_first(replies)
+    # A guest may not set the permissions of another domain's node, but they may be right already.
+    if present != perms:
+        await commands.call(set_perms)
+    return None
+
+
 class Renamed(NamedTuple):
     """The result of a rename."""
 

@@ -193,7 +193,9 @@ class TransactionsDirectory(Node):
     async def unlink(self, name: bytes) -> None:
         refuse(errno.EISDIR if self.transactions.get(name) is not None else errno.ENOENT)
 
-    async def rename(self, name: bytes, target: Node, target_name: bytes, flags: int) -> None:
+    async def rename(
+        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
+    ) -> None:
         refuse(errno.EPERM)
 
     async def opendir(self, caller: Caller) -> Handle:

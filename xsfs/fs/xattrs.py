@@ -158,13 +158,18 @@ async def permissions_of(view: View, text: str) -> Permissions:
     return perms
 
 
-async def _set_perms(node: XenstoreNode, value: bytes) -> None:
+async def permissions_to_set(view: View, value: bytes) -> Permissions:
+    """The permissions that `user.xs.perms` is set to.  Fails with EINVAL if no node may have them."""
     try:
         # setfattr and scripts may leave a newline or a NUL at the end.
         text = value.rstrip(b"\n\0").decode("ascii")
     except UnicodeDecodeError:
         refuse(errno.EINVAL)
-    request = set_perms(node.path, await permissions_of(node.view, text))
+    return await permissions_of(view, text)
+
+
+async def _set_perms(node: XenstoreNode, value: bytes) -> None:
+    request = set_perms(node.path, await permissions_to_set(node.view, value))
     if len(request.payload) > node.view.commands.payload_max:
         refuse(errno.E2BIG)
     await node.view.commands.call(request)
@@ -212,13 +217,13 @@ def _set_orphan_value(node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
 
 
 PERMS_NAME: Final = b"user.xs.perms"
+PATH_NAME: Final = b"user.xs.path"
+VALUE_ATTRIBUTE_NAME: Final = b"user.xs.value"
 
 _ATTRIBUTES: Final[dict[bytes, _Attribute]] = {
     PERMS_NAME: _Attribute(
         _get_perms, _set_perms, lambda node, orphan: orphan.perms, _set_orphan_perms
     ),
-    b"user.xs.path": _Attribute(
-        _get_path, _set_path, lambda node, orphan: node.path, _set_orphan_path
-    ),
-    b"user.xs.value": _Attribute(_get_value, _set_value, _get_orphan_value, _set_orphan_value),
+    PATH_NAME: _Attribute(_get_path, _set_path, lambda node, orphan: node.path, _set_orphan_path),
+    VALUE_ATTRIBUTE_NAME: _Attribute(_get_value, _set_value, _get_orphan_value, _set_orphan_value),
 }

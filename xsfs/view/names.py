@@ -43,6 +43,34 @@ def forced_name(name: bytes) -> bytes | None:
     return None
 
 
+OWN_NAMES: Final = frozenset(
+    (
+        VALUE_NAME,
+        *(b".watch", b".ls", b".json", b".dump", b".root", b".domid", b".stats", b".domain"),
+        *(b".transaction", b".mirror", b".control", b".diff"),
+    )
+)
+"""xsfs's own names, of all directories together."""
+
+SCRATCH_SUFFIXES: Final = (b"~", b".bak", b".tmp", b".swp", b".swo", b".swx", b".orig", b".rej")
+
+_PATCH_OUTPUT = re.compile(rb".+\.[or][A-Za-z0-9]{6}", re.DOTALL)
+"""NAME.oXXXXXX and NAME.rXXXXXX: patch(1) has no option for another pattern."""
+
+
+def is_scratch_name(name: bytes) -> bool:
+    """Whether a file of this name is a scratch file: Xenstore cannot hold the name, and editors and other
+    programs give it to files that they will rename or remove."""
+    if is_name(name) or name in OWN_NAMES:
+        return False
+    return (
+        name.startswith(b".")
+        or name.endswith(SCRATCH_SUFFIXES)
+        or (name.startswith(b"#") and name.endswith(b"#") and len(name) > 1)
+        or _PATCH_OUTPUT.fullmatch(name) is not None
+    )
+
+
 def is_shown(path: bytes, name: bytes) -> bool:
     """Whether a listing shows a child.  Names of a broken or hostile store are left out."""
     if not is_name(name) or len(path) + 1 + len(name) > PATH_MAX:

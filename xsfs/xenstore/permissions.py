@@ -87,7 +87,12 @@ def access_of(perms: Permissions, domid: int) -> tuple[bool, bool]:
 
 
 def set_perms(path: bytes, perms: Iterable[Permission]) -> Request:
-    return Request(Op.SET_PERMS, path + b"\0" + b"".join(b"%s\0" % str(p).encode() for p in perms))
+    return Request(Op.SET_PERMS, path + b"\0" + encode_perms(perms))
+
+
+def encode_perms(perms: Iterable[Permission]) -> bytes:
+    """The permissions as in SET_PERMS and in a reply to GET_PERMS."""
+    return b"".join(b"%s\0" % str(entry).encode() for entry in perms)
 
 
 def decode_perms(payload: bytes) -> Permissions:
