@@ -6,10 +6,13 @@ Roots are made by debootstrap, or from what it made before if /var/cache/xsfs-ro
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import shutil
 import ssl
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +56,7 @@ umount -l -a -t fuse.xsfs
 mount --bind "$root" "$root"
 cd "$root"
 mount -t proc proc "$root/proc"
+mount --bind "$2" "$root/var/cache/apt/archives"
 mount -t tmpfs -o mode=1777 none "$root/tmp"
 mount -t tmpfs -o mode=755 none "$root/run"
 [ ! -e /etc/resolv.conf ] || cp -L /etc/resolv.conf "$root/etc/resolv.conf"
@@ -64,7 +68,9 @@ mount --rbind /dev "$root/dev"
 mount --rbind /sys "$root/sys"
 pivot_root . .
 umount -l .
-exec sh -euc "$2"
+# This shell stays: as the first process it reaps what daemons leave.
+sh -euc "$3" &
+wait "$!"
 """
 
 # With devices of its own, as systemd changes what is in /dev.
@@ -98,15 +104,28 @@ def _call(*command: str | Path) -> str:
     return done.stdout
 
 
+@functools.cache
+def _archives(suite: str) -> str:
+    """Where all roots of a suite keep the packages that they have downloaded."""
+    if CACHE.is_dir():
+        kept = CACHE / f"{suite}.archives"
+        kept.mkdir(exist_ok=True)
+        return str(kept)
+    directory = tempfile.mkdtemp(prefix=f"xsfs-{suite}-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
 class Root:
     """See the module's text."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, suite: str) -> None:
         self.path = path
+        self._archives = _archives(suite)
 
     def sh(self, script: str) -> str:
         """What the script prints, run there by a shell as root; it must succeed."""
-        return _call(*_NAMESPACES, "sh", "-c", _ENTER, "enter", self.path, script)
+        return _call(*_NAMESPACES, "sh", "-c", _ENTER, "enter", self.path, self._archives, script)
 
     @contextmanager
     def booted(self) -> Iterator[Booted]:
@@ -114,7 +133,7 @@ class Root:
         log = self.path.with_suffix(".log")
         with log.open("wb") as output:
             outer = subprocess.Popen(
-                [*_BOOT_NAMESPACES, "sh", "-c", _BOOT, "boot", str(self.path)],
+                [*_BOOT_NAMESPACES, "sh", "-c", _BOOT, "boot", str(self.path), self._archives],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -172,7 +191,7 @@ def debian_root(suite: str, path: Path) -> Iterator[Root]:
                 part.rename(saved)
         trusted = ssl.get_default_verify_paths().cafile or "/etc/ssl/certs/ca-certificates.crt"
         shutil.copy(trusted, f"{path}{_CERTIFICATES}")
-        yield Root(path)
+        yield Root(path, suite)
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
