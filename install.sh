@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install xsfs on Debian 12 as root, and mount the embedded store, which needs no Xen.
+# Install xsfs on Debian 12 or 13 as root, and mount the embedded store, which needs no Xen.
 #
 #   ./install.sh [MOUNTPOINT]       default: /mnt/xenstore; "-" mounts nothing
 #   ./install.sh --uninstall        remove everything that this script has installed, packages excepted
@@ -8,6 +8,7 @@
 # xsfs and mount.xsfs.  Run the script again to upgrade: it restarts the services xsfs and xsfs@..., and
 # leaves other mounts alone, since unmounting an embedded store loses its contents.
 set -eu
+umask 022
 cd "$(dirname "$0")"
 prefix=${XSFS_PREFIX:-/opt/xsfs}
 units=/usr/local/lib/systemd/system
@@ -50,19 +51,31 @@ if [ "${1-}" = --uninstall ]; then
 fi
 mountpoint=${1:-/mnt/xenstore}
 
-# pyfuse3 is built from its source: hence the compiler, Python's and libfuse's headers.
+packages() {
+    apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends \
-    python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3 attr >/dev/null
+packages python3-venv python3-trio python3-setuptools python3-wheel fuse3 mount attr
+# Debian 13's pyfuse3 serves.  For Debian 12, whose pyfuse3 is older, pip compiles a newer one.
+needed=3.4
+candidate=$(apt-cache policy python3-pyfuse3 | sed -n 's/^ *Candidate: //p')
+if dpkg --compare-versions "$candidate" ge "$needed"; then
+    packages python3-pyfuse3
+else
+    packages python3-dev gcc libc6-dev pkg-config libfuse3-dev
+fi
 
 # setuptools leaves build/ and *.egg-info where it builds: in a copy.
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -R LICENSE README.md pyproject.toml docs systemd xsfs "$copy"
+cp -R LICENSE README.md pyproject.toml setup.cfg docs systemd xsfs "$copy"
 
-/usr/bin/python3 -m venv "$prefix"
-"$prefix/bin/pip" install -q --disable-pip-version-check --upgrade "$copy"
+/usr/bin/python3 -m venv --system-site-packages "$prefix"
+pip() { "$prefix/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+pip install "pyfuse3>=$needed"
+pip install --no-build-isolation --no-index --upgrade "$copy"
 ln -sf "$prefix/bin/xsfs" /usr/local/bin/xsfs
 # mount(8) looks for its helpers here alone.
 ln -sf "$prefix/bin/mount.xsfs" /usr/sbin/mount.xsfs

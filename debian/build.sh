@@ -1,13 +1,17 @@
 #!/bin/sh
 # Build the Debian package, as root if what it is built with has to be installed first.
 #
-#   ./debian/build.sh [DIRECTORY]      where the package goes; default: dist
+#   ./debian/build.sh [DIRECTORY]      where the packages go; default: dist
 #
-# pip fetches the source of pyfuse3 where the distribution's is too old.
+# If the pyfuse3 of the distribution is too old (Debian 12), a package of a newer one is built, too.
 set -eu
 cd "$(dirname "$0")/.."
+project=$PWD
 mkdir -p "${1:-dist}"
 target=$(cd "${1:-dist}" && pwd)
+version=$(sed -n '1s/.*(\(.*\)-.*).*/\1/p' debian/changelog)
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+export PATH
 
 if [ "$(id -u)" = 0 ]; then
     export DEBIAN_FRONTEND=noninteractive
@@ -16,17 +20,15 @@ if [ "$(id -u)" = 0 ]; then
     apt-get build-dep -y -qq --no-install-recommends ./ >/dev/null
 fi
 
-# In a copy: nothing is left behind here, and debian/changelog follows from what the project has.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir "$work/xsfs"
+mkdir "$work/xsfs-$version"
 tar -c --exclude='./.[!.]*' --exclude=__pycache__ --exclude=./build --exclude=./dist \
-    --exclude='*.egg-info' . | tar -x -C "$work/xsfs"
-cd "$work/xsfs"
+    --exclude='*.egg-info' . | tar -x -C "$work/xsfs-$version"
+cd "$work"
+tar -c --exclude="./xsfs-$version/debian" "./xsfs-$version" | gzip -9n > "xsfs_$version.orig.tar.gz"
+(cd "xsfs-$version" && dpkg-buildpackage --no-sign)
+mv xsfs_* "$target"
 
-: "${SOURCE_DATE_EPOCH:=$(stat -c %Y CHANGELOG.md)}"
-export SOURCE_DATE_EPOCH
-python3 debian/changelog.py > debian/changelog
-dpkg-buildpackage --build=binary --no-sign
-mv ../xsfs_* "$target"
-rm -f "$target"/xsfs_*.buildinfo "$target"/xsfs_*.changes
+candidate=$(apt-cache policy python3-pyfuse3 | sed -n 's/^ *Candidate: //p')
+if ! dpkg --compare-versions "${candidate:-0}" ge 3.4; then "$project/packaging/pyfuse3/build.sh" "$target"; fi

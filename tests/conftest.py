@@ -36,6 +36,7 @@ NEEDED = {
     "pipx": "pipx",
     "ssh": "openssh-client",
     "/usr/sbin/sshd": "openssh-server",
+    "rpmbuild": "rpm",
 }
 
 

@@ -94,7 +94,7 @@ def test_no_imports_run_in_circles() -> None:
 
 def test_the_architecture_has_every_module() -> None:
     text = (PACKAGE.parent / "docs" / "dev" / "architecture.md").read_text()
-    table = text[: text.index("## What flows")]
+    table = text[: text.index("## Flows")]
     named = set(re.findall("`([a-z_]+)`", table))
     assert {name.rpartition(".")[2] for name in MODULES if "__" not in name} <= named
 

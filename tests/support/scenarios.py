@@ -1,8 +1,9 @@
 """The behaviour of Xenstore daemons as one table of scenarios.
 
 A scenario is a name and steps.  Each scenario has a new store, in which domains 7 and 8 exist and
-have homes (`HOMES`).  If the daemons differ, a step has `Differs(c=..., ocaml=...)`; the embedded
-store behaves like the C daemon.
+have homes (`HOMES`).  If the daemons differ, a step has `Differs(c=..., ocaml=...)`.  If a daemon of a
+newer Xen differs from that of 4.17, the step has a column for it, and names the cause.  The embedded
+store behaves like C xenstored 4.17.
 
 CONNECTIONS names the clients.  The first step of a client opens its connection.  An unexpected event
 is an error: at the end of a scenario no connection may have events left.
@@ -23,12 +24,36 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------------------- expectations
 
 
+Version = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Differs(Generic[T]):
-    """The behaviour of the C daemon and the embedded store, and that of the OCaml daemon."""
+    """The behaviour of each daemon.
+
+    c           C xenstored of Xen 4.17, and with it the embedded store
+    ocaml       oxenstored
+    c_4_20      C xenstored since 4.20, if it differs from 4.17
+    cause       the reason of a difference between versions: the change in Xen's source, and its commit
+    """
 
     c: T
     ocaml: T
+    c_4_20: T | None = None
+    cause: str = ""
+
+    def __post_init__(self) -> None:
+        assert bool(self.cause) == (self.c_4_20 is not None), (
+            "a difference between versions has a cause"
+        )
+
+    def of(self, kind: str, version: Version) -> T:
+        """What a store of that kind ("embedded", "C", "ocaml") and that version of Xen does."""
+        if kind == "ocaml":
+            return self.ocaml
+        if self.c_4_20 is not None and version >= (4, 20):
+            return self.c_4_20
+        return self.c
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,14 @@ class Part:
 
 Reply = bytes | Error | Part
 Event = tuple[str, str]
+
+# What changed in C xenstored.  Each is a `cause`.
+SMALLER_RECORD: Final = "a node's record has a smaller header without tdb (45ce0cb38f)"
+GUESTS_PATHS: Final = "the limit of a path's length is a quota, which dom0 has not (domain_max_chk)"
+SPECIAL_NODES: Final = "special watches are nodes of their own (d6bb63924f)"
+PERMS_FIRE: Final = "SET_PERMS of a special watch makes its event, as that of a node (d6bb63924f)"
+BAD_PATHS: Final = "a bad path is refused by one function for all requests (f174147e63)"
+SPECIAL_SLASH: Final = "what follows the name of a special watch is checked (154054ea10)"
 
 OK: Final = b"OK\0"
 EINVAL: Final = Error("EINVAL")
@@ -214,6 +247,8 @@ def listing(numbers: Iterable[int], width: int = 4) -> bytes:
 
 
 LONG_NAME: Final = b"n" * 2047
+RELEASED: Final = (("@releaseDomain", "r"),)
+LONG_EVENT: Final = (("/" + LONG_NAME.decode() + "n", "t"),)
 LONGEST_BELOW_HOME: Final = b"/local/domain/7/" + b"h" * 2048
 
 # -------------------------------------------------------------------------------------- the table
@@ -245,22 +280,53 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "a guest's largest value": (
         Ask("guest", write(b"data", b"x" * 2015)),
-        Ask("guest", write(b"data", b"x" * 2016), Differs[Reply](ENOSPC, OK)),
+        Ask(
+            "guest",
+            write(b"data", b"x" * 2016),
+            Differs[Reply](ENOSPC, OK, OK, cause=SMALLER_RECORD),
+        ),
+        Ask(
+            "guest",
+            write(b"data", b"x" * 2024),
+            Differs[Reply](ENOSPC, OK, OK, cause=SMALLER_RECORD),
+        ),
+        Ask("guest", write(b"data", b"x" * 2025), Differs[Reply](ENOSPC, OK)),
         Ask("guest", write(b"data", b"x" * 2048), Differs[Reply](ENOSPC, OK)),
         Ask("guest", write(b"data", b"x" * 2049), Differs(ENOSPC, E2BIG)),
-        Ask("guest", read(b"data"), Differs(b"x" * 2015, b"x" * 2048)),
-        Ask("guest", write(b"data/new", b"x" * 2016), Differs[Reply](ENOSPC, OK)),
-        Ask("guest", read(b"data/new"), Differs[Reply](ENOENT, b"x" * 2016)),
+        Ask(
+            "guest",
+            read(b"data"),
+            Differs[Reply](b"x" * 2015, b"x" * 2048, b"x" * 2024, cause=SMALLER_RECORD),
+        ),
+        Ask("guest", write(b"data", b"")),
+        Ask("guest", write(b"data/new", b"x" * 2025), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", read(b"data/new"), Differs[Reply](ENOENT, b"x" * 2025)),
     ),
     "more permissions and children leave less room for a guest's value": (
         Ask("dom0", set_perms(b"/local/domain/7/data", "n7 r8")),
         Ask("guest", write(b"data", b"x" * 2007)),
-        Ask("guest", write(b"data", b"x" * 2008), Differs[Reply](ENOSPC, OK)),
+        Ask(
+            "guest",
+            write(b"data", b"x" * 2008),
+            Differs[Reply](ENOSPC, OK, OK, cause=SMALLER_RECORD),
+        ),
+        Ask(
+            "guest",
+            write(b"data", b"x" * 2016),
+            Differs[Reply](ENOSPC, OK, OK, cause=SMALLER_RECORD),
+        ),
+        Ask("guest", write(b"data", b"x" * 2017), Differs[Reply](ENOSPC, OK)),
         Ask("guest", write(b"data", b"x" * 2004)),
-        Ask("guest", mkdir(b"data/abc"), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", mkdir(b"data/abc"), Differs[Reply](ENOSPC, OK, OK, cause=SMALLER_RECORD)),
+        Ask("guest", rm(b"data/abc")),
         Ask("guest", mkdir(b"data/ab")),
-        Ask("guest", set_perms(b"data", "n7 r8 r9"), Differs[Reply](ENOSPC, OK)),
-        Ask("guest", directory(b"data"), Differs(names("ab"), names("ab", "abc"))),
+        Ask(
+            "guest",
+            set_perms(b"data", "n7 r8 r9"),
+            Differs[Reply](ENOSPC, OK, OK, cause=SMALLER_RECORD),
+        ),
+        Ask("guest", mkdir(b"data/abcdefgh"), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", directory(b"data"), Differs(names("ab"), names("ab", "abcdefgh"))),
     ),
     # -- names
     "valid paths": (
@@ -276,14 +342,24 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "the longest name": (
         Ask("dom0", write(b"/" + LONG_NAME, b"1")),
-        Ask("dom0", write(b"/" + LONG_NAME + b"n", b"1"), EINVAL),
+        Ask(
+            "dom0",
+            write(b"/" + LONG_NAME + b"n", b"1"),
+            Differs[Reply](EINVAL, EINVAL, OK, cause=GUESTS_PATHS),
+        ),
+        Ask("guest", watch(b"/" + LONG_NAME + b"n", b"t"), Differs[Reply](EINVAL, OK)),
+        Told("guest", Differs((), (("/" + LONG_NAME.decode() + "n", "t"),))),
         Ask("dom0", write(b"/" + LONG_NAME[:1000], b"1")),
         Ask("dom0", read(b"/" + LONG_NAME[:1000]), b"1"),
     ),
     "the longest path below a home": (
         Ask("guest", write(LONGEST_BELOW_HOME, b"1"), EACCES),
         Ask("dom0", write(LONGEST_BELOW_HOME[:-2], b"1")),
-        Ask("dom0", write(LONGEST_BELOW_HOME + b"h", b"1"), EINVAL),
+        Ask(
+            "dom0",
+            write(LONGEST_BELOW_HOME + b"h", b"1"),
+            Differs[Reply](EINVAL, EINVAL, OK, cause=GUESTS_PATHS),
+        ),
         Ask("guest", write(b"data/" + b"h" * 2043, b"1"), Differs[Reply](ENOSPC, OK)),
         Ask("guest", write(b"data/" + b"h" * 2044, b"1"), EINVAL),
         Ask("guest", write(b"data/" + b"h" * 1900, b"1")),
@@ -311,7 +387,21 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "special names are no nodes": (
         Ask("dom0", read(b"@releaseDomain"), Differs[Reply](EINVAL, b"")),
-        Ask("dom0", get_perms(b"@releaseDomain"), Differs[Reply](EINVAL, names("n0"))),
+        Ask(
+            "dom0",
+            get_perms(b"@releaseDomain"),
+            Differs[Reply](EINVAL, names("n0"), names("n0"), cause=SPECIAL_NODES),
+        ),
+        Ask(
+            "guest",
+            get_perms(b"@releaseDomain"),
+            Differs[Reply](EINVAL, EACCES, EACCES, cause=SPECIAL_NODES),
+        ),
+        Ask(
+            "dom0",
+            get_perms(b"@foo"),
+            Differs[Reply](EINVAL, ENOENT, ENOENT, cause=SPECIAL_NODES),
+        ),
         Ask("dom0", write(b"@releaseDomain", b"x"), Differs[Reply](EINVAL, OK)),
         # The C daemon refuses SET_PERMS of other special names, and by guests, too, but with the
         # name of whatever error was last.
@@ -417,7 +507,11 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "the longest request, and one byte more": (
         Ask("dom0", write(b"/v", b"x" * 2048)),
-        Ask("dom0", (Op.READ, b"/" + b"x" * 4094 + b"\0"), EINVAL),
+        Ask(
+            "dom0",
+            (Op.READ, b"/" + b"x" * 4094 + b"\0"),
+            Differs[Reply](EINVAL, EINVAL, ENOENT, cause=GUESTS_PATHS),
+        ),
         Oversize("dom0", Differs(True, False)),
         Ask("second", read(b"/v"), b"x" * 2048),
     ),
@@ -670,8 +764,25 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "paths that can be watched": (
         *(Ask("dom0", watch(path, b"t"), EINVAL) for path in (b"", b"/a//b", b"/a/", b"/a.b")),
-        Ask("dom0", watch(b"/" + LONG_NAME + b"n", b"t"), Differs[Reply](EINVAL, OK)),
-        Told("dom0", Differs((), (("/" + LONG_NAME.decode() + "n", "t"),))),
+        Ask(
+            "dom0",
+            watch(b"/" + LONG_NAME + b"n", b"t"),
+            Differs[Reply](EINVAL, OK, OK, cause=GUESTS_PATHS),
+        ),
+        Told(
+            "dom0",
+            Differs[tuple[Event, ...]]((), LONG_EVENT, LONG_EVENT, cause=GUESTS_PATHS),
+        ),
+        Ask(
+            "dom0",
+            unwatch(b"/a.b", b"t"),
+            Differs[Reply](ENOENT, ENOENT, EINVAL, cause=BAD_PATHS),
+        ),
+        Ask("dom0", watch(b"@x/", b"t"), Differs[Reply](OK, OK, EINVAL, cause=SPECIAL_SLASH)),
+        Told(
+            "dom0",
+            Differs[tuple[Event, ...]]((("@x/", "t"),), (("@x/", "t"),), (), cause=SPECIAL_SLASH),
+        ),
     ),
     "an event for each watch at or above a change": (
         Ask("second", watch(b"/", b"root")),
@@ -1000,7 +1111,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "the names of a guest's children": (
         Many("guest", children(b"data", 403)),
-        Ask("guest", mkdir(b"data/xxxx"), Differs[Reply](ENOSPC, OK)),
+        Ask("guest", mkdir(b"data/xxxx"), Differs[Reply](ENOSPC, OK, OK, cause=SMALLER_RECORD)),
+        Ask("guest", mkdir(b"data/xxxy"), Differs[Reply](ENOSPC, OK)),
         Ask("guest", rm(b"data/0000")),
         Ask("guest", mkdir(b"data/yyyy")),
     ),
@@ -1065,6 +1177,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         told("dom0", ("@releaseDomain", "r")),
         told("guest"),
         Ask("dom0", set_perms(b"@releaseDomain", "n0 r7")),
+        Told("dom0", Differs[tuple[Event, ...]]((), (), RELEASED, cause=PERMS_FIRE)),
+        Told("guest", Differs[tuple[Event, ...]]((), (), RELEASED, cause=PERMS_FIRE)),
         Create(9),
         told("dom0", ("@introduceDomain", "i")),
         told("guest"),

@@ -6,6 +6,7 @@ The peer is the other end of a socket pair, which the tests answer by hand.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from random import Random
@@ -475,3 +476,40 @@ async def test_very_much_is_slept_for(monkeypatch: pytest.MonkeyPatch) -> None:
             await wait_all_tasks_blocked()
             assert len(Peer(theirs).requests()) == POLL_REQUESTS_MAX + 1
             connection.close()
+
+
+class InstantTransport(SocketTransport):
+    """A store that answers before anybody could go to sleep."""
+
+    peer: Peer
+
+    def receive_soon(self) -> bytes:
+        return b"".join(
+            encode(message.op, message.req_id, 0, b"") for message in self.peer.requests()
+        )
+
+
+@trio_test
+async def test_a_task_that_never_sleeps_lets_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", LIMIT)
+    ours, theirs = socket.socketpair()
+    transport = InstantTransport(ours)
+    transport.peer = Peer(theirs)
+    connection = Connection(transport, LIMIT)
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    with trio.fail_after(LIMIT), theirs:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.run)
+            nursery.start_soon(count)
+            end = time.perf_counter() + 0.2
+            while time.perf_counter() < end:
+                await connection.pipeline(requests(1))
+            assert turns > 5
+            nursery.cancel_scope.cancel()

@@ -33,6 +33,7 @@ from xsfs.xenstore.errors import (
     TransactionEnded,
 )
 from xsfs.xenstore.protocol import Message
+from xsfs.xenstore.reconnect import CircuitBreaker
 from xsfs.xenstore.store import Transaction, open_store
 from xsfs.xenstore.watches import Subscription
 
@@ -357,6 +358,32 @@ async def test_a_connection_that_is_never_answered_is_replaced(
 
 def silent_on_old(forgotten: int, talk: Talk, _: Message) -> bool:
     return talk.number <= forgotten
+
+
+@trio_test
+async def test_only_a_whole_time_limit_opens_the_circuit_breaker() -> None:
+    """A request that had little time left, or was not even sent, tells nothing about the store."""
+
+    async def probe() -> None:
+        raise RequestTimeout("still silent")
+
+    async def fail_after(breaker: CircuitBreaker, seconds: float) -> None:
+        with breaker.observe():
+            await trio.sleep(seconds)
+            raise RequestTimeout("no reply")
+
+    async with trio.open_nursery() as nursery:
+        breaker = CircuitBreaker(nursery, SHORT, probe)
+        with pytest.raises(RequestTimeout):
+            await fail_after(breaker, 0)
+        assert breaker.error is None
+        await breaker.check()
+        with pytest.raises(RequestTimeout):
+            await fail_after(breaker, SHORT)
+        assert breaker.error is not None
+        with pytest.raises(RequestTimeout):
+            await breaker.check()
+        nursery.cancel_scope.cancel()
 
 
 @trio_test

@@ -442,7 +442,7 @@ async def test_a_loop_of_reads_can_be_cancelled(place: Place) -> None:
                 count += 1
         assert scope.cancelled_caught
         assert time.perf_counter() - start < 0.25 + SLOW_MACHINE
-        assert count > 100
+        assert count > 10
 
 
 SLOW_MACHINE = 0.05

@@ -355,6 +355,7 @@ async def works_again(store: Store) -> None:
 SILENT: dict[str, Lie] = {
     "from the start": on(Op.TRANSACTION_START, silence),
     "at a read": on(Op.READ, silence),
+    "late": on(Op.READ, silence),
     "at the end": on(Op.TRANSACTION_END, silence),
 }
 
@@ -370,6 +371,8 @@ async def test_the_time_limit_counts_once(place: Place, name: str, tmp_path: Pat
             took: list[float] = []
 
             async def read(tx: Transaction) -> bytes:
+                if name == "late":
+                    await trio.sleep(0.75 * timeout)
                 return await tx.read(base)
 
             async def try_it() -> None:

@@ -39,11 +39,6 @@ class ValueFile(XenstoreNode):
 
     __slots__ = ()
 
-    @property
-    def may_be_missing(self) -> bool:
-        """Whether the file is shown even if its node does not exist."""
-        return False
-
     def attributes(self, state: NodeState) -> EntryAttributes:
         if state.value is None:
             entry = self.entry(0, state.readable, state.writable)
@@ -151,7 +146,7 @@ class DotValue(ValueFile):
         return join(super().label, self.name)
 
     @property
-    def may_be_missing(self) -> bool:
+    def always_there(self) -> bool:
         return self.directory.always_there
 
     def is_of_kind(self, state: NodeState) -> bool:
@@ -370,7 +365,7 @@ class ValueHandle(ReadHandle):
                 raise reply
             if debt is not None:
                 return b""
-            if not self.node.may_be_missing:
+            if not self.node.always_there:
                 refuse(errno.ESTALE)
             return b""
         if debt is not None and debt.replaces(reply):

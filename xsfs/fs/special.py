@@ -1,4 +1,4 @@
-"""xsfs's own files in the root of the mount: text that is made when it is read, and the link to the mirror."""
+"""xsfs's own files in the root of a mount: text that is made when it is read, and the mirror's link."""
 
 from __future__ import annotations
 

@@ -18,7 +18,10 @@ from xsfs.fs.nodes import Node, refuse
 from xsfs.fs.open_files import OpenFile, OpenFiles, Orphan, open_files_of
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
+from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import parse_permissions, perms_text, set_perms
+from xsfs.xenstore.protocol import Request
 
 if TYPE_CHECKING:
     from xsfs.fs.inodes import InodeTable
@@ -87,8 +90,11 @@ class XenstoreNode(Node):
         if self.orphan_file is not None and self.orphan_file.orphan is not None:
             return attribute.of_orphan(self, self.orphan_file.orphan)
         self.require()
-        await self.open_files.settle(self.path)
-        return await attribute.get(self)
+        try:
+            await self.open_files.settle(self.path)
+            return await attribute.get(self)
+        except XenstoreError as error:
+            raise self._stale_if_missing(error) from None
 
     async def setxattr(self, name: bytes, value: bytes) -> None:
         attribute = _ATTRIBUTES.get(name)
@@ -100,9 +106,17 @@ class XenstoreNode(Node):
             attribute.set_of_orphan(self, self.orphan_file.orphan, value)
             return
         self.require()
-        await self.open_files.settle(self.path)
-        await attribute.set(self, value)
+        try:
+            await self.open_files.settle(self.path)
+            await attribute.set(self, value)
+        except XenstoreError as error:
+            raise self._stale_if_missing(error) from None
         self.was_written()
+
+    def _stale_if_missing(self, error: XenstoreError) -> Exception:
+        """After ESTALE the kernel looks a path up again; an open file has gone."""
+        is_stale = error.name == "ENOENT" and not self.always_there
+        return pyfuse3.FUSEError(errno.ESTALE) if is_stale else error
 
     async def listxattr(self) -> list[bytes]:
         return [PERMS_NAME]
@@ -170,7 +184,14 @@ async def _get_value(node: XenstoreNode) -> bytes:
 async def _set_value(node: XenstoreNode, value: bytes) -> None:
     if len(value) > protocol.value_max(node.path, node.view.commands.payload_max):
         refuse(errno.EFBIG)
-    await node.view.commands.call(protocol.write(node.path, value))
+    path = node.path
+
+    async def work(commands: Commands) -> Request:
+        if not node.always_there:  # WRITE would create the node
+            await commands.call(protocol.read(path))
+        return protocol.write(path, value)
+
+    await node.view.atomically(work)
 
 
 def _get_orphan_value(node: XenstoreNode, orphan: Orphan) -> bytes:

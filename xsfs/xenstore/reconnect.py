@@ -202,9 +202,7 @@ class CircuitBreaker:
             raise
         self.answered()
 
-    def _failed(
-        self, error: RequestTimeout | ConnectionLost, answers: int, start: float
-    ) -> None:
+    def _failed(self, error: RequestTimeout | ConnectionLost, answers: int, start: float) -> None:
         if self._answers != answers or self.error is not None:
             return
         # A request late in a transaction has little time.  And `open_transport_by` gives up if its next

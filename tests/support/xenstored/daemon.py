@@ -18,7 +18,7 @@ from .bridge import GUEST_PORT, GuestBridge
 from .client import XsClient, XsError, strings
 from .population import populate
 from .process import DaemonProcess
-from .shim import daemon_program
+from .shim import installed_daemon
 
 # As in xenshim.c, and xen.h.
 VIRQ_DOMID: Final = 0x7FF0
@@ -52,7 +52,10 @@ class RealXenstored:
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
         self.kind = kind
-        self.binary = daemon_program(kind)
+        daemon = installed_daemon(kind)
+        self.binary = daemon.program
+        self.version = daemon.version
+        """Of its Xen: (4, 17)."""
         self.dir = ""
         """Empty until the first start; then it stays the same, and so do all sockets' paths."""
         self.trace_file: str | None = None
@@ -224,6 +227,9 @@ class RealXenstored:
         """Let a domain exist, so that nodes can belong to it."""
         with open(self._path(f"ring.{domid}"), "xb") as file:
             file.truncate(4096)
+        # Up to 4.20 the hypervisor has the interrupt for a domain's end alone.
+        if self.version >= (4, 21):
+            self._virq()
 
     def exists(self, domid: int) -> bool:
         return os.path.exists(self._path(f"ring.{domid}"))
@@ -266,7 +272,7 @@ class RealXenstored:
         """Tell the daemon that something has happened to a domain."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(VIRQ_TIMEOUT)
-            with contextlib.suppress(ConnectionRefusedError):  # no daemon
+            with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):  # no daemon
                 sock.sendto(struct.pack("=II", VIRQ_DOMID, VIRQ_DOM_EXC), self._path("evtchn"))
 
     def shutdown_domain(self, domid: int) -> None:

@@ -1,8 +1,9 @@
 """Run the real Xenstore daemons (C xenstored, OCaml oxenstored) without Xen.
 
-The daemons are those of Debian's xen-utils-4.17.  They are started with the LD_PRELOAD shim
-xenshim.c (built with gcc when needed), which stands in for the hypervisor.  Everything lives in a
-directory of its own, so any number of instances can run side by side.
+The daemons are those of Debian's xen-utils-4.17 or xen-utils-4.20, or others (shim.py says how).  They
+are started with the LD_PRELOAD shim xenshim.c (built with gcc when needed), which stands in for the
+hypervisor.  Everything lives in a directory of its own, so any number of instances can run side by
+side.
 
     with RealXenstored(kind="C", guests=(7,)) as xs:
         xs.populate()                   # what libxl would write for dom0 + 7

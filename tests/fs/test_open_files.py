@@ -1,0 +1,704 @@
+"""Open files on real mounts: what they owe, what others see of it, and how they end.
+
+A file can go while it is open: this mount, another mount or another client removes or replaces it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounting import LIMIT, Mount, Place, each_place, mounted
+from tests.support.xenstored.harness import XsClient, XsError
+
+place = each_place("C", "ocaml", "C-guest", "embedded")
+
+Outcome = object
+
+
+def node(place: Place, path: Path) -> str:
+    """The Xenstore path of a file below `data`."""
+    parts = path.parts
+    return place.home + "/" + "/".join(parts[parts.index("data") :])
+
+
+def by_root(place: Place, mount: Mount, path: Path) -> Path:
+    """The other name of a file below `data`."""
+    return mount.path / ".root" / node(place, path).lstrip("/")
+
+
+def value_of(witness: XsClient, path: str) -> bytes | None:
+    try:
+        return witness.read(path)
+    except XsError as error:
+        assert "ENOENT" in str(error)
+        return None
+
+
+def slow() -> None:
+    """Wait longer than the kernel keeps attributes."""
+    time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+# ------------------------------------------------- every operation, every way in which a file can go
+
+OPERATIONS: dict[str, Callable[[int], Outcome]] = {
+    "read": lambda fd: os.pread(fd, 100, 0),
+    "read at the end": lambda fd: os.pread(fd, 100, os.fstat(fd).st_size),
+    "write": lambda fd: os.pwrite(fd, b"written, and longer\n", 0),
+    "write in the middle": lambda fd: os.pwrite(fd, b"x", 2),
+    "ftruncate": lambda fd: os.ftruncate(fd, 2),
+    "ftruncate to nothing": lambda fd: os.ftruncate(fd, 0),
+    "fsync": os.fsync,
+    "fstat": lambda fd: (os.fstat(fd).st_size, os.fstat(fd).st_nlink),
+    "nothing": lambda fd: None,
+}
+
+STATES = {
+    "opened": os.O_RDWR,
+    "opened to append": os.O_RDWR | os.O_APPEND,
+    "emptied": os.O_RDWR | os.O_TRUNC,
+    "created": os.O_RDWR | os.O_CREAT,
+    "created exclusively": os.O_RDWR | os.O_CREAT | os.O_EXCL,
+}
+
+
+def unlinked(file: Path) -> None:
+    file.unlink()
+
+
+def replaced(file: Path) -> None:
+    other = file.with_name("other")
+    other.write_text("replacement\n")
+    other.rename(file)
+
+
+def made_again(file: Path) -> None:
+    file.unlink()
+    file.write_text("another\n")
+
+
+def removed_with_its_directory(file: Path) -> None:
+    file.unlink()
+    file.parent.rmdir()
+
+
+def directory_replaced(file: Path) -> None:
+    file.unlink()
+    other = file.parent.with_name("other")
+    other.mkdir()
+    (other / file.name).write_text("another\n")
+    other.rename(file.parent)
+
+
+WAYS: dict[str, Callable[[Path], None]] = {
+    "unlinked": unlinked,
+    "replaced": replaced,
+    "made again": made_again,
+    "with its directory": removed_with_its_directory,
+    "directory replaced": directory_replaced,
+}
+
+
+def outcome(attempt: Callable[[], Outcome]) -> Outcome:
+    try:
+        return attempt()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def tree(top: Path) -> dict[str, str | None]:
+    """What is below a directory: the content of each file, None for a directory."""
+    return {
+        str(path.relative_to(top)): None if path.is_dir() else path.read_text()
+        for path in sorted(top.rglob("*"))
+    }
+
+
+def history(
+    top: Path,
+    flags: int,
+    go: Callable[[Path], None],
+    operation: Callable[[int], Outcome],
+    opened_by: Callable[[Path], Path] = lambda path: path,
+) -> list[Outcome]:
+    """What a program sees that has a file open, goes on when it has gone, and closes it."""
+    directory = top / "d"
+    directory.mkdir(parents=True)
+    file = directory / "f"
+    if not flags & os.O_CREAT:
+        file.write_text("old value\n")
+    seen: list[Outcome] = []
+    with opened(opened_by(file), flags) as fd:
+        go(file)
+        slow()
+        seen.append(outcome(lambda: operation(fd)))
+        seen.append(outcome(lambda: os.pread(fd, 100, 0)))
+        seen.append(outcome(lambda: OPERATIONS["fstat"](fd)))
+        seen.append(tree(top))
+    seen.append(tree(top))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [*((way, "own") for way in WAYS), ("unlinked", ".root"), ("replaced", ".root")],
+)
+@pytest.mark.parametrize("state", STATES)
+def test_a_file_that_this_mount_removes_is_as_on_tmpfs(
+    place: Place,
+    mount: Mount,
+    box: Path,
+    witness: XsClient,
+    state: str,
+    way: str,
+    name: str,
+) -> None:
+    def opened_by(path: Path) -> Path:
+        return path if name == "own" else by_root(place, mount, path)
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as tmpfs:
+        for number, (operation, run) in enumerate(OPERATIONS.items()):
+            expected = history(Path(tmpfs) / str(number), STATES[state], WAYS[way], run)
+            top = box / str(number)
+            seen = history(top, STATES[state], WAYS[way], run, opened_by)
+            assert seen == expected, operation
+            in_store = value_of(witness, f"{node(place, top)}/d/f")
+            shown = expected[-1]
+            assert isinstance(shown, dict)
+            content = shown.get("d/f")
+            assert in_store == (None if content is None else content.rstrip("\n").encode())
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_attributes_of_a_removed_file_are_its_own(
+    place: Place, box: Path, witness: XsClient, state: str
+) -> None:
+    file = box / "f"
+    if not STATES[state] & os.O_CREAT:
+        file.write_text("old\n")
+    with opened(file, STATES[state]) as fd:
+        perms = os.getxattr(fd, "user.xs.perms")
+        file.unlink()
+        assert os.getxattr(fd, "user.xs.perms") == perms
+        os.setxattr(fd, "user.xs.value", b"new")
+        assert os.getxattr(fd, "user.xs.value") == b"new"
+        assert os.pread(fd, 100, 0) == b"new\n"
+        os.setxattr(fd, "user.xs.perms", f"b{place.domid}".encode())
+        assert os.getxattr(fd, "user.xs.perms") == f"b{place.domid}".encode()
+        file.write_text("another\n")
+        os.setxattr(fd, "user.xs.value", b"newer")
+        assert file.read_text() == "another\n"
+        assert os.getxattr(file, "user.xs.perms") == perms
+    assert witness.read(node(place, file)) == b"another"
+
+
+MORE: dict[str, Callable[[int], Outcome]] = {
+    **OPERATIONS,
+    "getxattr": lambda fd: os.getxattr(fd, "user.xs.value"),
+    "setxattr": lambda fd: os.setxattr(fd, "user.xs.value", b"set"),
+    "getxattr perms": lambda fd: os.getxattr(fd, "user.xs.perms"),
+}
+
+
+@pytest.fixture(scope="module")
+def other_mount(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    with mounted([place.socket], tmp_path_factory.mktemp("other") / "m") as mount:
+        yield mount
+
+
+@pytest.mark.parametrize("by", ["another client", "another mount"])
+@pytest.mark.parametrize("with_directory", [False, True])
+@pytest.mark.parametrize("state", ["opened", "opened to append", "emptied", "created exclusively"])
+def test_a_file_that_others_remove_is_stale_and_stays_away(
+    place: Place,
+    mount: Mount,
+    other_mount: Mount,
+    box: Path,
+    witness: XsClient,
+    state: str,
+    with_directory: bool,
+    by: str,
+) -> None:
+    for number, (operation, run) in enumerate(MORE.items()):
+        if state == "emptied" and operation.startswith(("write", "ftruncate")):
+            continue  # one WRITE without a look, as `echo 42 > FILE` is: it creates what is missing
+        directory = box / str(number)
+        directory.mkdir()
+        file = directory / "f"
+        if not STATES[state] & os.O_CREAT:
+            file.write_text("old value\n")
+        path = node(place, file)
+        with opened(file, STATES[state]) as fd:
+            if by == "another client":
+                witness.rm(path.rpartition("/")[0] if with_directory else path)
+            else:
+                there = other_mount.path / file.relative_to(mount.path)
+                there.unlink()
+                if with_directory:
+                    there.parent.rmdir()
+            slow()
+            seen = outcome(lambda: run(fd))  # noqa: B023
+            if operation in ("fsync", "nothing"):
+                assert seen is None
+            else:
+                assert seen == "ESTALE", operation
+            assert not file.exists()
+            assert value_of(witness, path) is None, operation
+        assert not file.exists()
+        assert value_of(witness, path) is None, operation
+
+
+@pytest.mark.parametrize("by", ["another client", "another mount"])
+@pytest.mark.parametrize("state", ["opened", "emptied", "created"])
+def test_a_value_that_others_put_there_meanwhile_stays(
+    place: Place,
+    mount: Mount,
+    other_mount: Mount,
+    box: Path,
+    witness: XsClient,
+    state: str,
+    by: str,
+) -> None:
+    """Nothing but a write through the handle changes it."""
+    for number, operation in enumerate(("read", "fsync", "fstat", "getxattr", "nothing")):
+        file = box / str(number)
+        if not STATES[state] & os.O_CREAT:
+            file.write_text("old value\n")
+        path = node(place, file)
+        with opened(file, STATES[state]) as fd:
+            if by == "another client":
+                with contextlib.suppress(XsError):
+                    witness.rm(path)
+                witness.write(path, b"of others")
+            else:
+                there = other_mount.path / file.relative_to(mount.path)
+                there.with_name("new").write_text("of others\n")
+                there.with_name("new").rename(there)
+            outcome(lambda: MORE[operation](fd))  # noqa: B023
+            assert file.read_text() == "of others\n", operation
+        assert file.read_text() == "of others\n", operation
+        assert witness.read(path) == b"of others"
+
+
+def test_a_handle_of_a_value_does_not_bring_its_directory_back(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    directory = box / "d"
+    for again in (False, True):
+        for operation in ("write", "ftruncate", "fsync", "read"):
+            directory.mkdir()
+            (directory / "child").write_text("1\n")
+            (directory / ".value").write_text("old value\n")
+            with opened(directory / ".value", os.O_RDWR) as fd:
+                mount.bash(f"rm -r {directory}")
+                if again:
+                    directory.mkdir()
+                    (directory / "child").write_text("1\n")
+                    (directory / ".value").write_text("new\n")
+                OPERATIONS[operation](fd)
+            if again:
+                assert (directory / ".value").read_text() == "new\n"
+                assert witness.read(node(place, directory)) == b"new"
+                mount.bash(f"rm -r {directory}")
+            assert not directory.exists()
+            assert value_of(witness, node(place, directory)) is None
+
+
+# ----------------------------------------------------------------- a close never wipes what came since
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("options", [[], ["-o", "raw"]])
+def test_what_is_written_while_an_emptied_file_is_open_stays(
+    place: Place, box: Path, tmp_path: Path, options: list[str], exists: bool, witness: XsClient
+) -> None:
+    path = node(place, box / "pid")
+    if exists:
+        witness.write(path, b"old")
+    with mounted([*options, place.socket], tmp_path / "m") as mount:
+        file = f"data/{box.name}/pid"
+        seen = mount.bash(f"( exec 9> {file}; flock -n 9; echo 123 > {file} ); cat {file}")
+        assert seen == "123\n"
+        assert mount.bash(f"{{ echo a >> {file}; }} > {file}; cat {file}") == "a\n"
+
+
+def test_what_is_written_while_an_emptied_value_is_open_stays(mount: Mount, box: Path) -> None:
+    seen = mount.bash(
+        f"cd {box}; mkdir d; echo 1 > d/x; echo old > d/.value;"
+        "( exec 9> d/.value; echo 123 > d/.value ); cat d/.value;"
+        "( exec 9> d/.value; echo 456 > ../$(basename $PWD)/d.d/.value ); cat d/.value"
+    )
+    assert seen == "123\n456\n"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_another_client_writes_while_an_emptied_file_is_open_stays(
+    place: Place, box: Path, witness: XsClient, exists: bool
+) -> None:
+    file, path = box / "o", node(place, box / "o")
+    if exists:
+        witness.write(path, b"old")
+    with opened(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC):
+        witness.write(path, b"by another")
+        assert file.read_text() == "by another\n"
+    assert file.read_text() == "by another\n"
+    assert witness.read(path) == b"by another"
+
+
+def test_what_is_written_stays_when_the_holder_of_an_emptied_file_is_killed(
+    place: Place, box: Path, tmp_path: Path, witness: XsClient
+) -> None:
+    path = node(place, box / "f")
+    witness.write(path, b"old")
+    with mounted([place.socket], tmp_path / "m") as mount:
+        file = mount.path / "data" / box.name / "f"
+        holder = subprocess.Popen(
+            ["bash", "-c", f"exec 9> {file}; echo ready; read"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        with holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"ready\n"
+            file.write_text("123\n")
+            holder.kill()
+    # The unmount comes after the release of the killed process's file.
+    assert witness.read(path) == b"123"
+
+
+def test_after_a_refused_write_the_next_one_replaces_everything(mount: Mount, box: Path) -> None:
+    done = mount.run(
+        f"cd {box}; echo oldvalue > f; {{ head -c 5000 /dev/zero; echo ok; }} > f; cat f"
+    )
+    assert "File too large" in done.stderr
+    assert done.stdout == "ok\n"
+
+
+def test_a_commit_settles_what_the_files_of_its_transaction_owe(
+    place: Place, box: Path, tx: Path, witness: XsClient
+) -> None:
+    (box / "emptied").write_text("old\n")
+    tx.mkdir()
+    inside = tx / "data" / box.name
+    for mode in ("closed before", "open"):
+        names = [f"{mode[0]}{number}" for number in range(60)]
+        if mode == "open":
+            tx.mkdir()
+        files = [os.open(inside / name, os.O_CREAT | os.O_WRONLY, 0o600) for name in names]
+        files.append(os.open(inside / "emptied", os.O_WRONLY | os.O_TRUNC))
+        control = os.open(tx / ".control", os.O_WRONLY)
+        if mode == "closed before":
+            for fd in files:
+                os.close(fd)
+        os.write(control, b"commit\n")
+        os.close(control)
+        if mode == "open":
+            for fd in files:
+                os.close(fd)
+        for name in names:
+            assert value_of(witness, f"{node(place, box)}/{name}") == b""
+        assert witness.read(node(place, box / "emptied")) == b""
+        (box / "emptied").write_text("old\n")
+
+
+# ------------------------------------------------------------------ what is owed is true in the mount
+
+
+def test_an_emptied_file_is_empty_by_every_name(place: Place, mount: Mount, box: Path) -> None:
+    file = box / "f"
+    file.write_text("long value\n")
+    other = by_root(place, mount, file)
+    with opened(file, os.O_WRONLY | os.O_TRUNC) as fd:
+        assert file.stat().st_size == other.stat().st_size == os.fstat(fd).st_size == 0
+        assert file.read_bytes() == other.read_bytes() == b""
+        os.write(fd, b"ab\n")
+        assert file.stat().st_size == other.stat().st_size == 3
+        os.write(fd, b"cd\n")
+    assert file.read_text() == "ab\ncd\n"
+
+
+def test_a_file_is_empty_right_after_the_close_that_emptied_it(mount: Mount, box: Path) -> None:
+    file = box / "f"
+    for number in range(300):
+        file.write_text(f"value {number}\n")
+        os.close(os.open(file, os.O_WRONLY | os.O_TRUNC))
+        assert file.read_bytes() == b"", number
+
+
+@pytest.mark.parametrize("flags", [os.O_CREAT, os.O_CREAT | os.O_EXCL])
+def test_a_file_that_is_being_created_is_there(
+    place: Place, mount: Mount, box: Path, flags: int
+) -> None:
+    directory = box / "d"
+    directory.mkdir()
+    file = directory / "f"
+    with opened(file, os.O_WRONLY | flags):
+        assert os.listdir(directory) == ["f"]
+        assert os.listdir(by_root(place, mount, directory)) == ["f"]
+        for name in (file, by_root(place, mount, file)):
+            assert name.stat().st_size == 0
+            assert mount.bash(f"cat {name}; flock -n {name} echo locked") == "locked\n"
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTEMPTY)):
+            directory.rmdir()
+    assert os.listdir(directory) == ["f"]
+
+
+def test_flock_by_processes_that_make_the_lock_file(mount: Mount, box: Path) -> None:
+    (box / "n").write_text("0\n")
+    loop = "for i in {1..25}; do flock lock sh -c 'read n < n; echo $((n + 1)) > n' || exit 1; done"
+    workers = [subprocess.Popen(["bash", "-c", loop], cwd=box) for _ in range(4)]
+    for worker in workers:
+        assert worker.wait(LIMIT * 6) == 0
+    assert (box / "n").read_text() == "100\n"
+
+
+LOCK_LOOP = """
+import fcntl, os, sys
+for number in range(60):
+    while True:
+        fd = os.open("lock", os.O_CREAT | os.O_WRONLY, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            if os.stat("lock").st_ino == os.fstat(fd).st_ino:
+                break
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+    os.unlink("lock")
+    os.close(fd)
+"""
+
+
+def test_locks_that_are_removed_by_their_holders(mount: Mount, box: Path) -> None:
+    """Open, lock, see that it still is that file, remove: with 240 locks none fails with ESTALE."""
+    workers = [subprocess.Popen([sys.executable, "-c", LOCK_LOOP], cwd=box) for _ in range(4)]
+    for worker in workers:
+        assert worker.wait(LIMIT * 6) == 0
+    assert os.listdir(box) == []
+
+
+# -------------------------------------------------------------- fsync, locks, tail, and replacement
+
+
+@pytest.mark.parametrize("way", ["replaced", "made again", "unlinked"])
+def test_fsync_of_an_emptied_file_that_has_gone_changes_nothing(
+    place: Place, box: Path, witness: XsClient, way: str
+) -> None:
+    file = box / "f"
+    file.write_text("old\n")
+    with opened(file, os.O_WRONLY | os.O_TRUNC) as fd:
+        WAYS[way](file)
+        before = tree(box)
+        os.fsync(fd)
+        assert tree(box) == before
+    assert tree(box) == before
+    assert (
+        value_of(witness, node(place, file))
+        == {"replaced": b"replacement", "made again": b"another", "unlinked": None}[way]
+    )
+
+
+def test_dd_with_fsync_beside_mv(mount: Mount, box: Path) -> None:
+    script = """
+        cd $0; echo old > f; echo new > g; mkfifo $1/fifo
+        dd of=f conv=fsync status=none < $1/fifo & exec 7> $1/fifo
+        until [ -e /proc/$!/fd/1 ] && [ "$(readlink /proc/$!/fd/1)" = "$PWD/f" ]; do :; done
+        mv g f; exec 7>&-; wait $!; cat f
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        done = subprocess.run(
+            ["bash", "-c", script, box, directory],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT * 3,
+            check=True,
+        )
+    assert done.stdout == "new\n"
+
+
+INCREMENTS = """
+import fcntl, os, sys
+lock = getattr(fcntl, sys.argv[1])
+for _ in range(100):
+    fd = os.open("n", os.O_RDWR)
+    lock(fd, fcntl.LOCK_EX)
+    number = int(os.read(fd, 100))
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.write(fd, b"%d\\n" % (number + 1))
+    os.close(fd)
+"""
+
+
+@pytest.mark.parametrize("lock", ["flock", "lockf"])
+def test_increments_under_a_lock_lose_nothing(mount: Mount, box: Path, lock: str) -> None:
+    (box / "n").write_text("0\n")
+    workers = [
+        subprocess.Popen([sys.executable, "-c", INCREMENTS, lock], cwd=box) for _ in range(4)
+    ]
+    for worker in workers:
+        assert worker.wait(LIMIT * 6) == 0
+    assert (box / "n").read_text() == "400\n"
+
+
+def test_tail_follows_what_is_appended(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    file = box / "log"
+    file.write_text("first\n")
+    tail = subprocess.Popen(["tail", "-f", "-s", "0.1", file], stdout=subprocess.PIPE)
+    assert tail.stdout is not None
+
+    def line() -> bytes:
+        assert tail.stdout is not None
+        assert select.select([tail.stdout], (), (), LIMIT * 3)[0], "tail prints nothing"
+        return tail.stdout.readline()
+
+    try:
+        assert line() == b"first\n"
+        mount.bash(f"echo second >> {file}")
+        assert line() == b"second\n"
+        witness.write(node(place, file), b"first\nsecond\nthird")
+        assert line() == b"third\n"
+    finally:
+        tail.kill()
+        tail.wait()
+        tail.stdout.close()
+
+
+def test_a_file_that_is_replaced_all_the_time_can_always_be_read(mount: Mount, box: Path) -> None:
+    file, other = box / "f", box / "g"
+    file.write_text("value\n")
+    stop = threading.Event()
+    errors: list[Exception] = []
+
+    def replace() -> None:
+        try:
+            while not stop.is_set():
+                other.write_text("value\n")
+                other.rename(file)
+        except Exception as error:
+            errors.append(error)
+
+    mover = threading.Thread(target=replace)
+    mover.start()
+    try:
+        for number in range(2000):
+            with open(file, "rb", buffering=0) as reader:
+                assert reader.read() == b"value\n", number
+                assert os.fstat(reader.fileno()).st_size == len(b"value\n")
+            assert file.stat().st_size == len(b"value\n")
+    finally:
+        stop.set()
+        mover.join(LIMIT)
+    assert not mover.is_alive()
+    assert errors == []
+
+
+def test_an_always_present_directory_can_always_be_opened(
+    place: Place, mount: Mount, box: Path
+) -> None:
+    loop = "for i in {1..100}; do : > x$$; rm x$$; done"
+    workers = [subprocess.Popen(["bash", "-c", loop], cwd=box) for _ in range(2)]
+    while any(worker.poll() is None for worker in workers):
+        assert (mount.path / "data").stat()
+        assert os.listdir(mount.path / "data")
+    assert [worker.returncode for worker in workers] == [0, 0]
+
+
+# ---------------------------------------------------------------------- directories that others remove
+
+
+def test_nothing_is_made_in_a_directory_that_another_client_removed(
+    place: Place, box: Path, witness: XsClient
+) -> None:
+    makers: list[Callable[[Path], object]] = [
+        os.mkdir,
+        os.mknod,
+        lambda path: os.symlink("target", path),
+        lambda path: os.close(os.open(path, os.O_CREAT | os.O_EXCL)),
+        lambda path: os.rename(box / "file", path),
+    ]
+    (box / "file").write_text("1\n")
+    for number, make in enumerate(makers):
+        directory = box / str(number)
+        directory.mkdir()
+        os.listdir(directory)
+        witness.rm(node(place, directory))
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError):
+                make(directory / "x")
+        assert value_of(witness, node(place, directory)) is None
+    assert (box / "file").read_text() == "1\n"
+
+
+# ------------------------------------------------------------------------------------ temporary files
+
+
+def test_temporary_files(place: Place, box: Path, witness: XsClient) -> None:
+    with tempfile.TemporaryFile("w+", dir=box) as file:
+        file.write("one\ntwo\n")
+        file.seek(0)
+        assert file.read() == "one\ntwo\n"
+        file.seek(4)
+        file.write("TWO\n")
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        assert file.readlines() == ["one\n", "TWO\n"]
+        assert os.listdir(box) == []
+    with tempfile.NamedTemporaryFile("w", dir=box) as named:
+        named.write("1\n")
+        named.flush()
+        assert Path(named.name).read_text() == "1\n"
+    with tempfile.TemporaryDirectory(dir=box) as directory:
+        Path(directory, "f").write_text("1\n")
+    assert os.listdir(box) == []
+
+
+def test_the_first_append_of_an_emptied_file_keeps_what_others_appended(
+    place: Place, box: Path, witness: XsClient
+) -> None:
+    file = box / "f"
+    file.write_text("old\n")
+    with opened(file, os.O_WRONLY | os.O_TRUNC | os.O_APPEND) as fd:
+        witness.write(node(place, file), b"of others\n")
+        os.write(fd, b"own\n")
+    assert witness.read(node(place, file)) == b"of others\n\nown"
+    with opened(file, os.O_WRONLY | os.O_TRUNC | os.O_APPEND) as fd:
+        os.write(fd, b"own\n")
+    assert witness.read(node(place, file)) == b"own"
+
+
+def test_a_new_file_of_a_size_is_one_change(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    path = node(place, box / "new")
+    witness.watch(path, "t")
+    assert witness.event() == (path, "t")
+    mount.bash(f"truncate -s 5 {box}/new")
+    assert [event for event, _ in witness.drain_events(0.3)] == [path]
+    witness.unwatch(path, "t")
+    assert witness.read(path) == b"\0" * 5

@@ -1,0 +1,87 @@
+"""The two commands of the README, in a fresh root of each Debian that they serve.
+
+On Debian 13 the daemons are those of Xen 4.20, and xsfs runs with the pyfuse3 of the distribution.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.roots import Root, copy_checkout, debian_root
+
+# Once more over its own mount; the embedded store; watches, transactions and the mirror; the service.
+INSTALLED = """\
+cd /root/xsfs
+./install.sh
+./install.sh
+git_status=$(find . -name build -o -name '*.egg-info')
+test -z "$git_status"
+cd /
+umount /mnt/xenstore
+cat > /tmp/session << 'end'
+set -eux
+cat /mnt/xenstore/name
+cd /mnt/xenstore
+mkdir .transaction/t
+echo 42 > .transaction/t/data/x
+echo commit > .transaction/t/.control
+head -c 2 data/.watch
+grep -r . data
+cat .mirror/name
+end
+xsfs embedded -o mirror /mnt/xenstore
+sh /tmp/session
+umount /mnt/xenstore
+mount -t fuse.xsfs embedded /mnt/xenstore
+umount /mnt/xenstore
+test -e /usr/local/share/man/man8/xsfs.8
+/root/xsfs/install.sh --uninstall
+test ! -L /usr/local/bin/xsfs
+"""
+
+# What is compared with the daemons of the distribution, and what uses them most.
+SUITE = {
+    "bookworm": ["tests/mirror/test_places.py::test_an_unprivileged_user"],
+    "trixie": [
+        "tests/support/test_harness.py",
+        "tests/embedded/test_fidelity.py",
+        "tests/cli/test_mount_command.py",
+        "tests/fs/test_values.py",
+        "tests/fs/test_watch_files.py",
+        "tests/fs/test_transactions.py",
+        "tests/fs/test_transaction_ends.py",
+        "tests/mirror/test_inotify.py",
+        "tests/mirror/test_places.py",
+    ],
+}
+
+
+@pytest.fixture(params=sorted(SUITE))
+def suite(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme(suite: str, tmp_path: Path) -> None:
+    """The checkout lies where root alone can reach it."""
+    with debian_root(suite, tmp_path / "root") as root:
+        copy_checkout(root.path / "root" / "xsfs")
+        (root.path / "root").chmod(0o700)
+        check_installation(root, compiled=suite == "bookworm")
+        printed = root.sh(f"cd /root/xsfs && exec ./test.sh {' '.join(SUITE[suite])}")
+        assert " passed" in printed
+        assert "failed" not in printed
+
+
+def check_installation(root: Root, *, compiled: bool) -> None:
+    printed = root.sh(INSTALLED)
+    assert "xsfs is mounted at /mnt/xenstore; " in printed
+    assert "xsfs is mounted at /mnt/xenstore already" in printed
+    assert printed.count("\nDomain-0\n") == 2
+    assert "\n.\n" in printed
+    assert "\ndata/x:42\n" in printed
+    compiler = root.sh("command -v gcc || echo none").strip()
+    assert (compiler != "none") == compiled
