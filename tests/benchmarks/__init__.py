@@ -10,5 +10,6 @@ and a bare pyfuse3 file system, which is what FUSE itself costs from Python.
     mounting    file systems in processes of their own, and their certain end
     bare        the bare pyfuse3 file system
     report      the figures as a table, and as JSON
+    against     this version against another one
     watches     how fast changes are told: a program of its own
 """

@@ -1,5 +1,8 @@
 """`python3 -m tests.benchmarks`, from the root of the project: see --help.
 
+`--against DIR` mounts the checkout at DIR, another version, and this one on one store, lets both take turns,
+and prints medians and the ratios of the pairs; with `--busy` beside two busy loops.
+
 Exits with 0 whatever the figures are, as they depend on what else the machine has to do; 1 means
 that something could not be run.
 """
@@ -17,15 +20,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from tests.support.xenstored.harness import DAEMONS, MissingProgramError
 
-from . import chart, kinds, mirror_works, works
+from . import against, chart, kinds, mirror_works, works
 from .errors import BenchmarkError
 from .kinds import execute, names_below
 from .libxenstore import reader
-from .mounting import UNMOUNT, bare, bare_tree, client_tree, plain_tree, xsfs
+from .mounting import UNMOUNT, bare, bare_tree, xsfs
 from .report import Circumstances, Memory, document, lines
 from .stores import DOMAINS_MIN, NAME, NAME_VALUE, domains_for, store
 from .timing import Comparison, Result, measure, warm_up
@@ -45,6 +49,8 @@ def _arguments() -> argparse.Namespace:
     add("--read", type=_positive, metavar="N", help="how many of them are read (default: all)")
     add("--rounds", type=_positive, default=7, help="how often everything is run")
     add("--only", metavar="PROGRAM", help="measure only this, as find, and whom it stands against")
+    add("--against", metavar="DIR", type=Path, help="measure against the version in that checkout")
+    add("--busy", action="store_true", help="with --against: beside two busy loops")
     add("--json", metavar="FILE", help="write the figures there, too")
     add("--svg", metavar="FILE", help="draw the ratios there")
     return parser.parse_args()
@@ -80,9 +86,8 @@ def _see_the_same(stage: works.Stage) -> None:
     """A tree in which something is missing would be walked in no time."""
     whole = stage.whole
     ours = names_below(whole.file(whole.top))
-    for tree in (stage.tree, stage.plain, stage.by_client):
-        if names_below(tree.path) != ours:
-            raise BenchmarkError(f"other names at {tree.path} than in xsfs")
+    if names_below(stage.tree.path) != ours:
+        raise BenchmarkError(f"other names at {stage.tree.path} than in xsfs")
 
 
 def _run(
@@ -109,8 +114,6 @@ def _run(
             enter(bare(f"{NAME_VALUE}\n")),
             enter(bare(f"{NAME_VALUE}\n", whole.socket, NAME)),
             enter(bare_tree(whole.socket, whole.top)),
-            enter(plain_tree(whole.socket, whole.top)),
-            enter(client_tree(whole.socket, whole.top)),
             value,
             enter(_pyxs(whole.socket)),
             enter(reader(NAME, works.LINE, whole.environment)),
@@ -122,7 +125,7 @@ def _run(
         execute(["find", whole.mount.path], whole.environment)
         visited = whole.mount.resident()
         # The mirror follows each change: it is not there while anything else is measured.
-        copy = mirror_works.place()
+        copy = enter(mirror_works.place())
         mirror = enter(xsfs(whole.socket, f"mirror={copy}"))
         results += _phase(mirror_works.comparisons(stage, copy), rounds, only)
         memory = Memory(stage.bare.resident(), mounted, visited, finished, mirror.resident())
@@ -156,6 +159,20 @@ def main() -> int:
         signal.signal(number, _terminated)
     try:
         _check()
+        if arguments.against is not None:
+            results = against.compare(
+                project=arguments.against.resolve(),
+                kind=arguments.kind,
+                nodes=arguments.nodes,
+                rounds=arguments.rounds,
+                only=arguments.only,
+                busy=arguments.busy,
+                progress=_progress,
+            )
+            _progress("")
+            for line in against.lines(results):
+                print(line)
+            return 0
         figures = _run(
             *(arguments.kind, arguments.nodes, arguments.read), arguments.rounds, arguments.only
         )

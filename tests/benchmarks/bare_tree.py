@@ -2,9 +2,9 @@
 `python3 -m tests.benchmarks.bare_tree SOCKET TOP MOUNTPOINT`.
 
 The names and values of all nodes below TOP, read when it starts.  As in xsfs the kernel looks each file
-up each time, and may believe attributes for a tick; each lookup, stat and listing asks Xenstore what
-xsfs must know of the node, and behind it of the children that are listed.  The answers are not even
-looked at; and the session loop is xsfs's.  That is the floor under every Xenstore file system on
+up each time, and may believe attributes for a tick.  Each lookup, stat and listing asks Xenstore in one
+pipeline for what xsfs must know of the node and of the children that are listed.  The replies are only
+counted, and the loop of FUSE requests is xsfs's.  That is the floor under every Xenstore file system on
 pyfuse3.
 """
 
@@ -30,11 +30,11 @@ from pyfuse3 import (
 
 from tests.support.xenstored.harness import XsClient
 from xsfs.fs.fuse_loop import install
-from xsfs.fs.inodes import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
+from xsfs.fs.nodes import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
 from xsfs.xenstore import protocol
 
 from .bare import Least, serve
-from .question import Asker
+from .question import Asker, Question
 
 
 class Node:
@@ -52,16 +52,13 @@ class BareTree(Least):
         with XsClient(socket) as client:
             self._read(client, top.encode())
         asker = Asker(socket)
-        self.looks = {
-            node.inode: asker.question((protocol.read(node.path), protocol.directory(node.path)))
-            for node in self.nodes.values()
-        }
-        self.children = {
-            node.inode: asker.question(
-                [protocol.directory(child.path) for child in node.children.values()]
-            )
-            for node in self.nodes.values()
-        }
+        self.states: dict[int, Question] = {}
+        self.listings: dict[int, Question] = {}
+        for node in self.nodes.values():
+            state = protocol.read(node.path), protocol.directory(node.path)
+            kinds = [protocol.directory(child.path) for child in node.children.values()]
+            self.states[node.inode] = asker.question(state)
+            self.listings[node.inode] = asker.question((*state, *kinds))
 
     def _read(self, client: XsClient, path: bytes) -> Node:
         node = Node(path, ROOT_INODE + len(self.nodes))
@@ -86,19 +83,18 @@ class BareTree(Least):
         child = self.nodes[parent_inode].children.get(name)
         if child is None:
             raise FUSEError(errno.ENOENT)
-        self.looks[child.inode].ask()
+        self.states[child.inode].ask()
         return self.attributes(child)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        self.looks[inode].ask()
+        self.states[inode].ask()
         return self.attributes(self.nodes[inode])
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        self.looks[inode].ask_and(self.children[inode])
+        self.listings[inode].ask()
         return FileHandleT(inode)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        self.children[InodeT(fh)].wait()
         children = list(self.nodes[fh].children.items())
         for number, (name, child) in enumerate(children[start_id:], start_id):
             if not pyfuse3.readdir_reply(token, name, self.attributes(child), number + 1):

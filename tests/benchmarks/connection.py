@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-from xsfs.xenstore.busy_polling import LINGER_SECONDS, Linger
+from xsfs.xenstore.busy_polling import BUSY_POLL_SECONDS, BusyPoll
 from xsfs.xenstore.protocol import HEADER, Op
 
 Asked = range
@@ -30,7 +30,7 @@ class Connection:
         limit = struct.pack("ll", SECONDS, 0)
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
-        self._linger = Linger(self._socket.fileno())
+        self._busy_poll = BusyPoll(self._socket.fileno())
         self._data = b""
         self._next = 0
         self._open: dict[int, int] = {}
@@ -56,7 +56,7 @@ class Connection:
         replies = self._replies
         late = time.perf_counter() + SECONDS
         while asked and asked[-1] not in replies:
-            self._linger.comes(LINGER_SECONDS)
+            self._busy_poll.is_readable(BUSY_POLL_SECONDS)
             data = self._socket.recv(65536)
             if not data or time.perf_counter() > late:
                 raise ConnectionError("no reply")
@@ -65,7 +65,7 @@ class Connection:
 
     def receive(self) -> None:
         """Take the replies that have come."""
-        if self._linger.comes(0):
+        if self._busy_poll.is_readable(0):
             self._parse(self._data + self._socket.recv(65536))
 
     def _parse(self, data: bytes) -> None:

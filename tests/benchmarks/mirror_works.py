@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -78,29 +79,31 @@ def comparisons(stage: Stage, copy: str) -> list[Comparison]:
     ]
 
 
-def place() -> str:
-    """A directory to be made, in a tmpfs."""
-    directory = tempfile.mkdtemp(prefix="xsfs-mirror-", dir="/dev/shm")
-    os.rmdir(directory)
-    return directory
+@contextlib.contextmanager
+def place() -> Iterator[str]:
+    """A directory to be made in a tmpfs, where nobody else can write."""
+    with tempfile.TemporaryDirectory(prefix="xsfs-mirror-", dir="/dev/shm") as parent:
+        yield f"{parent}/mirror"
 
 
 def starting(store: Store) -> Contender:
     """From the start of the command until what is read is mirrored."""
 
     def run() -> float:
-        directory = place()
-        start = time.perf_counter()
-        # The mount comes when the mirror is complete.
-        with xsfs(store.socket, f"root={store.top}", f"mirror={directory}") as mount:
-            taken = time.perf_counter() - start
-            if os.readlink(f"{mount.path}/.mirror") != directory:
-                raise BenchmarkError("there is no mirror")
-        if os.path.lexists(directory):
-            raise BenchmarkError("the mirror was left behind")
-        return taken
+        with place() as directory:
+            start = time.perf_counter()
+            # The mount comes when the mirror is complete.
+            with xsfs(
+                *(store.socket, f"root={store.top}", f"mirror={directory}"), project=store.project
+            ) as mount:
+                taken = time.perf_counter() - start
+                if os.readlink(f"{mount.path}/.mirror") != directory:
+                    raise BenchmarkError("there is no mirror")
+            if os.path.lexists(directory):
+                raise BenchmarkError("the mirror was left behind")
+            return taken
 
-    return Contender("xsfs -o mirror", run, store.read)
+    return Contender("mirror: start", run, store.read)
 
 
 def mounting(store: Store) -> Contender:
@@ -124,8 +127,7 @@ def copying(store: Store, copy: str) -> Contender:
     """The same where the least that can be done is.  `copy`: what there must be in the end."""
 
     def run() -> float:
-        directory = place()
-        try:
+        with place() as directory:
             perms = PERMS_ATTRIBUTE if has_user_attributes(Path(directory).parent) else ""
             arguments = [store.socket, store.top, directory, str(BATCH), AHEAD, perms]
             start = time.perf_counter()
@@ -134,8 +136,6 @@ def copying(store: Store, copy: str) -> Contender:
             if names_below(directory) != names_below(copy):
                 raise BenchmarkError("the least that copies has copied something else")
             return taken
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
 
     return Contender("the least that copies", run, store.read)
 
@@ -144,6 +144,19 @@ def changing(store: Store, copy: str) -> Contender:
     """Another client's change, until a reader that waits by inotify has read it."""
     path = f"{copy}{CHANGED}"
     return Contender("a change in the mirror", lambda: _until_read(store, path), CHANGES)
+
+
+def changing_alone(store: Store) -> Contender:
+    """The same in a mirror of a few nodes, which lasts as long as the run: no other has work meanwhile."""
+
+    def run() -> float:
+        with (
+            place() as copy,
+            xsfs(store.socket, f"root={HOME}", f"mirror={copy}", project=store.project),
+        ):
+            return _until_read(store, f"{copy}{CHANGED.removeprefix(HOME)}")
+
+    return Contender("mirror: a change", run, CHANGES)
 
 
 def followed(store: Store) -> Contender:

@@ -49,9 +49,14 @@ def compiled() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-def xsfs(socket: str, *options: str) -> contextlib.AbstractContextManager[Mount]:
-    """The whole of a store, from / on, unless the options say otherwise."""
-    return mounted("xsfs", ["-f", "-o", ",".join(("root=/", *options)), socket])
+def xsfs(
+    socket: str, *options: str, project: Path = PROJECT
+) -> contextlib.AbstractContextManager[Mount]:
+    """The whole of a store, from / on, unless the options say otherwise.
+
+    project     the checkout whose xsfs is mounted
+    """
+    return mounted("xsfs", ["-f", "-o", ",".join(("root=/", *options)), socket], project)
 
 
 def bare(content: str, *store: str) -> contextlib.AbstractContextManager[Mount]:
@@ -65,26 +70,16 @@ def bare_tree(socket: str, top: str) -> contextlib.AbstractContextManager[Mount]
     return mounted(f"{__package__}.bare_tree", [socket, top])
 
 
-def plain_tree(socket: str, top: str) -> contextlib.AbstractContextManager[Mount]:
-    """All below a node of the store, as it answers."""
-    return mounted(f"{__package__}.plain_tree", [socket, top])
-
-
-def client_tree(socket: str, top: str) -> contextlib.AbstractContextManager[Mount]:
-    """The same by xsfs's client."""
-    return mounted(f"{__package__}.client_tree", [socket, top])
-
-
 @contextlib.contextmanager
-def mounted(module: str, arguments: Sequence[str]) -> Iterator[Mount]:
+def mounted(module: str, arguments: Sequence[str], project: Path = PROJECT) -> Iterator[Mount]:
     """Run a Python module which mounts a file system at the path that is its last argument."""
     # An empty directory: removing it fails where a mount is left, instead of emptying what is in it.
     path = tempfile.mkdtemp(prefix=f"{module.rpartition('.')[2]}-")
     try:
         with subprocess.Popen(
             [sys.executable, "-m", module, *arguments, path],
-            cwd=PROJECT,
-            env=compiled(),
+            cwd=project,
+            env=compiled() | {"PYTHONPATH": str(project)},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         ) as process:

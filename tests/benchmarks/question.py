@@ -1,28 +1,24 @@
-"""Questions to a Xenstore that are the same each time: encoded once, their answers only counted."""
+"""Pipelines to Xenstore that are encoded once; of the replies only the bytes are counted."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
 
-from xsfs.xenstore.busy_polling import LINGER_SECONDS, Linger
+from xsfs.xenstore.busy_polling import BUSY_POLL_SECONDS, BusyPoll
 from xsfs.xenstore.protocol import Parser, Request, encode
 
 
 class Asker:
-    """A connection, and no more than that: who asks waits right there, at first awake as xsfs does."""
+    """A connection for one caller, which waits for the reply right there, by busy polling as xsfs does."""
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
-        self._linger = Linger(self._socket.fileno())
-        self._due = 0
-        """How many bytes of answers have not come."""
+        self._busy_poll = BusyPoll(self._socket.fileno())
 
     def question(self, requests: Sequence[Request]) -> Question:
-        """Asks it once, so as to know how long the answer is."""
-        if not requests:
-            return Question(self, b"", 0)
+        """Sends them once to learn how long the replies are."""
         encoded = b"".join(encode(op, 1, 0, payload) for op, payload in requests)
         self._socket.sendall(encoded)
         parser, replies, expected = Parser(), 0, 0
@@ -30,24 +26,19 @@ class Asker:
             data = self._socket.recv(65536)
             expected += len(data)
             parser.feed(data)
-            while parser.next() is not None:
-                replies += 1
+            replies += len(list(parser.messages()))
         return Question(self, encoded, expected)
 
-    def send(self, encoded: bytes, expected: int) -> None:
-        if encoded:
-            self._socket.sendall(encoded)
-            self._due += expected
-
-    def wait(self, left: int = 0) -> None:
-        """Until no more than `left` bytes of the answers have not come."""
-        while self._due > left:
-            self._linger.comes(LINGER_SECONDS)
-            self._due -= len(self._socket.recv(65536))
+    def ask(self, encoded: bytes, expected: int) -> None:
+        """Send requests, and receive so many bytes of replies."""
+        self._socket.sendall(encoded)
+        while expected > 0:
+            self._busy_poll.is_readable(BUSY_POLL_SECONDS)
+            expected -= len(self._socket.recv(65536))
 
 
 class Question:
-    """Of a store that does not change."""
+    """Requests to a store that does not change, in one pipeline."""
 
     __slots__ = ("_asker", "_encoded", "_expected")
 
@@ -57,17 +48,4 @@ class Question:
         self._expected = expected
 
     def ask(self) -> None:
-        self._asker.wait()
-        self._asker.send(self._encoded, self._expected)
-        self._asker.wait()
-
-    def ask_and(self, more: Question) -> None:
-        """Ask another one behind it, whose answers need not have come."""
-        self._asker.wait()
-        self._asker.send(self._encoded, self._expected)
-        self._asker.send(more._encoded, more._expected)
-        self._asker.wait(more._expected)
-
-    def wait(self) -> None:
-        """For all that was asked."""
-        self._asker.wait()
+        self._asker.ask(self._encoded, self._expected)

@@ -50,7 +50,7 @@ def lines(circumstances: Circumstances, results: Sequence[Result], memory: Memor
     yield f"{it.kind} daemon, {it.nodes} nodes{part} ({it.quarter_nodes} in the smaller store)"
     yield f"medians of {it.rounds} rounds, {it.cpus} CPUs, load {it.load:.1f} at the start"
     yield ""
-    yield from _table([HEADINGS, *map(_row, results)])
+    yield from table([HEADINGS, *map(_row, results)], words=LEFT)
     yield ""
     yield "resident memory"
     yield f"  bare pyfuse3, mounted           {_mebibytes(memory.bare)}"
@@ -91,25 +91,26 @@ def _row(result: Result) -> tuple[str, ...]:
     return (
         result.comparison.work,
         result.comparison.theirs.name,
-        _duration(statistics.median(result.ours)),
-        _duration(statistics.median(result.theirs)),
+        duration(statistics.median(result.ours)),
+        duration(statistics.median(result.theirs)),
         f"{result.ratio:.3g}",
         "" if target is None else f"{target:g}",
         "" if target is None else "ok" if result.ok else "over",
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+def table(rows: Sequence[Sequence[str]], *, words: int) -> Iterable[str]:
+    """`words`: how many columns are words, and so aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (
-            cell.ljust(width) if column < LEFT else cell.rjust(width)
+            cell.ljust(width) if column < words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         yield "  ".join(cells).rstrip()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """To three digits."""
     for unit, units in ("us", 1e6), ("ms", 1e3):
         if seconds * units < 999.5:

@@ -7,12 +7,12 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from tests.support.xenstored.harness import RealXenstored, dom0_nodes, guest_nodes
 
-from .mounting import Mount, xsfs
+from .mounting import PROJECT, Mount, xsfs
 
 DOMAINS_MIN: Final = 4
 """So that a quarter of them is one."""
@@ -42,6 +42,8 @@ class Store:
     mount: Mount
     environment: Mapping[str, str]
     """That of programs which are to find this daemon."""
+    project: Path = PROJECT
+    """The checkout whose xsfs is mounted."""
 
     def file(self, node: str) -> str:
         return f"{self.mount.path}{node}"

@@ -33,10 +33,6 @@ class Stage:
     """The same, but each lookup asks the store."""
     tree: Mount
     """The names of all nodes that are read: each listing asks the store, as xsfs has to."""
-    plain: Mount
-    """The same, made of what the store answers, while nothing goes wrong."""
-    by_client: Mount
-    """The same, asking by xsfs's client."""
     tmpfs: str
     """A file with the same content in a tmpfs."""
     pyxs: Any
@@ -44,6 +40,8 @@ class Stage:
     libxenstore: Reader
     """A C program that is connected to it."""
 
+
+ECHO: Final = f'for i in {{1..{LOOP}}}; do echo $i > "$1"; done'
 
 LINE: Final = f"{NAME_VALUE}\n".encode()
 
@@ -129,7 +127,7 @@ def scripts(stage: Stage) -> list[Comparison]:
     store = stage.whole
     times = f"for i in {{1..{LOOP}}}; do"
     path = store.file(SCRATCH)
-    echo = bash(store, "echo > FILE", f'{times} echo $i > "$1"; done', path, LOOP)
+    echo = bash(store, "echo > FILE", ECHO, path, LOOP)
     write = f'{times} xenstore-write "$1" $i; done'
     tool = bash(store, "xenstore-write", write, SCRATCH, LOOP)
     read = shell_reads(store, "read < FILE", path)
@@ -158,21 +156,13 @@ def trees(stage: Stage) -> list[Comparison]:
     ls = listing(whole)
     bare = find(whole, "find in a bare tree", stage.tree.path)
     bare_grep = grep(whole, "grep -r in a bare tree", stage.tree.path)
-    plain = find(whole, "find in a plain tree", stage.plain.path)
-    plain_grep = grep(whole, "grep -r in a plain tree", stage.plain.path)
-    by_client = find(whole, "find in a tree by the client", stage.by_client.path)
-    grep_by_client = grep(whole, "grep -r in a tree by the client", stage.by_client.path)
     return [
         Comparison(f"find in {whole.read} nodes", finds[0], ls, 0.4),
         Comparison(f"find in {whole.read} nodes", finds[0], bare),
         Comparison("the same of a bare tree", bare, ls),
-        Comparison("the same of a plain tree", plain, ls),
-        Comparison("the same of one by the client", by_client, ls),
         Comparison(f"grep -r in {whole.read} nodes", greps[0], ls, 2.0),
         Comparison(f"grep -r in {whole.read} nodes", greps[0], bare_grep),
         Comparison("the same of a bare tree", bare_grep, ls),
-        Comparison("the same of a plain tree", plain_grep, ls),
-        Comparison("the same of one by the client", grep_by_client, ls),
         Comparison("find, by the node", finds[0], finds[1], 1.2, each=True),
         Comparison("grep -r, by the node", greps[0], greps[1], 1.2, each=True),
     ]
