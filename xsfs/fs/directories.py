@@ -516,7 +516,6 @@ class Directory(ListedDirectory):
             value = self.view.content.parse(bytes(content.data))
             if len(value) > protocol.value_max(path, self.view.commands.payload_max):
                 refuse(errno.EFBIG)
-            await self.open_files.settle_below(path)
             replaced: Removed | None = None
 
             async def work(commands: Commands) -> Request | None:
@@ -528,11 +527,12 @@ class Directory(ListedDirectory):
                 )
                 return await posix.write_with_perms(commands, path, value, content.perms)
 
-            await self.view.atomically(work)
-            if self.scratch.get(self.path, name) is content:
-                self.scratch.unlink(self.path, name)
-            if replaced is not None:
-                target._was_removed(ValueFile, path, replaced)
+            async with self.open_files.changing_below(path):
+                await self.view.atomically(work)
+                if self.scratch.get(self.path, name) is content:
+                    self.scratch.unlink(self.path, name)
+                if replaced is not None:
+                    target._was_removed(ValueFile, path, replaced)
             self.view.sticky.discard(path)
             self.was_written()
             content.become(self.table.node(ValueFile, target, path.rpartition(b"/")[2]))
@@ -553,7 +553,6 @@ class Directory(ListedDirectory):
         await target.require_present()
         if not replace and target.scratch_file(target_name) is not None:
             refuse(errno.EEXIST)
-        await self.open_files.settle_below(path)
         content = await self.scratch.new(self.view, caller)
         taken: posix.Taken | None = None
 
@@ -567,9 +566,10 @@ class Directory(ListedDirectory):
             return protocol.rm(path)
 
         try:
-            await self.view.atomically(work)
-            assert taken is not None
-            self._was_removed(ValueFile, path, Removed(taken.value, perms_text(taken.perms)))
+            async with self.open_files.changing_below(path):
+                await self.view.atomically(work)
+                assert taken is not None
+                self._was_removed(ValueFile, path, Removed(taken.value, perms_text(taken.perms)))
             self.scratch.link(target.path, target_name, content)
         finally:
             self.scratch.release(content)

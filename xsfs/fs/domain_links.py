@@ -137,7 +137,9 @@ class DomainsDirectory(Node):
     async def rmdir(self, name: bytes) -> None:
         refuse(errno.EPERM)
 
-    async def rename(self, name: bytes, target: Node, target_name: bytes, flags: int) -> None:
+    async def rename(
+        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
+    ) -> None:
         refuse(errno.EPERM)
 
     async def opendir(self, caller: Caller) -> Handle:

@@ -259,10 +259,10 @@ class DumpHandle(SubtreeHandle):
         lines = [line for line in lines if line.strip()]
         if not lines:
             return
-        await node.directory.open_files.settle_below(node.path)
         try:
-            for start in range(0, len(lines), RESTORE_WINDOW):
-                await self._restore_window(lines[start : start + RESTORE_WINDOW])
+            async with node.directory.open_files.changing_below(node.path):
+                for start in range(0, len(lines), RESTORE_WINDOW):
+                    await self._restore_window(lines[start : start + RESTORE_WINDOW])
         finally:
             node.table.handover.clear()
 
