@@ -48,7 +48,7 @@ NEEDED = {
 def pytest_sessionstart() -> None:
     # A child made by vfork(2) holds this process up until it has changed its directory.  If that leads into
     # a mount of a guest, whose ring a thread of this process serves, both would wait.
-    subprocess._USE_VFORK = False  # type: ignore[attr-defined]
+    vars(subprocess)["_USE_VFORK"] = False
     faulthandler.enable()
     # What is started by `&` in a script ignores it, and what the tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
