@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -295,7 +295,8 @@ def open_files_of(table: InodeTable, view: View) -> OpenFiles:
     found = table.per_view.get(view)
     if found is None:
         found = table.per_view[view] = OpenFiles(view)
-    return cast(OpenFiles, found)
+    assert isinstance(found, OpenFiles)
+    return found
 
 
 def is_missing(reply: bytes | XenstoreError) -> bool:
