@@ -304,6 +304,33 @@ def test_a_value_that_others_put_there_meanwhile_stays(
         assert witness.read(path) == b"of others"
 
 
+def mknod(file: Path) -> None:
+    os.mknod(file)
+
+
+def make_exclusively(file: Path) -> None:
+    os.close(os.open(file, os.O_CREAT | os.O_EXCL))
+
+
+@pytest.mark.parametrize("make", [replaced, mknod, make_exclusively])
+@pytest.mark.parametrize("state", ["opened", "opened to append", "emptied"])
+def test_a_handle_never_reaches_the_file_after_the_one_that_another_client_removed(
+    place: Place, box: Path, witness: XsClient, state: str, make: Callable[[Path], None]
+) -> None:
+    for number, (operation, run) in enumerate(MORE.items()):
+        file = box / str(number)
+        file.write_text("old value\n")
+        with opened(file, STATES[state]) as fd:
+            witness.rm(node(place, file))
+            make(file)
+            slow()
+            content = file.read_text()
+            seen = outcome(lambda: run(fd))  # noqa: B023
+            assert seen == (None if operation in ("fsync", "nothing") else "ESTALE"), operation
+            assert file.read_text() == content, operation
+        assert file.read_text() == content, operation
+
+
 def test_a_handle_of_a_value_does_not_bring_its_directory_back(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:

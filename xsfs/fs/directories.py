@@ -22,7 +22,7 @@ from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
 from xsfs.fs.files import DotValue, ValueFile, ValueHandle
 from xsfs.fs.listing import ListedDirectory
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
-from xsfs.fs.open_files import is_missing
+from xsfs.fs.open_files import OpenFile, is_missing
 from xsfs.fs.posix import Removed
 from xsfs.fs.scratch import ScratchFile, ScratchFiles, ScratchHandle
 from xsfs.fs.special import DomidFile, StatsFile
@@ -304,7 +304,9 @@ class Directory(ListedDirectory):
                 missing_parent=None if self.always_there else missing_parent,
             )
 
+        before = self.open_files.get(path)
         await self.view.atomically(work)
+        self.open_files.retire(before)
         self.was_written()
 
     # -------------------------------------------------------------------------------- removal
@@ -421,17 +423,25 @@ class Directory(ListedDirectory):
                 refuse(errno.ENOTEMPTY)
 
         async with self.open_files.changing_below(source_path, target_path):
+            before = self.open_files.get(target_path)
             await self.view.atomically_apart(work)
             assert done is not None
-            self._was_renamed(source_path, target, target_path, done)
+            self._was_renamed(source_path, target, target_path, done, before)
 
     def _was_renamed(
-        self, source_path: bytes, target: Directory, target_path: bytes, done: posix.Renamed
+        self,
+        source_path: bytes,
+        target: Directory,
+        target_path: bytes,
+        done: posix.Renamed,
+        before: OpenFile | None,
     ) -> None:
         old_name, new_name = source_path.rpartition(b"/")[2], target_path.rpartition(b"/")[2]
         if done.replaced is not None:
             kind = Directory if done.is_directory else ValueFile
             target._was_removed(kind, target_path, done.replaced)
+        else:
+            self.open_files.retire(before)
         for moved_kind in (Directory, ValueFile):
             if (node := self.table.find(moved_kind, self, old_name)) is not None:
                 self.table.move(node, target, new_name)

@@ -280,6 +280,17 @@ class OpenFiles:
                 each.gone = True
                 each.orphan_file = file
 
+    def retire(self, file: OpenFile | None) -> None:
+        """The mount has made a node at the path of a file that was open before.
+
+        So another client had removed the file, and its handles do not reach the new one.
+        """
+        if file is not None and self._by_path.get(file.path) is file:
+            del self._by_path[file.path]
+            file.debt = None
+            for node in file.nodes:
+                node.gone = True
+
     def move(self, source: bytes, target: bytes) -> None:
         """A subtree was renamed."""
         below = join(source, b"")
