@@ -85,7 +85,9 @@ async def test_what_a_value_may_be(place: Place, value: Value, stored: bytes) ->
         assert await store.read(f"{base}/w") == stored
 
 
-@pytest.mark.parametrize("value", [None, True, False, 1.5, [1], ("a",), object()], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [None, True, False, 1.5, [1], ("a",), object()], ids=lambda value: type(value).__name__
+)
 @trio_test
 async def test_what_is_no_value(place: Place, value: Any) -> None:
     """What str() or bytes() would make of it is not what the caller means."""
