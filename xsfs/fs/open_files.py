@@ -90,6 +90,27 @@ class Orphan:
         self.perms = perms
 
 
+class _Changing(AbstractAsyncContextManager[None]):
+    """A lock that gives the event loop no turn if it is free.
+
+    A class, because an async generator takes 4 microseconds more, and each write takes the lock.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = trio.Lock()
+
+    async def __aenter__(self) -> None:
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class OpenFile:
     """One path as its open handles share it.
 
@@ -100,7 +121,7 @@ class OpenFile:
     is_pinned   whether it was created as a file, and stays one while it is open and has no children
     """
 
-    __slots__ = ("_lock", "debt", "handles", "is_pinned", "nodes", "orphan", "path")
+    __slots__ = ("_changing", "debt", "handles", "is_pinned", "nodes", "orphan", "path")
 
     def __init__(self, path: bytes) -> None:
         self.path = path
@@ -109,7 +130,7 @@ class OpenFile:
         self.debt: Debt | None = None
         self.orphan: Orphan | None = None
         self.is_pinned = False
-        self._lock = trio.Lock()
+        self._changing = _Changing()
 
     def owe(self, handle: Handle, found: bytes | None, *, is_blind: bool = False) -> None:
         """The handle truncates the file, or creates it if `found` is None."""
@@ -120,17 +141,9 @@ class OpenFile:
     def as_seen(self, state: NodeState | None) -> NodeState | None:
         return state if self.debt is None else self.debt.as_seen(state)
 
-    @asynccontextmanager
-    async def changing(self) -> AsyncIterator[None]:
+    def changing(self) -> AbstractAsyncContextManager[None]:
         """No other task changes the file within the block."""
-        try:
-            self._lock.acquire_nowait()  # without a turn for the event loop, if it is free
-        except trio.WouldBlock:
-            await self._lock.acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
+        return self._changing
 
 
 class OpenFiles:
