@@ -53,7 +53,7 @@ SUITE = {
         "tests/fs/test_transactions.py",
         "tests/fs/test_transaction_ends.py",
         "tests/mirror/test_inotify.py",
-        "tests/mirror/test_places.py",
+        "tests/mirror/test_places.py::test_an_unprivileged_user",
     ],
 }
 
