@@ -139,7 +139,10 @@ class Directory(ListedDirectory):
         path = join(self.path, name)
         if len(path) > protocol.PATH_MAX:
             refuse(errno.ENAMETOOLONG)
-        state = await self.open_files.fetch_one(path)
+        if self.open_files.get(path) is None:
+            state = self.open_files.as_seen(path, await self.view.fetch_one(path))
+        else:
+            state = await self.open_files.fetch_one(path)
         if state is None and self.view.is_always_there(path):
             state = EMPTY_NODE
         if state is None:

@@ -7,14 +7,14 @@ from abc import abstractmethod
 from typing import Final
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, FUSEError
+from pyfuse3 import EntryAttributes, FUSEError, InodeT
 
 from xsfs.fs.inodes import LISTING_BYTES_MAX
 from xsfs.fs.nodes import Caller, Handle, Node, refuse
 from xsfs.fs.scratch import ScratchFile
 from xsfs.fs.xattrs import XenstoreNode
 from xsfs.view.names import VALUE_NAME
-from xsfs.view.view import EMPTY_NODE, FETCH_WINDOW, NodeState
+from xsfs.view.view import EMPTY_NODE, FETCH_WINDOW, LEAF, NodeState
 
 SELF_AND_PARENT: Final = (b".", b"..")
 
@@ -60,8 +60,8 @@ class DirectoryHandle(Handle):
     """
 
     __slots__ = (
-        *("_bytes", "_entries", "_is_unprivileged", "_kinds", "_own", "_path", "_scratch"),
-        "_was_read",
+        *("_bytes", "_entries", "_is_unprivileged", "_kinds", "_leaf_entry", "_own", "_path"),
+        *("_scratch", "_was_read"),
     )
 
     node: ListedDirectory
@@ -75,6 +75,8 @@ class DirectoryHandle(Handle):
         self._kinds: dict[bytes, NodeState | None] = {}
         self._own: dict[bytes, Node] = {}
         self._scratch: frozenset[bytes] = frozenset()
+        self._leaf_entry: EntryAttributes | None = None
+        """The attributes of each file about whose value nothing was asked, except for the inode."""
         self._was_read = False
         self._bytes = 0
 
@@ -146,14 +148,25 @@ class DirectoryHandle(Handle):
             name = self._entries[index]
             if not self._is_of_xsfs(name) and name not in self._kinds:
                 await self._fetch_kinds(index)
-            found = await self._node_and_entry(name)
-            if found is None:
-                continue  # it has vanished meanwhile
-            node, entry = found
+            if self._kinds.get(name) is LEAF:
+                node, entry = self._leaf(name)
+            else:
+                found = await self._node_and_entry(name)
+                if found is None:
+                    continue  # it has vanished meanwhile
+                node, entry = found
             if not pyfuse3.readdir_reply(token, table.file_name(name), entry, next_id):
                 return
             table.remember(node)
             told.append(node)
+
+    def _leaf(self, name: bytes) -> tuple[Node, EntryAttributes]:
+        """The node of a file, whose attributes the kernel asks for before anybody sees them."""
+        node = self.node.child(name, LEAF)
+        if self._leaf_entry is None:
+            self._leaf_entry = node.attributes(LEAF)
+        self._leaf_entry.st_ino = InodeT(node.inode)
+        return node, self._leaf_entry
 
     async def _node_and_entry(self, name: bytes) -> tuple[Node, EntryAttributes] | None:
         directory = self.node

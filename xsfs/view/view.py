@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import trio
 
 from xsfs.view.hints import ListingHints
-from xsfs.view.kinds import StickyDirectories, is_container
+from xsfs.view.kinds import StickyDirectories, container_at, is_container
 from xsfs.view.names import ValueFormat, is_shown, join, shown_names
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands, Names
@@ -215,21 +215,29 @@ class View:
         self, parent: bytes, names: Sequence[bytes], replies: Sequence[Reply]
     ) -> dict[bytes, NodeState | None]:
         above = join(parent, b"")
+        container = container_at(parent)
         step = 2 if self.asks_perms else 1
         states: dict[bytes, NodeState | None] = {}
         doubtful = []
         for index, name in enumerate(names):
             path = above + name
             children = replies[step * index]
-            perms = replies[step * index + 1] if self.asks_perms else None
-            states[name] = state = interpret(None, children, perms, self.domid)
+            if children == b"" and not self.asks_perms:
+                state: NodeState | None = LEAF  # most children
+            else:
+                perms = replies[step * index + 1] if self.asks_perms else None
+                state = interpret(None, children, perms, self.domid)
+            states[name] = state
             if state is None:
                 continue
             if state.has_children:
                 self._learn(path, state)
                 if isinstance(children, bytes):
                     self.hints.saw(path, children)
-            elif state.readable and self._may_be_directory(path):
+            elif state.readable and (
+                self.sticky.get(path) is not None
+                or (container is not None and container.get(name) is not None)
+            ):
                 doubtful.append(name)
         if doubtful:
             fetched = await self.fetch([above + name for name in doubtful])
