@@ -526,7 +526,7 @@ def test_what_cannot_be_watched(place: Place, mount: Mount, box: Path) -> None:
             with fails(errno.EINVAL):
                 os.write(descriptor, f"{path}\n".encode())
         with fails(errno.ENAMETOOLONG):
-            os.write(descriptor, b"/" + b"a" * 4000)
+            os.write(descriptor, b"/" + b"a" * 4100)
         with fails(errno.ENOENT):
             os.write(descriptor, b"-a\n")
         add(descriptor, "a")
@@ -762,7 +762,8 @@ def test_a_reader_that_sleeps_hurts_nobody(
         seen = reader.lines.until("end")
         complete = {f"n{i}" for i in range(names)}
         assert "." in seen or complete <= set(seen)
-        assert ("." in seen) == (not place.guest)
+        # A reader that was stopped gets `.`, too, if its read was waiting then.
+        assert "." in seen or place.guest
         assert len(seen) <= EVENTS_MAX
 
 
