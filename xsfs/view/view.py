@@ -28,7 +28,7 @@ from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import access_of, decode_perms
 from xsfs.xenstore.protocol import Request
-from xsfs.xenstore.store import Store, Transaction
+from xsfs.xenstore.store import IN_DOUBT_MAX, Store, Transaction
 
 log = logging.getLogger(__name__)
 
@@ -353,6 +353,7 @@ class View:
     async def atomically_apart(self, work: Work) -> None:
         """`atomically` on a connection of its own, for a transaction that may be long."""
         deadline = trio.current_time() + self.store.timeout
+        in_doubt = 0
         while True:
             transaction = await self.begin()
             try:
@@ -363,7 +364,9 @@ class View:
                 return
             except Exception as error:
                 is_conflict = await self.store.is_conflict(transaction, error)
-                if not is_conflict or trio.current_time() >= deadline:
+                in_doubt += isinstance(error, XenstoreError) and error.name != "EAGAIN"
+                is_over = trio.current_time() >= deadline or in_doubt > IN_DOUBT_MAX
+                if not is_conflict or is_over:
                     raise
             finally:
                 self.store.abandon(transaction)
