@@ -236,7 +236,8 @@ class Store(Commands):
                     try:
                         connection = await self._main.get(deadline)
                     except ConnectionLost as error:
-                        raise failure or error from None
+                        # A timeout explains more than the attempt to connect again, a lost connection less.
+                        raise failure if isinstance(failure, RequestTimeout) else error from None
                 try:
                     return await connection.pipeline(requests, 0, deadline)
                 except (ConnectionLost, RequestTimeout) as error:
