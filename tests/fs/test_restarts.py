@@ -458,7 +458,7 @@ def test_a_watch_that_is_refused_when_it_is_set_again(
             client.write(f"{HOME}/data/d0/end", b"")
         reader.lines.until("d0/end")
         other.lines.until("end")
-        assert mount.stderr.count("is refused") == 2
+        assert mount.stderr.count("refuses the watch") == 2
         assert mount.stderr.count("is set again") == 2
 
 

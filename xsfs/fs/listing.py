@@ -95,7 +95,7 @@ class DirectoryHandle(Handle):
             if kinds.get(name) is None:
                 kinds[name] = EMPTY_NODE
         own = {each.name: each for each in node.own_nodes()}
-        if node.has_dot_value(state):
+        if node.view.has_dot_value(path, state):
             own[VALUE_NAME] = node.child(VALUE_NAME, state)
         self._own = own
         self._scratch = frozenset(node.scratch_names())

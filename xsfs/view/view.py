@@ -269,7 +269,9 @@ class View:
         return Listing(state, names, kinds)
 
     def _learn(self, path: bytes, state: NodeState | None) -> NodeState | None:
-        if state is not None and state.has_children:
+        if state is None:
+            self.sticky.discard_value(path)
+        elif state.has_children:
             self.sticky.add(path)
         return state
 
