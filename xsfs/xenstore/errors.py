@@ -42,6 +42,9 @@ class RequestTimeout(StoreError):
 class ConnectionLost(StoreError):
     """The connection ended before the reply.  Whether a change was carried out is unknown."""
 
+    is_local = False
+    """Whether this process has no descriptor left for a connection, which says nothing about Xenstore."""
+
 
 class TransactionEnded(StoreError):
     """The transaction was committed, rolled back, or lost with its connection."""

@@ -19,6 +19,7 @@ A `CircuitBreaker` knows whether Xenstore answers, and owns one task that probes
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -67,7 +68,9 @@ async def open_transport_by(
         if not (wait_for_daemon or is_busy) or trio.current_time() + delay >= deadline:
             where = failure.filename or "its socket"
             reason = f"cannot connect to Xenstore at {where}: {failure.strerror}"
-            raise ConnectionLost(reason) from failure
+            lost = ConnectionLost(reason)
+            lost.is_local = failure.errno in (errno.EMFILE, errno.ENFILE)
+            raise lost from failure
         await trio.sleep(delay)
         delay = min(2 * delay, BACKOFF_MAX)
 
@@ -226,6 +229,8 @@ class CircuitBreaker:
 
     def failed(self, error: RequestTimeout | ConnectionLost, answers: int, start: float) -> None:
         if self._answers != answers or self.error is not None:
+            return
+        if isinstance(error, ConnectionLost) and error.is_local:
             return
         # A short wait is no outage: a request late in a transaction has little time, and
         # `open_transport_by` gives up if its next attempt would come too late.
