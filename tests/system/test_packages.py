@@ -83,8 +83,9 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
         "xsfs/py.typed",
         f"{data}/man/man8/xsfs.8",
         f"{data}/man/man8/mount.xsfs.8",
-        f"{data}/bash-completion/completions/xsfs",
-        f"{data}/zsh/site-functions/_xsfs",
+        f"{data}/man/man1/xsfs-watch.1",
+        *(f"{data}/bash-completion/completions/{name}" for name in ("xsfs", "xsfs-watch")),
+        *(f"{data}/zsh/site-functions/_{name}" for name in ("xsfs", "xsfs-watch")),
     }
 
 
