@@ -15,7 +15,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs.nodes import Node, refuse
-from xsfs.fs.open_files import OpenFile, OpenFiles, Orphan, open_files_of
+from xsfs.fs.open_files import OpenFile, Orphan, open_files_of
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -36,18 +36,15 @@ ATTRIBUTE_MAX: Final = 4096
 class XenstoreNode(Node):
     """A Xenstore node, as a file of some kind."""
 
-    __slots__ = ("_fingerprint", "_mtime_ns", "orphan_file")
+    __slots__ = ("_fingerprint", "_mtime_ns", "open_files", "orphan_file")
 
     def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
         super().__init__(table, view, parent, name)
+        self.open_files = open_files_of(table, view)
         self._fingerprint: int | None = None
         self._mtime_ns = 0
         self.orphan_file: OpenFile | None = None
         """Its last open file, if it was removed or replaced through the mount."""
-
-    @property
-    def open_files(self) -> OpenFiles:
-        return open_files_of(self.table, self.view)
 
     @property
     def always_there(self) -> bool:
