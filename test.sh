@@ -2,7 +2,7 @@
 # Install on Debian 12 or 13, as root, everything that the tests need, and run them: style, types, tests.
 #
 #   ./test.sh [ARGUMENT OF PYTEST...]           the tests that take seconds, two files at a time
-#   ./test.sh --all [ARGUMENT OF PYTEST...]     the slow ones, too: other distributions, packages
+#   ./test.sh --all [ARGUMENT OF PYTEST...]     the slow ones, too: other distributions, real Xen
 #
 # Both real Xenstore daemons are Debian's; they run without Xen.  XSFS_VENV says where the virtual
 # environment is (default: .venv).

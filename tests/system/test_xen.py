@@ -18,6 +18,7 @@ def image() -> None:
     build()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["C", "ocaml", "systemd"])
 def test_real_xen(name: str, image: None, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
