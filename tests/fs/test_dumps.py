@@ -10,7 +10,8 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -192,8 +193,8 @@ def test_the_files_are_never_listed_and_cannot_be_written(box: Path) -> None:
     for name in (".ls", ".json"):
         state = os.stat(box / name)
         assert (state.st_mode & 0o7777, state.st_size) == (0o400, 0)
-        assert refusal(lambda name=name: os.open(box / name, os.O_WRONLY)) == errno.EACCES  # type: ignore[misc]
-        assert refusal(lambda name=name: (box / name).unlink()) == errno.EPERM  # type: ignore[misc]
+        assert refusal(partial(os.open, box / name, os.O_WRONLY)) == errno.EACCES
+        assert refusal((box / name).unlink) == errno.EPERM
 
 
 def test_the_text_is_that_of_the_opening(witness: XsClient, place: Place, box: Path) -> None:
@@ -212,7 +213,7 @@ def test_a_directory_that_is_gone_is_an_error(witness: XsClient, place: Place, b
     directory = os.open(box / "gone", os.O_RDONLY | os.O_DIRECTORY)
     witness.rm(f"{node_of(place, box)}/gone")
     for name in (".ls", ".json"):
-        number = refusal(lambda name=name: os.open(name, os.O_RDONLY, dir_fd=directory))  # type: ignore[misc]
+        number = refusal(partial(os.open, name, os.O_RDONLY, dir_fd=directory))
         assert number in (errno.ESTALE, errno.ENOENT)
     os.close(directory)
 
@@ -254,7 +255,9 @@ def test_nodes_come_and_go_during_the_walk(place: Place, witness: XsClient, box:
 
 
 @pytest.fixture(scope="module", params=["C-guest", "ocaml-guest"])
-def guest_place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def guest_place(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
     with open_place(request.param, tmp_path_factory.mktemp("guest")) as place:
         yield place
 
@@ -492,7 +495,7 @@ def test_a_full_target_is_an_error(place: Place, mount: Mount, box: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     """A mount of a store with 100,000 nodes below `data/large`."""
     directory = tmp_path_factory.mktemp("large")
     with open_place("ocaml", directory) as place, mounted([place.socket], directory / "m") as mount:

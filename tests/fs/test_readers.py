@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def until(reached: Callable[[], bool], limit: float = LIMIT) -> bool:
 
 def waits(reader: Program) -> bool:
     """Whether it waits for an answer; false once it has ended."""
-    return reader.process.poll() is None and "request_wait_answer" in wchan(reader.process.pid)
+    return reader.process.poll() is None and waits_for_xsfs(reader.process.pid)
 
 
 def wchan(pid: int) -> str:
@@ -113,6 +114,14 @@ def wchan(pid: int) -> str:
         return Path(f"/proc/{pid}/wchan").read_text()
     except OSError:
         return ""
+
+
+def waits_for_xsfs(pid: int) -> bool:
+    return "request_wait_answer" in wchan(pid)
+
+
+def has_ended(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
 
 
 def all_wait(readers: Sequence[Blocked]) -> bool:
@@ -247,11 +256,11 @@ def test_children_that_share_one_directory(box: Path) -> None:
         shells = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         cats = [int(Path(f"/proc/{p}/task/{p}/children").read_text()) for p in shells]
         for cat in cats:
-            assert until(lambda p=cat: "request_wait" in wchan(p))  # type: ignore[misc]
+            assert until(partial(waits_for_xsfs, cat))
         time.sleep(WAITED)
         for cat in cats:
             os.kill(cat, signal.SIGTERM)
-            assert until(lambda p=cat: not Path(f"/proc/{p}").exists(), SOON)  # type: ignore[misc]
+            assert until(partial(has_ended, cat), SOON)
         assert shell.process.wait(LIMIT) == 0
         assert not select.select([shell.lines.descriptor], [], [], 0)[0] or (
             os.read(shell.lines.descriptor, 100) == b""
@@ -273,7 +282,7 @@ def test_two_readers_of_one_open_file(box: Path) -> None:
         assert until(blocked)
         second = next(c for c in cats if "fdget_pos" in wchan(c))
         os.kill(second, signal.SIGKILL)
-        assert until(lambda: not Path(f"/proc/{second}").exists(), SOON)
+        assert until(partial(has_ended, second), SOON)
 
 
 def test_a_write_is_let_in_while_a_thread_reads(place: Place, box: Path) -> None:

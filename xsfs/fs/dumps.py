@@ -23,9 +23,9 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.fs.errnos import errno_of
-from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.readers import CENSUS, Outcome, look
-from xsfs.fs.xattrs import XenstoreNode, permissions_of
+from xsfs.fs.xattrs import FileOfDirectory, permissions_of
 from xsfs.view.names import join
 from xsfs.view.subtree import (
     DumpFormat,
@@ -61,26 +61,13 @@ LOOK_SECONDS: Final = 0.25
 """How often xsfs looks whether the thread that opens has been signalled."""
 
 
-class SubtreeFile(Node):
+class SubtreeFile(FileOfDirectory):
     """A file whose content is made of a directory's node and all below it."""
 
     __slots__ = ()
 
     text_format: ClassVar[type[TextFormat]]
     writable: ClassVar[bool] = False
-
-    @property
-    def directory(self) -> XenstoreNode:
-        assert isinstance(self.parent, XenstoreNode)
-        return self.parent
-
-    @property
-    def path(self) -> bytes:
-        return self.directory.path
-
-    @property
-    def label(self) -> bytes:
-        return join(super().label, self.name)
 
     def require(self) -> None:
         super().require()

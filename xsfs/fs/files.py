@@ -18,8 +18,7 @@ from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
-from xsfs.fs.xattrs import XenstoreNode
-from xsfs.view.names import join
+from xsfs.fs.xattrs import FileOfDirectory, XenstoreNode
 from xsfs.view.view import EMPTY_NODE, NodeState
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -130,23 +129,10 @@ class ValueFile(XenstoreNode):
         return writer
 
 
-class DotValue(ValueFile):
+class DotValue(FileOfDirectory, ValueFile):
     """`.value` of a directory: the value of the directory's own node."""
 
     __slots__ = ()
-
-    @property
-    def directory(self) -> XenstoreNode:
-        assert isinstance(self.parent, XenstoreNode)
-        return self.parent
-
-    @property
-    def path(self) -> bytes:
-        return self.directory.path
-
-    @property
-    def label(self) -> bytes:
-        return join(super().label, self.name)
 
     @property
     def always_there(self) -> bool:

@@ -16,6 +16,7 @@ from pyfuse3 import EntryAttributes
 
 from xsfs.fs.nodes import Node, refuse
 from xsfs.fs.open_files import OpenFile, Orphan, open_files_of
+from xsfs.view.names import join
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -120,6 +121,25 @@ class XenstoreNode(Node):
 
     async def removexattr(self, name: bytes) -> None:
         refuse(errno.EPERM if name in _ATTRIBUTES else pyfuse3.ENOATTR)
+
+
+class FileOfDirectory(Node):
+    """A file in each directory that shows the directory's own node, or all below it."""
+
+    __slots__ = ()
+
+    @property
+    def directory(self) -> XenstoreNode:
+        assert isinstance(self.parent, XenstoreNode)
+        return self.parent
+
+    @property
+    def path(self) -> bytes:
+        return self.directory.path
+
+    @property
+    def label(self) -> bytes:
+        return join(super().label, self.name)
 
 
 class _Attribute:
