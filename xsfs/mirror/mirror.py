@@ -41,7 +41,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing, suppress
 from typing import Final
@@ -63,6 +63,10 @@ log = logging.getLogger(__name__)
 
 BATCH: Final = 64
 """How many nodes one pipeline fetches."""
+
+FETCHES_MAX: Final = 16
+"""How many batches are under way while the task makes a whole copy: to make their files takes longer than a
+round trip to another host."""
 
 QUEUE_MAX: Final = 16384
 """How long the work queue may be before events wait in their subscription, whose backlog is bounded."""
@@ -107,8 +111,7 @@ class _Fetching:
         self._fetch = fetch
         self._done = trio.Event()
         self._nodes: list[FetchedNode] | Exception = []
-        if batch:
-            background.start_soon(self._run)
+        background.start_soon(self._run)
 
     async def _run(self) -> None:
         try:
@@ -253,15 +256,14 @@ class Mirror:
         """Work until the queue is empty.  The store is another process: it replies to the next pipeline
         while the files of the last one are made."""
         async with open_background() as background:
-            fetching = _Fetching(self._next_batch(), self._fetch, background)
-            while fetching.batch:
-                nodes = await fetching.nodes()
-                ahead = _Fetching(self._next_batch(), self._fetch, background)
-                await trio.lowlevel.checkpoint()  # so that it is sent
-                await self._carry_out(self._apply(fetching.batch, nodes))
-                if not ahead.batch:
-                    ahead = _Fetching(self._next_batch(), self._fetch, background)
-                fetching = ahead
+            fetches: deque[_Fetching] = deque()
+            while True:
+                while len(fetches) < FETCHES_MAX and (batch := self._next_batch()):
+                    fetches.append(_Fetching(batch, self._fetch, background))
+                if not fetches:
+                    return
+                nodes = await fetches[0].nodes()
+                await self._carry_out(self._apply(fetches.popleft().batch, nodes))
 
     async def _armed(self) -> None:
         """Return when both watches are set at the store, and their first events have come."""
