@@ -76,15 +76,16 @@ class DistantStore:
                     with suppress(OSError):  # the client has gone
                         connection.client.sendall(kept)
 
-    def _ready(self, seconds: float) -> list[object]:
+    def _ready(self, seconds: float) -> list[int | socket.socket]:
         sockets = [sock for each in self._connections for sock in (each.client, each.daemon)]
-        return list(select.select([self._end, self._listener, *sockets], (), (), seconds)[0])
+        watched: list[int | socket.socket] = [self._end, self._listener, *sockets]
+        return select.select(watched, (), (), seconds)[0]
 
     def _all_sleep(self) -> bool:
         # What was sent before they fell asleep is there by now.
         return all(each.sleeps() for each in self._connections) and not self._ready(0.0)
 
-    def _relay(self, ready: list[object]) -> None:
+    def _relay(self, ready: list[int | socket.socket]) -> None:
         if self._listener in ready:
             self._connections.append(_Connection(self._listener.accept()[0], self._upstream))
         for connection in list(self._connections):
