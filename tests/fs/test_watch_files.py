@@ -24,7 +24,7 @@ from pyfuse3 import FUSEError
 
 from tests.fs.test_values import fails, node
 from tests.support.mounting import LIMIT, Mount, Place, mounted
-from tests.support.programs import Lines, Program, program
+from tests.support.programs import Lines, Program, needs_poll, program
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsError
 from xsfs.fs.watch_files import READERS_MAX, WATCHES_MAX, line_of, path_of
 from xsfs.xenstore.watches import EVENTS_MAX
@@ -245,6 +245,7 @@ def test_nonblocking(place: Place, box: Path, witness: XsClient) -> None:
             os.read(lines.descriptor, 100)
 
 
+@needs_poll
 def test_poll(place: Place, box: Path, witness: XsClient) -> None:
     with watching(box) as lines:
         poll = select.poll()
@@ -264,6 +265,7 @@ def test_poll(place: Place, box: Path, witness: XsClient) -> None:
         assert poll.poll(0) == [(descriptor, select.POLLOUT)]
 
 
+@needs_poll
 @pytest.mark.parametrize("flags", [0, select.EPOLLET, select.EPOLLONESHOT])
 def test_epoll(place: Place, box: Path, witness: XsClient, flags: int) -> None:
     with watching(box) as lines, select.epoll() as epoll:
@@ -279,6 +281,7 @@ def test_epoll(place: Place, box: Path, witness: XsClient, flags: int) -> None:
                 epoll.modify(lines.descriptor, select.EPOLLIN | flags)
 
 
+@needs_poll
 def test_an_edge_for_each_event_though_nothing_was_read(
     place: Place, box: Path, witness: XsClient
 ) -> None:
@@ -290,6 +293,7 @@ def test_an_edge_for_each_event_though_nothing_was_read(
         assert lines.until("c") == ["a", "b"]
 
 
+@needs_poll
 def test_select_of_many(place: Place, box: Path, witness: XsClient) -> None:
     for name in "abcde":
         (box / name).mkdir()
@@ -303,6 +307,7 @@ def test_select_of_many(place: Place, box: Path, witness: XsClient) -> None:
         assert select.select(descriptors, [], [], 0)[0] == []
 
 
+@needs_poll
 def test_selectors(place: Place, box: Path, witness: XsClient) -> None:
     with watching(box) as lines, selectors.DefaultSelector() as selector:
         selector.register(lines.descriptor, selectors.EVENT_READ, "data")
@@ -420,6 +425,7 @@ def test_read_with_a_timeout_in_bash(place: Place, box: Path, witness: XsClient)
         assert reader.process.wait(LIMIT) == 5
 
 
+@needs_poll
 def test_read_t_0_in_bash(place: Place, mount: Mount, box: Path) -> None:
     """Whether there is something to read, by select(2)."""
     script = f"""

@@ -77,6 +77,7 @@ GUESTS_PATHS: Final = "the limit of a path's length is a quota, which dom0 has n
 SPECIAL_NODES: Final = "special watches are nodes of their own (d6bb63924f)"
 PERMS_FIRE: Final = "SET_PERMS of a special watch makes its event, as that of a node (d6bb63924f)"
 BAD_PATHS: Final = "a bad path is refused by one function for all requests (f174147e63)"
+QUOTA_NAMES: Final = "the quota of a node's permissions has another name (quota_adm)"
 SPECIAL_SLASH: Final = "what follows the name of a special watch is checked (154054ea10)"
 
 OK: Final = b"OK\0"

@@ -334,7 +334,7 @@ def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
             continue
         if text == REMOUNT:
             raise UsageError(
-                "only ro and rw can be changed by a remount: 'mount -i -o remount,ro MOUNTPOINT'; "
+                "only ro and rw can be changed by a remount: 'mount -i -o remount,bind,ro MOUNTPOINT'; "
                 "umount and mount again for other options"
             )
         if option is None:
