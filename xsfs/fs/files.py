@@ -111,7 +111,7 @@ class ValueFile(XenstoreNode):
             found = self.table.handover.take(caller.pid, self.inode)
             if found is not None:
                 self.require()
-                value, fetched_at = found.value, found.fetched_at
+                value, fetched_at = found
             elif (state := await self._state_unless_orphan()) is not None:
                 value, fetched_at = state.value, time.monotonic()
                 is_readable = state.readable
@@ -119,10 +119,9 @@ class ValueFile(XenstoreNode):
             refuse(errno.EACCES)
         file = self._open_file()
         if not (writes or truncates):
-            handle = ReadHandle(self, file)
-            if value is not None and file.orphan is None:
-                handle.keep(self.view.content.render(value), fetched_at)
-            return handle
+            if value is None or file.orphan is not None:
+                return ReadHandle(self, file)
+            return ReadHandle(self, file, self.view.content.render(value), fetched_at)
         writer = ValueHandle(self, file, flags)
         if truncates:
             writer.empty(value, is_readable=is_readable)
@@ -176,15 +175,15 @@ class ReadHandle(Handle):
 
     node: ValueFile
 
-    def __init__(self, node: ValueFile, file: OpenFile) -> None:
-        super().__init__(node)
+    def __init__(
+        self,
+        node: ValueFile,
+        file: OpenFile,
+        content: bytes | None = None,
+        fetched_at: float = 0.0,
+    ) -> None:
+        self.node = node
         self.file = file
-        self._content: bytes | None = None
-        self._fetched_at = 0.0
-        self._was_read = False
-
-    def keep(self, content: bytes, fetched_at: float) -> None:
-        """The content for the next reads."""
         self._content = content
         self._fetched_at = fetched_at
         self._was_read = False
@@ -233,7 +232,8 @@ class ReadHandle(Handle):
         elif debt is not None and debt.replaces(reply):
             reply = b""
         content = node.view.content.render(reply)
-        self.keep(content, time.monotonic())
+        self._content = content
+        self._fetched_at = time.monotonic()
         return content
 
     async def release(self) -> None:

@@ -130,7 +130,7 @@ class OpenFile:
         self.debt: Debt | None = None
         self.orphan: Orphan | None = None
         self.is_pinned = False
-        self._changing = _Changing()
+        self._changing: _Changing | None = None
 
     def owe(self, handle: Handle, found: bytes | None, *, is_blind: bool = False) -> None:
         """The handle truncates the file, or creates it if `found` is None."""
@@ -143,6 +143,8 @@ class OpenFile:
 
     def changing(self) -> AbstractAsyncContextManager[None]:
         """No other task changes the file within the block."""
+        if self._changing is None:
+            self._changing = _Changing()
         return self._changing
 
 

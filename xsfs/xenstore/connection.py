@@ -33,7 +33,6 @@ from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_resch
 
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
 from xsfs.xenstore.protocol import (
-    Message,
     Op,
     Parser,
     Request,
@@ -359,39 +358,35 @@ class Connection:
             self.close(f"Xenstore closed the connection{middle}")
             return
         self._parser.feed(data)
+        in_flight = self._in_flight
         try:
-            for message in self._parser.messages():
-                self._handle(message)
-                if not self.alive:
-                    return
+            for op, req_id, _, payload in self._parser.messages():
+                # Events first: the kernel's device leaves rubbish in their req_id.
+                if op == _EVENT:
+                    path, token = decode_event(payload)
+                    if self._on_event is not None:
+                        self._on_event(path, token)
+                    if not self.alive:
+                        return
+                    continue
+                found = in_flight.pop(req_id, None)
+                if found is None:
+                    raise WireError(f"a reply to request {req_id}, which is not in flight")
+                batch, place = found
+                request = batch.requests[place]
+                if op == request.op:
+                    batch.replies[place] = payload
+                elif op == _ERROR:
+                    batch.replies[place] = XenstoreError(decode_error(payload), request)
+                else:
+                    raise WireError(f"a reply of type {op} to a request of type {request.op}")
+                batch.missing -= 1
+                if not batch.missing and batch.deadline:
+                    del self._waiting[batch]
+                    batch.wake(outcome.Value(batch.replies))
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)
             self.close(f"Xenstore broke the protocol: {error}")
-
-    def _handle(self, message: Message) -> None:
-        op, req_id, _, payload = message
-        # Events first: the kernel's device leaves rubbish in their req_id.
-        if op == _EVENT:
-            path, token = decode_event(payload)
-            if self._on_event is not None:
-                self._on_event(path, token)
-            return
-        found = self._in_flight.get(req_id)
-        if found is None:
-            raise WireError(f"a reply to request {req_id}, which is not in flight")
-        batch, place = found
-        request = batch.requests[place]
-        if op == request.op:
-            batch.replies[place] = payload
-        elif op == _ERROR:
-            batch.replies[place] = XenstoreError(decode_error(payload), request)
-        else:
-            raise WireError(f"a reply of type {op} to a request of type {request.op}")
-        del self._in_flight[req_id]
-        batch.missing -= 1
-        if not batch.missing and batch.deadline:
-            del self._waiting[batch]
-            batch.wake(outcome.Value(batch.replies))
 
     async def _write(self) -> None:
         try:

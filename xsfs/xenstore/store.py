@@ -45,6 +45,7 @@ from xsfs.xenstore.protocol import Request
 from xsfs.xenstore.reconnect import (
     CircuitBreaker,
     Connect,
+    Observation,
     ReconnectingConnection,
     open_transport_by,
 )
@@ -121,7 +122,7 @@ class Transaction(Commands):
         if deadline is None:
             deadline = trio.current_time() + self._timeout
         try:
-            with self._breaker.observe():
+            with Observation(self._breaker):
                 return await self.connection.pipeline(requests, self._tx_id, deadline)
         except ConnectionLost as error:
             self._tx_id = None
@@ -227,9 +228,9 @@ class Store(Commands):
         if self.breaker.error is not None:
             await self.breaker.check()
         self.requests += len(requests)
-        deadline = trio.current_time() + self.timeout
         failure: ConnectionLost | RequestTimeout | None = None
-        with self.breaker.observe():
+        with Observation(self.breaker) as observation:
+            deadline = observation.start + self.timeout
             while True:
                 connection = self._main.current
                 if connection is None or not connection.alive:
@@ -283,7 +284,7 @@ class Store(Commands):
         """Start a transaction with a connection of its own.  The caller must `abandon` it later."""
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe():
+        with Observation(self.breaker):
             connection = await self._open(deadline)
             self.transactions += 1
             try:
@@ -324,7 +325,7 @@ class Store(Commands):
         """
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe():
+        with Observation(self.breaker):
             async with self._one_of_few(deadline):
                 in_doubt = 0
                 while True:
