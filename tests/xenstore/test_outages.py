@@ -23,6 +23,7 @@ from trio.testing import trio_test, wait_all_tasks_blocked
 
 from tests.support.clients import GUEST, LIMIT, Place, events_until, furnish, opened
 from tests.support.lying_store import LyingStore, Talk, silence
+from tests.support.messages import Message
 from tests.support.xenstored.harness import RealXenstored
 from xsfs.xenstore import protocol
 from xsfs.xenstore.errors import (
@@ -32,7 +33,6 @@ from xsfs.xenstore.errors import (
     StoreUnavailable,
     TransactionEnded,
 )
-from xsfs.xenstore.protocol import Message
 from xsfs.xenstore.reconnect import CircuitBreaker, Observation
 from xsfs.xenstore.store import Transaction, open_store
 from xsfs.xenstore.watches import Subscription

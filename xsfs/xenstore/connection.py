@@ -23,6 +23,7 @@ STREAK_SECONDS.  If several tasks ask, the writer sends their requests together,
 from __future__ import annotations
 
 import logging
+import struct
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -33,13 +34,13 @@ from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_resch
 
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
 from xsfs.xenstore.protocol import (
+    HEADER,
     Op,
     Parser,
     Request,
     WireError,
     decode_error,
     decode_event,
-    encode,
 )
 from xsfs.xenstore.transport import Transport
 from xsfs.xenstore.xenbus import WatchRefused
@@ -209,7 +210,7 @@ class Connection:
         batch = _Batch(requests)
         messages = []
         req_id = self._next_id
-        payload_max = self.payload_max
+        payload_max, pack = self.payload_max, HEADER.pack
         try:
             for place, (op, payload) in enumerate(requests):
                 if len(payload) > payload_max:
@@ -219,12 +220,12 @@ class Connection:
                     continue
                 while req_id in in_flight:  # unanswered since the numbers last started at 0
                     req_id = (req_id + 1) & 0xFFFFFFFF
-                messages.append(encode(op, req_id, tx_id, payload))
+                messages.append(pack(op, req_id, tx_id, len(payload)) + payload)
                 in_flight[req_id] = batch, place
                 req_id = (req_id + 1) & 0xFFFFFFFF
-        except ValueError:
+        except struct.error:
             self._forget(batch)
-            raise
+            raise ValueError(f"not a message: {requests[place]}") from None
         self._next_id = req_id
         return batch, messages
 
