@@ -74,6 +74,7 @@ class Subscription:
         self._events_max = events_max
         self._on_event = on_event
         self._arrived = trio.lowlevel.ParkingLot()
+        self._ended = False
 
     def put(self, path: bytes) -> None:
         if len(self._events) >= self._events_max and path not in self._events:
@@ -101,9 +102,14 @@ class Subscription:
         """Whether there is an event to take."""
         return bool(self._events)
 
+    def end(self) -> None:
+        """Let tasks that wait for an event return."""
+        self._ended = True
+        self._arrived.unpark_all()
+
     async def wait(self) -> None:
-        """Return when there is an event to take."""
-        while not self._events:
+        """Return when there is an event to take, or the watch has ended."""
+        while not self._events and not self._ended:
             await self._arrived.park()
 
     def __aiter__(self) -> Subscription:
@@ -111,6 +117,8 @@ class Subscription:
 
     async def __anext__(self) -> bytes:
         await self.wait()
+        if not self._events:
+            raise StopAsyncIteration
         path = next(iter(self._events))
         del self._events[path]
         return path
@@ -374,4 +382,5 @@ class Watches:
         try:
             yield subscription
         finally:
+            subscription.end()
             await self.unsubscribe(subscription)
