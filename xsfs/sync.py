@@ -27,7 +27,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import trio
 
 from xsfs.xenstore import store as asynchronous
-from xsfs.xenstore.commands import Commands, Path, WalkedNode
+from xsfs.xenstore.commands import Commands, Path, WalkedNode, encode_path
 from xsfs.xenstore.errors import DEFAULT_TIMEOUT, ConnectionLost
 from xsfs.xenstore.reconnect import Connect
 from xsfs.xenstore.store import Store, Transaction
@@ -72,8 +72,9 @@ class _Portal:
         try:
             yield value
         except BaseException as error:
-            if not self.run(partial(manager.__aexit__, type(error), error, error.__traceback__)):
-                raise
+            with suppress(ConnectionLost):  # closed: nothing is left of a watch or transaction
+                self.run(partial(manager.__aexit__, type(error), error, error.__traceback__))
+            raise
         else:
             self.run(partial(manager.__aexit__, None, None, None))
 
@@ -139,10 +140,15 @@ class SyncWatch:
     """
 
     def __init__(
-        self, portal: _Portal, subscriptions: Iterable[Subscription], timeout: float | None
+        self,
+        portal: _Portal,
+        subscriptions: Iterable[Subscription],
+        arrived: trio.lowlevel.ParkingLot,
+        timeout: float | None,
     ) -> None:
         self._portal = portal
         self._subscriptions = deque(subscriptions)
+        self._arrived = arrived
         self.timeout = timeout
 
     def wait(self, timeout: float | None = None) -> bytes | None:
@@ -158,8 +164,10 @@ class SyncWatch:
 
     async def _next(self, seconds: float) -> bytes | None:
         with trio.move_on_after(seconds):
-            if not any(self._subscriptions):
-                await self._wait_for_any()
+            while not any(self._subscriptions):
+                if any(subscription.ended for subscription in self._subscriptions):
+                    return None
+                await self._arrived.park()
         for subscription in self._subscriptions:
             if subscription:
                 # The others come first next time.
@@ -167,16 +175,6 @@ class SyncWatch:
                 self._subscriptions.append(subscription)
                 return await anext(subscription)
         return None
-
-    async def _wait_for_any(self) -> None:
-        async with trio.open_nursery() as nursery:
-
-            async def wait_for(subscription: Subscription) -> None:
-                await subscription.wait()
-                nursery.cancel_scope.cancel()
-
-            for subscription in self._subscriptions:
-                nursery.start_soon(wait_for, subscription)
 
 
 class SyncStore(SyncCommands):
@@ -213,11 +211,16 @@ class SyncStore(SyncCommands):
         The first event of each node comes immediately.  An event is the path of the changed node, in the form
         (absolute, relative) in which the path of the watched node is given.
         """
+        arrived = trio.lowlevel.ParkingLot()
+
+        def watching(path: Path) -> AbstractAsyncContextManager[Subscription]:
+            return self._store.watches.watching(encode_path(path), arrived.unpark_all)
+
         with ExitStack() as stack:
             subscriptions = [
-                stack.enter_context(self._portal.entered(self._store.watch(path))) for path in paths
+                stack.enter_context(self._portal.entered(watching(path))) for path in paths
             ]
-            yield SyncWatch(self._portal, subscriptions, timeout)
+            yield SyncWatch(self._portal, subscriptions, arrived, timeout)
 
 
 @contextmanager

@@ -160,6 +160,7 @@ class Transaction(Commands):
         await self.finish(())
 
     async def rollback(self) -> None:
+        """Undo all changes, and end the transaction."""
         await self.finish((), commit=False)
 
     async def wait_disconnected(self) -> None:

@@ -57,14 +57,14 @@ REMOVE_SECONDS: Final = 1.0
 class Subscription:
     """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`.
 
-    The connection's reader calls `on_event`, if given, at each event, and when the watch was lost or set
-    again.  It must not wait, nor take longer than a few microseconds.
+    The connection's reader calls `on_event`, if given, at each event, and when the watch was lost, set
+    again, or ended.  It must not wait, nor take longer than a few microseconds.
     """
 
     def __init__(
         self,
         path: bytes,
-        on_event: Callable[[], None] | None = None,
+        on_event: Callable[[], object] | None = None,
         events_max: int = EVENTS_MAX,
     ) -> None:
         self.path = path
@@ -73,8 +73,9 @@ class Subscription:
         self._events: dict[bytes, None] = {}
         self._events_max = events_max
         self._on_event = on_event
+        self.ended = False
+        """Whether the block of the watch has ended."""
         self._arrived = trio.lowlevel.ParkingLot()
-        self._ended = False
 
     def put(self, path: bytes) -> None:
         if len(self._events) >= self._events_max and path not in self._events:
@@ -104,12 +105,13 @@ class Subscription:
 
     def end(self) -> None:
         """Let tasks that wait for an event return."""
-        self._ended = True
+        self.ended = True
         self._arrived.unpark_all()
+        self.alert()
 
     async def wait(self) -> None:
         """Return when there is an event to take, or the watch has ended."""
-        while not self._events and not self._ended:
+        while not self._events and not self.ended:
             await self._arrived.park()
 
     def __aiter__(self) -> Subscription:
@@ -376,8 +378,10 @@ class Watches:
                 subscription.alert()
 
     @asynccontextmanager
-    async def watching(self, path: bytes) -> AsyncIterator[Subscription]:
-        subscription = Subscription(path)
+    async def watching(
+        self, path: bytes, on_event: Callable[[], object] | None = None
+    ) -> AsyncIterator[Subscription]:
+        subscription = Subscription(path, on_event)
         await self.subscribe(subscription)
         try:
             yield subscription
