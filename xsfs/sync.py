@@ -227,7 +227,7 @@ class SyncStore(SyncCommands):
 def open_store(
     path: str | None = None, *, timeout: float = DEFAULT_TIMEOUT, connect: Connect | None = None
 ) -> Iterator[SyncStore]:
-    """A store, connected and answering.  The arguments and errors are those of `xsfs.open_store`."""
+    """A store, connected and answering.  `xsfs.open_store` has the arguments and the errors."""
     started: Future[_Portal] = Future()
     opened: Future[Store] = Future()
     scope = trio.CancelScope()

@@ -59,7 +59,10 @@ def encode_value(value: Value) -> bytes:
 
 
 class Commands(ABC):
-    """The operations.  Each is a checkpoint: it can be cancelled, and lets other tasks run."""
+    """The operations on the store itself, or within one transaction.
+
+    Each is a checkpoint: it can be cancelled, and lets other tasks run.
+    """
 
     @abstractmethod
     async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
@@ -85,14 +88,14 @@ class Commands(ABC):
         return await self.call(protocol.read(encode_path(path)))
 
     async def read_integer(self, path: Path) -> int:
-        """The node's value as a number.  ValueError if it is none."""
+        """The node's value as a number.  Raises ValueError if it is none."""
         return int(await self.read(path))
 
     async def write(self, path: Path, value: Value) -> None:
         """Set the node's value.  Creates the node and all its missing parents.
 
-        TypeError for a value that is not bytes, str or int; ValueError for one that does not fit one
-        message.
+        Raises TypeError for a value that is not bytes, str or int, and ValueError for one that does not fit
+        one message.
         """
         data, encoded = encode_value(value), encode_path(path)
         if len(data) > protocol.value_max(encoded, self.payload_max):
@@ -119,13 +122,13 @@ class Commands(ABC):
         """The names of the node's children, however many, in no particular order.
 
         Raises XenstoreError `E2BIG` if the daemon has no way to list so many (oxenstored, for a guest),
-        `EAGAIN` if the node never stopped changing.
+        Conflict if the node never stopped changing.
         """
         (names,) = await self.list_all((encode_path(path),))
         return names
 
     async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
-        """The children's names of many nodes, in one round trip if all listings are short enough."""
+        """The names of the children of each node, in one round trip if all listings are short enough."""
         replies = await self.pipeline([protocol.directory(path) for path in paths])
         names = []
         for path, reply in zip(paths, replies, strict=True):
@@ -219,7 +222,7 @@ class Commands(ABC):
     async def set_perms(self, path: Path, perms: str | Iterable[Permission]) -> None:
         """Set the node's permissions, given as Permission objects or as `n0,r7`.
 
-        ValueError if they do not fit one message.
+        Raises ValueError if they do not fit one message.
         """
         entries = parse_permissions(perms) if isinstance(perms, str) else perms
         request = set_perms(encode_path(path), entries)
@@ -232,8 +235,9 @@ class Commands(ABC):
     async def domid(self) -> int:
         """The number of this client's own domain, as the toolstack wrote it; 0 if none is written.
 
-        GET_DOMAIN_PATH would not tell: it prints its argument.  ValueError if the node holds no number.
+        Raises ValueError if the node holds no number.
         """
+        # GET_DOMAIN_PATH would not tell: it prints its argument.
         try:
             return await self.read_integer("domid")
         except NotFound:

@@ -42,14 +42,13 @@ def _number_of(name: str, request: Request) -> int:
 class StoreError(OSError):
     """Any failure of a request to Xenstore.
 
-    errno       what the failure means: a number of the module `errno`
-    strerror    what has happened, in words
+    errno           what the failure means: a number of the module `errno`
+    strerror        what has happened, in words
+    during_outage   whether xsfs sent nothing, because Xenstore has not answered for a whole time limit
     """
 
     errno: int = errno.EIO
-
     during_outage = False
-    """Whether the request was not even sent, because the circuit breaker was open."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -61,10 +60,9 @@ class XenstoreError(StoreError):
 
     `XenstoreError(name, request)` makes an object of the subclass that fits the name.
 
-    name        the name that the store sent, such as `ENOENT` or `EQUOTA`; it need not be one that this
-                system's errno.h has
+    name        the name that the store sent, such as `ENOENT` or `EQUOTA`
     request     the request to which the store replied
-    errno       what the name means for this request, such as `errno.EDQUOT`; `errno.EIO` for an unknown name
+    errno       what the name means for this request: `EDQUOT` for `EQUOTA`, `EIO` for an unknown name
     """
 
     def __new__(cls, name: str, request: Request) -> XenstoreError:

@@ -55,11 +55,7 @@ REMOVE_SECONDS: Final = 1.0
 
 
 class Subscription:
-    """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`.
-
-    The connection's reader calls `on_event`, if given, at each event, and when the watch was lost, set
-    again, or ended.  It must not wait, nor take longer than a few microseconds.
-    """
+    """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`."""
 
     def __init__(
         self,
@@ -67,6 +63,8 @@ class Subscription:
         on_event: Callable[[], object] | None = None,
         events_max: int = EVENTS_MAX,
     ) -> None:
+        """The connection's reader calls `on_event` at each event, and when the watch was lost, set again, or
+        ended.  It must not wait, nor take longer than a few microseconds."""
         self.path = path
         self.interruptions = 0
         """How often the watch was lost with its connection, and events may have been missed."""
