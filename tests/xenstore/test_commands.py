@@ -32,8 +32,8 @@ async def test_a_walk_gives_each_node_before_its_children(place: Place) -> None:
     async with opened(place) as (store, base):
         values = {base: b"", f"{base}/a": b"1", f"{base}/a/b": b"\0\xff", f"{base}/a/b/c": b""}
         values |= {f"{base}/d{number}": b"%d" % number for number in range(2 * WALK_WINDOW)}
-        for path, value in values.items():
-            await store.write(path, value)
+        for name, value in values.items():
+            await store.write(name, value)
         nodes = await walked(store, base)
         assert {path.decode(): value for path, value, _ in nodes} == values
         assert len(nodes) == len(values)
