@@ -308,7 +308,7 @@ async def _mirror(
             mirror = Mirror(store, own, files)
             try:
                 await background_tasks.start(mirror.run)
-            except (StoreError, OSError) as error:
+            except OSError as error:
                 raise MountError(
                     EXIT_MIRROR,
                     f"cannot make the mirror: {error}",

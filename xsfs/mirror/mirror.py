@@ -218,7 +218,7 @@ class Mirror:
                 delay = RETRY_FIRST
                 if not error.during_outage:
                     log.error("the mirror is gone: %s", error)
-            except (StoreError, OSError) as error:
+            except OSError as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
                 log.error("the mirror is gone, xsfs retries in %g s: %s", delay, error)
             except Exception:

@@ -61,6 +61,8 @@ async def open_transport_by(
     while True:
         try:
             return connect()
+        except StoreUnavailable:
+            raise
         except OSError as error:
             # EAGAIN: the daemon's backlog of 1 is full.  ECONNREFUSED, ENOENT: it restarts.
             failure = error

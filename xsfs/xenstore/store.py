@@ -70,10 +70,7 @@ Result = TypeVar("Result")
 
 
 class Transaction(Commands):
-    """One Xenstore transaction.  `commit` or `rollback` end it, and so does the end of its connection.
-
-    deadline    in trio's time, of all its requests; None if each has the connection's time limit
-    """
+    """One Xenstore transaction.  `commit` or `rollback` end it, and so does the end of its connection."""
 
     def __init__(
         self,
@@ -83,6 +80,7 @@ class Transaction(Commands):
         timeout: float,
         deadline: float | None = None,
     ) -> None:
+        """`deadline` is that of all its requests, in trio's time; if None, each has the time limit."""
         self.connection = connection
         self._breaker = breaker
         self._timeout = timeout
@@ -105,6 +103,7 @@ class Transaction(Commands):
 
     @property
     def open(self) -> bool:
+        """Whether it has not ended yet."""
         return self._tx_id is not None and self.connection.alive
 
     async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
@@ -154,13 +153,14 @@ class Transaction(Commands):
         return replies
 
     async def commit(self) -> None:
-        """Carry out all changes at once.  Raises XenstoreError `EAGAIN` on a conflict: start again.
+        """Carry out all changes at once.  Raises Conflict if there was one: start again.
 
         ConnectionLost and RequestTimeout mean that the outcome is unknown.
         """
         await self.finish(())
 
     async def rollback(self) -> None:
+        """Undo all changes, and end the transaction."""
         await self.finish((), commit=False)
 
     async def wait_disconnected(self) -> None:
@@ -201,6 +201,7 @@ class Store(Commands):
 
     @property
     def reconnects(self) -> int:
+        """How often the connection for requests was opened again."""
         return self._main.reconnects
 
     async def connect(self) -> None:
@@ -270,7 +271,7 @@ class Store(Commands):
         """A transaction with a connection of its own.
 
         It is committed at the end of the block unless it has ended before, and rolled back if the block
-        raises.  A conflict raises XenstoreError `EAGAIN` at the end of the block: start again.
+        raises.  The end of the block raises Conflict if there was one: start again.
         """
         transaction = await self.begin()
         try:
@@ -321,7 +322,7 @@ class Store(Commands):
         instead.  All attempts together take `timeout` at most, and a quarter of it more if the store stops
         answering near the end.
 
-        Raises XenstoreError `EAGAIN` if it conflicted all the time.
+        Raises Conflict if it conflicted all the time.
         """
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout

@@ -55,24 +55,24 @@ REMOVE_SECONDS: Final = 1.0
 
 
 class Subscription:
-    """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`.
-
-    The connection's reader calls `on_event`, if given, at each event, and when the watch was lost or set
-    again.  It must not wait, nor take longer than a few microseconds.
-    """
+    """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`."""
 
     def __init__(
         self,
         path: bytes,
-        on_event: Callable[[], None] | None = None,
+        on_event: Callable[[], object] | None = None,
         events_max: int = EVENTS_MAX,
     ) -> None:
+        """The connection's reader calls `on_event` at each event, and when the watch was lost, set again, or
+        ended.  It must not wait, nor take longer than a few microseconds."""
         self.path = path
         self.interruptions = 0
         """How often the watch was lost with its connection, and events may have been missed."""
         self._events: dict[bytes, None] = {}
         self._events_max = events_max
         self._on_event = on_event
+        self.ended = False
+        """Whether the block of the watch has ended."""
         self._arrived = trio.lowlevel.ParkingLot()
 
     def put(self, path: bytes) -> None:
@@ -101,9 +101,15 @@ class Subscription:
         """Whether there is an event to take."""
         return bool(self._events)
 
+    def end(self) -> None:
+        """Let tasks that wait for an event return."""
+        self.ended = True
+        self._arrived.unpark_all()
+        self.alert()
+
     async def wait(self) -> None:
-        """Return when there is an event to take."""
-        while not self._events:
+        """Return when there is an event to take, or the watch has ended."""
+        while not self._events and not self.ended:
             await self._arrived.park()
 
     def __aiter__(self) -> Subscription:
@@ -111,6 +117,8 @@ class Subscription:
 
     async def __anext__(self) -> bytes:
         await self.wait()
+        if not self._events:
+            raise StopAsyncIteration
         path = next(iter(self._events))
         del self._events[path]
         return path
@@ -368,10 +376,13 @@ class Watches:
                 subscription.alert()
 
     @asynccontextmanager
-    async def watching(self, path: bytes) -> AsyncIterator[Subscription]:
-        subscription = Subscription(path)
+    async def watching(
+        self, path: bytes, on_event: Callable[[], object] | None = None
+    ) -> AsyncIterator[Subscription]:
+        subscription = Subscription(path, on_event)
         await self.subscribe(subscription)
         try:
             yield subscription
         finally:
+            subscription.end()
             await self.unsubscribe(subscription)
