@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import record
 from tests.support.documents import (
     blocks,
     check_dialogue,
@@ -48,6 +49,11 @@ def dom0(daemon: RealXenstored) -> Iterator[Host]:
 
 def test_the_readme(dom0: Host) -> None:
     check_session("README.md", dom0)
+
+
+def test_the_recording_shows_what_the_session_prints() -> None:
+    lines = [line.text for line in record.record()]
+    assert record.shown() == lines, "python3 -m docs.record"
 
 
 def quick_reference() -> list[tuple[list[str], list[str]]]:
