@@ -149,7 +149,8 @@ HEIGHT_OF_LINE: Final = 20
 MARGIN: Final = 16
 
 STYLE: Final = """
-text { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: pre; fill: #c9d1d9 }
+text { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; fill: #c9d1d9 }
+text { white-space: pre }
 .typed { fill: #ffffff; font-weight: bold }
 @keyframes appear { from { visibility: hidden } }
 text { animation: appear 1ms backwards }
