@@ -33,12 +33,14 @@ def rows(heading: str) -> list[list[str]]:
 
 CHANGING = rows("Tools that change values")
 READING = rows("Tools that read")
+NEEDING_CAT = rows("Tools that need cat")
 FAILING = rows("Tools that fail")
 
 
 def test_the_tables_were_found() -> None:
     assert len(CHANGING) > 40
     assert len(READING) > 20
+    assert len(NEEDING_CAT) > 4
     assert len(FAILING) > 12
 
 
@@ -65,6 +67,17 @@ def test_a_tool_that_changes_a_value(mount: Mount, box: Path, disk: Path, comman
 @pytest.mark.parametrize(("command", "printed"), named(READING))
 def test_a_tool_that_reads(mount: Mount, box: Path, disk: Path, command: str, printed: str) -> None:
     assert mount.bash(f"cd {box}\n{command}", B=str(disk)).split() == printed.split()
+
+
+@pytest.mark.parametrize(("command", "instead"), named(NEEDING_CAT))
+def test_a_tool_that_needs_cat(
+    mount: Mount, box: Path, disk: Path, command: str, instead: str
+) -> None:
+    expected = mount.bash(f"cat {box}/.ls")
+    assert expected
+    assert mount.bash(f"cd {box}\n{command}", B=str(disk)) == ""
+    mount.bash("rm -rf $B/*", B=str(disk))
+    assert mount.bash(f"cd {box}\n{instead}", B=str(disk)) == expected
 
 
 @pytest.mark.parametrize(("command", "error", "reason"), named(FAILING))
