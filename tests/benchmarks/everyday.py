@@ -57,7 +57,7 @@ TITLES: Final = (
 COMMANDS: Final = (
     ("xenstore-read P", "read x < P", "read x < P"),
     ("xenstore-write P 1", "echo 1 > P", ""),
-    ("xenstore-watch P", "cat P/.watch", "inotify"),
+    ("xenstore-watch P", "cat P/.watch", "inotify, then read"),
     ("xenstore-ls -f -p P", "cat P/.ls", "grep -r . P"),
     ("xenstore-ls -f -p", "cat .ls", "grep -r ."),
 )
@@ -175,7 +175,7 @@ def table(measured: Mapping[str, Measured], rounds: int) -> Iterator[str]:
     yield "| --- |" + " --- |" * len(ways)
     for number, title in enumerate(TITLES):
         times = [it for each in measured.values() for it in each.seconds[number]]
-        yield f"| {title} | {' | '.join('' if it is None else time(it) for it in times)} |"
+        yield f"| {title} | {' | '.join('' if it is None else duration(it) for it in times)} |"
     yield ""
     yield f"xsfs then takes {mebibytes(c.memory).strip()} of memory."
 
@@ -184,11 +184,7 @@ def sentence(measured: Measured) -> str:
     tool, mount, _ = measured.seconds[0]
     assert tool is not None
     assert mount is not None
-    return f"reads a value in {time(mount)}, where `xenstore-read` takes {time(tool)}."
-
-
-def time(seconds: float) -> str:
-    return duration(seconds).replace("us", "µs")
+    return f"reads a value in {duration(mount)}, where `xenstore-read` takes {duration(tool)}."
 
 
 def machine() -> str:
@@ -201,10 +197,7 @@ def machine() -> str:
 def picture(measured: Measured) -> str:
     panels = []
     for title, commands, seconds in zip(TITLES, COMMANDS, measured.seconds, strict=True):
-        labels = (
-            f"{way}:  {command}" if command else way
-            for way, command in zip(WAYS, commands, strict=True)
-        )
+        labels = [commands[0], f"xsfs: {commands[1]}", f"mirror: {commands[2]}".rstrip(": ")]
         panels.append(Panel(title, [Bar(*bar) for bar in zip(labels, seconds, strict=True)]))
     return chart.draw(
         "Five everyday jobs",

@@ -112,7 +112,7 @@ def table(rows: Sequence[Sequence[str]], *, words: int) -> Iterable[str]:
 
 def duration(seconds: float) -> str:
     """To three digits."""
-    for unit, units in ("us", 1e6), ("ms", 1e3):
+    for unit, units in ("µs", 1e6), ("ms", 1e3):
         if seconds * units < 999.5:
             return f"{seconds * units:.3g} {unit}"
     return f"{seconds:.3g} s"

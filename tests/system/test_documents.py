@@ -56,6 +56,17 @@ def test_the_recording_shows_what_the_session_prints() -> None:
     assert record.shown() == lines, "python3 -m docs.record"
 
 
+def test_the_figures_of_the_readme_are_those_of_the_table() -> None:
+    readme, page = (
+        (REPOSITORY / name).read_text() for name in ("README.md", "docs/performance.md")
+    )
+    said = re.search(r"reads a value in (\S+ \S+), where `xenstore-read` takes (\S+ \S+)\.", readme)
+    row = re.search(r"^\| read a value in a script \| (.*?) \| (.*?) \|", page, re.MULTILINE)
+    assert said is not None
+    assert row is not None
+    assert said.groups() == (row[2], row[1])
+
+
 def quick_reference() -> list[tuple[list[str], list[str]]]:
     """The commands of each row of the README's table: with xenstore-*, and with the mount."""
     text = (REPOSITORY / "README.md").read_text()
