@@ -17,7 +17,6 @@ LIMIT: Final = 120.0
 """Seconds that anything here may take.  All is emulated, perhaps on a loaded machine."""
 
 IN_DOM0: Final = os.path.exists(SOCKET)
-SOURCES: Final = (SOCKET, DEVICE) if IN_DOM0 else (DEVICE,)
 
 SETTINGS: Final = dict(line.split("=", 1) for line in (SHARE / "run.conf").read_text().splitlines())
 DAEMON: Final = SETTINGS["DAEMON"]
