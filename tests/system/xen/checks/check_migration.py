@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.support.mounting import Mount
+from tests.system.xen.checks.check_domains import heard, lines
 from tests.system.xen.checks.guest import Guest
 from tests.system.xen.checks.machine import until
 
@@ -24,14 +27,17 @@ until grep -q '^State:.T' /proc/$(cat /tmp/reader)/status; do sleep 0.1; done
 """A program that waits in read(2) of a watch file keeps the kernel from freezing it."""
 
 
-def test_saved_and_restored(guest: Guest, dom0: Mount) -> None:
+def test_saved_and_restored(guest: Guest, dom0: Mount, tmp_path: Path) -> None:
     """Mounts, the mirror and readers of `.watch` go on in the new home."""
     guest.bash(BEFORE)
     until(lambda: guest.bash("cat /tmp/watched") == "data\n", "xsfs-watch watches")
     until(lambda: guest.bash("cat /tmp/heard") == ".\n", "the watch is armed")
     guest.bash(STOPPED)
     before = guest.domid
-    guest.save_and_restore()
+    with heard(dom0, tmp_path, guest.home) as said:
+        wanted = f"{guest.home[1:]}/control/shutdown"  # by this node xl asks it to suspend
+        guest.save_and_restore()
+        until(lambda: wanted in lines(said), "xl's request")
     guest.bash("kill -CONT $(cat /tmp/reader)")
     assert guest.domid != before
     data = dom0.path / guest.home[1:] / "data"
@@ -58,8 +64,8 @@ def test_saved_and_restored(guest: Guest, dom0: Mount) -> None:
 def _heard(guest: Guest, output: str, first: str, changed: str) -> None:
     """A reader was told once more to look at everything, and then of a change."""
 
-    def lines() -> list[str]:
+    def told() -> list[str]:
         return guest.bash(f"cat {output}").splitlines()
 
-    until(lambda: changed in lines(), f"{output} has the change")
-    assert lines().index(first, 1) < lines().index(changed)
+    until(lambda: changed in told(), f"{output} has the change")
+    assert told().index(first, 1) < told().index(changed)

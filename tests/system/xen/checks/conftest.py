@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,23 +11,49 @@ import pytest
 from tests.support import mounting
 from tests.support.mounting import Mount, mounted
 from tests.system.xen.checks.guest import Guest
-from tests.system.xen.checks.machine import DEVICE, LIMIT, Witness
+from tests.system.xen.checks.machine import (
+    DEVICE,
+    IN_DOM0,
+    LIMIT,
+    MACHINE,
+    SETTINGS,
+    SOCKET,
+    Witness,
+    shell,
+    until,
+)
 
 mounting.LIMIT = LIMIT
 
 
 @pytest.fixture(scope="session")
 def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """This domain's Xenstore by the kernel's device, mounted with no options.
+    """This domain's Xenstore by the kernel's device.
 
-    One for all checks, since xsfs takes seconds to start here.  `dom0` is by the daemon's socket.
+    One for all checks, since xsfs takes seconds to start here.  `dom0` is by the daemon's socket.  Without
+    systemd it begins before there is a daemon, which is started then.
     """
-    with mounted([DEVICE], tmp_path_factory.mktemp("mount") / "m") as mount:
+    mount = Mount(["-o", "timeout=100", DEVICE], tmp_path_factory.mktemp("mount") / "m")
+    try:
+        if IN_DOM0 and SETTINGS["INIT"] == "lab":
+            until(lambda: DEVICE in _open_files(mount), "xsfs waits for the daemon")
+            assert not os.path.exists(SOCKET)
+            shell(f"{MACHINE}/start-xenstored")
+        mount.wait_mounted()
         yield mount
+        assert mount.end() == 0, mount.stderr
+        assert "Traceback" not in mount.stderr, mount.stderr
+    finally:
+        mount.clear()
+
+
+def _open_files(mount: Mount) -> list[str]:
+    listed = shell(f"readlink /proc/{mount.process.pid}/fd/*; true")
+    return listed.splitlines()
 
 
 @pytest.fixture
-def witness() -> Witness:
+def witness(mount: Mount) -> Witness:
     return Witness()
 
 
@@ -41,7 +68,7 @@ def box(request: pytest.FixtureRequest, mount: Mount, witness: Witness) -> Itera
 
 
 @pytest.fixture(scope="session")
-def guest() -> Iterator[Guest]:
+def guest(mount: Mount) -> Iterator[Guest]:
     """A domU with this domain's Xenstore mounted at /mnt/xenstore, for checks that share one."""
     with Guest("guest") as guest:
         guest.bash("xsfs /mnt/xenstore")
@@ -51,7 +78,7 @@ def guest() -> Iterator[Guest]:
 
 
 @pytest.fixture(scope="session")
-def dom0(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+def dom0(mount: Mount, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     """The whole store, seen from dom0."""
     with mounted(["-o", "root=/"], tmp_path_factory.mktemp("whole") / "m") as mount:
         yield mount

@@ -25,7 +25,7 @@ name = "{name}"
 type = "{type}"
 kernel = "/lab/vmlinux"
 ramdisk = "/lab/initrd.img"
-extra = "console=hvc0 lab=domu mitigations=off"
+extra = "console=hvc0 lab=domu mitigations=off quiet cryptomgr.notests nokaslr"
 memory = {memory}
 vcpus = 1
 disk = [ "format=raw,vdev=xvda,access=ro,backendtype=phy,script={script},target=/dev/vda",
