@@ -2,7 +2,8 @@
 # Install on Debian 12 or 13, as root, everything that the tests need, and run them: style, types, tests.
 #
 #   ./test.sh [ARGUMENT OF PYTEST...]           the tests that take seconds, two files at a time
-#   ./test.sh --all [ARGUMENT OF PYTEST...]     the slow ones, too: other distributions, real Xen
+#   ./test.sh --ci                              these, then real Xen and the Debian package: 45 minutes
+#   ./test.sh --all [ARGUMENT OF PYTEST...]     all slow ones, too: other distributions
 #
 # Both real Xenstore daemons are Debian's; they run without Xen.  XSFS_VENV says where the virtual
 # environment is (default: .venv).
@@ -39,8 +40,18 @@ venv=${XSFS_VENV:-.venv}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-if [ "${1-}" = --all ]; then
+quick() { "$venv/bin/python" -m pytest -q -m "not slow" -n 2 --dist loadfile "$@"; }
+case ${1-} in
+--all)
     shift
     exec "$venv/bin/python" -m pytest -q "$@"
-fi
-exec "$venv/bin/python" -m pytest -q -m "not slow" -n 2 --dist loadfile "$@"
+    ;;
+--ci)
+    status=0
+    quick || status=$?
+    # One after the other: real Xen takes a processor for itself.
+    "$venv/bin/python" -m pytest -q -m ci tests/system || status=$?
+    exit "$status"
+    ;;
+*) quick "$@" ;;
+esac

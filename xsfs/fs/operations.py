@@ -111,6 +111,11 @@ class Operations(pyfuse3.Operations):
         """How many files and directories are open."""
         return len(self._handles)
 
+    def move_handles(self, source: bytes, target: bytes) -> None:
+        """The domain's home has moved."""
+        for handle in self._handles.values():
+            handle.move(source, target)
+
     async def end(self, view: View) -> None:
         """The mount ends: carry out what open files still owe the store."""
         try:

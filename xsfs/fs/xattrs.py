@@ -116,6 +116,13 @@ class XenstoreNode(Node):
         is_stale = error.name == "ENOENT" and not self.always_there
         return pyfuse3.FUSEError(errno.ESTALE) if is_stale else error
 
+    async def is_elsewhere(self, path: bytes, state: NodeState | None) -> bool:
+        """Whether the node was not found, or is unreadable, because the domain's home has moved since
+        `path` was its path."""
+        if state is not None and state.readable:
+            return False
+        return self.path != path or await self.view.has_moved(path)
+
     async def listxattr(self) -> list[bytes]:
         return [PERMS_NAME]
 

@@ -50,7 +50,7 @@ import trio
 from xsfs.mirror.reconcile import GONE, FetchedNode, Reconciler
 from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import shown_names
-from xsfs.view.view import View, interpret, requests_for
+from xsfs.view.view import View, home_of, interpret, requests_for
 from xsfs.xenstore.background import open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
@@ -150,6 +150,8 @@ class Mirror:
         """How many seconds the task has worked and not slept."""
         self._left_out: set[bytes] = set()
         """Nodes that make no sense, of which the log has told."""
+        self._domid = view.domid
+        """The domid of the next copy."""
         self._copy_of: int | None = None
         """The count of interruptions when the published copy was made."""
         self.fetched = 0
@@ -169,6 +171,11 @@ class Mirror:
     def nodes(self) -> int:
         """How many nodes are in the copy while it is current."""
         return self._reconciler.nodes if self.is_current else 0
+
+    def move_home(self, domid: int) -> None:
+        """The domain has got another domid.  The copy of its old home goes, and another one is made."""
+        self._domid = domid
+        self._watches.move(self._view.home, home_of(domid))
 
     def _wake(self) -> None:
         self._idle.unpark_all()
@@ -240,6 +247,9 @@ class Mirror:
         interruptions = self._interruptions
         self._left_out.clear()
         self._in_flight.clear()
+        if self._domid != self._view.domid:
+            self._view.move_home(self._domid)
+            self.store.home.move(self._view.home)
         self._files.begin()
         self._reconciler.begin()
         await self._copy_all()

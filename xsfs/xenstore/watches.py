@@ -40,6 +40,7 @@ from xsfs.xenstore.errors import (
     XenstoreError,
 )
 from xsfs.xenstore.event_reader import with_event_reader
+from xsfs.xenstore.home import Home, moved
 from xsfs.xenstore.reconnect import BACKOFF_MAX, CircuitBreaker, Connect, ReconnectingConnection
 
 log = logging.getLogger(__name__)
@@ -151,9 +152,15 @@ class Watches:
     """See the module's docstring.  `run` must be running."""
 
     def __init__(
-        self, nursery: trio.Nursery, connect: Connect, timeout: float, breaker: CircuitBreaker
+        self,
+        nursery: trio.Nursery,
+        connect: Connect,
+        timeout: float,
+        breaker: CircuitBreaker,
+        home: Home,
     ) -> None:
         self._nursery = nursery
+        self._home = home
         self._breaker = breaker
         self._timeout = timeout
         self._reconnecting = ReconnectingConnection(
@@ -183,6 +190,8 @@ class Watches:
         if watch is None:
             # Of a watch that was just removed, or sent by a store that lies: harmless.
             return
+        if watch.path.startswith(b"/"):
+            path = self._home.as_asked(path)
         if len(watch.subscriptions) == 1 and not watch.spreading:
             next(iter(watch.subscriptions)).put(path)
             return
@@ -287,7 +296,7 @@ class Watches:
         try:
             deadline = trio.current_time() + REMOVE_SECONDS
             (reply,) = await connection.pipeline(
-                (protocol.unwatch(watch.path, watch.token),), 0, deadline
+                self._home.as_sent((protocol.unwatch(watch.path, watch.token),)), 0, deadline
             )
             is_removed = isinstance(reply, bytes) or reply.name == "ENOENT"
         except StoreError as error:
@@ -302,8 +311,8 @@ class Watches:
         deadline = trio.current_time() + self._timeout
         connection = await self._reconnecting.get(deadline)
         watch.connection = connection
-        request = protocol.watch(watch.path, watch.token)
-        (reply,) = await connection.pipeline((request,), 0, deadline)
+        requests = self._home.as_sent((protocol.watch(watch.path, watch.token),))
+        (reply,) = await connection.pipeline(requests, 0, deadline)
         if isinstance(reply, XenstoreError):
             watch.connection = None
             raise reply
@@ -333,6 +342,17 @@ class Watches:
             else:
                 self._interrupt()
                 await self._rearm()
+
+    def move(self, source: bytes, target: bytes) -> None:
+        """Watch below `target` what was watched below `source`.  Each subscriber learns that it may have
+        missed something."""
+        watches = list(self._by_path.values())
+        for watch in watches:
+            watch.path = moved(watch.path, source, target)
+            for subscription in watch.subscriptions:
+                subscription.path = watch.path
+        self._by_path = {watch.path: watch for watch in watches}
+        self._reconnecting.close("the watches move")
 
     def _interrupt(self) -> None:
         for watch in self._by_path.values():
