@@ -206,7 +206,7 @@ def test_other_patterns_are_refused(box: Path) -> None:
         os.symlink("user@host.1", box / ".#f")  # emacs goes on without its lock
 
 
-def test_a_database_does_not_fit_a_value(box: Path) -> None:
+def test_a_database_of_large_pages_does_not_fit_a_value(box: Path) -> None:
     with closing(sqlite3.connect(box / "db", timeout=1)) as database:
         database.execute("PRAGMA journal_mode=DELETE")
         with pytest.raises(sqlite3.Error):

@@ -37,7 +37,7 @@ ATTRIBUTE_MAX: Final = 4096
 class XenstoreNode(Node):
     """A Xenstore node, as a file of some kind."""
 
-    __slots__ = ("_fingerprint", "_mtime_ns", "open_files", "orphan_file")
+    __slots__ = ("_fingerprint", "_mtime_ns", "moved_file", "open_files", "orphan_file")
 
     def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
         super().__init__(table, view, parent, name)
@@ -46,6 +46,8 @@ class XenstoreNode(Node):
         self._mtime_ns = 0
         self.orphan_file: OpenFile | None = None
         """Its last open file, if it was removed or replaced through the mount."""
+        self.moved_file: OpenFile | None = None
+        """Its open file, if that was renamed by another name than the one that led here."""
 
     @property
     def always_there(self) -> bool:
