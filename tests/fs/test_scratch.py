@@ -319,9 +319,16 @@ def test_attributes(place: Place, box: Path, witness: XsClient) -> None:
     assert os.getxattr(file, "user.xs.perms") == f"n{me},r{me + 1}".encode()
     assert os.listxattr(file) == ["user.xs.perms"]
     with fails(errno.EPERM):
-        os.removexattr(file, "user.xs.perms")
+        os.removexattr(file, "user.xs.value")
     file.rename(box / "f")
     assert value(place, witness, box / "f") == b"22"
+    assert perms(place, witness, box / "f") == f"n{me},r{me + 1}"
+    file.write_text("3\n")
+    os.setxattr(file, "user.xs.perms", f"b{me}".encode())
+    os.removexattr(file, "user.xs.perms")
+    with fails(errno.ENODATA):
+        os.removexattr(file, "user.xs.perms")
+    file.rename(box / "f")
     assert perms(place, witness, box / "f") == f"n{me},r{me + 1}"
 
 

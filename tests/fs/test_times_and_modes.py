@@ -149,6 +149,42 @@ def test_rsync_restores_what_changed_with_equal_length(
     assert os.listdir(top / "inner") == ["b"]
 
 
+def test_rsync_of_attributes_from_a_source_that_has_none(
+    place: Place, box: Path, disk: Path, witness: XsClient
+) -> None:
+    """It removes those of the target: the permissions are those of the parent then, but for the owner."""
+    top, backup = filled(box), disk / "backup"
+    run("cp", "-r", top, backup)
+    me = place.domid
+    os.setxattr(top, "user.xs.perms", f"b{me},r3".encode())
+    os.setxattr(top / "a", "user.xs.perms", f"r{me}".encode())
+    above = witness.get_perms(node(place, box))
+    for name in ("a", "inner/b"):
+        (backup / name).write_text("longer value\n")
+    for _ in range(2):
+        run("rsync", "-rX", "--inplace", f"{backup}/", f"{top}/")
+        for path in (top, top / "a", top / "inner", top / "inner" / "b"):
+            assert witness.get_perms(node(place, path)) == above
+    assert witness.read(node(place, top / "a")) == b"longer value"
+
+
+def test_the_owner_stays_when_permissions_are_removed(
+    place: Place, box: Path, witness: XsClient
+) -> None:
+    """A guest's nodes stay its own if domain 0 gives them the permissions of their parent."""
+    home = "/local/domain/7/removed"
+    if place.daemon is None or place.guest:
+        home = node(place, box) + "/removed"
+    owner = 7 if home.startswith("/local/domain/7") else place.domid
+    witness.write(home, b"1")
+    witness.set_perms(home, [f"n{owner}", "r3"])
+    file = box.parents[1] / ".root" / home[1:]
+    above = witness.get_perms(home.rpartition("/")[0])
+    os.removexattr(file, "user.xs.perms")
+    assert witness.get_perms(home) == [f"{above[0][0]}{owner}", *above[1:]]
+    witness.rm(home)
+
+
 def test_rsync_archives_onto_the_mount(
     place: Place, box: Path, disk: Path, witness: XsClient
 ) -> None:
