@@ -362,7 +362,7 @@ class Watches:
             watch.path = moved(watch.path, source, target)
             for subscription in watch.subscriptions:
                 subscription.path = watch.path
-        self._by_path = {watch.path: watch for watch in watches}
+        self._by_path = {(watch.path, watch.depth): watch for watch in watches}
         self._reconnecting.close("the watches move")
 
     def _interrupt(self) -> None:
