@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Iterator
 
 import pyfuse3
 import pytest
@@ -28,6 +29,7 @@ from tests.support.operating import (
 from xsfs.fs.directories import Directory
 from xsfs.fs.errnos import errno_of
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
+from xsfs.view.names import OWN_NAMES
 from xsfs.xenstore.errors import (
     ConnectionLost,
     RequestTimeout,
@@ -104,11 +106,12 @@ def test_sticky_directories_are_bounded() -> None:
     sticky = StickyDirectories()
     for number in range(STICKY_MAX + 10):
         sticky.add(b"/%d" % number)
-    assert sticky.get(b"/9") is None
-    assert sticky.get(b"/10") is False
+    assert b"/9" not in sticky
+    assert b"/10" in sticky
+    assert not sticky.has_value(b"/10")
     sticky.add(b"/10", with_value=True)
     sticky.add(b"/10")
-    assert sticky.get(b"/10") is True
+    assert sticky.has_value(b"/10")
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -203,3 +206,15 @@ async def test_exclusive_creation(w: World) -> None:
         errno.EEXIST, w.operations.create(data.st_ino, b"lock", 0o644, WRONLY | EXCL, ctx())
     )
     await refused(errno.EEXIST, w.operations.mkdir(data.st_ino, b"lock", 0o755, ctx()))
+
+
+def test_no_scratch_file_can_have_an_own_name_of_any_directory() -> None:
+    def classes(base: type[Directory]) -> Iterator[type[Directory]]:
+        yield base
+        for derived in base.__subclasses__():
+            yield from classes(derived)
+
+    names: set[bytes] = set()
+    for directory in classes(Directory):
+        names.update(directory.own)
+    assert names == OWN_NAMES
