@@ -14,10 +14,11 @@ import pytest
 from tests.fs.test_values import fails
 from tests.fs.test_watch_files import add, control
 from tests.support.lying_store import LyingStore, Talk, first_of, on, parts_of, quota, says
+from tests.support.messages import Message
 from tests.support.mirroring import scratch
 from tests.support.mounting import Mount, mounted
 from tests.support.xenstored.harness import RealXenstored, strings
-from xsfs.xenstore.protocol import Message, Op
+from xsfs.xenstore.protocol import Op
 
 GUEST = 7
 HOME = "/local/domain/0"

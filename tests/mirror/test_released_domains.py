@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.lying_store import LyingStore, Talk
+from tests.support.messages import Message
 from tests.support.mirroring import PERMS, Live, await_true, live
 from tests.support.xenstored.harness import RealXenstored, XsClient
 from xsfs.mirror.mirror import RELEASE
-from xsfs.xenstore.protocol import Message, Op, strings
+from xsfs.xenstore.protocol import Op, strings
 
 ENDING, STAYING = 7, 8
 

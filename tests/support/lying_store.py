@@ -22,7 +22,8 @@ import threading
 from collections.abc import Callable
 from typing import Final, Self
 
-from xsfs.xenstore.protocol import Message, Op, Parser, WireError, encode
+from tests.support.messages import Message, messages_of
+from xsfs.xenstore.protocol import Op, Parser, WireError, encode
 
 TIMEOUT: Final = 20.0
 """For waits that only a broken test makes long."""
@@ -79,7 +80,7 @@ class Talk:
         if not data:
             raise HangUp
         self._answers.feed(data)
-        return [Message(*fields) for fields in self._answers.messages()]
+        return list(messages_of(self._answers))
 
     def relay(self, lie: Callable[[], Lie]) -> None:
         """Serve the connection until either side ends it."""
@@ -92,7 +93,7 @@ class Talk:
                 if not data:
                     return
                 self._parser.feed(data)
-                for request in self._parser.messages():
+                for request in messages_of(self._parser):
                     self.requests += 1
                     if not lie()(self, request):
                         self.upstream.sendall(encode(*request))

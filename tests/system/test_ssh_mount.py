@@ -12,7 +12,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,7 +26,7 @@ from tests.support.lying_store import Gate, LyingStore, honest, on
 from tests.support.mirroring import await_true, scratch
 from tests.support.mounting import LIMIT, Mount, mounted, refusal
 from tests.support.programs import program
-from tests.support.sshd import Sshd, descendants, running_sshd
+from tests.support.sshd import Sshd, descendants, reachable, running_sshd
 from tests.support.xenstored.harness import RealXenstored, XsClient
 from xsfs.cli.exit_statuses import EXIT_INTERRUPTED, EXIT_NO_STORE
 from xsfs.xenstore.protocol import Op
@@ -463,27 +462,18 @@ def test_the_progress_of_a_mirror(
 
 # -------------------------------------------------------------------------- hosts of their own
 
-PLACE_OF_ALL = "/dev/shm"
-"""One that each host of the tests has."""
-
 
 @pytest.fixture
 def dom0() -> Iterator[Host]:
     """A host without Xen, whose ssh knows host2 and host3."""
     with ExitStack() as stack:
         here = stack.enter_context(open_host())
-        here.sh("mount -t tmpfs none /etc/ssh")
         for name, guests in ("host2", (GUEST,)), ("host3", (GUEST + 1,)):
             daemon = stack.enter_context(RealXenstored("C", guests=guests))
             daemon.populate()
             there = stack.enter_context(open_host(daemon.socket))
-            there.sh("mkdir -m 755 /run/sshd")
-            directory = Path(tempfile.mkdtemp(dir=PLACE_OF_ALL))
-            server = stack.enter_context(running_sshd(directory, enter=there.enter))
-            with (here.root / "etc/ssh/ssh_config").open("a") as config:
-                config.write(f"Host {name}\n{server.client_config()}")
+            stack.enter_context(reachable(here, name, there))
         yield here
-        here.unmount_all()  # while the servers answer
 
 
 def test_the_document(dom0: Host) -> None:
