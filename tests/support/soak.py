@@ -1,4 +1,4 @@
-"""Half an hour of everything at once: `python3 -m tests.support.soak [--minutes 30] [--kind C|ocaml]`.
+"""Half an hour of everything at once: `python3 -m tests.support.soak [--minutes 30] [--kind KIND] [--ssh]`.
 
 Readers, writers, watchers, transactions, appends and locks go on at one mount, while the daemon is
 killed and begun anew, or stopped and let go on.  What each of them sees is checked as it goes:
@@ -12,6 +12,10 @@ killed and begun anew, or stopped and let go on.  What each of them sees is chec
 
 In the end nothing is left: no open file, watch, transaction, inode or descriptor, and the mount is no
 larger than it was after the first third.  Exits with 0 if all that is so.
+
+With `--ssh` the mount is that of another host, with a mirror.  Then sshd ends and starts, ssh is killed,
+and the network falls silent, too; the mirror must show a change after each of these, and in the end all
+of the store.
 
 An `epoch` is the life of one daemon.  It ends before the daemon is killed and the next begins before
 the new one answers, so what happened within one epoch happened to one store.
@@ -38,7 +42,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from tests.support.mirroring import Mirrored, scratch
 from tests.support.mounting import LIMIT, Mount
+from tests.support.sshd import descendants, running_sshd
 from tests.support.xenstored.harness import DAEMONS, RealXenstored
 
 TIMEOUT: Final = 2.0
@@ -95,6 +101,7 @@ class Soak:
     kind: str
     seconds: float
     directory: Path
+    ssh: bool = False
     done: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -119,12 +126,17 @@ class Soak:
     # --------------------------------------------------------------------------------- running
 
     def run(self) -> None:
-        with RealXenstored(self.kind) as daemon:
-            self.daemon = daemon
+        with contextlib.ExitStack() as stack:
+            daemon = self.daemon = stack.enter_context(RealXenstored(self.kind))
             self.furnish()
             before = self.descriptors_of(daemon.pid)
-            options = f"timeout={TIMEOUT},tx_timeout={TX_TIMEOUT}"
-            self.mount = Mount(["-o", options, daemon.socket], self.directory / "m")
+            options, source = f"timeout={TIMEOUT},tx_timeout={TX_TIMEOUT}", daemon.socket
+            if self.ssh:
+                self.server = stack.enter_context(running_sshd(self.directory / "sshd"))
+                self.mirror = stack.enter_context(scratch()) / "mirror"
+                options += f",mirror={self.mirror},ssh_command={self.server.command()}"
+                source = f"{self.server.account}:{source}"
+            self.mount = Mount(["-o", options, source], self.directory / "m")
             try:
                 self.mount.wait_mounted()
                 self.work()
@@ -168,8 +180,10 @@ class Soak:
             while time.monotonic() < end and not self.failures:
                 self.over.wait(min(EPOCH_SECONDS, max(0.0, end - time.monotonic())))
                 self.check_tallies()
+                self.check_mirror()
                 self.disturb()
             self.check_tallies()
+            self.check_mirror()
         finally:
             self.over.set()
             self.calm.set()
@@ -212,7 +226,9 @@ class Soak:
             return
         time.sleep(random.uniform(0.0, 0.05))
         self.disturbed = float("inf")
-        if random.random() < 0.7:
+        if self.ssh and random.random() < 0.6:
+            self.disturb_ssh()
+        elif random.random() < 0.7:
             with self.lock:
                 self.epoch += 1
             self.daemon.kill(random.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)), 1.0)
@@ -228,6 +244,40 @@ class Soak:
             self.daemon.resume()
             self.stops += 1
         self.disturbed = time.monotonic()
+
+    def disturb_ssh(self) -> None:
+        kind = random.choice(("sshd", "ssh", "network"))
+        if kind == "sshd":
+            self.server.stop()
+            time.sleep(random.choice((0.0, 0.5, 1.5 * TIMEOUT)))
+            self.server.start()
+        elif kind == "ssh":
+            for process in self.processes_of_ssh():
+                os.kill(process, signal.SIGKILL)
+        else:
+            self.server.signal_sessions(signal.SIGSTOP)
+            time.sleep(random.choice((0.5, 3 * TIMEOUT)))
+            self.server.signal_sessions(signal.SIGCONT)
+        self.done[f"disturbances of {kind}"] += 1
+
+    def processes_of_ssh(self) -> list[int]:
+        return descendants(self.mount.process.pid)
+
+    def check_mirror(self) -> None:
+        """A change that nobody disturbs any more is in the mirror soon."""
+        if not self.ssh:
+            return
+        value = str(random.random())
+        with self.daemon.client() as client:
+            client.write(f"{HOME}/data/mirrored", value)
+
+        def shows() -> bool:
+            with contextlib.suppress(OSError):
+                return (self.mount.path / ".mirror/data/mirrored").read_text() == value + "\n"
+            return False
+
+        self.until("the mirror does not show a change", shows, 3 * LIMIT)
+        self.done["checks of the mirror"] += 1
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[int]:
@@ -434,11 +484,19 @@ class Soak:
         for counter in ("transactions", "readers", "watches", "handles"):
             # The file in which it is read is open itself.
             rest = 1 if counter == "handles" else 0
+            if counter == "watches" and self.ssh:
+                rest = 2  # the mirror's
             self.until(
                 f"{counter} are left",
                 partial(self.is_left, counter, rest),
                 TX_TIMEOUT + LIMIT,
             )
+        if self.ssh:
+            with self.daemon.client() as client:
+                alive = Mirrored(self.mount, self.mirror, HOME, client)
+                self.until("the mirror is not the store", lambda: not alive.differences())
+            if len(self.processes_of_ssh()) != 1:
+                self.failures.append(f"{len(self.processes_of_ssh())} processes of ssh")
         Path("/proc/sys/vm/drop_caches").write_text("2\n")
         self.until("inodes are left", lambda: self.mount.counter("inodes") < 20)
         left = self.sample()
@@ -473,9 +531,9 @@ class Soak:
         return "\n".join(lines)
 
 
-def soak(kind: str, minutes: float) -> Soak:
+def soak(kind: str, minutes: float, *, ssh: bool = False) -> Soak:
     with tempfile.TemporaryDirectory(prefix="soak-") as directory:
-        run = Soak(kind, minutes * 60, Path(directory))
+        run = Soak(kind, minutes * 60, Path(directory), ssh)
         run.run()
         return run
 
@@ -485,8 +543,9 @@ def main() -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--kind", choices=tuple(DAEMONS), default="C")
+    parser.add_argument("--ssh", action="store_true")
     arguments = parser.parse_args()
-    run = soak(arguments.kind, arguments.minutes)
+    run = soak(arguments.kind, arguments.minutes, ssh=arguments.ssh)
     print(run.report())
     return 1 if run.failures else 0
 

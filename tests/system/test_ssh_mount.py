@@ -480,6 +480,16 @@ def test_the_document(dom0: Host) -> None:
     check_dialogue("docs/other-hosts.md", dom0)
 
 
+def test_an_automount(dom0: Host) -> None:
+    """What waits in the kernel for the first look at a host's directory, as autofs and systemd have it."""
+    dom0.fstab.write_text(
+        "root@host2: /mnt/host2 fuse.xsfs ro,_netdev,noauto,x-systemd.automount 0 0\n"
+    )
+    automount = "/mnt/.python/bin/python /mnt/.repository/tests/support/automount.py"
+    said = dom0.sh(f"mkdir /mnt/host2; {automount} /mnt/host2 mount /mnt/host2")
+    assert said == "Domain-0\n"
+
+
 def test_fstab_and_mount(dom0: Host) -> None:
     dom0.fstab.write_text("root@host2: /mnt/host2 fuse.xsfs ro,_netdev,noauto,nofail 0 0\n")
     dom0.sh("mkdir /mnt/host2 /mnt/host3; mount /mnt/host2")
