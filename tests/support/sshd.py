@@ -42,7 +42,7 @@ class Sshd:
     def __init__(self, directory: Path, *options: str, enter: Sequence[str] = ()) -> None:
         directory.mkdir(exist_ok=True)
         self.directory = directory
-        self.port = _free_port()
+        self.port = free_port()
         self.log_file = directory / "sshd.log"
         self.host_key = self._key("host-key")
         self.key = self._key("key")
@@ -200,7 +200,7 @@ def _public(key: Path) -> str:
     return " ".join(key.with_name(f"{key.name}.pub").read_text().split()[:2])
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind((Sshd.ADDRESS, 0))
         port: int = sock.getsockname()[1]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.roots import Root, copy_checkout, debian_root
+from tests.support.sshd import free_port
 from xsfs import __version__
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,8 @@ rm -r newer
 
 INSTALL = """\
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends systemd systemd-sysv mount attr /root/dist/*.deb
+apt-get install -y -qq --no-install-recommends systemd systemd-sysv mount attr \\
+    openssh-client openssh-server /root/dist/*.deb
 """
 
 # Off Xen the condition keeps the unit from starting.
@@ -46,6 +48,32 @@ systemctl daemon-reload
 systemctl enable xsfs.service
 systemctl start xsfs.service xsfs@srv-xen.service || { journalctl -b --no-pager | tail -50; exit 1; }
 cat /run/xenstore/name /srv/xen/name
+"""
+
+# The units forbid the network; the drop-in of docs/other-hosts.md permits it.
+OTHER_HOST = """\
+install -d -m 700 /root/.ssh /run/sshd
+ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519
+cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys
+echo "[127.0.0.1]:PORT $(cut -d ' ' -f 1,2 /etc/ssh/ssh_host_ed25519_key.pub)" > /root/.ssh/known_hosts
+printf 'Host other\\nHostName 127.0.0.1\\nPort PORT\\n' > /root/.ssh/config
+/usr/sbin/sshd -o ListenAddress=127.0.0.1:PORT -o PidFile=/run/other.pid
+mkdir /mnt/other
+xsfs -o listen=/run/other.socket embedded /mnt/other
+echo other > /mnt/other/data/name
+echo SOURCE=root@other:/run/other.socket > /etc/default/xsfs-srv-other
+! systemctl start xsfs@srv-other.service
+systemctl stop xsfs@srv-other.service
+drop_in=/etc/systemd/system/xsfs@srv-other.service.d
+mkdir $drop_in
+sed -n '/^    \\[Service]/,/^$/s/^    //p' /root/xsfs/docs/other-hosts.md > $drop_in/network.conf
+systemctl daemon-reload
+systemctl start xsfs@srv-other.service || { journalctl -b --no-pager | tail -50; exit 1; }
+name=$(cat /srv/other/data/name)
+systemctl stop xsfs@srv-other.service
+umount /mnt/other
+kill "$(cat /run/other.pid)"
+echo "mounted $name"
 """
 
 UPGRADE = """\
@@ -102,5 +130,6 @@ def test_its_whole_life(root: Root) -> None:
     root.sh(NEWER)
     with root.booted() as booted:
         assert booted.sh(SERVICES).endswith("Domain-0\nDomain-0\n")
+        assert booted.sh(OTHER_HOST.replace("PORT", str(free_port()))).endswith("mounted other\n")
         assert "Domain-0\nDomain-0\n" in booted.sh(UPGRADE)
         booted.sh(REMOVE)
