@@ -1,4 +1,5 @@
-"""The two commands of the README, in a fresh root of each Debian that they serve.
+"""The two commands of the README, in a fresh root of each Debian that they serve; and the oldest versions
+of pyfuse3 and trio.
 
 On Debian 13 the daemons are those of Xen 4.20, and xsfs runs with the pyfuse3 of the distribution.
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.roots import Root, copy_checkout, debian_root
+from tests.system.test_packages import run
 
 # Once more over its own mount; the embedded store; watches, transactions and the mirror; the service.
 INSTALLED = """\
@@ -85,3 +87,29 @@ def check_installation(root: Root, *, compiled: bool) -> None:
     assert "\ndata/x:42\n" in printed
     compiler = root.sh("command -v gcc || echo none").strip()
     assert (compiler != "none") == compiled
+
+
+OLDEST = ("pyfuse3==3.4.2", "trio==0.22.0")
+"""Versions that are as old as those that distributions have, or nearly so."""
+
+TESTED_WITH_OLDEST = (
+    "tests/fs/test_watch_files.py",
+    "tests/fs/test_transactions.py",
+    "tests/fs/test_opening.py",
+    "tests/mirror/test_inotify.py",
+)
+
+
+@pytest.mark.slow
+def test_the_oldest_versions(tmp_path: Path) -> None:
+    """What poll(2) needs is skipped, and nothing else."""
+    python = tmp_path / "environment/bin/python"
+    tools = ("pytest", "hypothesis", "pyxs", "watchdog")
+    run("/usr/bin/python3", "-m", "venv", tmp_path / "environment")
+    run(python, "-m", "pip", "install", "-q", *OLDEST, *tools)
+    printed = run(
+        *(python, "-m", "pytest", "-q", "-k", "embedded", *TESTED_WITH_OLDEST), limit=1800.0
+    )
+    reasons = [line for line in printed.splitlines() if line.startswith("SKIPPED")]
+    assert reasons
+    assert all("pyfuse3 older than 3.5 has no poll" in line for line in reasons)
