@@ -133,6 +133,10 @@ def test_transactions(dom0: Host) -> None:
     check_session("docs/transactions.md", dom0, MOUNTED)
 
 
+def test_subtrees(dom0: Host) -> None:
+    check_session("docs/subtree.md", dom0, MOUNTED)
+
+
 def test_watches(dom0: Host) -> None:
     check_dialogue("docs/watches.md", dom0, MOUNTED)
 
