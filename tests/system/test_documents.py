@@ -210,14 +210,6 @@ def check_python(document: str, dom0: Host, daemon: RealXenstored, first: Sequen
             run.kill()
 
 
-def test_the_python_client(daemon: RealXenstored, dom0: Host) -> None:
-    with daemon.client() as client:
-        client.write("/local/domain/0/data/n", "1")
-    check_python("docs/python.md", dom0, daemon, ["b'Domain-0'", "b'data'"])
-    with daemon.client() as client:
-        assert client.read("/local/domain/0/data/n") == b"2"
-
-
 def test_a_watch_in_asyncio(daemon: RealXenstored, dom0: Host) -> None:
     dom0.sh(MOUNTED)
     check_python("docs/watches.md", dom0, daemon, ["."])

@@ -5,8 +5,9 @@ run on asyncio.  Here pyfuse3 gets trio with two objects replaced, which the wor
 before each request:
 
 - The lock under which one worker at a time waits for the kernel.  trio's lock lets another task run at each
-  acquisition.  `ReceiveLock` does not if it is free.  So a worker whose request needed no waiting goes on
-  with the next one.  The lock still wakes another worker, which runs as soon as this one waits.
+  acquisition.  `ReceiveLock` lets no other task run if it is free.  So a worker whose request needed no
+  waiting goes on with the next one.  The lock still wakes another worker, which runs as soon as this one
+  waits.
 - The wait for the kernel's descriptor.  `KernelDescriptor` polls for BUSY_POLL_SECONDS before it sleeps: a
   process that has just got its answer sends the next request within that time.  An idle mount sleeps.
 
@@ -95,18 +96,16 @@ class KernelDescriptor:
         poll = self._busy_poll
         if poll is None or poll.descriptor != descriptor:
             self._busy_poll = poll = BusyPoll(descriptor)
-        if time.perf_counter() < self._turn_ends and self._is_readable(poll):
+        seconds = 0 if self.under_way else BUSY_POLL_SECONDS
+        if time.perf_counter() < self._turn_ends and poll.is_readable(seconds):
             return DONE
         return self._wait(poll)
-
-    def _is_readable(self, poll: BusyPoll) -> bool:
-        return poll.is_readable(0 if self.under_way else BUSY_POLL_SECONDS)
 
     async def _wait(self, poll: BusyPoll) -> None:
         if time.perf_counter() >= self._turn_ends:
             await trio.lowlevel.checkpoint()
             self._turn_ends = time.perf_counter() + TURN_SECONDS
-            if self._is_readable(poll):
+            if poll.is_readable(0 if self.under_way else BUSY_POLL_SECONDS):
                 return
         await trio.lowlevel.wait_readable(poll.descriptor)
         self._turn_ends = time.perf_counter() + TURN_SECONDS

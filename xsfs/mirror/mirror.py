@@ -1,4 +1,4 @@
-"""The live mirror: a watch, a work queue and one task, which keep a copy of a tree as plain files.
+"""The live mirror: two watches, a work queue and one task, which keep a copy of a tree as plain files.
 
 `Mirror` owns subscriptions to two watches, the tree's and @releaseDomain's, and the work queue.  Each node
 stands in the queue once, first in, first out.  Only the task `run` takes nodes from it and changes files.
@@ -23,7 +23,8 @@ the order of the fetches.  Take any node N and its last change:
   If it finds a new A, it removes the files of all children that the new A does not list, and fetches the
   others.
 - A domain died, and N vanished or lost permissions.  Some daemons send no event for N, but all send
-  @releaseDomain.  Then the task queues the root, and everything below follows.
+  @releaseDomain.  A daemon that knows depths names the domain, and then the task queues the nodes whose
+  permissions in the mirror name it.  Otherwise the task queues the root, and everything below follows.
 - Events were lost.  If the backlog was full, the client reports an event of the root instead.  If the
   connection was lost, the task removes the copy and makes another one.
 
@@ -40,9 +41,10 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import closing
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from functools import partial
 from typing import Final
 
 import trio
@@ -50,8 +52,8 @@ import trio
 from xsfs.mirror.reconcile import GONE, FetchedNode, Reconciler
 from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import shown_names
-from xsfs.view.view import View, interpret, requests_for
-from xsfs.xenstore.background import open_background
+from xsfs.view.view import View, home_of, interpret, requests_for
+from xsfs.xenstore.background import BackgroundCall, open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
 from xsfs.xenstore.protocol import WireError, check_path
@@ -62,6 +64,10 @@ log = logging.getLogger(__name__)
 
 BATCH: Final = 64
 """How many nodes one pipeline fetches."""
+
+FETCHES_MAX: Final = 16
+"""How many batches are under way while the task makes a whole copy: to make their files takes longer than a
+round trip to another host."""
 
 QUEUE_MAX: Final = 16384
 """How long the work queue may be before events wait in their subscription, whose backlog is bounded."""
@@ -93,37 +99,6 @@ Batch = dict[bytes, bool]
 """Nodes that one pipeline fetches: a part of the work queue."""
 
 
-class _Fetching:
-    """A batch that a background task fetches."""
-
-    def __init__(
-        self,
-        batch: Batch,
-        fetch: Callable[[Sequence[bytes]], Awaitable[list[FetchedNode]]],
-        background: trio.Nursery,
-    ) -> None:
-        self.batch = batch
-        self._fetch = fetch
-        self._done = trio.Event()
-        self._nodes: list[FetchedNode] | Exception = []
-        if batch:
-            background.start_soon(self._run)
-
-    async def _run(self) -> None:
-        try:
-            self._nodes = await self._fetch(list(self.batch))
-        except Exception as error:
-            self._nodes = error
-        self._done.set()
-
-    async def nodes(self) -> list[FetchedNode]:
-        """The nodes, once they are fetched.  Raises what fetching raised."""
-        await self._done.wait()
-        if isinstance(self._nodes, Exception):
-            raise self._nodes
-        return self._nodes
-
-
 class Mirror:
     """See the module's text.  `run` must be running.
 
@@ -140,7 +115,7 @@ class Mirror:
         self._queue: OrderedDict[bytes, bool] = OrderedDict()
         self._reconciler = Reconciler(view, files, self._queue)
         self._changes = Subscription(view.root, self._wake)
-        self._releases = Subscription(RELEASE, self._wake)
+        self._domain_ends = Subscription(RELEASE, self._wake, depth=1)
         self._heard: set[Subscription] = set()
         """Those of the two whose first event has come since they were set."""
         self._in_flight: set[bytes] = set()
@@ -150,6 +125,8 @@ class Mirror:
         """How many seconds the task has worked and not slept."""
         self._left_out: set[bytes] = set()
         """Nodes that make no sense, of which the log has told."""
+        self._domid = view.domid
+        """The domid of the next copy."""
         self._copy_of: int | None = None
         """The count of interruptions when the published copy was made."""
         self.fetched = 0
@@ -170,6 +147,11 @@ class Mirror:
         """How many nodes are in the copy while it is current."""
         return self._reconciler.nodes if self.is_current else 0
 
+    def move_home(self, domid: int) -> None:
+        """The domain has got another domid.  The copy of its old home goes, and another one is made."""
+        self._domid = domid
+        self._watches.move(self._view.home, home_of(domid))
+
     def _wake(self) -> None:
         self._idle.unpark_all()
 
@@ -183,9 +165,9 @@ class Mirror:
         self._view.sticky.on_change = self._sticky_changed
         try:
             await self._watches.subscribe(self._changes)
-            await self._watches.subscribe(self._releases)
+            await self._watches.subscribe(self._domain_ends)
             with trio.move_on_after(self.store.timeout):
-                await self._armed()
+                await self._wait_until_armed()
             if len(self._heard) < 2:
                 raise RequestTimeout("the store has set a watch, but sends no events")
             await self._make()
@@ -195,11 +177,11 @@ class Mirror:
             self._copy_of = None
             self._view.sticky.on_change = None
             self._watches.drop(self._changes)
-            self._watches.drop(self._releases)
+            self._watches.drop(self._domain_ends)
 
     @property
     def _interruptions(self) -> int:
-        return self._changes.interruptions + self._releases.interruptions
+        return self._changes.interruptions + self._domain_ends.interruptions
 
     async def _live(self) -> None:
         delay = 0.0
@@ -218,7 +200,7 @@ class Mirror:
                 delay = RETRY_FIRST
                 if not error.during_outage:
                     log.error("the mirror is gone: %s", error)
-            except (StoreError, OSError) as error:
+            except OSError as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
                 log.error("the mirror is gone, xsfs retries in %g s: %s", delay, error)
             except Exception:
@@ -236,10 +218,13 @@ class Mirror:
 
     async def _make(self) -> None:
         """Make a whole copy, and show it when it is complete."""
-        await self._armed()
+        await self._wait_until_armed()
         interruptions = self._interruptions
         self._left_out.clear()
         self._in_flight.clear()
+        if self._domid != self._view.domid:
+            self._view.move_home(self._domid)
+            self.store.home.move(self._view.home)
         self._files.begin()
         self._reconciler.begin()
         await self._copy_all()
@@ -252,21 +237,21 @@ class Mirror:
         """Work until the queue is empty.  The store is another process: it replies to the next pipeline
         while the files of the last one are made."""
         async with open_background() as background:
-            fetching = _Fetching(self._next_batch(), self._fetch, background)
-            while fetching.batch:
-                nodes = await fetching.nodes()
-                ahead = _Fetching(self._next_batch(), self._fetch, background)
-                await trio.lowlevel.checkpoint()  # so that it is sent
-                await self._carry_out(self._apply(fetching.batch, nodes))
-                if not ahead.batch:
-                    ahead = _Fetching(self._next_batch(), self._fetch, background)
-                fetching = ahead
+            fetches: deque[tuple[Batch, BackgroundCall[list[FetchedNode]]]] = deque()
+            while True:
+                while len(fetches) < FETCHES_MAX and (batch := self._next_batch()):
+                    call = BackgroundCall(background, partial(self._fetch, list(batch)))
+                    fetches.append((batch, call))
+                if not fetches:
+                    return
+                batch, call = fetches.popleft()
+                await self._carry_out(self._apply(batch, await call.result()))
 
-    async def _armed(self) -> None:
+    async def _wait_until_armed(self) -> None:
         """Return when both watches are set at the store, and their first events have come."""
         while True:
-            for subscription in (self._changes, self._releases):
-                if not self._watches.armed(subscription):
+            for subscription in (self._changes, self._domain_ends):
+                if not self._watches.is_armed(subscription):
                     self._heard.discard(subscription)
                 elif subscription.take():
                     self._heard.add(subscription)
@@ -280,7 +265,7 @@ class Mirror:
         while True:
             if not self.is_current:
                 raise _Lost("the connection was lost")
-            self._take_events()
+            await self._take_events()
             if self._queue:
                 # Not by the clock: the store, or other processes, may have taken that time.
                 began = time.thread_time()
@@ -288,7 +273,7 @@ class Mirror:
                 self._unrested += time.thread_time() - began
                 await self._rest()
             else:
-                self._files.release()
+                self._files.close_directories()
                 parked = time.monotonic()
                 await self._idle.park()
                 self._unrested = max(0.0, self._unrested - (time.monotonic() - parked))
@@ -299,12 +284,17 @@ class Mirror:
             await trio.sleep(self._unrested)
             self._unrested = 0.0
 
-    def _take_events(self) -> None:
+    async def _take_events(self) -> None:
         if len(self._queue) < QUEUE_MAX:
             # Parents first: what is below them they queue themselves.
             events = sorted(self._changes.take(), key=len)
             self._queue.update(dict.fromkeys(events, True))
-        if self._releases.take():
+        if released := self._domain_ends.take():
+            domids = {path[len(RELEASE) + 1 :] for path in released}
+            if b"" not in domids and self._files.has_perms:
+                with suppress(OSError):  # the files' owner may change them
+                    await self._carry_out(self._reconciler.queue_nodes_of(domids))
+                    return
             self._queue.setdefault(self._view.root, False)
 
     def _sticky_changed(self, path: bytes) -> None:
@@ -313,7 +303,7 @@ class Mirror:
             if self._reconciler.contradicts(path):
                 self._queue.setdefault(path, False)
                 self._wake()
-            self._files.release()
+            self._files.close_directories()
 
     def _is_inside(self, path: bytes) -> bool:
         """Whether the path of an event is in the tree: a broken store may send any."""

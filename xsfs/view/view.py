@@ -26,6 +26,7 @@ from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands, Names
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
+from xsfs.xenstore.home import moved
 from xsfs.xenstore.permissions import access_of, decode_perms
 from xsfs.xenstore.protocol import Request
 from xsfs.xenstore.store import IN_DOUBT_MAX, Store, Transaction
@@ -141,8 +142,31 @@ class View:
         self._requests_max: int | None = None
         self._has_probed = domid == 0
         self._takes_reserved_domids: bool | None = None
+        self._moves = trio.lowlevel.ParkingLot()
+        """Tasks that wait for `move_home`."""
         self.at_end: dict[object, Callable[[], None]] = {}
         """Functions to call when it ends."""
+
+    def move_home(self, domid: int) -> None:
+        """The domain has got another domid."""
+        home = home_of(domid)
+        self.root = moved(self.root, self.home, home)
+        self.domid, self.home = domid, home
+        self._moves.unpark_all()
+
+    async def has_moved(self, path: bytes) -> bool:
+        """Whether this path, which cannot be read, is the home that the domain had until now.
+
+        If so, this waits until the view knows the new one.
+        """
+        if path != self.home or not self.domid:
+            return False
+        if await self.store.domid() in (0, self.domid):
+            return path != self.home
+        with trio.move_on_after(self.store.timeout):
+            while path == self.home:
+                await self._moves.park()
+        return path != self.home
 
     def end(self) -> None:
         """End the view: from now on everything seen through it is stale."""
@@ -235,8 +259,7 @@ class View:
                 if isinstance(children, bytes):
                     self.hints.saw(path, children)
             elif state.readable and (
-                self.sticky.get(path) is not None
-                or (container is not None and container.get(name) is not None)
+                path in self.sticky or (container is not None and container.get(name) is not None)
             ):
                 doubtful.append(name)
         if doubtful:
@@ -279,7 +302,7 @@ class View:
 
     def _may_be_directory(self, path: bytes) -> bool:
         """Whether a node without children may be a directory, depending on its value."""
-        return self.sticky.get(path) is not None or is_container(path)
+        return path in self.sticky or is_container(path)
 
     def is_directory(self, path: bytes, state: NodeState) -> bool:
         """Whether a node is a directory: it has children, or it is empty and has been a directory or is
@@ -289,15 +312,15 @@ class View:
         """
         if state.has_children or not state.readable:
             return True
-        if state.value is None:
-            return False
-        if state.value:
-            return bool(self.sticky.get(path))
-        return self._may_be_directory(path)
+        return state.value is not None and self.is_directory_without_children(path, state.value)
+
+    def is_directory_without_children(self, path: bytes, value: bytes) -> bool:
+        """`is_directory` of a node that can be read and has no children."""
+        return self.sticky.has_value(path) if value else self._may_be_directory(path)
 
     def has_dot_value(self, path: bytes, state: NodeState) -> bool:
         """Whether a directory has a `.value`: if the value is not empty, or `.value` was just created."""
-        return bool(state.value) or bool(self.sticky.get(path))
+        return bool(state.value) or self.sticky.has_value(path)
 
     def always_there_below(self, path: bytes) -> Collection[bytes]:
         """The names of directories that are shown even if their nodes do not exist: in the root of a
