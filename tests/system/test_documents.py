@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import record
 from tests.support.documents import (
     blocks,
     check_dialogue,
@@ -48,6 +49,22 @@ def dom0(daemon: RealXenstored) -> Iterator[Host]:
 
 def test_the_readme(dom0: Host) -> None:
     check_session("README.md", dom0)
+
+
+def test_the_recording_shows_what_the_session_prints() -> None:
+    lines = [line.text for line in record.record()]
+    assert record.shown() == lines, "python3 -m docs.record"
+
+
+def test_the_figures_of_the_readme_are_those_of_the_table() -> None:
+    readme, page = (
+        (REPOSITORY / name).read_text() for name in ("README.md", "docs/performance.md")
+    )
+    said = re.search(r"reads a value in (\S+ \S+), where `xenstore-read` takes (\S+ \S+)\.", readme)
+    row = re.search(r"^\| read a value in a script \| (.*?) \| (.*?) \|", page, re.MULTILINE)
+    assert said is not None
+    assert row is not None
+    assert said.groups() == (row[2], row[1])
 
 
 def quick_reference() -> list[tuple[list[str], list[str]]]:
