@@ -101,7 +101,7 @@ def test_an_atomic_restore(daemons: tuple[RealXenstored, RealXenstored], here: H
         assert nodes_below(target, data) == nodes_below(source, data)
         # A wrong line ends the commands before the commit.
         target.rm(data)
-        here.sh("cd /tmp; echo '{\"path\": \"..\"}' >> backup")
+        here.sh('cd /tmp; echo \'{"path": ".."}\' >> backup')
         assert here.run(f"cd /tmp; {RESTORE}", M="/mnt/xenstore").returncode != 0
         here.sh("rmdir /mnt/xenstore/.transaction/r")
         with pytest.raises(XsError, match="ENOENT"):

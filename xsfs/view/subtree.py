@@ -44,12 +44,13 @@ from xsfs.xenstore.protocol import Op, Request
 WINDOW: Final = 16
 """How many nodes one pipeline asks about."""
 
-WINDOWS_MIN: Final = 2
-WINDOWS_MAX: Final = 256
-WINDOW_SECONDS: Final = 0.00025
-"""Two windows are in flight, because the store replies to one while xsfs works on the other.  The requests of
-other tasks wait half a millisecond behind them.  If the way to the store is long, there are as many as the
-store answers within a round trip, at WINDOW_SECONDS each."""
+WINDOWS: Final = 2
+"""How many windows are in flight.  The store replies to one while xsfs works on the other, and the requests of
+other tasks wait half a millisecond behind them."""
+
+FAR_SECONDS: Final = 0.005
+FAR_WINDOWS: Final = 640
+"""How many windows are in flight if no reply has come faster than FAR_SECONDS: 10,000 nodes in a round trip."""
 
 TURN_SECONDS: Final = 0.0005
 """After so long other tasks get a turn."""
@@ -333,8 +334,8 @@ class Walk:
         self._size = 0
         """Of the text and all segments."""
         self._error: XenstoreError | None = None
-        self._round_trip = 1.0
-        """How many seconds the fastest pipeline has taken: a second, until the first has."""
+        self._windows = FAR_WINDOWS
+        """How many windows may be in flight."""
 
     async def run(self) -> SubtreeText | None:
         """The text; None if the first node does not exist.
@@ -349,7 +350,7 @@ class Walk:
             asked: deque[tuple[_Window, BackgroundCall[Iterator[Answer]]]] = deque()
             while self._runs or asked:
                 # The store replies to the next windows while this task works on one.
-                while self._runs and len(asked) < self._windows_max():
+                while self._runs and len(asked) < self._windows:
                     self._before_window(self._size)
                     window = self._next_window()
                     asked.append((window, BackgroundCall(nursery, partial(self._ask, window))))
@@ -362,10 +363,6 @@ class Walk:
         elif top.is_first:
             return None
         return SubtreeText(self._text, self._error)
-
-    def _windows_max(self) -> int:
-        """How many windows may be in flight: more if the way to the store is long."""
-        return max(WINDOWS_MIN, min(int(self._round_trip / WINDOW_SECONDS), WINDOWS_MAX))
 
     def _next_window(self) -> _Window:
         window = _Window()
@@ -394,7 +391,8 @@ class Walk:
                 requests.append(Request(Op.GET_PERMS, payload))
         start = perf_counter()
         replies = iter(await self._view.commands.pipeline(requests))
-        self._round_trip = min(self._round_trip, perf_counter() - start)
+        if perf_counter() - start < FAR_SECONDS:
+            self._windows = WINDOWS
         return zip(replies, replies, replies if asks_perms else repeat(b""), strict=False)
 
     async def _add_window(self, window: _Window, answers: Iterator[Answer]) -> None:
