@@ -45,12 +45,12 @@ WINDOW: Final = 16
 """How many nodes one pipeline asks about."""
 
 WINDOWS: Final = 2
-"""How many windows are in flight.  The store replies to one while xsfs works on the other, and the requests of
-other tasks wait half a millisecond behind them."""
+"""How many windows are in flight.  The store replies to one while xsfs works on the other, and the requests
+of other tasks wait half a millisecond behind them."""
 
 FAR_SECONDS: Final = 0.005
 FAR_WINDOWS: Final = 640
-"""How many windows are in flight if no reply has come faster than FAR_SECONDS: 10,000 nodes in a round trip."""
+"""How many windows are in flight if no reply has come within FAR_SECONDS: 10,000 nodes in a round trip."""
 
 TURN_SECONDS: Final = 0.0005
 """After so long other tasks get a turn."""
