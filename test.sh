@@ -2,7 +2,8 @@
 # Install on Debian 12 or 13, as root, everything that the tests need, and run them: style, types, tests.
 #
 #   ./test.sh [ARGUMENT OF PYTEST...]           the tests that take seconds, two files at a time
-#   ./test.sh --all [ARGUMENT OF PYTEST...]     the slow ones, too: other distributions, real Xen
+#   ./test.sh --ci                              these, then real Xen and the Debian package: 45 minutes
+#   ./test.sh --all [ARGUMENT OF PYTEST...]     all slow ones, too: other distributions
 #
 # Both real Xenstore daemons are Debian's; they run without Xen.  XSFS_VENV says where the virtual
 # environment is (default: .venv).
@@ -28,9 +29,10 @@ apt-get install -y -qq --no-install-recommends \
     python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3 \
     "${xen_utils%% *}" xenstore-utils attr inotify-tools rsync dash procps util-linux mount systemd \
     man-db mandoc bash-completion zsh openssh-server openssh-client gawk lua5.4 busybox xxd \
-    vim nano ed patch perl \
+    vim nano emacs-nox ed patch perl git make cpio jq ripgrep nodejs sqlite3 zip unzip less \
+    restic borgbackup ansible-core \
     debootstrap dpkg-dev lintian pipx rpm \
-    qemu-system-x86 cpio kmod e2fsprogs >/dev/null
+    qemu-system-x86 kmod e2fsprogs >/dev/null
 
 venv=${XSFS_VENV:-.venv}
 /usr/bin/python3 -m venv "$venv"
@@ -39,8 +41,18 @@ venv=${XSFS_VENV:-.venv}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-if [ "${1-}" = --all ]; then
+quick() { "$venv/bin/python" -m pytest -q -m "not slow" -n 2 --dist loadfile "$@"; }
+case ${1-} in
+--all)
     shift
     exec "$venv/bin/python" -m pytest -q "$@"
-fi
-exec "$venv/bin/python" -m pytest -q -m "not slow" -n 2 --dist loadfile "$@"
+    ;;
+--ci)
+    status=0
+    quick || status=$?
+    # One after the other: real Xen takes a processor for itself.
+    "$venv/bin/python" -m pytest -q -m ci tests/system || status=$?
+    exit "$status"
+    ;;
+*) quick "$@" ;;
+esac

@@ -239,6 +239,50 @@ def sends(data: bytes, *, then_hang_up: bool = False) -> Lie:
     return lie
 
 
+def first_of(*lies: Lie) -> Lie:
+    """The first of these that sees to the request."""
+    return lambda talk, request: any(lie(talk, request) for lie in lies)
+
+
+def quota(op: Op, gives_back: Op, most: int, error: str) -> Lie:
+    """At most so many of what one request takes and another one gives back; then an error."""
+    count = 0
+
+    def lie(talk: Talk, request: Message) -> bool:
+        nonlocal count
+        if request.op == gives_back:
+            count -= 1
+        elif request.op == op and count == most:
+            talk.reply(request, error.encode() + b"\0", Op.ERROR)
+            return True
+        elif request.op == op:
+            count += 1
+        return False
+
+    return lie
+
+
+def parts_of(path: str, listing: bytes, size: int) -> Lie:
+    """The listing of this node comes in parts of `size` bytes, wherever they end."""
+    payload = path.encode() + b"\0"
+
+    def lie(talk: Talk, request: Message) -> bool:
+        if not request.payload.startswith(payload):
+            return False
+        if request.op == Op.DIRECTORY:
+            talk.reply(request, b"E2BIG\0", Op.ERROR)
+            return True
+        if request.op != Op.DIRECTORY_PART:
+            return False
+        start = int(request.payload.split(b"\0")[1])
+        part = listing[start : start + size]
+        end = b"\0" if start + size >= len(listing) else b""
+        talk.reply(request, b"7\0" + part + end)
+        return True
+
+    return lie
+
+
 class Gate:
     """Makes a lie wait until it is opened: by then the client has gone to sleep over its request."""
 

@@ -19,7 +19,14 @@ def image() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["C", "ocaml", "systemd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("C", marks=pytest.mark.ci),
+        pytest.param("ocaml", marks=pytest.mark.ci),
+        "systemd",
+    ],
+)
 def test_real_xen(name: str, image: None, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print()

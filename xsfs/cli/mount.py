@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import pyfuse3
@@ -31,6 +31,7 @@ from xsfs.cli.mountpoint import check_fuse, check_mountpoint, fuse_failure
 from xsfs.cli.options import AUTOMATIC_SOURCES, Options
 from xsfs.cli.service import READY, STOPPING, describe_tasks, notify, status
 from xsfs.fs.inodes import InodeTable
+from xsfs.fs.migration import follow_home
 from xsfs.fs.operations import Operations
 from xsfs.fs.transaction_dirs import MountRoot
 from xsfs.fs.transactions import Transactions
@@ -71,6 +72,11 @@ makes thousands of objects that are freed with it, without the collector."""
 
 C_XENSTORED: Final = "C xenstored"
 OXENSTORED: Final = "oxenstored"
+
+PROGRESS_SECONDS: Final = 1.0
+"""How often xsfs shows how far the first copy of a mirror is."""
+
+ERASE_LINE: Final = "\r\x1b[K"
 
 END_SECONDS: Final = 2.0
 """How long the unmount may wait for changes that open files have not yet written."""
@@ -131,6 +137,16 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                     transactions = Transactions(background_tasks, view, options.tx_timeout)
                     operations = _operations(options, view, mirror, transactions, about)
                     _fuse_mount(operations, options)
+                    if view.domid:
+
+                        def on_move() -> None:
+                            if mirror is not None:
+                                mirror.move_home(view.domid)
+                            notify(status(_description(options, view)))
+
+                        background_tasks.start_soon(
+                            follow_home, view, operations, transactions, on_move
+                        )
                     try:
                         ready()
                         notify(READY, status(_description(options, view)))
@@ -283,6 +299,8 @@ async def _view(options: Options, store: Store) -> View:
     except ValueError:
         raise MountError(EXIT_DENIED, f"{unknown}: its domid is not a number", hint) from None
     root = options.root if options.root is not None else home_of(domid)
+    if domid:  # domain 0 keeps its domid
+        store.home.move(home_of(domid))
     return View(store, domid, root, RAW if options.raw else TEXT, StickyDirectories())
 
 
@@ -304,11 +322,15 @@ async def _mirror(
         raise MountError(EXIT_MIRROR, str(error), error.hint) from error
     try:
         async with _store(options, connect) as store, open_background() as background_tasks:
+            if view.domid:
+                store.home.move(view.home)
             own = View(store, view.domid, view.root, view.content, view.sticky)
             mirror = Mirror(store, own, files)
             try:
-                await background_tasks.start(mirror.run)
-            except (StoreError, OSError) as error:
+                async with open_background() as progress:
+                    progress.start_soon(_show_progress, mirror)
+                    await background_tasks.start(mirror.run)
+            except OSError as error:
                 raise MountError(
                     EXIT_MIRROR,
                     f"cannot make the mirror: {error}",
@@ -317,6 +339,22 @@ async def _mirror(
             yield mirror
     finally:
         files.close()
+
+
+async def _show_progress(mirror: Mirror) -> None:
+    """Show how far the first copy is, to systemd and at a terminal."""
+    at_terminal = sys.stderr.isatty()
+    with suppress(OSError):  # the terminal may go
+        try:
+            while True:
+                await trio.sleep(PROGRESS_SECONDS)
+                text = f"making the mirror: {mirror.fetched} nodes"
+                notify(status(text))
+                if at_terminal:
+                    print(f"\r{text}", end="", file=sys.stderr, flush=True)
+        finally:
+            if at_terminal:
+                print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
 
 def _operations(

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 EXIT_COUNT: Final = 0
@@ -48,11 +49,15 @@ USAGE: Final = "xsfs-watch [-v] [-j] [-s] [-n COUNT] [-t SECONDS] PATH..."
 EPILOG: Final = """\
 PATH is a directory of an xsfs mount (its changes, and all changes below it), or
 a file or missing name in one (its own changes).  A line is the path of what has
-changed.  As with xenstore-watch, the first line of each PATH comes at once: from
-then on nothing is missed.
+changed.  As with xenstore-watch, the first line of each PATH comes at once, and
+from then on nothing is missed.
 
 exit status:
 {statuses}
+
+examples:
+  xsfs-watch -v /mnt/xenstore/data           print each change and its value
+  xsfs-watch -s -n 1 -t 30 /mnt/xenstore/data/state && echo changed
 """
 
 
@@ -272,14 +277,17 @@ def changes(watches: Sequence[Watch], timeout: float | None) -> Iterator[tuple[W
     """
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     by_descriptor = {watch.descriptor: watch for watch in watches}
-    poll = select.poll()
+    # Not poll(2): when the kernel freezes all processes to suspend or migrate a guest, poll(2) asks the
+    # mount once more, which is frozen already, and so the kernel gives up.
+    poll = select.epoll()
     for descriptor in by_descriptor:
-        poll.register(descriptor, select.POLLIN)
+        poll.register(descriptor, select.EPOLLIN)
     output = sys.stdout.fileno()
-    poll.register(output, 0)  # only for errors
+    with suppress(PermissionError):  # a regular file
+        poll.register(output, 0)  # only for errors
     while True:
         left = deadline - time.monotonic()
-        ready = poll.poll(None if left == math.inf else max(0, math.ceil(left * 1000)))
+        ready = poll.poll(None if left == math.inf else max(0.0, left))
         for descriptor, _ in ready:
             if descriptor == output:
                 os.kill(os.getpid(), signal.SIGPIPE)

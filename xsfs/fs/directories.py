@@ -80,7 +80,11 @@ class Directory(ListedDirectory):
 
     async def getattr(self) -> EntryAttributes:
         self.require()
-        return self.attributes(self.require_directory(await self.view.fetch_directory(self.path)))
+        path = self.path
+        state = await self.view.fetch_directory(path)
+        if await self.is_elsewhere(path, state):
+            return await self.getattr()
+        return self.attributes(self.require_directory(state))
 
     async def require_present(self) -> None:
         """Fail with ESTALE if the node does not exist: the kernel then looks its path up again."""

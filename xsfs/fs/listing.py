@@ -86,6 +86,8 @@ class DirectoryHandle(Handle):
         node.require()
         path = self._path = node.path
         listing = await node.view.list_directory(path)
+        if await node.is_elsewhere(path, listing.state):
+            return await self.fetch()
         state = node.require_directory(listing.state)
         if not state.readable:
             refuse(errno.EACCES)

@@ -81,6 +81,9 @@ class Handle:
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
         refuse(errno.ENOTDIR)
 
+    def move(self, source: bytes, target: bytes) -> None:
+        """The domain's home has moved, and with it all below."""
+
     async def poll(self, poll_handle: pyfuse3.PollHandle | None) -> int:
         """The events of poll(2) that are ready.
 

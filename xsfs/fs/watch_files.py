@@ -39,6 +39,7 @@ from xsfs.fs.xattrs import XenstoreNode
 from xsfs.view.names import NAME_MAX, file_name, join
 from xsfs.xenstore import protocol
 from xsfs.xenstore.errors import RequestTimeout, StoreError
+from xsfs.xenstore.home import moved
 from xsfs.xenstore.watches import EVENTS_MAX, Subscription
 
 log = logging.getLogger(__name__)
@@ -323,6 +324,11 @@ class WatchHandle(Handle):
         except BaseException:
             del self._subscriptions[path]
             raise
+
+    def move(self, source: bytes, target: bytes) -> None:
+        self.base = moved(self.base, source, target)
+        self._subscriptions = {each.path: each for each in self._subscriptions.values()}
+        self._events = OrderedDict.fromkeys(moved(path, source, target) for path in self._events)
 
     async def release(self) -> None:
         self.count(-1)

@@ -26,6 +26,7 @@ from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands, Names
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
+from xsfs.xenstore.home import moved
 from xsfs.xenstore.permissions import access_of, decode_perms
 from xsfs.xenstore.protocol import Request
 from xsfs.xenstore.store import IN_DOUBT_MAX, Store, Transaction
@@ -141,8 +142,31 @@ class View:
         self._requests_max: int | None = None
         self._has_probed = domid == 0
         self._takes_reserved_domids: bool | None = None
+        self._moves = trio.lowlevel.ParkingLot()
+        """Tasks that wait for `move_home`."""
         self.at_end: dict[object, Callable[[], None]] = {}
         """Functions to call when it ends."""
+
+    def move_home(self, domid: int) -> None:
+        """The domain has got another domid."""
+        home = home_of(domid)
+        self.root = moved(self.root, self.home, home)
+        self.domid, self.home = domid, home
+        self._moves.unpark_all()
+
+    async def has_moved(self, path: bytes) -> bool:
+        """Whether this path, which cannot be read, is the home that the domain had until now.
+
+        If so, this waits until the view knows the new one.
+        """
+        if path != self.home or not self.domid:
+            return False
+        if await self.store.domid() in (0, self.domid):
+            return path != self.home
+        with trio.move_on_after(self.store.timeout):
+            while path == self.home:
+                await self._moves.park()
+        return path != self.home
 
     def end(self) -> None:
         """End the view: from now on everything seen through it is stale."""

@@ -364,8 +364,11 @@ class Connection:
             for op, req_id, _, payload in self._parser.messages():
                 # Events first: the kernel's device leaves rubbish in their req_id.
                 if op == _EVENT:
+                    path, token = decode_event(payload)
                     if self._on_event is not None:
-                        self._on_event(*decode_event(payload))
+                        self._on_event(path, token)
+                    if not self.alive:
+                        return
                     continue
                 found = in_flight.pop(req_id, None)
                 if found is None:
@@ -382,8 +385,6 @@ class Connection:
                 if not batch.missing and batch.deadline:
                     del self._waiting[batch]
                     batch.wake(outcome.Value(batch.replies))
-                if not self.alive:
-                    return
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)
             self.close(f"Xenstore broke the protocol: {error}")

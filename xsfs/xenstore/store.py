@@ -41,10 +41,12 @@ from xsfs.xenstore.errors import (
     TransactionEnded,
     XenstoreError,
 )
+from xsfs.xenstore.home import Home
 from xsfs.xenstore.protocol import Request
 from xsfs.xenstore.reconnect import (
     CircuitBreaker,
     Connect,
+    Observation,
     ReconnectingConnection,
     open_transport_by,
 )
@@ -69,20 +71,20 @@ Result = TypeVar("Result")
 
 
 class Transaction(Commands):
-    """One Xenstore transaction.  `commit` or `rollback` end it, and so does the end of its connection.
-
-    deadline    in trio's time, of all its requests; None if each has the connection's time limit
-    """
+    """One Xenstore transaction.  `commit` or `rollback` end it, and so does the end of its connection."""
 
     def __init__(
         self,
         connection: Connection,
         tx_id: int,
         breaker: CircuitBreaker,
+        home: Home,
         timeout: float,
         deadline: float | None = None,
     ) -> None:
+        """`deadline` is that of all its requests, in trio's time; if None, each has the time limit."""
         self.connection = connection
+        self._home = home
         self._breaker = breaker
         self._timeout = timeout
         self._deadline = deadline
@@ -104,6 +106,7 @@ class Transaction(Commands):
 
     @property
     def open(self) -> bool:
+        """Whether it has not ended yet."""
         return self._tx_id is not None and self.connection.alive
 
     async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
@@ -121,8 +124,9 @@ class Transaction(Commands):
         if deadline is None:
             deadline = trio.current_time() + self._timeout
         try:
-            with self._breaker.observe():
-                return await self.connection.pipeline(requests, self._tx_id, deadline)
+            with Observation(self._breaker):
+                sent = self._home.as_sent(requests)
+                return await self.connection.pipeline(sent, self._tx_id, deadline)
         except ConnectionLost as error:
             self._tx_id = None
             raise TransactionEnded(f"the transaction was lost: {error}") from error
@@ -142,7 +146,9 @@ class Transaction(Commands):
             raise TransactionEnded("the transaction was lost with its connection")
         tx_id, self._tx_id = self._tx_id, None
         *replies, end = await self.connection.pipeline(
-            (*requests, protocol.transaction_end(commit)), tx_id, self._deadline
+            (*self._home.as_sent(requests), protocol.transaction_end(commit)),
+            tx_id,
+            self._deadline,
         )
         self.has_ended = not isinstance(end, XenstoreError) or end.name == "EAGAIN"
         if isinstance(end, XenstoreError):
@@ -153,13 +159,14 @@ class Transaction(Commands):
         return replies
 
     async def commit(self) -> None:
-        """Carry out all changes at once.  Raises XenstoreError `EAGAIN` on a conflict: start again.
+        """Carry out all changes at once.  Raises Conflict if there was one: start again.
 
         ConnectionLost and RequestTimeout mean that the outcome is unknown.
         """
         await self.finish(())
 
     async def rollback(self) -> None:
+        """Undo all changes, and end the transaction."""
         await self.finish((), commit=False)
 
     async def wait_disconnected(self) -> None:
@@ -186,8 +193,10 @@ class Store(Commands):
         self._idle: list[Connection] = []
         """Connections for transactions of `atomically`, with none open."""
         self.timeout = timeout
+        self.home = Home()
+        """The home below which the paths of requests are sent as relative ones."""
         self.breaker = CircuitBreaker(nursery, timeout, self._probe)
-        self.watches = Watches(nursery, connect, timeout, self.breaker)
+        self.watches = Watches(nursery, connect, timeout, self.breaker, self.home)
         self.requests = 0
         """How many requests were sent, apart from those of transactions and watches."""
         self.transactions = 0
@@ -200,6 +209,7 @@ class Store(Commands):
 
     @property
     def reconnects(self) -> int:
+        """How often the connection for requests was opened again."""
         return self._main.reconnects
 
     async def connect(self) -> None:
@@ -227,9 +237,10 @@ class Store(Commands):
         if self.breaker.error is not None:
             await self.breaker.check()
         self.requests += len(requests)
-        deadline = trio.current_time() + self.timeout
+        requests = self.home.as_sent(requests)
         failure: ConnectionLost | RequestTimeout | None = None
-        with self.breaker.observe():
+        with Observation(self.breaker) as observation:
+            deadline = observation.start + self.timeout
             while True:
                 connection = self._main.current
                 if connection is None or not connection.alive:
@@ -269,7 +280,7 @@ class Store(Commands):
         """A transaction with a connection of its own.
 
         It is committed at the end of the block unless it has ended before, and rolled back if the block
-        raises.  A conflict raises XenstoreError `EAGAIN` at the end of the block: start again.
+        raises.  The end of the block raises Conflict if there was one: start again.
         """
         transaction = await self.begin()
         try:
@@ -283,7 +294,7 @@ class Store(Commands):
         """Start a transaction with a connection of its own.  The caller must `abandon` it later."""
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe():
+        with Observation(self.breaker):
             connection = await self._open(deadline)
             self.transactions += 1
             try:
@@ -291,7 +302,7 @@ class Store(Commands):
             except BaseException:
                 self._close(connection)
                 raise
-        return Transaction(connection, tx_id, self.breaker, self.timeout)
+        return Transaction(connection, tx_id, self.breaker, self.home, self.timeout)
 
     def abandon(self, transaction: Transaction) -> None:
         """Close the transaction's connection, which rolls back a transaction that is still open."""
@@ -320,11 +331,11 @@ class Store(Commands):
         instead.  All attempts together take `timeout` at most, and a quarter of it more if the store stops
         answering near the end.
 
-        Raises XenstoreError `EAGAIN` if it conflicted all the time.
+        Raises Conflict if it conflicted all the time.
         """
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe():
+        with Observation(self.breaker):
             async with self._one_of_few(deadline):
                 in_doubt = 0
                 while True:
@@ -375,7 +386,9 @@ class Store(Commands):
     async def _short_transaction(self, deadline: float) -> AsyncIterator[Transaction]:
         """A transaction on a connection that is used again if the transaction's end is certain."""
         connection, tx_id = await self._start_on_idle(deadline)
-        transaction = Transaction(connection, tx_id, self.breaker, self.timeout, deadline)
+        transaction = Transaction(
+            connection, tx_id, self.breaker, self.home, self.timeout, deadline
+        )
         try:
             yield transaction
         finally:

@@ -35,36 +35,55 @@ class GuestBridge(threading.Thread):
     def __init__(self, directory: str, domid: int) -> None:
         super().__init__(name=f"xenstore-guest-{domid}", daemon=True)
         self.path = os.path.join(directory, f"guest.{domid}.sock")
-        self._evtchn_path = os.path.join(directory, f"evtchn.{domid}")
+        self._directory = directory
         self._daemon_path = os.path.join(directory, "evtchn")
-        self._wakeup = struct.pack("=II", domid, GUEST_PORT)
-        self._ring = Ring(os.path.join(directory, f"ring.{domid}"))
-        self._evtchn = _bind(socket.SOCK_DGRAM, self._evtchn_path)
+        self._attach(domid)
         self._listener = _bind(socket.SOCK_STREAM, self.path)
         self._listener.listen(64)
         self._stopped, self._stopper = socket.socketpair()
         self._kick_due = False
+        self._next_domid: int | None = None
+        self._resumed = threading.Event()
         self._xenbus = Xenbus()
         self._clients: dict[Client, socket.socket] = {}
         self.start()
+
+    def _attach(self, domid: int) -> None:
+        """Open the ring and the event channel of this domain."""
+        self._evtchn_path = os.path.join(self._directory, f"evtchn.{domid}")
+        self._wakeup = struct.pack("=II", domid, GUEST_PORT)
+        self._ring = Ring(os.path.join(self._directory, f"ring.{domid}"))
+        self._evtchn = _bind(socket.SOCK_DGRAM, self._evtchn_path)
+
+    def _detach(self) -> None:
+        self._evtchn.close()
+        self._ring.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._evtchn_path)
+
+    def resume_as(self, domid: int) -> None:
+        """The guest was migrated: it goes on as this domain, which must be introduced.  The socket stays."""
+        self._resumed.clear()
+        self._next_domid = domid
+        self._stopper.send(b"m")
+        if not self._resumed.wait(60):
+            raise TimeoutError("requests of the guest are not answered")
 
     def stop(self) -> None:
         """Drop all clients, and the socket."""
         self._stopper.send(b"x")
         self.join()
-        sockets = (self._listener, self._evtchn, self._stopped, self._stopper)
-        for sock in (*self._clients.values(), *sockets):
+        for sock in (*self._clients.values(), self._listener, self._stopped, self._stopper):
             sock.close()
-        self._ring.close()
-        for path in (self.path, self._evtchn_path):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        self._detach()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
 
     def run(self) -> None:
         while True:
             self._pump()
             ready = self._wait()
-            if self._stopped.fileno() in ready:
+            if self._stopped.fileno() in ready and self._stopped.recv(1) == b"x":
                 return
             if self._evtchn.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -99,7 +118,14 @@ class GuestBridge(threading.Thread):
         for client, sock in list(self._clients.items()):
             if client.out:
                 self._write(client, sock)
-        for client in list(self._clients):
+        if self._next_domid is not None and self._xenbus.is_idle:
+            self._detach()
+            self._attach(self._next_domid)
+            self._next_domid = None
+            self._xenbus.resume()
+            self._resumed.set()
+        # Before a migration, what is under way is answered, and nothing else is asked.
+        for client in list(self._clients if self._next_domid is None else ()):
             try:
                 self._xenbus.advance(client)
             except TooLong:

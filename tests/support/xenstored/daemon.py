@@ -99,7 +99,7 @@ class RealXenstored:
     def guest_socket(self, domid: int) -> str:
         if domid not in self._bridges:
             raise KeyError(f"domain {domid} has no bridge")
-        return self._path(f"guest.{domid}.sock")
+        return self._bridges[domid].path
 
     def client(self, domid: int | None = None, timeout: float = 10.0) -> XsClient:
         """A new XsClient, by the plain socket or as that guest."""
@@ -294,6 +294,14 @@ class RealXenstored:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path(f"{what}.{domid}"))
         self._virq()
+
+    def migrate(self, domid: int, target: int) -> None:
+        """The guest goes on as another domain, which exists and is introduced, with the same socket."""
+        bridge = self._bridges.pop(domid)
+        self._bridged[self._bridged.index(domid)] = target
+        self._bridges[target] = bridge
+        bridge.resume_as(target)
+        self.destroy_domain(domid)
 
     def populate(
         self, domids: Iterable[int] | None = None, introduce: bool = False, small: bool = False

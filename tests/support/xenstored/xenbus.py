@@ -44,6 +44,8 @@ class Client:
         self.watches: set[bytes] = set()
         """Payloads of WATCH as in the ring."""
         self.transactions: set[int] = set()
+        self.lost_transactions: set[int] = set()
+        """Those that were open at a migration."""
 
     def give(self, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
         self.out += HEADER.pack(op, req_id, tx_id, len(payload)) + payload
@@ -70,6 +72,7 @@ class Xenbus:
         self._from_ring = bytearray()
         self._clients: dict[int, Client] = {}
         self._requests: dict[int, _Request] = {}
+        self._kernel = Client(0)
         self._opened = 0
         self._sent = 0
 
@@ -95,6 +98,21 @@ class Xenbus:
         for tx_id in client.transactions:
             self._send(client, Op.TRANSACTION_END, b"F\0", ring_tx=tx_id)
 
+    # -- migration
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._requests and not self.to_ring
+
+    def resume(self) -> None:
+        """The ring leads to another store now: set all watches again there.  Transactions are lost."""
+        for client in self._clients.values():
+            for payload in client.watches:
+                self._send(self._kernel, Op.WATCH, payload)
+            client.lost_transactions |= client.transactions
+            client.transactions.clear()
+
     # -- from a client to the ring
 
     def advance(self, client: Client) -> None:
@@ -113,10 +131,20 @@ class Xenbus:
     def _request(self, client: Client, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
         if op in (Op.WATCH, Op.UNWATCH):
             self._watch(client, op, req_id, tx_id, payload)
-        elif op != Op.TRANSACTION_START and tx_id and tx_id not in client.transactions:
+        elif (
+            op != Op.TRANSACTION_START
+            and tx_id
+            and tx_id not in client.transactions | client.lost_transactions
+        ):
             client.refuse(req_id, tx_id, b"ENOENT")
         elif op == Op.TRANSACTION_END and payload not in (b"T\0", b"F\0"):
             client.refuse(req_id, tx_id, b"EINVAL")
+        elif op == Op.TRANSACTION_END and tx_id in client.lost_transactions:
+            client.lost_transactions.discard(tx_id)
+            if payload == b"T\0":
+                client.refuse(req_id, tx_id, b"EAGAIN")
+            else:
+                client.give(op, req_id, tx_id, b"OK\0")
         else:
             self._send(client, op, payload, req_id, tx_id, ring_tx=tx_id)
 
@@ -169,6 +197,8 @@ class Xenbus:
     def _reply(self, request: _Request, op: int, tx_id: int, payload: bytes) -> None:
         client = request.client
         client.in_flight -= 1
+        if client is self._kernel:
+            return
         if request.op == Op.TRANSACTION_END:
             # However it ended; the kernel forgets it too.
             client.transactions.discard(request.tx_id)

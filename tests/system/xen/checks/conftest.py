@@ -11,33 +11,49 @@ import pytest
 from tests.support import mounting
 from tests.support.mounting import Mount, mounted
 from tests.system.xen.checks.guest import Guest
-from tests.system.xen.checks.machine import DEVICE, LIMIT, SOURCES, Witness
+from tests.system.xen.checks.machine import (
+    DEVICE,
+    IN_DOM0,
+    LIMIT,
+    MACHINE,
+    SETTINGS,
+    SOCKET,
+    Witness,
+    shell,
+    until,
+)
 
 mounting.LIMIT = LIMIT
 
 
-@pytest.fixture(scope="module", params=SOURCES, ids=lambda source: os.path.basename(source))
-def source(request: pytest.FixtureRequest) -> str:
-    """Each way to Xenstore that this domain has."""
-    return str(request.param)
+@pytest.fixture(scope="session")
+def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """This domain's Xenstore by the kernel's device.
 
-
-@pytest.fixture(scope="module")
-def mount(source: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """This domain's Xenstore, mounted with no options."""
-    with mounted([source], tmp_path_factory.mktemp("mount") / "m") as mount:
+    One for all checks, since xsfs takes seconds to start here.  `dom0` is by the daemon's socket.  Without
+    systemd it begins before there is a daemon, which is started then.
+    """
+    mount = Mount(["-o", "timeout=100", DEVICE], tmp_path_factory.mktemp("mount") / "m")
+    try:
+        if IN_DOM0 and SETTINGS["INIT"] == "lab":
+            until(lambda: DEVICE in _open_files(mount), "xsfs waits for the daemon")
+            assert not os.path.exists(SOCKET)
+            shell(f"{MACHINE}/start-xenstored")
+        mount.wait_mounted()
         yield mount
+        assert mount.end() == 0, mount.stderr
+        assert "Traceback" not in mount.stderr, mount.stderr
+    finally:
+        mount.clear()
 
 
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """The same by the kernel's device."""
-    with mounted([DEVICE], tmp_path_factory.mktemp("device") / "m") as mount:
-        yield mount
+def _open_files(mount: Mount) -> list[str]:
+    listed = shell(f"readlink /proc/{mount.process.pid}/fd/*; true")
+    return listed.splitlines()
 
 
 @pytest.fixture
-def witness() -> Witness:
+def witness(mount: Mount) -> Witness:
     return Witness()
 
 
@@ -52,16 +68,17 @@ def box(request: pytest.FixtureRequest, mount: Mount, witness: Witness) -> Itera
 
 
 @pytest.fixture(scope="session")
-def guest() -> Iterator[Guest]:
+def guest(mount: Mount) -> Iterator[Guest]:
     """A domU with this domain's Xenstore mounted at /mnt/xenstore, for checks that share one."""
     with Guest("guest") as guest:
         guest.bash("xsfs /mnt/xenstore")
         yield guest
-        guest.bash("umount /mnt/xenstore")
+        if guest.alive:
+            guest.bash("umount /mnt/xenstore")
 
 
 @pytest.fixture(scope="session")
-def dom0(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+def dom0(mount: Mount, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     """The whole store, seen from dom0."""
     with mounted(["-o", "root=/"], tmp_path_factory.mktemp("whole") / "m") as mount:
         yield mount

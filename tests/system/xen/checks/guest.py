@@ -25,7 +25,7 @@ name = "{name}"
 type = "{type}"
 kernel = "/lab/vmlinux"
 ramdisk = "/lab/initrd.img"
-extra = "console=hvc0 lab=domu mitigations=off"
+extra = "console=hvc0 lab=domu mitigations=off quiet cryptomgr.notests nokaslr"
 memory = {memory}
 vcpus = 1
 disk = [ "format=raw,vdev=xvda,access=ro,backendtype=phy,script={script},target=/dev/vda",
@@ -34,6 +34,13 @@ on_poweroff = "destroy"
 on_reboot = "destroy"
 on_crash = "destroy"
 """
+
+
+NOTICED = 60.0
+"""Seconds after which xl should have seen that a domain has halted."""
+
+SAVED = "/dev/vdc"
+"""Where a domain is saved: the disk for the logs, which are written at the end."""
 
 
 class Guest:
@@ -51,7 +58,7 @@ class Guest:
             CONFIGURATION.format(
                 name=self.name,
                 type=SETTINGS["GUEST"],
-                memory=448,
+                memory=320,
                 script="/lab/share/tests/system/xen/machine/block-hotplug",
             )
         )
@@ -80,6 +87,23 @@ class Guest:
     def destroy(self) -> None:
         if self.alive:
             shell(f"xl destroy {self.name}")
+
+    def wait_end(self) -> None:
+        """Wait until it has halted.  With oxenstored now and then xl does not see that a PV domain has,
+        which is no matter of xsfs: then it is told here, and the domain destroyed."""
+        try:
+            until(lambda: not self.alive, "xl has seen the end", NOTICED)
+        except AssertionError:
+            state = shell(f"xl list {self.name} | tail -n 1").split()[4]
+            assert "s" in state, f"{self.name} has not halted: its state is {state}"
+            print(f"lab: xl has not seen that {self.name} halted; destroyed")
+            self.destroy()
+
+    def save_and_restore(self) -> None:
+        """Afterwards it has another domid, as after a migration."""
+        shell(f"xl save {self.name} {SAVED}", LIMIT * 3)
+        shell(f"xl restore {SAVED}", LIMIT * 3)
+        self.domid = int(shell(f"xl domid {self.name}"))
 
     def bash(self, script: str, limit: float = LIMIT) -> str:
         """What it prints there; it must succeed."""

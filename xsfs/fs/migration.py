@@ -1,0 +1,64 @@
+"""A guest's new home: after a migration, or after it was saved and restored, it has another domid.
+
+`follow_home` watches the node `domid`.  The kernel sets this watch again in the new store, so its first event
+tells of the new domid.  What the mount keeps by path moves to the new home: open files, scratch files, sticky
+directories and watches.  Open transactions are lost: readers meet ESTALE.
+
+Between the resumption of the guest and that event the mount works by relative paths already
+(xenstore/home.py).  Only the home itself is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from xsfs.fs.open_files import open_files_of
+from xsfs.fs.operations import Operations
+from xsfs.fs.transactions import Transactions
+from xsfs.view.view import View
+from xsfs.xenstore.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+DOMID = b"domid"
+
+
+async def follow_home(
+    view: View,
+    operations: Operations,
+    transactions: Transactions,
+    on_move: Callable[[], None],
+) -> None:
+    """Move the mount to the new home whenever the domain has got another domid.
+
+    on_move     called after each move
+    """
+    try:
+        async with view.store.watch(DOMID) as events:
+            async for _ in events:
+                try:
+                    domid = await view.store.domid()
+                except (StoreError, ValueError) as error:
+                    log.warning("cannot read the domid: %s", error)
+                    continue
+                if domid not in (0, view.domid):  # 0: the toolstack has not written it yet
+                    log.warning("domain %d is domain %d now", view.domid, domid)
+                    _move(view, operations, domid)
+                    on_move()
+                    await transactions.roll_back_all()
+    except StoreError as error:
+        log.warning("xsfs will not notice a migration: %s", error)
+
+
+def _move(view: View, operations: Operations, domid: int) -> None:
+    table = operations.table
+    source = view.home
+    view.move_home(domid)
+    view.store.home.move(view.home)
+    view.store.watches.move(source, view.home)
+    view.sticky.move(source, view.home)
+    table.paths.clear()
+    table.scratch.move_below(source, view.home)
+    open_files_of(table, view).move(source, view.home)
+    operations.move_handles(source, view.home)
