@@ -110,11 +110,23 @@ async def test_over_a_long_way_a_walk_takes_a_round_trip_a_level(w: World) -> No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(w.store, "pipeline", ask_from_afar)
+        patch.setattr(w.store, "round_trip", FAR_SECONDS)
         async with open_background() as nursery:
             nursery.start_soon(deliver)
             text = await text_of(w, LsFormat)
+        assert w.store.round_trip == FAR_SECONDS
     assert text.count(b"\n") == 4000 + 200 + 10
     assert trips <= 4 + 2
+
+
+@in_world
+async def test_one_fast_reply_shows_that_the_way_is_short(w: World) -> None:
+    assert 0 < w.store.round_trip < float("inf"), "the first request was timed"
+    await w.store.write(TOP + b"/x", b"x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w.store, "round_trip", float("inf"))
+        await text_of(w, LsFormat)
+        assert w.store.round_trip < float("inf")
 
 
 @in_world

@@ -48,9 +48,9 @@ WINDOWS: Final = 2
 """How many windows are in flight.  The store replies to one while xsfs works on the other, and the requests
 of other tasks wait half a millisecond behind them."""
 
-FAR_SECONDS: Final = 0.005
+FAR_SECONDS: Final = 0.002
 FAR_WINDOWS: Final = 640
-"""How many windows are in flight if no reply has come within FAR_SECONDS: 10,000 nodes in a round trip."""
+"""How many windows are in flight if no pipeline was faster than FAR_SECONDS: 10,000 nodes in a round trip."""
 
 TURN_SECONDS: Final = 0.0005
 """After so long other tasks get a turn."""
@@ -334,8 +334,6 @@ class Walk:
         self._size = 0
         """Of the text and all segments."""
         self._error: XenstoreError | None = None
-        self._windows = FAR_WINDOWS
-        """How many windows may be in flight."""
 
     async def run(self) -> SubtreeText | None:
         """The text; None if the first node does not exist.
@@ -350,7 +348,7 @@ class Walk:
             asked: deque[tuple[_Window, BackgroundCall[Iterator[Answer]]]] = deque()
             while self._runs or asked:
                 # The store replies to the next windows while this task works on one.
-                while self._runs and len(asked) < self._windows:
+                while self._runs and len(asked) < self._windows_max():
                     self._before_window(self._size)
                     window = self._next_window()
                     asked.append((window, BackgroundCall(nursery, partial(self._ask, window))))
@@ -363,6 +361,9 @@ class Walk:
         elif top.is_first:
             return None
         return SubtreeText(self._text, self._error)
+
+    def _windows_max(self) -> int:
+        return WINDOWS if self._view.store.round_trip < FAR_SECONDS else FAR_WINDOWS
 
     def _next_window(self) -> _Window:
         window = _Window()
@@ -391,8 +392,8 @@ class Walk:
                 requests.append(Request(Op.GET_PERMS, payload))
         start = perf_counter()
         replies = iter(await self._view.commands.pipeline(requests))
-        if perf_counter() - start < FAR_SECONDS:
-            self._windows = WINDOWS
+        if requests:
+            self._view.store.took(perf_counter() - start)
         return zip(replies, replies, replies if asks_perms else repeat(b""), strict=False)
 
     async def _add_window(self, window: _Window, answers: Iterator[Answer]) -> None:
