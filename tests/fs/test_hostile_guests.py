@@ -196,6 +196,56 @@ def test_values_of_any_bytes(
     still_works(mount)
 
 
+ENTRIES = ("r-1", "b32757", "w4294967295", "n65536", "r32752", "n99999999999999999999")
+
+
+def test_permissions_of_any_kind(
+    daemon: RealXenstored, mount: Mount, guest: XsClient, evil: Path, tmp_path: Path
+) -> None:
+    """What a daemon takes from a guest is shown, and kept by mv, cp -a and tar.  No connection ends."""
+    connects = mount.counter("reconnects")
+    top = f"{HOME}/data/evil"
+    taken = 0
+    with daemon.client() as dom0:
+        for number, entry in enumerate(ENTRIES):
+            guest.write(f"data/evil/src/{number}", b"v")
+            try:
+                guest.set_perms(f"data/evil/src/{number}", [f"n{GUEST}", entry])
+            except XsError:
+                continue
+            taken += 1
+            shown = os.getxattr(evil / "src" / str(number), "user.xs.perms").decode()
+            assert shown == ",".join(dom0.get_perms(f"{top}/src/{number}"))
+        assert taken
+
+        def perms(directory: str) -> list[list[str]]:
+            names = sorted(dom0.ls(f"{top}/{directory}"))
+            return [dom0.get_perms(f"{top}/{directory}/{name}") for name in names]
+
+        expected = perms("src")
+        script = """
+            set -e; cd "$0"
+            ls -l src; getfattr -d src/*; cat src/*
+            tar --xattrs --xattrs-include='user.*' -cf "$1" src
+            cp -a src copy
+            mkdir restored; tar --xattrs --xattrs-include='user.*' -C restored -xf "$1"
+            mv src moved
+        """
+        done = subprocess.run(
+            ["bash", "-c", script, evil, tmp_path / "tar"],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT * 3,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        for directory in ("copy", "restored/src", "moved"):
+            assert perms(directory) == expected, directory
+    assert mount.counter("reconnects") == connects
+    still_works(mount)
+
+
 def test_watching_a_guest_who_picks_names(mount: Mount, guest: XsClient, evil: Path) -> None:
     """One line for each change, whatever the name."""
     descriptor = os.open(evil / ".watch", os.O_RDONLY | os.O_NONBLOCK)
