@@ -481,7 +481,7 @@ PROGRAM_COPIES: list[Callable[[Path, Path], object]] = [
     lambda source, target: run("node", "-e", NODE_COPY, source, target),
     lambda source, target: run("cp", "-p", source, target),
     lambda source, target: run("cp", "-a", source, target),
-    lambda source, target: run("rsync", "-a", source, target),
+    lambda source, target: run("rsync", "-a", "--inplace", source, target),
 ]
 
 
@@ -587,6 +587,20 @@ def test_single_files_are_copied_onto_mounts_of_other_modes(
             copy(source, data / "f")
             assert witness.read(node(place, data / "f")) == text.encode()
         (data / "f").unlink()
+
+
+@only_embedded
+def test_node_removes_its_target_if_it_cannot_set_the_mode(
+    place: Place, disk: Path, tmp_path: Path
+) -> None:
+    (disk / "f").write_text("new\n")
+    (disk / "f").chmod(0o600)
+    with mounted(["-o", "allow_other,umask=022", place.socket], tmp_path / "m") as mount:
+        (mount.path / "data" / "f").write_text("old\n")
+        done = mount.run(f'node -e "{NODE_COPY}" {disk}/f data/f')
+        assert done.returncode == 1
+        assert "EPERM" in done.stderr
+        assert not (mount.path / "data" / "f").exists()
 
 
 @only_embedded
