@@ -32,7 +32,7 @@ from xsfs.view.names import file_name
 
 HOME = f"/local/domain/{GUEST}"
 
-# What a tool may say of what changed while it looked.
+# The messages that a tool may print if something changed while it looked.
 CLEAR = (
     *("No such file or directory", "Stale file handle", "Is a directory", "Not a directory"),
     *("Directory not empty", "File removed before we read it", "file changed as we read it"),
@@ -202,7 +202,7 @@ ENTRIES = ("r-1", "b32757", "w4294967295", "n65536", "r32752", "n999999999999999
 def test_permissions_of_any_kind(
     daemon: RealXenstored, mount: Mount, guest: XsClient, evil: Path, tmp_path: Path
 ) -> None:
-    """What a daemon takes from a guest is shown, and kept by mv, cp -a and tar.  No connection ends."""
+    """The mount shows all permissions that a daemon accepts from a guest.  mv, cp -a and tar keep them.  No connection ends."""
     connects = mount.counter("reconnects")
     top = f"{HOME}/data/evil"
     taken = 0
@@ -306,7 +306,7 @@ def test_flapping_between_file_and_directory(
     record_property: Callable[[str, object], None],
 ) -> None:
     with meanwhile(daemon, flap) as count:
-        # What the daemon can do at most.
+        # The most that the daemon can do.
         start = time.monotonic()
         time.sleep(1.0)
         alone = count[0] * FLIPS / (time.monotonic() - start)

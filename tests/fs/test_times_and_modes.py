@@ -160,7 +160,7 @@ def test_rsync_restores_what_changed_with_equal_length(
 def test_rsync_of_attributes_from_a_source_that_has_none(
     place: Place, box: Path, disk: Path, witness: XsClient
 ) -> None:
-    """It removes those of the target: the permissions are those of the parent then, but for the owner."""
+    """rsync removes the attributes of the target, which then has the permissions of its parent."""
     top, backup = filled(box), disk / "backup"
     run("cp", "-r", top, backup)
     me = place.domid
@@ -548,8 +548,7 @@ def test_trees_are_copied_onto_mounts_of_other_modes(
     directory_mode: int,
     succeeds: bool,
 ) -> None:
-    """A mode that others would get in by is never pretended.  Then the program fails, and what it copied is
-    there."""
+    """A mode that others would get in by is never pretended.  Then the program fails, and nothing is lost."""
     fill_disk(disk, file_mode, directory_mode)
     (box / "child").write_text("or the other mount takes it for a file\n")
     with mounted(["-o", options, place.socket], tmp_path / "m") as mount:
@@ -607,8 +606,8 @@ def test_node_removes_its_target_if_it_cannot_set_the_mode(
 def test_install_makes_files_private_at_first(
     place: Place, disk: Path, tmp_path: Path, witness: XsClient
 ) -> None:
-    """It asks for the mode 0600 before the one that it is to set.  On a mount that others may read that is an
-    error, and the content is there."""
+    """It asks for the mode 0600 before the one that it is to set.  On a mount that others may read this fails,
+    after the content was written."""
     (disk / "f").write_text("1\n")
     with mounted(["-o", "allow_other,umask=022", place.socket], tmp_path / "m") as mount:
         done = mount.run(f"install -m 644 {disk}/f data/f")

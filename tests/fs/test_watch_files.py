@@ -90,7 +90,7 @@ def test_a_line_an_event(place: Place, box: Path, witness: XsClient) -> None:
 
 
 def test_each_change_is_one_line(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
-    """However it is made: the reader waits, and the line after its own is that of the next change."""
+    """The reader waits for each change, however it is made.  The next line belongs to the next change."""
     top = node(place, box)
     shell = (
         "echo 1 > $n",
