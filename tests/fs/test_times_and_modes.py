@@ -606,8 +606,8 @@ def test_node_removes_its_target_if_it_cannot_set_the_mode(
 def test_install_makes_files_private_at_first(
     place: Place, disk: Path, tmp_path: Path, witness: XsClient
 ) -> None:
-    """It asks for the mode 0600 before the one that it is to set.  On a mount that others may read this fails,
-    after the content was written."""
+    """It asks for the mode 0600 before the one that it is to set.  On a mount that others may read this
+    fails, after the content was written."""
     (disk / "f").write_text("1\n")
     with mounted(["-o", "allow_other,umask=022", place.socket], tmp_path / "m") as mount:
         done = mount.run(f"install -m 644 {disk}/f data/f")
