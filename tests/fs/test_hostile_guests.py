@@ -202,8 +202,8 @@ ENTRIES = ("r-1", "b32757", "w4294967295", "n65536", "r32752", "n999999999999999
 def test_permissions_of_any_kind(
     daemon: RealXenstored, mount: Mount, guest: XsClient, evil: Path, tmp_path: Path
 ) -> None:
-    """The mount shows all permissions that a daemon accepts from a guest.  mv, cp -a and tar keep them, and no
-    connection ends."""
+    """The mount shows all permissions that a daemon accepts from a guest.  mv, cp -a and tar keep them, and
+    no connection ends."""
     connects = mount.counter("reconnects")
     top = f"{HOME}/data/evil"
     taken = 0
