@@ -348,9 +348,7 @@ def test_a_dump_of_all_kinds_of_permissions_is_restored_as_it_was(
     top, owner = node_of(place, box), place.domid
     (box / "from").mkdir()
     (box / "to").mkdir()
-    entries = ["b32757", "w4294967295", "n65536"]
-    if place.kind == "C":
-        entries.append("r-1")  # oxenstored shows a number that it does not accept
+    entries = ["b32757", "w4294967295", "n65536", "r-1"]
     for number, entry in enumerate(entries):
         witness.write(f"{top}/from/{number}", b"x")
         with contextlib.suppress(XsError):

@@ -26,7 +26,7 @@ from tests.support.operating import (
     in_world,
     refused,
 )
-from xsfs.fs import dumps, files, inodes
+from xsfs.fs import dumps, files, inodes, open_files
 from xsfs.fs.directories import Directory
 from xsfs.fs.errnos import errno_of
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
@@ -47,7 +47,8 @@ from xsfs.xenstore.protocol import WireError, read
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was fetched serves for long, so that a busy machine does not change the number of requests."""
     monkeypatch.setattr(inodes, "HANDOVER_SECONDS", 1000.0)
-    monkeypatch.setattr(files, "FRESH_SECONDS", 1000.0)
+    for module in (files, open_files):
+        monkeypatch.setattr(module, "FRESH_SECONDS", 1000.0)
 
 
 @pytest.mark.usefixtures("unhurried")
