@@ -1,8 +1,7 @@
 """A store that is farther away than anything else takes time: a relay that counts round trips.
 
-It delivers requests at once.  It keeps what the daemon sends until daemon and client both sleep, and for
-TRIP_SECONDS at least.  Then it delivers all of it: that is one round trip.  So the count does not depend on
-how busy the machine is.
+It delivers requests at once.  It keeps what the daemon sends until daemon and client both sleep, and then
+delivers all of it: that is one round trip.  So the count does not depend on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -12,15 +11,12 @@ import select
 import socket
 import struct
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
 PAUSE: Final = 0.005
 """Seconds between two looks at the processes."""
-
-TRIP_SECONDS: Final = 0.1
 
 SIZE: Final = 1 << 16
 
@@ -32,11 +28,7 @@ class _Connection:
         self.daemon.connect(upstream)
         self.kept = b""
         self.unsent = b""
-        """For the daemon, which stops reading while nobody reads from it."""
-
-    def send(self) -> None:
-        with suppress(BlockingIOError):
-            self.unsent = self.unsent[self.daemon.send(self.unsent, socket.MSG_DONTWAIT) :]
+        """Requests for which the daemon has no room: oxenstored accepts more as its replies are taken."""
 
     def sleeps(self) -> bool:
         return _sleeps(_peer(self.client)) and _sleeps(_peer(self.daemon))
@@ -52,8 +44,6 @@ class DistantStore:
     def __init__(self, path: Path, upstream: str) -> None:
         self.path = str(path)
         self.trips = 0
-        self._ends = 0.0
-        """When the round trip under way may end."""
         self._upstream = upstream
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.path)
@@ -76,14 +66,12 @@ class DistantStore:
 
     def _run(self) -> None:
         while True:
-            for connection in self._connections:
-                connection.send()
             ready = self._ready(PAUSE)
             if self._end in ready:
                 return
             if ready:
                 self._relay(ready)
-            elif any(each.kept for each in self._connections) and self._is_over():
+            elif any(each.kept for each in self._connections) and self._all_sleep():
                 self.trips += 1
                 for connection in self._connections:
                     kept, connection.kept = connection.kept, b""
@@ -93,11 +81,11 @@ class DistantStore:
     def _ready(self, seconds: float) -> list[int | socket.socket]:
         sockets = [sock for each in self._connections for sock in (each.client, each.daemon)]
         watched: list[int | socket.socket] = [self._end, self._listener, *sockets]
-        return select.select(watched, (), (), seconds)[0]
+        blocked = [each.daemon for each in self._connections if each.unsent]
+        readable, writable, _ = select.select(watched, blocked, (), seconds)
+        return readable + writable
 
-    def _is_over(self) -> bool:
-        if time.monotonic() < self._ends:
-            return False
+    def _all_sleep(self) -> bool:
         # What was sent before they fell asleep is there by now.
         return all(each.sleeps() for each in self._connections) and not self._ready(0.0)
 
@@ -106,16 +94,16 @@ class DistantStore:
             self._connections.append(_Connection(self._listener.accept()[0], self._upstream))
         for connection in list(self._connections):
             with suppress(OSError):
-                if connection.daemon in ready:
-                    if not any(each.kept for each in self._connections):
-                        self._ends = time.monotonic() + TRIP_SECONDS
-                    connection.kept += connection.daemon.recv(SIZE)
-                if connection.client not in ready:
-                    continue
-                if data := connection.client.recv(SIZE):
+                with suppress(BlockingIOError):
+                    connection.kept += connection.daemon.recv(SIZE, socket.MSG_DONTWAIT)
+                if connection.client in ready:
+                    if not (data := connection.client.recv(SIZE)):
+                        raise ConnectionResetError
                     connection.unsent += data
-                    connection.send()
-                    continue
+                with suppress(BlockingIOError):
+                    sent = connection.daemon.send(connection.unsent, socket.MSG_DONTWAIT)
+                    connection.unsent = connection.unsent[sent:]
+                continue
             self._connections.remove(connection)
             connection.close()
 
