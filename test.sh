@@ -29,9 +29,10 @@ apt-get install -y -qq --no-install-recommends \
     python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3 \
     "${xen_utils%% *}" xenstore-utils attr inotify-tools rsync dash procps util-linux mount systemd \
     man-db mandoc bash-completion zsh openssh-server openssh-client gawk lua5.4 busybox xxd \
-    vim nano ed patch perl \
+    vim nano emacs-nox ed patch perl git make cpio jq ripgrep nodejs sqlite3 zip unzip less \
+    restic borgbackup ansible-core \
     debootstrap dpkg-dev lintian pipx rpm \
-    qemu-system-x86 cpio kmod e2fsprogs >/dev/null
+    qemu-system-x86 kmod e2fsprogs >/dev/null
 
 venv=${XSFS_VENV:-.venv}
 /usr/bin/python3 -m venv "$venv"

@@ -1,24 +1,29 @@
-"""Put the parts that are made from the program's tables into the manual and the completions.
+"""Put the parts that are made from the program's tables and docstrings into the manual, the completions and
+the reference of the Python interface.
 
     python3 -m docs.generate
 
-A generated part stands between a line that ends with "generated: NAME" and one that ends with "end of
+A generated part stands between a line with "generated: NAME" at its end and one with "end of
 generated".  Everything else in these files is written by hand.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import xsfs
+import xsfs.sync
 from xsfs import __version__
 from xsfs.cli import watch
 from xsfs.cli.exit_statuses import STATUSES
 from xsfs.cli.options import FLAGS, MOUNT_FLAGS, OPTIONS, Flag, Option
+from xsfs.xenstore.commands import Commands
 
 WIDTH: Final = 80
 """The longest line for which mandoc(1) does not warn."""
@@ -32,7 +37,8 @@ NO_VALUE, A_VALUE, PERHAPS = "no value", "a value", "perhaps a value"
 
 
 _PART = re.compile(
-    r"^(?P<begin>[^\n]* generated: (?P<name>[^\n]*)\n)(?P<text>.*?)(?P<end>[^\n]* end of generated$)",
+    r"^(?P<begin>[^\n]* generated: (?P<name>[^\n]*?)(?: -->)?\n)"
+    r"(?P<text>.*?)(?P<end>[^\n]* end of generated(?: -->)?$)",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -112,6 +118,101 @@ def zsh_text(text: str) -> str:
     return re.sub(r"[\[\]:]", r"\\\g<0>", text).replace("'", r"'\''")
 
 
+# ---------------------------------------------------------------------------------- the reference
+
+WIDE: Final = 115
+"""The longest line of a document."""
+
+INTERNAL: Final = frozenset(
+    (
+        *("abandon", "begin", "connect", "drop_connection", "finish", "is_conflict"),
+        *("wait_disconnected", "walk_in_windows", "alert", "end", "interrupt", "put"),
+    )
+)
+"""Methods of the public classes that only the file system uses."""
+
+ERRORS: Final = tuple(
+    getattr(xsfs, name)
+    for name in sorted(xsfs.__all__)
+    if inspect.isclass(getattr(xsfs, name)) and issubclass(getattr(xsfs, name), xsfs.StoreError)
+)
+
+
+def markdown(docstring: str) -> Iterator[str]:
+    """A docstring's paragraphs.  Lines "NAME   TEXT" become a list."""
+    for paragraph in inspect.cleandoc(docstring).split("\n\n"):
+        items = re.sub(r"^(\w+) {2,}", r"- `\1`: ", paragraph, flags=re.MULTILINE)
+        is_list = items != paragraph
+        for item in re.split(r"\n(?=- )", items) if is_list else [paragraph]:
+            text = " ".join(item.split())
+            yield from textwrap.wrap(
+                text, WIDE, subsequent_indent="  " if is_list else "", break_on_hyphens=False
+            )
+        yield ""
+
+
+def call_of(name: str, function: Callable[..., Any]) -> str:
+    """How to call it."""
+    whole = inspect.unwrap(function)
+    signature = inspect.signature(whole)
+    result = str(signature.return_annotation)
+    parameters = [each for each in signature.parameters.values() if each.name != "self"]
+    shown = str(inspect.Signature(parameters)).replace("'", "")
+    given = re.sub(r"^\w+\[(.*)\]$", r"\1", result)
+    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+        keyword = "async for" if inspect.isasyncgenfunction(function) else "for"
+        return f"{keyword} {given} in {name}{shown}"
+    if given != result and ("ContextManager[" in result or whole is not function):
+        keyword = "async with" if "Async" in result else "with"
+        return f"{keyword} {name}{shown} as {given}"
+    return f"{'await ' if inspect.iscoroutinefunction(function) else ''}{name}{shown} -> {result}"
+
+
+def entry(name: str, function: Callable[..., Any]) -> Iterator[str]:
+    call = call_of(name.rpartition(".")[2], function)
+    yield from (f"### {name}", "", f"    {call}", "")
+    yield from markdown(function.__doc__ or "")
+
+
+def class_entries(kind: type, name: str) -> Iterator[str]:
+    """What a class defines itself, apart from the operations that others have, too."""
+    yield from (f"## {name}", "")
+    yield from markdown(kind.__doc__ or "")
+    for method, value in vars(kind).items():
+        function = value.fget if isinstance(value, property) else value
+        if not inspect.isfunction(function) or method.startswith("_") or method in INTERNAL:
+            continue
+        if kind is not Commands and method in vars(Commands) and issubclass(kind, Commands):
+            continue
+        if isinstance(value, property):
+            yield from (f"### {name}.{method}", "", f"    {method}", "")
+            yield from markdown(function.__doc__ or "")
+        else:
+            yield from entry(f"{name}.{method}", function)
+
+
+def reference() -> Iterator[str]:
+    yield ""
+    yield from entry("open_store", xsfs.open_store)
+    yield from class_entries(Commands, "Operations")
+    for kind in xsfs.Store, xsfs.Transaction, xsfs.Subscription, xsfs.Permission:
+        yield from class_entries(kind, kind.__name__)
+    for function in xsfs.parse_permissions, xsfs.format_permissions:
+        yield from entry(function.__name__, function)
+    yield from ("## Errors", "")
+    for error in ERRORS:
+        bases = ", ".join(base.__name__ for base in error.__bases__)
+        yield from (f"### {error.__name__}", "", f"    class {error.__name__}({bases})", "")
+        yield from markdown(error.__doc__ or "")
+
+
+def sync_reference() -> Iterator[str]:
+    yield ""
+    yield from entry("xsfs.sync.open_store", xsfs.sync.open_store)
+    for kind in xsfs.sync.SyncStore, xsfs.sync.SyncTransaction, xsfs.sync.SyncWatch:
+        yield from class_entries(kind, kind.__name__)
+
+
 PARTS: Final[Mapping[str, Callable[[], Iterable[str]]]] = {
     "version": manual_version,
     "flags": lambda: manual_flags(FLAGS),
@@ -123,6 +224,8 @@ PARTS: Final[Mapping[str, Callable[[], Iterable[str]]]] = {
     "words of xsfs-watch": lambda: [f"    local flags='{' '.join(watch.FLAGS)}'"],
     "flags of zsh": zsh_flags,
     "options of zsh": zsh_options,
+    "reference": reference,
+    "reference of xsfs.sync": sync_reference,
 }
 
 FILES_WITH_PARTS: Final = tuple(
@@ -133,6 +236,7 @@ FILES_WITH_PARTS: Final = tuple(
         "completion/xsfs",
         "completion/_xsfs",
         "completion/xsfs-watch",
+        "python-reference.md",
     )
 )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ ROOMS = {
     "fs": {"fs", "view", "xenstore"},
     "cli": {"cli", "fs", "mirror", "embedded", "view", "xenstore", "__init__"},
     "__init__": {"xenstore"},
+    "sync": {"xenstore"},
     "__main__": {"cli"},
 }
 """Each room, and the rooms or modules from which its modules may import."""
@@ -103,6 +106,14 @@ def test_only_the_file_system_knows_of_fuse() -> None:
     users = {module for module in MODULES if "pyfuse3" in packages_of(module)}
     assert {room_of(module) for module in users} <= FUSE_ROOMS
     assert users, "nothing imports pyfuse3: the test looks in the wrong place"
+
+
+def test_the_python_interface_needs_no_pyfuse3() -> None:
+    script = (
+        "import sys; sys.modules['pyfuse3'] = None; import xsfs, xsfs.sync, xsfs.embedded.server;"
+        "print(*(getattr(xsfs, name) for name in xsfs.__all__))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_no_operation_makes_the_kernel_take_a_lock() -> None:

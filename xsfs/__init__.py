@@ -4,6 +4,8 @@ The command `xsfs` mounts it (xsfs.cli).  Programs that use trio open it:
 
     async with xsfs.open_store() as store:
         print(await store.read("name"))
+
+Programs without trio import xsfs.sync.
 """
 
 from importlib import import_module
@@ -11,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xsfs.xenstore.errors import (
+        Conflict,
         ConnectionLost,
+        NotFound,
+        NotSupported,
+        PermissionDenied,
+        QuotaExceeded,
         RequestTimeout,
         StoreError,
         StoreUnavailable,
@@ -31,7 +38,8 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "errors": (
-        *("ConnectionLost", "RequestTimeout", "StoreError", "StoreUnavailable"),
+        *("Conflict", "ConnectionLost", "NotFound", "NotSupported", "PermissionDenied"),
+        *("QuotaExceeded", "RequestTimeout", "StoreError", "StoreUnavailable"),
         *("TransactionEnded", "XenstoreError"),
     ),
     "permissions": ("Permission", "Permissions", "format_permissions", "parse_permissions"),
@@ -41,9 +49,14 @@ _MODULES = {
 """The modules of xsfs.xenstore, and the names that come from each."""
 
 __all__ = [
+    "Conflict",
     "ConnectionLost",
+    "NotFound",
+    "NotSupported",
     "Permission",
+    "PermissionDenied",
     "Permissions",
+    "QuotaExceeded",
     "RequestTimeout",
     "Store",
     "StoreError",

@@ -10,6 +10,8 @@ and a bare pyfuse3 file system, which is what FUSE itself costs from Python.
     mounting    file systems in processes of their own, and their certain end
     bare        the bare pyfuse3 file system
     report      the figures as a table, and as JSON
+    everyday    five everyday jobs for the documents: a program of its own; chart draws its picture
+    subtree     .ls and .json beside xenstore-ls: a program of its own
     against     this version against another one
     watches     how fast changes are told: a program of its own
 """

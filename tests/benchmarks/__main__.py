@@ -25,11 +25,12 @@ from typing import Any, Final, NoReturn
 
 from tests.support.xenstored.harness import DAEMONS, MissingProgramError
 
-from . import against, chart, kinds, mirror_works, works
+from . import against, kinds, mirror_works, works
 from .errors import BenchmarkError
 from .kinds import execute, names_below
 from .libxenstore import reader
 from .mounting import UNMOUNT, bare, bare_tree, xsfs
+from .progress import progress
 from .report import Circumstances, Memory, document, lines
 from .stores import DOMAINS_MIN, NAME, NAME_VALUE, domains_for, store
 from .timing import Comparison, Result, measure, warm_up
@@ -52,7 +53,6 @@ def _arguments() -> argparse.Namespace:
     add("--against", metavar="DIR", type=Path, help="measure against the version in that checkout")
     add("--busy", action="store_true", help="with --against: beside two busy loops")
     add("--json", metavar="FILE", help="write the figures there, too")
-    add("--svg", metavar="FILE", help="draw the ratios there")
     return parser.parse_args()
 
 
@@ -98,7 +98,7 @@ def _run(
     load = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        _progress(f"starting {kind} daemons")
+        progress(f"starting {kind} daemons")
         whole = enter(store(kind, domains - part, part))
         quarter = enter(store(kind, (part or domains) // 4))
         mounted = whole.mount.resident()
@@ -121,7 +121,7 @@ def _run(
         _see_the_same(stage)
         results = _phase(works.comparisons(stage), rounds, only)
         finished = whole.mount.resident()
-        _progress("visiting all nodes")
+        progress("visiting all nodes")
         execute(["find", whole.mount.path], whole.environment)
         visited = whole.mount.resident()
         # The mirror follows each change: it is not there while anything else is measured.
@@ -129,7 +129,7 @@ def _run(
         mirror = enter(xsfs(whole.socket, f"mirror={copy}"))
         results += _phase(mirror_works.comparisons(stage, copy), rounds, only)
         memory = Memory(stage.bare.resident(), mounted, visited, finished, mirror.resident())
-        _progress("")
+        progress("")
     cpus = os.cpu_count() or 1
     circumstances = Circumstances(kind, whole.nodes, whole.read, quarter.nodes, rounds, cpus, load)
     return circumstances, results, memory
@@ -137,15 +137,9 @@ def _run(
 
 def _phase(comparisons: list[Comparison], rounds: int, only: str | None) -> list[Result]:
     comparisons = [it for it in comparisons if it.ours.name.startswith(only or "")]
-    _progress("warming up")
+    progress("warming up")
     warm_up(comparisons)
-    return measure(comparisons, rounds, _progress)
-
-
-def _progress(text: str) -> None:
-    """One line that is written over, for whoever waits."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    return measure(comparisons, rounds, progress)
 
 
 def _terminated(number: int, _: object) -> NoReturn:
@@ -167,9 +161,9 @@ def main() -> int:
                 rounds=arguments.rounds,
                 only=arguments.only,
                 busy=arguments.busy,
-                progress=_progress,
+                progress=progress,
             )
-            _progress("")
+            progress("")
             for line in against.lines(results):
                 print(line)
             return 0
@@ -184,9 +178,6 @@ def main() -> int:
             with open(arguments.json, "w") as file:
                 json.dump(document(*figures), file, indent=2)
                 file.write("\n")
-        if arguments.svg:
-            with open(arguments.svg, "w") as file:
-                file.write(chart.draw(*figures[:2]))
     except (BenchmarkError, MissingProgramError, OSError, subprocess.SubprocessError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1

@@ -53,11 +53,11 @@ def lines(circumstances: Circumstances, results: Sequence[Result], memory: Memor
     yield from table([HEADINGS, *map(_row, results)], words=LEFT)
     yield ""
     yield "resident memory"
-    yield f"  bare pyfuse3, mounted           {_mebibytes(memory.bare)}"
-    yield f"  xsfs, just mounted              {_mebibytes(memory.mounted)}"
-    yield f"  xsfs, after all rounds          {_mebibytes(memory.finished)}"
-    yield f"  xsfs, all nodes visited         {_mebibytes(memory.visited)}"
-    yield f"  xsfs, all nodes mirrored        {_mebibytes(memory.mirror)}"
+    yield f"  bare pyfuse3, mounted           {mebibytes(memory.bare)}"
+    yield f"  xsfs, just mounted              {mebibytes(memory.mounted)}"
+    yield f"  xsfs, after all rounds          {mebibytes(memory.finished)}"
+    yield f"  xsfs, all nodes visited         {mebibytes(memory.visited)}"
+    yield f"  xsfs, all nodes mirrored        {mebibytes(memory.mirror)}"
 
 
 def document(
@@ -112,11 +112,11 @@ def table(rows: Sequence[Sequence[str]], *, words: int) -> Iterable[str]:
 
 def duration(seconds: float) -> str:
     """To three digits."""
-    for unit, units in ("us", 1e6), ("ms", 1e3):
+    for unit, units in ("µs", 1e6), ("ms", 1e3):
         if seconds * units < 999.5:
             return f"{seconds * units:.3g} {unit}"
     return f"{seconds:.3g} s"
 
 
-def _mebibytes(size: int) -> str:
+def mebibytes(size: int) -> str:
     return f"{size / (1 << 20):6.1f} MiB"

@@ -81,19 +81,27 @@ def measure(
     comparisons: Sequence[Comparison], rounds: int, progress: Callable[[str], None]
 ) -> list[Result]:
     """Run all rounds; `progress` is told what is about to run."""
-    order = contenders(comparisons)
-    seconds: Mapping[Contender, list[float]] = {contender: [] for contender in order}
-    for number in range(1, rounds + 1):
-        for contender in order:
-            progress(f"round {number} of {rounds}: {contender.name}")
-            seconds[contender].append(_time_well(contender.run))
-        order.reverse()
+    seconds = run_rounds(contenders(comparisons), rounds, progress)
 
     def times(contender: Contender, each: bool) -> list[float]:
         divisor = contender.items if each else 1
         return [taken / divisor for taken in seconds[contender]]
 
     return [Result(it, times(it.ours, it.each), times(it.theirs, it.each)) for it in comparisons]
+
+
+def run_rounds(
+    contenders: Sequence[Contender], rounds: int, progress: Callable[[str], None]
+) -> Mapping[Contender, list[float]]:
+    """The seconds of a run of each contender, one for each round."""
+    order = list(contenders)
+    seconds: Mapping[Contender, list[float]] = {contender: [] for contender in order}
+    for number in range(1, rounds + 1):
+        for contender in order:
+            progress(f"round {number} of {rounds}: {contender.name}")
+            seconds[contender].append(_time_well(contender.run))
+        order.reverse()
+    return seconds
 
 
 def _time_well(run: Callable[[], float | None]) -> float:

@@ -105,14 +105,14 @@ def latency(subject: Store, rounds: int) -> Iterator[str]:
             contenders = [("cat .watch", ours), ("xenstore-watch", theirs)]
             for name, start in contenders if number % 2 else contenders[::-1]:
                 with start(subject) as program:
-                    times.setdefault(name, []).append(_median_latency(writer, program))
+                    times.setdefault(name, []).append(median_latency(writer, program))
     for name, medians in times.items():
         yield f"  {name:<16} {statistics.median(medians) * 1e6:7.0f} us"
     pairs = zip(times["cat .watch"], times["xenstore-watch"], strict=True)
     yield f"  {'ratio':<16} {statistics.median(a / b for a, b in pairs):7.2f}"
 
 
-def _median_latency(writer: XsClient, program: Reader, count: int = 200) -> float:
+def median_latency(writer: XsClient, program: Reader, count: int = 200) -> float:
     taken = []
     for i in range(count):
         start = time.perf_counter()

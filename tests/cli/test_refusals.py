@@ -133,6 +133,25 @@ def test_wrong_mountpoints(daemon: RealXenstored, tmp_path: Path, mountpoint: Pa
     refused(xsfs(daemon.socket, tmp_path / "file"), 5, "not a directory")
 
 
+@pytest.mark.parametrize("path", ["/", "/proc", "/proc/self/net", "/sys", "/sys/fs", "/dev"])
+def test_a_mount_never_hides_what_every_program_needs(
+    daemon: RealXenstored, tmp_path: Path, path: str
+) -> None:
+    """In a mount namespace of its own: should xsfs mount after all, nobody else sees it."""
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    for name in (path, str(link)):
+        command = [sys.executable, "-m", "xsfs", daemon.socket, name]
+        done = subprocess.run(
+            ["unshare", "--mount", "--propagation=private", *command],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+        refused(done, 5, f"the mountpoint {name} belongs to the system", "/mnt/xenstore")
+
+
 def test_mounting_twice(daemon: RealXenstored, mountpoint: Path) -> None:
     with mounted([daemon.socket], mountpoint) as mount:
         refused(xsfs(daemon.socket, mountpoint), 5, "already an xsfs mount (umount it first)")

@@ -176,6 +176,12 @@ def test_paths_that_cannot_be_watched(mount: Mount, box: Path, tmp_path: Path) -
     refused(run(box, tmp_path), EXIT_FAILED, f"cannot watch {tmp_path}")
 
 
+def test_help() -> None:
+    text = run("--help").stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.partition("\nexamples:\n")[2].count("\n  xsfs-watch ") >= 1
+
+
 @pytest.mark.parametrize(
     "arguments",
     [(), ("-n", "0", "x"), ("-n", "x", "x"), ("-t", "-1", "x"), ("-t", "inf", "x"), ("-z", "x")],

@@ -19,11 +19,12 @@ from types import SimpleNamespace
 import pytest
 import trio
 
+from tests.support.messages import Message, messages_of
 from xsfs.embedded import server
 from xsfs.embedded.client_connection import OUTPUT_HIGH, OUTPUT_MAX
 from xsfs.embedded.server import EmbeddedStore
 from xsfs.xenstore import protocol
-from xsfs.xenstore.protocol import Message, Op, Request
+from xsfs.xenstore.protocol import Op, Request
 
 TIMEOUT = 20.0
 
@@ -58,7 +59,7 @@ class Client:
             if not data:
                 return None
             self._parser.feed(data)
-            self._received.extend(self._parser.messages())
+            self._received.extend(messages_of(self._parser))
         return self._received.popleft()
 
     async def ask(self, request: Request) -> bytes | str:

@@ -16,7 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounting import GUEST, LIMIT, Mount, Place, mounted, open_place, refusal
+from tests.support.mounting import (
+    GUEST,
+    LIMIT,
+    Mount,
+    Place,
+    mounted,
+    of_dom0,
+    of_guests,
+    open_place,
+    refusal,
+)
 from tests.support.xenstored.harness import XsClient, XsError
 
 EVERY_BYTE = bytes(range(256))
@@ -131,9 +141,8 @@ def test_permissions_of_every_kind_are_as_xenstore_ls_prints_them(
     assert cat(box / ".ls").stdout == xenstore_ls(place, top).stdout
 
 
+@of_dom0
 def test_a_listing_of_many_parts(place: Place, witness: XsClient, box: Path) -> None:
-    if place.guest:
-        pytest.skip("a guest may not have so many nodes")
     top = node_of(place, box)
     for start in range(0, 3000, 100):
         witness.pipeline(
@@ -460,20 +469,18 @@ def test_a_restore_in_a_transaction_is_atomic(
     assert len(states(witness, f"{top}/to")) == 101
 
 
+@of_dom0
 def test_the_whole_store_can_be_restored_over_itself(place: Place, mount: Mount) -> None:
-    if place.guest:
-        pytest.skip("a guest may not")
     path = mount.path / ".root" / ".dump"
     before = path.read_bytes()
     path.write_bytes(before)
     assert sorted(path.read_bytes().splitlines()) == sorted(before.splitlines())
 
 
+@of_guests
 def test_a_guest_may_not_restore_what_it_may_not_write(
     place: Place, mount: Mount, box: Path
 ) -> None:
-    if not place.guest:
-        pytest.skip("domain 0 may do everything")
     text = b'{"path": "data/%s/x", "value": "1"}\n{"path": "name", "value": "evil"}\n'
     number = refusal(lambda: (mount.path / ".dump").write_bytes(text % box.name.encode()))
     assert number == errno.EACCES
@@ -481,9 +488,8 @@ def test_a_guest_may_not_restore_what_it_may_not_write(
     assert (mount.path / "name").read_text() != "evil\n"
 
 
+@of_guests
 def test_a_full_target_is_an_error(place: Place, mount: Mount, box: Path) -> None:
-    if not place.guest:
-        pytest.skip("domain 0 has no quota")
     text = b"".join(b'{"path": "%d/%d", "value": "x"}\n' % (n // 50, n) for n in range(2000))
     number = refusal(lambda: (box / ".dump").write_bytes(text))
     assert number in (errno.ENOSPC, errno.EDQUOT)

@@ -33,10 +33,11 @@ from tests.support.lying_store import (
     sends,
     silence,
 )
+from tests.support.messages import Message
 from tests.support.mounting import LIMIT, Mount, mounted, refusal
 from tests.support.programs import program
 from tests.support.xenstored.harness import RealXenstored, XsClient, strings
-from xsfs.xenstore.protocol import HEADER, Message, Op, encode
+from xsfs.xenstore.protocol import HEADER, Op, encode
 
 TIMEOUT = 0.4
 HOME = "/local/domain/0"

@@ -9,12 +9,14 @@ import contextlib
 import errno
 import os
 import select
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,12 +115,35 @@ def directory_replaced(file: Path) -> None:
     other.rename(file.parent)
 
 
+def renamed(file: Path) -> None:
+    file.rename(file.with_name("renamed"))
+    file.write_text("another\n")
+
+
+def renamed_over_another(file: Path) -> None:
+    other = file.with_name("other")
+    other.write_text("another\n")
+    file.rename(other)
+
+
+def directory_renamed(file: Path) -> None:
+    file.parent.rename(file.parent.with_name("renamed"))
+    file.parent.mkdir()
+    file.write_text("another\n")
+
+
 WAYS: dict[str, Callable[[Path], None]] = {
     "unlinked": unlinked,
     "replaced": replaced,
     "made again": made_again,
     "with its directory": removed_with_its_directory,
     "directory replaced": directory_replaced,
+}
+
+RENAMES: dict[str, Callable[[Path], None]] = {
+    "renamed": renamed,
+    "renamed over another": renamed_over_another,
+    "directory renamed": directory_renamed,
 }
 
 
@@ -192,6 +217,52 @@ def test_a_file_that_this_mount_removes_is_as_on_tmpfs(
             assert in_store == (None if content is None else content.rstrip("\n").encode())
 
 
+@pytest.fixture(scope="module")
+def raw_mount(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """Reading gives exactly what was written, as on tmpfs."""
+    with mounted(["-o", "raw", place.socket], tmp_path_factory.mktemp("raw") / "m") as mount:
+        yield mount
+
+
+@pytest.mark.parametrize("name", ["own", ".root"])
+@pytest.mark.parametrize("way", RENAMES)
+@pytest.mark.parametrize("state", ["opened", "emptied", "created"])
+def test_a_file_that_this_mount_renames_is_as_on_tmpfs(
+    place: Place, raw_mount: Mount, box: Path, state: str, way: str, name: str
+) -> None:
+    """Whatever name it was opened by."""
+
+    def opened_by(path: Path) -> Path:
+        return path if name == "own" else by_root(place, raw_mount, path)
+
+    (box / "child").write_text("or the other mount takes it for a file\n")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as tmpfs:
+        for number, (operation, run) in enumerate(OPERATIONS.items()):
+            expected = history(Path(tmpfs) / str(number), STATES[state], RENAMES[way], run)
+            top = raw_mount.path / "data" / box.name / str(number)
+            assert history(top, STATES[state], RENAMES[way], run, opened_by) == expected, operation
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_value_of_a_directory_that_is_renamed(
+    place: Place, mount: Mount, box: Path, witness: XsClient, state: str
+) -> None:
+    directory, other = box / "d", box / "other"
+    directory.mkdir()
+    (directory / "child").write_text("1\n")
+    if not STATES[state] & os.O_CREAT:
+        (directory / ".value").write_text("old\n")
+    with opened(by_root(place, mount, directory) / ".value", STATES[state]) as fd:
+        directory.rename(other)
+        slow()
+        assert os.fstat(fd).st_size == len(os.pread(fd, 100, 0))
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"new\n", 0)
+        assert os.getxattr(fd, "user.xs.path").decode() == node(place, other)
+    assert witness.read(node(place, other)) == b"new"
+    assert not directory.exists()
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_attributes_of_a_removed_file_are_its_own(
     place: Place, box: Path, witness: XsClient, state: str
@@ -243,8 +314,6 @@ def test_a_file_that_others_remove_is_stale_and_stays_away(
     by: str,
 ) -> None:
     for number, (operation, run) in enumerate(MORE.items()):
-        if state == "emptied" and operation.startswith(("write", "ftruncate")):
-            continue  # one WRITE without a look, as `echo 42 > FILE` is: it creates what is missing
         directory = box / str(number)
         directory.mkdir()
         file = directory / "f"
@@ -260,7 +329,7 @@ def test_a_file_that_others_remove_is_stale_and_stays_away(
                 if with_directory:
                     there.parent.rmdir()
             slow()
-            seen = outcome(lambda: run(fd))  # noqa: B023
+            seen = outcome(partial(run, fd))
             if operation in ("fsync", "nothing"):
                 assert seen is None
             else:
@@ -298,7 +367,7 @@ def test_a_value_that_others_put_there_meanwhile_stays(
                 there = other_mount.path / file.relative_to(mount.path)
                 there.with_name("new").write_text("of others\n")
                 there.with_name("new").rename(there)
-            outcome(lambda: MORE[operation](fd))  # noqa: B023
+            outcome(partial(MORE[operation], fd))
             assert file.read_text() == "of others\n", operation
         assert file.read_text() == "of others\n", operation
         assert witness.read(path) == b"of others"
@@ -325,7 +394,7 @@ def test_a_handle_never_reaches_the_file_after_the_one_that_another_client_remov
             make(file)
             slow()
             content = file.read_text()
-            seen = outcome(lambda: run(fd))  # noqa: B023
+            seen = outcome(partial(run, fd))
             assert seen == (None if operation in ("fsync", "nothing") else "ESTALE"), operation
             assert file.read_text() == content, operation
         assert file.read_text() == content, operation
@@ -590,6 +659,69 @@ def test_increments_under_a_lock_lose_nothing(mount: Mount, box: Path, lock: str
     for worker in workers:
         assert worker.wait(LIMIT * 6) == 0
     assert (box / "n").read_text() == "400\n"
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR])
+def test_a_read_in_the_middle_is_of_that_moment(
+    place: Place, box: Path, witness: XsClient, flags: int
+) -> None:
+    """As a program reads that takes locks and looks at a part of a file alone."""
+    file = box / "f"
+    file.write_text("abcdef\n")
+    with opened(file, flags) as fd:
+        assert os.pread(fd, 7, 0) == b"abcdef\n"
+        for text in ("ABCDEF", "123456"):
+            witness.write(node(place, file), text.encode())
+            slow()
+            assert os.pread(fd, 2, 2) == text[2:4].encode()
+
+
+def test_a_value_is_read_in_pieces_of_one_moment(
+    place: Place, box: Path, witness: XsClient
+) -> None:
+    file = box / "f"
+    file.write_text("abcdef\n")
+    with opened(file, os.O_RDONLY) as fd:
+        assert os.read(fd, 2) == b"ab"
+        witness.write(node(place, file), b"ABCDEFGH")
+        slow()
+        assert os.read(fd, 2) == b"cd"
+        assert os.read(fd, 100) == b"ef\n"
+
+
+MAKE_DATABASE = """
+import sqlite3, sys
+with sqlite3.connect(sys.argv[1]) as database:
+    database.execute("PRAGMA page_size=512")
+    assert database.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
+    database.execute("CREATE TABLE t (n)")
+    database.execute("INSERT INTO t VALUES (0)")
+"""
+
+UPDATE_DATABASE = """
+import sqlite3, sys
+for _ in range(25):
+    database = sqlite3.connect(sys.argv[1], timeout=300)
+    with database:
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("UPDATE t SET n = n + 1")
+    database.close()
+"""
+
+
+def test_a_database_that_fits_a_value_loses_no_update(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    """sqlite with pages of 512 bytes: the database and its journal are nodes."""
+    python = [sys.executable, "-c"]
+    subprocess.run([*python, MAKE_DATABASE, box / "db"], check=True, timeout=LIMIT)
+    workers = [subprocess.Popen([*python, UPDATE_DATABASE, box / "db"]) for _ in range(4)]
+    for worker in workers:
+        assert worker.wait(LIMIT * 15) == 0
+    with contextlib.closing(sqlite3.connect(box / "db")) as database:
+        assert database.execute("SELECT n FROM t").fetchall() == [(100,)]
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert witness.ls(node(place, box)) == ["db"]
 
 
 def test_tail_follows_what_is_appended(

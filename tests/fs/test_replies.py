@@ -16,6 +16,7 @@ from pyfuse3 import EntryAttributes, FUSEError
 from trio.testing import trio_test, wait_all_tasks_blocked
 
 from tests.support.lying_store import LyingStore, Talk, on, says
+from tests.support.messages import Message
 from tests.support.operating import EXCL, RDONLY, ROOT, WRONLY, ctx, operations_on
 from tests.support.xenstored.harness import DAEMONS, RealXenstored
 from xsfs.fs.operations import Operations
@@ -23,7 +24,7 @@ from xsfs.view.kinds import StickyDirectories
 from xsfs.view.names import TEXT
 from xsfs.view.view import View
 from xsfs.xenstore.background import open_background
-from xsfs.xenstore.protocol import Message, Op, encode
+from xsfs.xenstore.protocol import Op, encode
 from xsfs.xenstore.store import Store, open_store
 
 LIMIT = 60.0

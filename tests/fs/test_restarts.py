@@ -17,10 +17,11 @@ import pytest
 
 from tests.fs.test_values import fails
 from tests.support.lying_store import LyingStore, Talk, on, says, silence
+from tests.support.messages import Message
 from tests.support.mounting import LIMIT, Mount, mounted, refusal
 from tests.support.programs import Lines, program
 from tests.support.xenstored.harness import RealXenstored
-from xsfs.xenstore.protocol import Message, Op
+from xsfs.xenstore.protocol import Op
 
 TIMEOUT = 1.0
 HOME = "/local/domain/0"

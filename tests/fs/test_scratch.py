@@ -7,15 +7,12 @@ import fcntl
 import fileinput
 import itertools
 import os
-import pty
-import select
-import signal
 import sqlite3
 import stat
 import subprocess
 import tempfile
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ from tests.fs.test_tree import RENAME_NOREPLACE, renameat2
 from tests.fs.test_values import fails, node
 from tests.support.commands import let_others_reach
 from tests.support.mounting import LIMIT, Mount, Place, mounted
+from tests.support.programs import await_screen, on_terminal
 from tests.support.xenstored.harness import XsClient
 from xsfs.fs import scratch
 from xsfs.view.names import is_scratch_name
@@ -63,11 +61,7 @@ def test_vim_with_its_defaults(place: Place, mount: Mount, box: Path, witness: X
 
 def test_nano(place: Place, box: Path, witness: XsClient) -> None:
     (box / "f").write_text("one\n")
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ["TERM"] = "vt100"
-        os.execvp("nano", ["nano", "-I", "--backup", "--locking", str(box / "f")])
-    try:
+    with on_terminal("nano", "-I", "--backup", "--locking", box / "f") as terminal:
         await_screen(terminal, b"one")
         os.write(terminal, b"two ")
         await_screen(terminal, b"two")
@@ -75,31 +69,23 @@ def test_nano(place: Place, box: Path, witness: XsClient) -> None:
         await_screen(terminal, b"Wrote")
         os.write(terminal, b"\x18")
         await_screen(terminal, None)
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(terminal)
     assert value(place, witness, box / "f") == b"two one"
     assert (box / "f~").read_text() == "one\n"
     assert sorted(os.listdir(box)) == ["f", "f~"]
 
 
-def await_screen(terminal: int, text: bytes | None) -> None:
-    """Read what the program prints until it has printed `text`, or ended if that is None."""
-    shown = b""
-    deadline = time.monotonic() + LIMIT
-    while text is None or text not in shown:
-        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
-        assert ready, shown
-        try:
-            part = os.read(terminal, 4096)
-        except OSError:
-            part = b""
-        if not part:
-            assert text is None, shown
-            return
-        shown += part
+def test_emacs(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
+    (box / "f").write_text("one\n")
+    # By its default emacs makes no backups below /tmp, and the mount is there.
+    backups = "(setq backup-enable-predicate (lambda (name) t))"
+    script = """(progn (auto-save-mode 1) (goto-char (point-max)) (insert "two\n") (do-auto-save)
+        (princ (directory-files "." nil "^[.#f]")) (save-buffer))"""
+    shown = mount.bash(f"cd {box}; emacs --batch -Q --eval '{backups}' f --eval '{script}'")
+    assert "#f#" in shown
+    assert value(place, witness, box / "f") == b"one\ntwo"
+    assert (box / "f~").read_text() == "one\n"
+    assert sorted(os.listdir(box)) == ["f", "f~"]
+    assert witness.ls(node(place, box)) == ["f"]
 
 
 def test_rsync_without_inplace(
@@ -198,6 +184,46 @@ def test_what_ansible_does(place: Place, box: Path, witness: XsClient) -> None:
     assert perms(place, witness, box / "f") == f"b{place.domid}"
 
 
+PLAYBOOK = """
+- hosts: localhost
+  gather_facts: false
+  tasks:
+    - copy: {{content: "one\\ntwo\\n", dest: {box}/f}}
+    - copy: {{content: "three\\n", dest: {box}/g, mode: "0644"}}
+    - copy: {{content: "four\\n", dest: {box}/g, backup: true}}
+    - template: {{src: {tmp_path}/t.j2, dest: {box}/t}}
+    - lineinfile: {{path: {box}/f, regexp: "^two", line: "zwei"}}
+    - lineinfile: {{path: {box}/f, line: "three", backup: true}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["C-guest", "embedded"], indirect=True, scope="module")
+def test_ansible(place: Place, mount: Mount, box: Path, witness: XsClient, tmp_path: Path) -> None:
+    (box / "f").write_text("old\n")
+    os.setxattr(box / "f", "user.xs.perms", f"b{place.domid}".encode())
+    (tmp_path / "t.j2").write_text("{{ 1 + 1 }}\n")
+    (tmp_path / "playbook.yml").write_text(PLAYBOOK.format(box=box, tmp_path=tmp_path))
+    settings = {"LC_ALL": "C.UTF-8", "HOME": str(tmp_path)}
+    command = [
+        "ansible-playbook",
+        "-i",
+        "localhost,",
+        "-c",
+        "local",
+        str(tmp_path / "playbook.yml"),
+    ]
+    for _ in range(2):
+        subprocess.run(command, env={**os.environ, **settings}, check=True, timeout=LIMIT * 30)
+        assert value(place, witness, box / "f") == b"one\nzwei\nthree"
+        assert value(place, witness, box / "g") == b"four"
+        assert value(place, witness, box / "t") == b"2"
+    assert perms(place, witness, box / "f") == f"b{place.domid}"
+    assert sorted(witness.ls(node(place, box))) == ["f", "g", "t"]
+    backups = {name for name in os.listdir(box) if name.endswith("~")}
+    assert "three\n" in {(box / name).read_text() for name in backups}
+
+
 def test_other_patterns_are_refused(box: Path) -> None:
     """Qt and older Go writers make NAME.XXXXXX."""
     with fails(errno.EINVAL):
@@ -206,7 +232,7 @@ def test_other_patterns_are_refused(box: Path) -> None:
         os.symlink("user@host.1", box / ".#f")  # emacs goes on without its lock
 
 
-def test_a_database_does_not_fit_a_value(box: Path) -> None:
+def test_a_database_of_large_pages_does_not_fit_a_value(box: Path) -> None:
     with closing(sqlite3.connect(box / "db", timeout=1)) as database:
         database.execute("PRAGMA journal_mode=DELETE")
         with pytest.raises(sqlite3.Error):
@@ -319,9 +345,16 @@ def test_attributes(place: Place, box: Path, witness: XsClient) -> None:
     assert os.getxattr(file, "user.xs.perms") == f"n{me},r{me + 1}".encode()
     assert os.listxattr(file) == ["user.xs.perms"]
     with fails(errno.EPERM):
-        os.removexattr(file, "user.xs.perms")
+        os.removexattr(file, "user.xs.value")
     file.rename(box / "f")
     assert value(place, witness, box / "f") == b"22"
+    assert perms(place, witness, box / "f") == f"n{me},r{me + 1}"
+    file.write_text("3\n")
+    os.setxattr(file, "user.xs.perms", f"b{me}".encode())
+    os.removexattr(file, "user.xs.perms")
+    with fails(errno.ENODATA):
+        os.removexattr(file, "user.xs.perms")
+    file.rename(box / "f")
     assert perms(place, witness, box / "f") == f"n{me},r{me + 1}"
 
 

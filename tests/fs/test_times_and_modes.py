@@ -13,12 +13,14 @@ import shutil
 import stat
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.mounting import LIMIT, Mount, Place, each_place, mounted
+from tests.support.programs import await_screen, on_terminal
 from tests.support.xenstored.harness import XsClient
 
 place = each_place("C", "ocaml", "C-guest", "embedded")
@@ -28,6 +30,12 @@ def node(place: Place, path: Path) -> str:
     """The Xenstore path of a file below `data`."""
     parts = path.parts
     return place.home + "/" + "/".join(parts[parts.index("data") :])
+
+
+few_places = pytest.mark.parametrize(
+    "place", ["C-guest", "embedded"], indirect=True, scope="module"
+)
+"""For programs that take seconds."""
 
 
 @pytest.fixture
@@ -149,6 +157,42 @@ def test_rsync_restores_what_changed_with_equal_length(
     assert os.listdir(top / "inner") == ["b"]
 
 
+def test_rsync_of_attributes_from_a_source_that_has_none(
+    place: Place, box: Path, disk: Path, witness: XsClient
+) -> None:
+    """It removes those of the target: the permissions are those of the parent then, but for the owner."""
+    top, backup = filled(box), disk / "backup"
+    run("cp", "-r", top, backup)
+    me = place.domid
+    os.setxattr(top, "user.xs.perms", f"b{me},r3".encode())
+    os.setxattr(top / "a", "user.xs.perms", f"r{me}".encode())
+    above = witness.get_perms(node(place, box))
+    for name in ("a", "inner/b"):
+        (backup / name).write_text("longer value\n")
+    for _ in range(2):
+        run("rsync", "-rX", "--inplace", f"{backup}/", f"{top}/")
+        for path in (top, top / "a", top / "inner", top / "inner" / "b"):
+            assert witness.get_perms(node(place, path)) == above
+    assert witness.read(node(place, top / "a")) == b"longer value"
+
+
+def test_the_owner_stays_when_permissions_are_removed(
+    place: Place, box: Path, witness: XsClient
+) -> None:
+    """A guest's nodes stay its own if domain 0 gives them the permissions of their parent."""
+    home = "/local/domain/7/removed"
+    if place.daemon is None or place.guest:
+        home = node(place, box) + "/removed"
+    owner = 7 if home.startswith("/local/domain/7") else place.domid
+    witness.write(home, b"1")
+    witness.set_perms(home, [f"n{owner}", "r3"])
+    file = box.parents[1] / ".root" / home[1:]
+    above = witness.get_perms(home.rpartition("/")[0])
+    os.removexattr(file, "user.xs.perms")
+    assert witness.get_perms(home) == [f"{above[0][0]}{owner}", *above[1:]]
+    witness.rm(home)
+
+
 def test_rsync_archives_onto_the_mount(
     place: Place, box: Path, disk: Path, witness: XsClient
 ) -> None:
@@ -217,6 +261,10 @@ def test_git_sees_a_change_of_equal_length(
     assert run("git", "status", "--porcelain", cwd=top, **settings) == " M a\n"
     run("git", "checkout", "--", ".", cwd=top, **settings)
     assert witness.read(node(place, top / "a")) == b"value 1"
+    slow()
+    witness.write(node(place, top / "a"), b"value 9")
+    run("git", "commit", "-qam", "y", cwd=top, **settings)
+    assert run("git", "show", "HEAD:a", cwd=top, **settings) == "value 9\n"
 
 
 def test_filecmp_sees_a_change_of_equal_length(
@@ -229,6 +277,125 @@ def test_filecmp_sees_a_change_of_equal_length(
     slow()
     witness.write(node(place, file), b"2")
     assert not filecmp.cmp(file, copy)
+
+
+def test_tar_makes_incremental_backups(
+    place: Place, box: Path, disk: Path, witness: XsClient
+) -> None:
+    top = filled(box)
+    tar = ("tar", "-C", box, "-g", disk / "state")
+    run(*tar, "-cf", disk / "0.tar", "tree")
+    next_second()
+    witness.write(node(place, top / "a"), b"value 9")
+    run(*tar, "-cf", disk / "1.tar", "tree")
+    assert "tree/a" in run("tar", "-tf", disk / "1.tar").splitlines()
+    assert run("tar", "-xOf", disk / "1.tar", "tree/a") == "value 9\n"
+    (top / "more").write_text("1\n")
+    run("rm", "-r", top / "inner")
+    run("tar", "-C", box, "-g", "/dev/null", "-xf", disk / "0.tar")
+    assert witness.read(node(place, top / "a")) == b"value 1"
+    assert sorted(os.listdir(top)) == ["a", "inner"], "the restored state is that of the backup"
+
+
+@few_places
+def test_restic_backs_up_and_restores(
+    place: Place, box: Path, disk: Path, witness: XsClient
+) -> None:
+    top = filled(box)
+
+    def restic(*words: object) -> str:
+        settings = {"RESTIC_PASSWORD": "x", "RESTIC_REPOSITORY": str(disk / "repository")}
+        return run("restic", "--no-cache", *words, cwd=box, **settings)
+
+    restic("init")
+    restic("backup", "tree")
+    witness.write(node(place, top / "a"), b"value 9")
+    assert "1 changed" in restic("backup", "tree")
+    witness.write(node(place, top / "a"), b"value 8")
+    restic("restore", "latest", "--target", box / "back")
+    assert (box / "back" / "tree" / "a").read_text() == "value 9\n"
+    assert witness.read(node(place, box / "back" / "tree" / "inner" / "b")) == b"value 2"
+    restic("restore", "latest", "--target", box)
+    assert witness.read(node(place, top / "a")) == b"value 9"
+
+
+@few_places
+def test_borg_backs_up_and_restores(place: Place, box: Path, disk: Path, witness: XsClient) -> None:
+    top = filled(box)
+
+    def borg(*words: object, cwd: Path = box) -> str:
+        settings = {
+            "BORG_BASE_DIR": str(disk / "borg"),
+            "BORG_REPO": str(disk / "repository"),
+            "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
+        }
+        return run("borg", *words, cwd=cwd, **settings)
+
+    borg("init", "-e", "none")
+    borg("create", "::first", "tree")
+    slow()
+    witness.write(node(place, top / "a"), b"value 9")
+    borg("create", "::second", "tree")
+    assert borg("extract", "--stdout", "::second", "tree/a") == "value 9\n"
+    (box / "back").mkdir()
+    borg("extract", "::first", cwd=box / "back")
+    assert witness.read(node(place, box / "back" / "tree" / "a")) == b"value 1"
+    borg("extract", "::first")
+    assert witness.read(node(place, top / "a")) == b"value 1"
+
+
+def test_zipfile_stores_and_extracts(
+    place: Place, box: Path, disk: Path, witness: XsClient
+) -> None:
+    """A zip file can hold no time before 1980."""
+    top = filled(box)
+    with zipfile.ZipFile(disk / "zip", "w") as archive:
+        for path in sorted(top.rglob("*")):
+            archive.write(path, path.relative_to(box))
+    with zipfile.ZipFile(disk / "zip") as archive:
+        archive.extractall(box / "back")
+    assert witness.read(node(place, box / "back" / "tree" / "inner" / "b")) == b"value 2"
+
+
+@pytest.mark.parametrize("by", ["mount", "client"])
+def test_vim_tells_that_a_file_has_changed(
+    place: Place, mount: Mount, box: Path, disk: Path, witness: XsClient, by: str
+) -> None:
+    file = box / "f"
+    file.write_text("1\n")
+    change = f"echo 2 > {file}"
+    if by == "client":
+        change = f"XENSTORED_PATH={place.socket} xenstore-write {node(place, file)} 2"
+    script = (
+        f"-c 'au FileChangedShell * call writefile([v:fcs_reason], \"{disk}/reason\")'"
+        " -c 'sleep 20m' -c checktime"
+        f" -c 'call system(\"{change}\")' -c 'sleep 20m' -c checktime -c q!"
+    )
+    mount.bash(f"vim -u NONE -N -es {script} {file} </dev/null")
+    assert (disk / "reason").read_text() == "changed\n"
+
+
+def test_vim_tells_nothing_if_nothing_has_changed(mount: Mount, box: Path, disk: Path) -> None:
+    file = box / "f"
+    file.write_text("1\n")
+    script = (
+        f"-c 'au FileChangedShell * call writefile([v:fcs_reason], \"{disk}/reason\")'"
+        " -c 'sleep 20m' -c checktime -c q!"
+    )
+    mount.bash(f"vim -u NONE -N -es {script} {file} </dev/null")
+    assert not (disk / "reason").exists()
+
+
+def test_nano_tells_that_a_file_has_changed(place: Place, box: Path, witness: XsClient) -> None:
+    file = box / "f"
+    file.write_text("one\n")
+    with on_terminal("nano", "-I", file) as terminal:
+        await_screen(terminal, b"one")
+        next_second()
+        witness.write(node(place, file), b"two")
+        os.write(terminal, b"x\x0f\r")  # write out, under the same name
+        await_screen(terminal, b"File on disk has changed")
+    assert witness.read(node(place, file)) == b"two"
 
 
 # ------------------------------------------------------------------------------------------- blocks
@@ -259,18 +426,33 @@ def test_install_of_ordinary_modes(
     assert witness.read(node(place, box / "x" / "y" / "f")) == b"1"
 
 
-@pytest.mark.parametrize(
-    "copy",
-    [
-        "cp -a {}/. {}",
-        "cp -rp {}/. {}",
-        "tar -C {} -cf - . | tar x -C {}",
-        "tar -C {} -cf - . | tar xp -C {}",
-        "cd {} && find . | cpio -o --quiet | (cd {} && cpio -idm --quiet)",
-        "rsync -r --inplace {}/ {}",
-        "rsync -a --inplace {}/ {}",
-    ],
-)
+def fill_disk(disk: Path, file_mode: int, directory_mode: int) -> None:
+    """Files to be copied onto the mount."""
+    (disk / "inner").mkdir()
+    for name in ("a", "inner/b"):
+        (disk / name).write_text(f"{name}\n")
+        (disk / name).chmod(file_mode)
+    for path in (disk, disk / "inner"):
+        path.chmod(directory_mode)
+
+
+NODE_CP = "require('fs').cpSync(process.argv[1], process.argv[2], {{recursive: true}})"
+
+TREE_COPIES = [
+    "cp -a {}/. {}",
+    "cp -rp {}/. {}",
+    "tar -C {} -cf - . | tar x -C {}",
+    "tar -C {} -cf - . | tar xp -C {}",
+    "cd {} && find . | cpio -o --quiet | (cd {} && cpio -idm --quiet)",
+    "rsync -r --inplace {}/ {}",
+    "rsync -a --inplace {}/ {}",
+    "rsync -r {}/ {}",
+    "rsync -a {}/ {}",
+    f'node -e "{NODE_CP}" {{}} {{}}',
+]
+
+
+@pytest.mark.parametrize("copy", TREE_COPIES)
 @pytest.mark.parametrize(("file_mode", "directory_mode"), [(0o644, 0o755), (0o600, 0o700)])
 def test_ordinary_trees_are_copied_onto_the_mount(
     place: Place,
@@ -282,12 +464,7 @@ def test_ordinary_trees_are_copied_onto_the_mount(
     file_mode: int,
     directory_mode: int,
 ) -> None:
-    (disk / "inner").mkdir()
-    for name in ("a", "inner/b"):
-        (disk / name).write_text(f"{name}\n")
-        (disk / name).chmod(file_mode)
-    for path in (disk, disk / "inner"):
-        path.chmod(directory_mode)
+    fill_disk(disk, file_mode, directory_mode)
     target = box / "target"
     target.mkdir()
     done = mount.run(copy.format(disk, target))
@@ -297,6 +474,15 @@ def test_ordinary_trees_are_copied_onto_the_mount(
 
 
 COPIES: list[Callable[[Path, Path], object]] = [shutil.copy, shutil.copy2, shutil.move]
+
+NODE_COPY = "require('fs').copyFileSync(process.argv[1], process.argv[2])"
+
+PROGRAM_COPIES: list[Callable[[Path, Path], object]] = [
+    lambda source, target: run("node", "-e", NODE_COPY, source, target),
+    lambda source, target: run("cp", "-p", source, target),
+    lambda source, target: run("cp", "-a", source, target),
+    lambda source, target: run("rsync", "-a", source, target),
+]
 
 
 @pytest.mark.parametrize("copy", COPIES, ids=lambda copy: copy.__name__)
@@ -331,10 +517,91 @@ def test_node_copies_a_file_onto_a_node(
     file = box / "f"
     file.write_text("old\n")
     perms = witness.get_perms(node(place, file))
-    script = "require('fs').copyFileSync(process.argv[1], process.argv[2])"
-    run("node", "-e", script, disk / "new", file)
+    run("node", "-e", NODE_COPY, disk / "new", file)
     assert witness.read(node(place, file)) == b"new"
     assert witness.get_perms(node(place, file)) == perms
+
+
+only_embedded = pytest.mark.parametrize("place", ["embedded"], indirect=True, scope="module")
+
+
+@only_embedded
+@pytest.mark.parametrize("copy", TREE_COPIES)
+@pytest.mark.parametrize(
+    ("options", "file_mode", "directory_mode", "succeeds"),
+    [
+        ("umask=022", 0o644, 0o755, True),
+        ("umask=022", 0o600, 0o700, True),
+        ("allow_other,umask=022", 0o644, 0o755, True),
+        ("allow_other,umask=022", 0o600, 0o700, False),
+    ],
+)
+def test_trees_are_copied_onto_mounts_of_other_modes(
+    place: Place,
+    box: Path,
+    disk: Path,
+    tmp_path: Path,
+    witness: XsClient,
+    copy: str,
+    options: str,
+    file_mode: int,
+    directory_mode: int,
+    succeeds: bool,
+) -> None:
+    """A mode that others would get in by is never pretended.  Then the program fails, and what it copied is
+    there."""
+    fill_disk(disk, file_mode, directory_mode)
+    (box / "child").write_text("or the other mount takes it for a file\n")
+    with mounted(["-o", options, place.socket], tmp_path / "m") as mount:
+        target = mount.path / "data" / box.name / "target"
+        target.mkdir()
+        (target / "old").write_text("old\n")
+        done = mount.run(copy.format(disk, target))
+        # Its temporary file is private at first.
+        succeeds = succeeds and not (copy == "rsync -a {}/ {}" and "allow_other" in options)
+        if succeeds:
+            assert (done.returncode, done.stderr) == (0, "")
+        else:
+            assert done.returncode != 0
+            assert "not permitted" in done.stderr
+        assert witness.read(node(place, target / "old")) == b"old"
+        if succeeds:
+            assert witness.read(node(place, target / "a")) == b"a"
+            assert witness.read(node(place, target / "inner" / "b")) == b"inner/b"
+        assert (disk / "a").read_text() == "a\n"
+
+
+@only_embedded
+@pytest.mark.parametrize("options", ["umask=022", "allow_other,umask=022"])
+@pytest.mark.parametrize("mode", [0o644, 0o755])
+def test_single_files_are_copied_onto_mounts_of_other_modes(
+    place: Place, disk: Path, tmp_path: Path, witness: XsClient, options: str, mode: int
+) -> None:
+    with mounted(["-o", options, place.socket], tmp_path / "m") as mount:
+        data = mount.path / "data"
+        for number, copy in enumerate((*COPIES, *PROGRAM_COPIES)):
+            text = "x" * (2 * number + 1)  # rsync takes files of one second and one size for equal
+            source = disk / str(number)
+            source.write_text(text)
+            source.chmod(mode)
+            copy(source, data / "f")
+            assert witness.read(node(place, data / "f")) == text.encode()
+        (data / "f").unlink()
+
+
+@only_embedded
+def test_install_makes_files_private_at_first(
+    place: Place, disk: Path, tmp_path: Path, witness: XsClient
+) -> None:
+    """It asks for the mode 0600 before the one that it is to set.  On a mount that others may read that is an
+    error, and the content is there."""
+    (disk / "f").write_text("1\n")
+    with mounted(["-o", "allow_other,umask=022", place.socket], tmp_path / "m") as mount:
+        done = mount.run(f"install -m 644 {disk}/f data/f")
+        assert done.returncode == 1
+        assert "not permitted" in done.stderr
+        assert witness.read(node(place, mount.path / "data" / "f")) == b"1"
+        mount.bash("rm data/f")
 
 
 def test_chmod_never_pretends_rights(mount: Mount, box: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.fs.test_values import fails, node
 from tests.support.lying_store import LyingStore, hang_up, silence
+from tests.support.messages import Message
 from tests.support.mounting import LIMIT, Mount, Place, mounted, open_place
 from tests.support.transaction_dirs import (
     GUEST_OPEN_MAX,
@@ -28,7 +29,7 @@ from tests.support.transaction_dirs import (
 )
 from tests.support.xenstored.harness import RealXenstored, XsClient
 from xsfs.fs.transactions import OPEN_MAX
-from xsfs.xenstore.protocol import Message, Op
+from xsfs.xenstore.protocol import Op
 
 # ---------------------------------------------------------------------------------- after the end
 

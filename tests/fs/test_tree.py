@@ -454,8 +454,11 @@ def test_extended_attributes(place: Place, mount: Mount, box: Path, witness: XsC
         with fails(errno.EINVAL):
             os.setxattr(file, "user.xs.perms", bad)
     assert ",".join(witness.get_perms(path)) == f"b{me}"
-    with fails(errno.EPERM):
-        os.removexattr(file, "user.xs.perms")
+    for name in ("user.xs.path", "user.xs.value"):
+        with fails(errno.EPERM):
+            os.removexattr(file, name)
+    with fails(errno.ENODATA):
+        os.removexattr(file, "user.other")
     with fails(errno.EPERM):
         os.setxattr(file, "user.xs.path", b"/elsewhere")
     with fails(errno.ENODATA):
@@ -466,6 +469,10 @@ def test_extended_attributes(place: Place, mount: Mount, box: Path, witness: XsC
         os.setxattr(file, "user.xs.value", b"v" * 4096)
     with fails(errno.E2BIG):
         os.setxattr(file, "user.xs.perms", b"n0," * 10000)
+    os.setxattr(box, "user.xs.perms", f"b{me},r{me + 1}".encode())
+    for _ in range(2):
+        os.removexattr(file, "user.xs.perms")
+        assert ",".join(witness.get_perms(path)) == f"b{me},r{me + 1}", "those of its parent"
     os.setxattr(box, "user.xs.value", b"of the directory")
     assert witness.read(node(place, box)) == b"of the directory"
     if me:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.mirror.test_places import refused
 from tests.support.lying_store import HangUp, Lie, LyingStore, Talk, on, says, silence
+from tests.support.messages import Message
 from tests.support.mirroring import (
     HOME,
     Mirrored,
@@ -27,7 +28,7 @@ from tests.support.mirroring import (
 )
 from tests.support.mounting import LIMIT, Place, each_place, mounted
 from tests.support.xenstored.harness import XsClient, strings
-from xsfs.xenstore.protocol import Message, Op
+from xsfs.xenstore.protocol import Op
 
 place = each_place("C", "ocaml")
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.lying_store import LyingStore, Talk
+from tests.support.messages import Message
 from tests.support.mirroring import Live, await_true, has_user_attributes, live
 from tests.support.mounting import GUEST, LIMIT, Place, each_place, open_place
 from tests.support.storming import REFUSED
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsError, strings
-from xsfs.xenstore.protocol import Message, Op
+from xsfs.xenstore.protocol import Op
 
 STORES = ("C", "ocaml", "embedded")
 

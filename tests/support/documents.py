@@ -121,7 +121,11 @@ def check_dialogue(document: str, host: Host, before: str = "") -> None:
                 shell.stdin.write(f"{command.typed}\n")
                 shell.stdin.flush()
                 for expected in command.output:
-                    line = re.sub(r"^bash: line \d+: ", "bash: ", lines.next())
+                    try:
+                        printed = lines.next()
+                    except AssertionError as error:
+                        raise AssertionError(f"$ {command.typed}\n{error}") from None
+                    line = re.sub(r"^bash: line \d+: ", "bash: ", printed)
                     assert matches([expected], [line]), f"$ {command.typed}\n{line}"
             shell.stdin.write("jobs -p | xargs -r kill; echo end\n")
             shell.stdin.flush()

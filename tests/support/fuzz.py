@@ -21,9 +21,10 @@ from typing import Final
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from tests.support.messages import Message, messages_of
 from xsfs.xenstore import protocol
 from xsfs.xenstore.permissions import decode_perms
-from xsfs.xenstore.protocol import HEADER, Message, Op, Parser, WireError
+from xsfs.xenstore.protocol import HEADER, Op, Parser, WireError
 
 BATCH: Final = 5000
 """Inputs between two looks at the clock."""
@@ -91,7 +92,7 @@ def parse(pieces: Sequence[bytes]) -> tuple[list[Message], str | None]:
     for piece in pieces:
         parser.feed(piece)
         try:
-            found.extend(parser.messages())
+            found.extend(messages_of(parser))
         except WireError as error:
             return found, str(error)
     return found, None

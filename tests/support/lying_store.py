@@ -22,7 +22,8 @@ import threading
 from collections.abc import Callable
 from typing import Final, Self
 
-from xsfs.xenstore.protocol import Message, Op, Parser, WireError, encode
+from tests.support.messages import Message, messages_of
+from xsfs.xenstore.protocol import Op, Parser, WireError, encode
 
 TIMEOUT: Final = 20.0
 """For waits that only a broken test makes long."""
@@ -79,7 +80,7 @@ class Talk:
         if not data:
             raise HangUp
         self._answers.feed(data)
-        return [Message(*fields) for fields in self._answers.messages()]
+        return list(messages_of(self._answers))
 
     def relay(self, lie: Callable[[], Lie]) -> None:
         """Serve the connection until either side ends it."""
@@ -92,7 +93,7 @@ class Talk:
                 if not data:
                     return
                 self._parser.feed(data)
-                for request in self._parser.messages():
+                for request in messages_of(self._parser):
                     self.requests += 1
                     if not lie()(self, request):
                         self.upstream.sendall(encode(*request))
@@ -233,6 +234,50 @@ def sends(data: bytes, *, then_hang_up: bool = False) -> Lie:
         talk.send(data)
         if then_hang_up:
             raise HangUp
+        return True
+
+    return lie
+
+
+def first_of(*lies: Lie) -> Lie:
+    """The first of these that sees to the request."""
+    return lambda talk, request: any(lie(talk, request) for lie in lies)
+
+
+def quota(op: Op, gives_back: Op, most: int, error: str) -> Lie:
+    """At most so many of what one request takes and another one gives back; then an error."""
+    count = 0
+
+    def lie(talk: Talk, request: Message) -> bool:
+        nonlocal count
+        if request.op == gives_back:
+            count -= 1
+        elif request.op == op and count == most:
+            talk.reply(request, error.encode() + b"\0", Op.ERROR)
+            return True
+        elif request.op == op:
+            count += 1
+        return False
+
+    return lie
+
+
+def parts_of(path: str, listing: bytes, size: int) -> Lie:
+    """The listing of this node comes in parts of `size` bytes, wherever they end."""
+    payload = path.encode() + b"\0"
+
+    def lie(talk: Talk, request: Message) -> bool:
+        if not request.payload.startswith(payload):
+            return False
+        if request.op == Op.DIRECTORY:
+            talk.reply(request, b"E2BIG\0", Op.ERROR)
+            return True
+        if request.op != Op.DIRECTORY_PART:
+            return False
+        start = int(request.payload.split(b"\0")[1])
+        part = listing[start : start + size]
+        end = b"\0" if start + size >= len(listing) else b""
+        talk.reply(request, b"7\0" + part + end)
         return True
 
     return lie

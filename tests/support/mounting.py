@@ -171,6 +171,17 @@ def open_place(name: str, directory: Path) -> Iterator[Place]:
         yield Place(name, socket, domid, daemon)
 
 
+of_dom0 = pytest.mark.parametrize(
+    "place", [name for name in PLACES if "guest" not in name], indirect=True, scope="module"
+)
+"""For a test of what a guest may not do: it runs in the places of domain 0."""
+
+of_guests = pytest.mark.parametrize(
+    "place", [name for name in PLACES if "guest" in name], indirect=True, scope="module"
+)
+"""For a test of what domain 0 is not refused: it runs in the places of a guest."""
+
+
 def each_place(*names: str) -> Any:
     """A fixture: each of these stores in turn, for a whole file of tests."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.support.mounting import LIMIT
@@ -85,3 +87,36 @@ def program(
         yield running
     finally:
         running.end()
+
+
+@contextmanager
+def on_terminal(*command: str | Path) -> Iterator[int]:
+    """Run a program on a terminal of its own, which is given as a descriptor."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["TERM"] = "vt100"
+        os.execvp(command[0], [str(word) for word in command])
+    try:
+        yield terminal
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)
+
+
+def await_screen(terminal: int, text: bytes | None) -> None:
+    """Read what the program prints until it has printed `text`, or ended if that is None."""
+    shown = b""
+    deadline = time.monotonic() + LIMIT
+    while text is None or text not in shown:
+        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, shown
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:
+            part = b""
+        if not part:
+            assert text is None, shown
+            return
+        shown += part

@@ -23,7 +23,7 @@ from tests.support.mirroring import await_true
 
 CACHE: Final = Path("/var/cache/xsfs-roots")
 
-LIMIT: Final = 900.0
+LIMIT: Final = 1800.0
 """Seconds that one command in a root may take: it downloads packages."""
 
 # What the machine trusts, and where it fetches from, hold in its roots, too.

@@ -13,13 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from tests.support.host import REPOSITORY
+from tests.support.host import REPOSITORY, Host
 from tests.support.mounting import LIMIT
 
 SSHD: Final = "/usr/sbin/sshd"
@@ -165,6 +166,23 @@ def descendants(process: int) -> list[int]:
         found += children
         left += children
     return found
+
+
+PLACE_OF_ALL: Final = "/dev/shm"
+"""One that each host of the tests has."""
+
+
+@contextmanager
+def reachable(here: Host, name: str, there: Host) -> Iterator[None]:
+    """`ssh NAME` on one host leads to the other, which runs its own server."""
+    there.sh("mkdir -p -m 755 /run/sshd")
+    directory = Path(tempfile.mkdtemp(dir=PLACE_OF_ALL))
+    here.sh("mountpoint -q /etc/ssh || mount -t tmpfs none /etc/ssh")
+    with running_sshd(directory, enter=there.enter) as server:
+        with (here.root / "etc/ssh/ssh_config").open("a") as config:
+            config.write(f"Host {name}\n{server.client_config()}")
+        yield
+        here.unmount_all()  # while the server answers
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import socket
 from pathlib import Path
 
 from tests.support.lying_store import LyingStore, on, says
-from xsfs.xenstore.protocol import HEADER_SIZE, Message, Op, Parser, encode
+from tests.support.messages import Message, messages_of
+from xsfs.xenstore.protocol import HEADER_SIZE, Op, Parser, encode
 
 SECONDS = 20.0
 
@@ -18,7 +19,7 @@ def receive(sock: socket.socket, count: int) -> list[Message]:
         data = sock.recv(65536)
         assert data, "the end"
         parser.feed(data)
-        messages += [Message(*fields) for fields in parser.messages()]
+        messages += messages_of(parser)
     return messages
 
 

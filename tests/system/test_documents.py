@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import record
 from tests.support.documents import (
     blocks,
     check_dialogue,
@@ -48,6 +49,22 @@ def dom0(daemon: RealXenstored) -> Iterator[Host]:
 
 def test_the_readme(dom0: Host) -> None:
     check_session("README.md", dom0)
+
+
+def test_the_recording_shows_what_the_session_prints() -> None:
+    lines = [line.text for line in record.record()]
+    assert record.shown() == lines, "python3 -m docs.record"
+
+
+def test_the_figures_of_the_readme_are_those_of_the_table() -> None:
+    readme, page = (
+        (REPOSITORY / name).read_text() for name in ("README.md", "docs/performance.md")
+    )
+    said = re.search(r"reads a value in (\S+ \S+), where `xenstore-read` takes (\S+ \S+)\.", readme)
+    row = re.search(r"^\| read a value in a script \| (.*?) \| (.*?) \|", page, re.MULTILINE)
+    assert said is not None
+    assert row is not None
+    assert said.groups() == (row[2], row[1])
 
 
 def quick_reference() -> list[tuple[list[str], list[str]]]:
@@ -186,14 +203,6 @@ def check_python(document: str, dom0: Host, daemon: RealXenstored, first: Sequen
             assert re.fullmatch("(b'data/)?new'?", lines.next())
         finally:
             run.kill()
-
-
-def test_the_python_client(daemon: RealXenstored, dom0: Host) -> None:
-    with daemon.client() as client:
-        client.write("/local/domain/0/data/n", "1")
-    check_python("docs/python.md", dom0, daemon, ["b'Domain-0'", "b'data'"])
-    with daemon.client() as client:
-        assert client.read("/local/domain/0/data/n") == b"2"
 
 
 def test_a_watch_in_asyncio(daemon: RealXenstored, dom0: Host) -> None:

@@ -15,6 +15,7 @@ import pytest
 from tests.support.documents import check_session, install_scripts
 from tests.support.host import Host, open_host
 from tests.support.mounting import LIMIT
+from tests.support.sshd import reachable
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsError
 
 RECIPES = "docs/recipes.md"
@@ -29,8 +30,8 @@ def daemon(request: pytest.FixtureRequest) -> Iterator[RealXenstored]:
 
 
 @contextmanager
-def prepared(socket: str, **others: str) -> Iterator[Host]:
-    with open_host(socket, **others) as host:
+def prepared(socket: str) -> Iterator[Host]:
+    with open_host(socket) as host:
         install_scripts(RECIPES, host)
         install_scripts("docs/transactions.md", host)
         host.sh("xsfs /mnt/xenstore")
@@ -81,18 +82,25 @@ def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_what_the_recipes_show(kind: str) -> None:
+    guests = (GUEST, GUEST + 2)
     with (
-        RealXenstored(kind, guests=(GUEST,)) as daemon,
-        RealXenstored(kind, guests=(GUEST,)) as other,
+        RealXenstored(kind, guests=guests) as daemon,
+        RealXenstored(kind, guests=guests) as other,
     ):
         daemon.populate()
         other.populate()
         with other.client() as there:
             there.write("/local/domain/0/memory/target", "2097152")
-            there.write("/from-other", "1")
+            there.write(f"/local/domain/{GUEST}/data/os_name", "Alpine")
+            there.write("/from-host2", "1")
             # A mount shows the home's `data` always, and everybody else only if it exists.
             there.mkdir("/local/domain/0/data")
-        with prepared(daemon.socket, other=other.socket) as host:
+        with (
+            open_host(other.socket) as host2,
+            prepared(daemon.socket) as host,
+            reachable(host, "host2", host2),
+        ):
+            host2.sh("xsfs /mnt/xenstore")
             check_session(RECIPES, host)
 
 

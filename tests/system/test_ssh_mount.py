@@ -8,10 +8,10 @@ import pty
 import select
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,12 +22,14 @@ import pytest
 from tests.support.commands import let_others_reach, process_at, refused, wait_for_end, xsfs
 from tests.support.documents import check_dialogue
 from tests.support.host import Host, open_host
+from tests.support.lying_store import Gate, LyingStore, honest, on
 from tests.support.mirroring import await_true, scratch
 from tests.support.mounting import LIMIT, Mount, mounted, refusal
 from tests.support.programs import program
-from tests.support.sshd import Sshd, descendants, running_sshd
+from tests.support.sshd import Sshd, descendants, reachable, running_sshd
 from tests.support.xenstored.harness import RealXenstored, XsClient
 from xsfs.cli.exit_statuses import EXIT_INTERRUPTED, EXIT_NO_STORE
+from xsfs.xenstore.protocol import Op
 
 GUEST = 7
 NOBODY = 65534
@@ -65,10 +67,10 @@ def witness(daemon: RealXenstored) -> Iterator[XsClient]:
         yield client
 
 
-def arguments(server: Sshd, socket: str, *options: str, command: str | None = None) -> list[str]:
+def arguments(server: Sshd, path: str, *options: str, command: str | None = None) -> list[str]:
     """The arguments of xsfs before the mountpoint."""
     ssh = (command or server.command()).replace(",", "\\,")
-    return ["-o", ",".join((f"ssh_command={ssh}", *options)), f"{server.account}:{socket}"]
+    return ["-o", ",".join((f"ssh_command={ssh}", *options)), f"{server.account}:{path}"]
 
 
 def ssh_of(process: int) -> int:
@@ -427,10 +429,38 @@ def test_an_interrupt_ends_the_mount_before_ssh(
     witness.rm("/local/domain/0/data/owed")
 
 
-# -------------------------------------------------------------------------- hosts of their own
+def test_the_progress_of_a_mirror(
+    daemon: RealXenstored, server: Sshd, mountpoint: Path, tmp_path: Path
+) -> None:
+    """A copy that takes long shows how far it is: at a terminal, and to systemd."""
+    gate = Gate()
+    with (
+        LyingStore(tmp_path / "slow", daemon.socket) as slow,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+        scratch() as directory,
+    ):
+        slow.lie = on(Op.GET_PERMS, gate.before(honest))  # which only the mirror sends
+        manager.bind(f"{tmp_path}/notify")
+        manager.settimeout(LIMIT)
+        options = arguments(server, slow.path, f"mirror={directory}/mirror", f"timeout={LIMIT:g}")
+        command = ["env", f"NOTIFY_SOCKET={tmp_path}/notify", sys.executable, "-m", "xsfs"]
+        with terminal(*command, *options, mountpoint) as user:
+            user.read_until("\rmaking the mirror: 0 nodes")
+            assert manager.recv(4096) == b"STATUS=making the mirror: 0 nodes"
+            gate.open()
+            assert user.process.wait(LIMIT) == 0
+            while user.read():
+                pass
+            assert user.text.endswith("\r\x1b[K")
+            while (said := manager.recv(4096)).startswith(b"STATUS=making"):
+                pass
+            assert said.startswith(b"READY=1\nSTATUS=/local/domain/0 of ")
+        process = process_at(mountpoint)
+        subprocess.run(["umount", mountpoint], check=True, timeout=LIMIT)
+        wait_for_end(process)
 
-PLACE_OF_ALL = "/dev/shm"
-"""One that each host of the tests has."""
+
+# -------------------------------------------------------------------------- hosts of their own
 
 
 @pytest.fixture
@@ -438,18 +468,12 @@ def dom0() -> Iterator[Host]:
     """A host without Xen, whose ssh knows host2 and host3."""
     with ExitStack() as stack:
         here = stack.enter_context(open_host())
-        here.sh("mount -t tmpfs none /etc/ssh")
         for name, guests in ("host2", (GUEST,)), ("host3", (GUEST + 1,)):
             daemon = stack.enter_context(RealXenstored("C", guests=guests))
             daemon.populate()
             there = stack.enter_context(open_host(daemon.socket))
-            there.sh("mkdir -m 755 /run/sshd")
-            directory = Path(tempfile.mkdtemp(dir=PLACE_OF_ALL))
-            server = stack.enter_context(running_sshd(directory, enter=there.enter))
-            with (here.root / "etc/ssh/ssh_config").open("a") as config:
-                config.write(f"Host {name}\n{server.client_config()}")
+            stack.enter_context(reachable(here, name, there))
         yield here
-        here.unmount_all()  # while the servers answer
 
 
 def test_the_document(dom0: Host) -> None:

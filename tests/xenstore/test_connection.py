@@ -17,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import trio_test, wait_all_tasks_blocked
 
+from tests.support.messages import Message, messages_of
 from xsfs.xenstore import connection as module
 from xsfs.xenstore import protocol
 from xsfs.xenstore.connection import POLL_REQUESTS_MAX, WINDOW, Connection, Reply
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
-from xsfs.xenstore.protocol import PAYLOAD_MAX, Message, Op, Parser, Request, encode
+from xsfs.xenstore.protocol import PAYLOAD_MAX, Op, Parser, Request, encode
 from xsfs.xenstore.transport import SocketTransport
 
 LIMIT = 20.0
@@ -57,7 +58,7 @@ class Peer:
                     break
         except BlockingIOError:
             pass
-        return list(self._parser.messages())
+        return list(messages_of(self._parser))
 
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)

@@ -34,6 +34,7 @@ from tests.support.lying_store import (
     sends,
     silence,
 )
+from tests.support.messages import Message
 from tests.support.xenstored.harness import RealXenstored
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import LISTING_RESTARTS
@@ -45,7 +46,7 @@ from xsfs.xenstore.errors import (
     TransactionEnded,
     XenstoreError,
 )
-from xsfs.xenstore.protocol import Message, Op, WireError, encode
+from xsfs.xenstore.protocol import Op, WireError, encode
 from xsfs.xenstore.store import Store, Transaction, open_store
 from xsfs.xenstore.transport import SocketTransport, Transport
 from xsfs.xenstore.watches import Subscription

@@ -23,6 +23,7 @@ from trio.testing import trio_test, wait_all_tasks_blocked
 
 from tests.support.clients import GUEST, LIMIT, Place, events_until, furnish, opened
 from tests.support.lying_store import LyingStore, Talk, silence
+from tests.support.messages import Message
 from tests.support.xenstored.harness import RealXenstored
 from xsfs.xenstore import protocol
 from xsfs.xenstore.errors import (
@@ -32,8 +33,7 @@ from xsfs.xenstore.errors import (
     StoreUnavailable,
     TransactionEnded,
 )
-from xsfs.xenstore.protocol import Message
-from xsfs.xenstore.reconnect import CircuitBreaker
+from xsfs.xenstore.reconnect import CircuitBreaker, Observation
 from xsfs.xenstore.store import Transaction, open_store
 from xsfs.xenstore.watches import Subscription
 
@@ -368,7 +368,7 @@ async def test_only_a_whole_time_limit_opens_the_circuit_breaker() -> None:
         raise RequestTimeout("still silent")
 
     async def fail_after(breaker: CircuitBreaker, seconds: float) -> None:
-        with breaker.observe():
+        with Observation(breaker):
             await trio.sleep(seconds)
             raise RequestTimeout("no reply")
 

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.support.messages import Message, messages_of
 from xsfs.xenstore import protocol
 from xsfs.xenstore.permissions import Permission, decode_perms, perms_text, set_perms
-from xsfs.xenstore.protocol import Message, Op, Parser, Request, WireError
+from xsfs.xenstore.protocol import Op, Parser, Request, WireError
 
 # ------------------------------------------------------------------------------ numbers and names
 
@@ -372,7 +373,7 @@ def parse(pieces: Iterable[bytes], parser: Parser) -> tuple[list[Message], bool]
     for piece in pieces:
         parser.feed(piece)
         try:
-            found.extend(parser.messages())
+            found.extend(messages_of(parser))
         except WireError:
             with pytest.raises(WireError):
                 list(parser.messages())

@@ -17,9 +17,10 @@ from tests.support.client_places import (
 )
 from tests.support.clients import LIMIT, TIMEOUT, Place, opened
 from tests.support.lying_store import Lie, LyingStore, Talk, on, says, silence
+from tests.support.messages import Message
 from xsfs.xenstore import protocol
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, TransactionEnded, XenstoreError
-from xsfs.xenstore.protocol import Message, Op
+from xsfs.xenstore.protocol import Op
 from xsfs.xenstore.store import SHORT_MAX, Store, Transaction
 
 places, place = client_places.places, client_places.place

@@ -21,10 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import trio_test, wait_all_tasks_blocked
 
+from tests.support.messages import Message, messages_of
 from xsfs.xenstore import protocol
 from xsfs.xenstore.connection import Connection, Reply
 from xsfs.xenstore.errors import RequestTimeout, XenstoreError
-from xsfs.xenstore.protocol import Message, Op, Parser, Request, encode, read, watch
+from xsfs.xenstore.protocol import Op, Parser, Request, encode, read, watch
 from xsfs.xenstore.xenbus import DESCRIPTORS_MAX, DeviceTransport, WatchRefused
 
 LIMIT = 20.0
@@ -58,7 +59,7 @@ class Device:
             assert number not in self.unanswered
             parser = Parser()
             parser.feed(data)
-            (message,) = parser.messages()
+            (message,) = messages_of(parser)
             assert not parser.partial
             self.unanswered[number] = message
             new.append((number, message))

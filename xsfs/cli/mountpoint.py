@@ -15,6 +15,10 @@ from xsfs.cli.exit_statuses import EXIT_FUSE, EXIT_MOUNTPOINT, MountError
 
 FUSE_DEVICE: Final = "/dev/fuse"
 
+SYSTEM_DIRECTORIES: Final = frozenset(("/", "/dev", "/proc", "/sys"))
+KERNEL_TREES: Final = ("/proc/", "/sys/")
+"""A mount here hides what ps, systemd and xsfs itself read, and they wait for xsfs."""
+
 
 def check_mountpoint(path: str) -> None:
     """Raises MountError if xsfs cannot be mounted at `path`."""
@@ -38,6 +42,13 @@ def check_mountpoint(path: str) -> None:
     if not stat.S_ISDIR(found.st_mode):
         raise MountError(
             EXIT_MOUNTPOINT, f"the mountpoint {path} is not a directory", "choose a directory"
+        )
+    place = os.path.realpath(path)
+    if place in SYSTEM_DIRECTORIES or place.startswith(KERNEL_TREES):
+        raise MountError(
+            EXIT_MOUNTPOINT,
+            f"the mountpoint {path} belongs to the system",
+            "choose another directory, such as /mnt/xenstore",
         )
     if _is_mounted(path):
         raise MountError(EXIT_MOUNTPOINT, f"{path} is already an xsfs mount", "umount it first")

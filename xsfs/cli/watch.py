@@ -49,11 +49,15 @@ USAGE: Final = "xsfs-watch [-v] [-j] [-s] [-n COUNT] [-t SECONDS] PATH..."
 EPILOG: Final = """\
 PATH is a directory of an xsfs mount (its changes, and all changes below it), or
 a file or missing name in one (its own changes).  A line is the path of what has
-changed.  As with xenstore-watch, the first line of each PATH comes at once: from
-then on nothing is missed.
+changed.  As with xenstore-watch, the first line of each PATH comes at once, and
+from then on nothing is missed.
 
 exit status:
 {statuses}
+
+examples:
+  xsfs-watch -v /mnt/xenstore/data           print each change and its value
+  xsfs-watch -s -n 1 -t 30 /mnt/xenstore/data/state && echo changed
 """
 
 

@@ -219,13 +219,14 @@ class EmbeddedStore:
 
         The file may be on a slow disk, or in a mount that this thread serves.
         """
-        op, payload = request.op, OK
+        op, req_id, tx_id, _ = request
+        payload = OK
         try:
             await trio.to_thread.run_sync(report.write, abandon_on_cancel=True)
         except OSError as error:
             log.warning("cannot write a memory report: %s", error)
             op, payload = Op.ERROR, b"EINVAL\0"
-        connection.queue_reply(op, request.req_id, request.tx_id, payload)
+        connection.queue_reply(op, req_id, tx_id, payload)
 
     def _flush(self) -> None:
         while self._dirty:

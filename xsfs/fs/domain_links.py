@@ -13,8 +13,9 @@ from typing import Final
 import pyfuse3
 from pyfuse3 import EntryAttributes
 
-from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
-from xsfs.view.names import NAME_MAX, join
+from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.special import GeneratedDirectory
+from xsfs.view.names import NAME_MAX
 from xsfs.view.view import FETCH_WINDOW, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.errors import XenstoreError
@@ -81,22 +82,14 @@ class DomainLink(Node):
         return await self.parent.target_of(self.name)
 
 
-class DomainsDirectory(Node):
+class DomainsDirectory(GeneratedDirectory):
     """`.domain`: see the module's docstring."""
 
     __slots__ = ()
 
-    kind = stat.S_IFDIR
-    entry_timeout = DIRECTORY_ENTRY_TIMEOUT
-
     @property
     def path(self) -> bytes:
-        return DOMAINS
-
-    @property
-    def label(self) -> bytes:
-        assert self.parent is not None
-        return join(self.parent.label, self.name)
+        return self.view.root
 
     async def getattr(self) -> EntryAttributes:
         self.require()
@@ -119,28 +112,6 @@ class DomainsDirectory(Node):
         link = self.table.node(DomainLink, self, name)
         self.table.remember(link)
         return link.attributes(len(target))
-
-    async def create(
-        self, name: bytes, flags: int, caller: Caller
-    ) -> tuple[Handle, EntryAttributes]:
-        refuse(errno.EPERM)
-
-    async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
-        refuse(errno.EPERM)
-
-    async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
-        refuse(errno.EPERM)
-
-    async def unlink(self, name: bytes) -> None:
-        refuse(errno.EPERM)
-
-    async def rmdir(self, name: bytes) -> None:
-        refuse(errno.EPERM)
-
-    async def rename(
-        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
-    ) -> None:
-        refuse(errno.EPERM)
 
     async def opendir(self, caller: Caller) -> Handle:
         handle = DomainsHandle(self)

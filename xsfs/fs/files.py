@@ -1,8 +1,9 @@
 """Files that are a node's value.
 
 An open(2) for reading fetches the value, and each later read at offset 0 fetches it again.  A fetched value
-serves for FRESH_SECONDS; after that a read at the start or at the end fetches again.  In between a reader
-sees one value, never pieces of two.  A write sends the value immediately.
+serves for FRESH_SECONDS; after that only reads that follow each other use it, so that they see one value,
+never pieces of two.  A handle that may also write fetches at each read: another program may have written
+under a lock.  A write sends the value immediately.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Final
 
 from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.fs.nodes import Caller, Handle, refuse
-from xsfs.fs.open_files import OpenFile, is_missing
+from xsfs.fs.open_files import FRESH_SECONDS, OpenFile, is_missing
 from xsfs.fs.xattrs import FileOfDirectory, XenstoreNode
+from xsfs.view.names import parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -26,8 +27,6 @@ from xsfs.xenstore.errors import StoreError, XenstoreError
 from xsfs.xenstore.protocol import Request
 
 log = logging.getLogger(__name__)
-
-FRESH_SECONDS: Final = 0.005
 
 Change = Callable[[bytes], bytes]
 """Turns the present content of a file into the one that is to be written."""
@@ -37,6 +36,16 @@ class ValueFile(XenstoreNode):
     """A Xenstore node as a file."""
 
     __slots__ = ()
+
+    @property
+    def path(self) -> bytes:
+        return super().path if self.moved_file is None else self.moved_file.path
+
+    def require(self) -> None:
+        if self.moved_file is None:
+            super().require()
+        elif self.view.ended:
+            refuse(errno.ESTALE)
 
     def attributes(self, state: NodeState) -> EntryAttributes:
         if state.value is None:
@@ -57,8 +66,9 @@ class ValueFile(XenstoreNode):
         """The state that the mount shows now.  Fails with ESTALE if the node is no file any more."""
         self.require()
         state = await self.open_files.fetch_one(self.path)
-        if state is None or self.gone or not self.is_of_kind(state):
+        if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
+        self.require()
         return state
 
     async def getattr(self) -> EntryAttributes:
@@ -111,7 +121,7 @@ class ValueFile(XenstoreNode):
             found = self.table.handover.take(caller.pid, self.inode)
             if found is not None:
                 self.require()
-                value, fetched_at = found.value, found.fetched_at
+                value, fetched_at = found
             elif (state := await self._state_unless_orphan()) is not None:
                 value, fetched_at = state.value, time.monotonic()
                 is_readable = state.readable
@@ -119,10 +129,9 @@ class ValueFile(XenstoreNode):
             refuse(errno.EACCES)
         file = self._open_file()
         if not (writes or truncates):
-            handle = ReadHandle(self, file)
-            if value is not None and file.orphan is None:
-                handle.keep(self.view.content.render(value), fetched_at)
-            return handle
+            if value is None or file.orphan is not None:
+                return ReadHandle(self, file)
+            return ReadHandle(self, file, self.view.content.render(value), fetched_at)
         writer = ValueHandle(self, file, flags)
         if truncates:
             writer.empty(value, is_readable=is_readable)
@@ -135,6 +144,10 @@ class DotValue(FileOfDirectory, ValueFile):
     __slots__ = ()
 
     @property
+    def path(self) -> bytes:
+        return self.directory.path if self.moved_file is None else self.moved_file.path
+
+    @property
     def always_there(self) -> bool:
         return self.directory.always_there
 
@@ -143,12 +156,12 @@ class DotValue(FileOfDirectory, ValueFile):
 
     async def state(self) -> NodeState:
         self.require()
-        self.directory.require()
+        if self.moved_file is None:
+            self.directory.require()
         state = await self.open_files.fetch_one(self.path)
-        if self.gone:
-            refuse(errno.ESTALE)
+        self.require()
         if state is None:
-            if not self.directory.always_there:
+            if self.moved_file is not None or not self.directory.always_there:
                 refuse(errno.ESTALE)
             state = EMPTY_NODE
         return state
@@ -172,22 +185,23 @@ class ReadHandle(Handle):
     file        the record of all handles of the path
     """
 
-    __slots__ = ("_content", "_fetched_at", "_was_read", "file")
+    __slots__ = ("_content", "_fetched_at", "_position", "file")
 
     node: ValueFile
 
-    def __init__(self, node: ValueFile, file: OpenFile) -> None:
-        super().__init__(node)
+    def __init__(
+        self,
+        node: ValueFile,
+        file: OpenFile,
+        content: bytes | None = None,
+        fetched_at: float = 0.0,
+    ) -> None:
+        self.node = node
         self.file = file
-        self._content: bytes | None = None
-        self._fetched_at = 0.0
-        self._was_read = False
-
-    def keep(self, content: bytes, fetched_at: float) -> None:
-        """The content for the next reads."""
         self._content = content
         self._fetched_at = fetched_at
-        self._was_read = False
+        self._position = -1
+        """Where the last read of the content ended; -1 before the first one."""
 
     async def read(self, offset: int, size: int) -> bytes:
         orphan = self.file.orphan
@@ -198,17 +212,15 @@ class ReadHandle(Handle):
         if orphan is not None:
             content = orphan.content
         assert content is not None
-        self._was_read = True
-        return content[offset : offset + size]
+        data = content[offset : offset + size]
+        self._position = offset + len(data)
+        return data
 
     def _is_outdated(self, offset: int, content: bytes) -> bool:
-        if offset == 0:
-            # A second read from the start is a new reading, as with sysfs.
-            return self._was_read or self._is_old()
-        return offset >= len(content) and self._is_old()
-
-    def _is_old(self) -> bool:
-        return time.monotonic() - self._fetched_at > FRESH_SECONDS
+        if offset == 0 and self._position >= 0:
+            return True  # a second read from the start is a new reading, as with sysfs
+        follows = 0 < offset == self._position < len(content)
+        return not follows and time.monotonic() - self._fetched_at > FRESH_SECONDS
 
     async def _fetch(self) -> bytes:
         node, file = self.node, self.file
@@ -233,7 +245,8 @@ class ReadHandle(Handle):
         elif debt is not None and debt.replaces(reply):
             reply = b""
         content = node.view.content.render(reply)
-        self.keep(content, time.monotonic())
+        self._content = content
+        self._fetched_at = time.monotonic()
         return content
 
     async def release(self) -> None:
@@ -263,7 +276,7 @@ class ValueHandle(ReadHandle):
         self.file.owe(self, None)
         self.file.is_pinned = True
 
-    def _is_old(self) -> bool:
+    def _is_outdated(self, offset: int, content: bytes) -> bool:
         return True  # other handles may have written under a lock
 
     # -------------------------------------------------------------------------------- writing
@@ -306,13 +319,17 @@ class ValueHandle(ReadHandle):
                 self._change_orphan(change)
                 return
             node.require()
+            debt = file.debt
             try:
-                if file.debt is not None and not needs_present:
+                if debt is not None and not needs_present and debt.is_recent:
+                    # One request, as for `echo 42 > FILE`.
                     result = change(b"")
                     request = protocol.write(file.path, self._value_of(result))
                     await node.view.commands.call(request)
                 else:
-                    result = await self._splice(change, as_file=as_file)
+                    result = await self._splice(
+                        change, needs_present=needs_present, as_file=as_file
+                    )
             except (FUSEError, XenstoreError):
                 if file.debt is not None:
                     file.debt.is_refused = True
@@ -335,7 +352,7 @@ class ValueHandle(ReadHandle):
             refuse(errno.EFBIG)
         return value
 
-    async def _splice(self, change: Change, *, as_file: bool) -> bytes:
+    async def _splice(self, change: Change, *, needs_present: bool, as_file: bool) -> bytes:
         """Change the present content in a transaction.  Returns the new content."""
         file, view = self.file, self.node.view
         result = b""
@@ -347,11 +364,25 @@ class ValueHandle(ReadHandle):
                 if state is not None and not self.node.is_of_kind(state):
                     refuse(errno.ESTALE)
             (reply,) = await commands.pipeline((protocol.read(file.path),))
-            result = change(self._present(reply))
+            if is_missing(reply):
+                await self._require_place(commands)
+            is_replaced = file.debt is not None and not needs_present
+            result = change(b"" if is_replaced else self._present(reply))
             return protocol.write(file.path, self._value_of(result))
 
         await view.atomically(work)
         return result
+
+    async def _require_place(self, commands: Commands) -> None:
+        """The node is missing: fail with ESTALE if it must exist, or if its directory must and does not."""
+        debt, parent = self.file.debt, parent_path(self.file.path)
+        if self.node.always_there:
+            return
+        if debt is None or debt.found is not None:
+            refuse(errno.ESTALE)
+        (reply,) = await commands.pipeline((protocol.read(parent),))
+        if is_missing(reply) and not self.node.view.is_always_there(parent):
+            refuse(errno.ESTALE)
 
     def _present(self, reply: bytes | XenstoreError) -> bytes:
         """The present content of the file, by the reply to READ."""
@@ -359,10 +390,6 @@ class ValueHandle(ReadHandle):
         if isinstance(reply, XenstoreError):
             if not is_missing(reply):
                 raise reply
-            if debt is not None:
-                return b""
-            if not self.node.always_there:
-                refuse(errno.ESTALE)
             return b""
         if debt is not None and debt.replaces(reply):
             return b""

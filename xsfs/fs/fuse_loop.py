@@ -95,18 +95,16 @@ class KernelDescriptor:
         poll = self._busy_poll
         if poll is None or poll.descriptor != descriptor:
             self._busy_poll = poll = BusyPoll(descriptor)
-        if time.perf_counter() < self._turn_ends and self._is_readable(poll):
+        seconds = 0 if self.under_way else BUSY_POLL_SECONDS
+        if time.perf_counter() < self._turn_ends and poll.is_readable(seconds):
             return DONE
         return self._wait(poll)
-
-    def _is_readable(self, poll: BusyPoll) -> bool:
-        return poll.is_readable(0 if self.under_way else BUSY_POLL_SECONDS)
 
     async def _wait(self, poll: BusyPoll) -> None:
         if time.perf_counter() >= self._turn_ends:
             await trio.lowlevel.checkpoint()
             self._turn_ends = time.perf_counter() + TURN_SECONDS
-            if self._is_readable(poll):
+            if poll.is_readable(0 if self.under_way else BUSY_POLL_SECONDS):
                 return
         await trio.lowlevel.wait_readable(poll.descriptor)
         self._turn_ends = time.perf_counter() + TURN_SECONDS

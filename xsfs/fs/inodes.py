@@ -27,7 +27,7 @@ import errno
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final, NamedTuple, Protocol, TypeVar, cast
+from typing import Final, Protocol, TypeVar, cast
 
 import pyfuse3
 
@@ -71,15 +71,6 @@ class LiveMirror(Protocol):
         """Its absolute path."""
 
 
-class LookedUp(NamedTuple):
-    """The value that a LOOKUP fetched."""
-
-    inode: int
-    value: bytes
-    fetched_at: float
-    """In seconds of time.monotonic()."""
-
-
 class Handover:
     """Values that LOOKUPs have fetched, for the OPEN of the same open(2).
 
@@ -88,16 +79,19 @@ class Handover:
     """
 
     def __init__(self) -> None:
-        self._by_thread: Bounded[int, LookedUp] = Bounded(HANDOVERS_MAX)
+        self._by_thread: dict[int, tuple[int, bytes, float]] = {}
 
     def put(self, pid: int, inode: int, value: bytes) -> None:
-        self._by_thread.put(pid, LookedUp(inode, value, time.monotonic()))
+        if len(self._by_thread) >= HANDOVERS_MAX:
+            self._by_thread.clear()
+        self._by_thread[pid] = inode, value, time.monotonic()
 
-    def take(self, pid: int, inode: int) -> LookedUp | None:
-        found = self._by_thread.pop(pid, None)
-        if found is None or found.inode != inode:
+    def take(self, pid: int, inode: int) -> tuple[bytes, float] | None:
+        """The value, and when it was fetched, in seconds of time.monotonic()."""
+        found, value, fetched_at = self._by_thread.pop(pid, (None, b"", 0.0))
+        if found != inode or time.monotonic() - fetched_at > HANDOVER_SECONDS:
             return None
-        return found if time.monotonic() - found.fetched_at <= HANDOVER_SECONDS else None
+        return value, fetched_at
 
     def clear(self) -> None:
         """Something was written through the mount, so what was fetched before may be outdated."""

@@ -25,9 +25,10 @@ Invariants:
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -42,12 +43,19 @@ from xsfs.xenstore.protocol import Request
 if TYPE_CHECKING:
     from xsfs.fs.inodes import InodeTable
 
+FRESH_SECONDS: Final = 0.005
+"""For so long xsfs relies on the state of a node that it has fetched."""
+
 
 class OrphanableNode(Protocol):
     """The part of a node that its open file needs."""
 
     gone: bool
+    moved_file: OpenFile | None
     orphan_file: OpenFile | None
+
+    @property
+    def path(self) -> bytes: ...
 
 
 class Debt:
@@ -60,14 +68,20 @@ class Debt:
     is_closing  whether the last holder has closed, and the debt is being settled
     """
 
-    __slots__ = ("found", "holders", "is_blind", "is_closing", "is_refused")
+    __slots__ = ("_since", "found", "holders", "is_blind", "is_closing", "is_refused")
 
     def __init__(self, found: bytes | None, *, is_blind: bool = False) -> None:
+        self._since = time.monotonic()
         self.found = found
         self.holders: set[Handle] = set()
         self.is_blind = is_blind
         self.is_refused = False
         self.is_closing = False
+
+    @property
+    def is_recent(self) -> bool:
+        """Whether the open was so lately that its look at the node still counts."""
+        return self.is_blind or time.monotonic() - self._since <= FRESH_SECONDS
 
     def replaces(self, value: bytes | None) -> bool:
         """Whether the node, which has this value now (None: there is none), counts as empty."""
@@ -130,7 +144,7 @@ class OpenFile:
         self.debt: Debt | None = None
         self.orphan: Orphan | None = None
         self.is_pinned = False
-        self._changing = _Changing()
+        self._changing: _Changing | None = None
 
     def owe(self, handle: Handle, found: bytes | None, *, is_blind: bool = False) -> None:
         """The handle truncates the file, or creates it if `found` is None."""
@@ -143,6 +157,8 @@ class OpenFile:
 
     def changing(self) -> AbstractAsyncContextManager[None]:
         """No other task changes the file within the block."""
+        if self._changing is None:
+            self._changing = _Changing()
         return self._changing
 
 
@@ -303,15 +319,20 @@ class OpenFiles:
             file.debt = None
             for node in file.nodes:
                 node.gone = True
+                node.moved_file = None
 
     def move(self, source: bytes, target: bytes) -> None:
-        """A subtree was renamed."""
+        """A subtree was renamed, and the node by whose name that was done knows it."""
         below = join(source, b"")
         for path in list(self._by_path):
             if path == source or path.startswith(below):
                 file = self._by_path.pop(path)
                 file.path = target + path[len(source) :]
                 self._by_path[file.path] = file
+                for node in file.nodes:
+                    if node.path != file.path:
+                        node.gone = True
+                        node.moved_file = file
 
 
 def open_files_of(table: InodeTable, view: View) -> OpenFiles:

@@ -326,8 +326,14 @@ class ScratchFile(Node):
         return [] if self.content.perms is None else [PERMS_NAME]
 
     async def removexattr(self, name: bytes) -> None:
-        is_set = name in await self.listxattr() or name == VALUE_ATTRIBUTE_NAME
-        refuse(errno.EPERM if is_set else pyfuse3.ENOATTR)
+        content = self.content
+        if content.became is not None:
+            await content.became.removexattr(name)
+        elif name == PERMS_NAME and content.perms is not None:
+            content.perms = None
+            content.ctime_ns = time.time_ns()
+        else:
+            refuse(errno.EPERM if name == VALUE_ATTRIBUTE_NAME else pyfuse3.ENOATTR)
 
 
 class ScratchHandle(Handle):

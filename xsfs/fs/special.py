@@ -1,4 +1,5 @@
-"""xsfs's own files in the root of a mount: text that is made when it is read, and the mirror's link."""
+"""xsfs's own files in the root of a mount: generated text, directories that are no Xenstore nodes, and the
+mirror's link."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from abc import abstractmethod
 
 from pyfuse3 import EntryAttributes
 
-from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
+from xsfs.view.names import join
 
 
 class TextFile(Node):
@@ -43,6 +45,41 @@ class TextHandle(Handle):
         if offset == 0 or self._content is None:
             self._content = self.node.content()
         return self._content[offset : offset + size]
+
+
+class GeneratedDirectory(Node):
+    """A directory that is no Xenstore node: nobody can make files in it, or rename them."""
+
+    __slots__ = ()
+
+    kind = stat.S_IFDIR
+    entry_timeout = DIRECTORY_ENTRY_TIMEOUT
+
+    @property
+    def label(self) -> bytes:
+        return join(super().label, self.name)
+
+    async def create(
+        self, name: bytes, flags: int, caller: Caller
+    ) -> tuple[Handle, EntryAttributes]:
+        refuse(errno.EPERM)
+
+    async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
+        refuse(errno.EPERM)
+
+    async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
+        refuse(errno.EPERM)
+
+    async def unlink(self, name: bytes) -> None:
+        refuse(errno.EPERM)
+
+    async def rmdir(self, name: bytes) -> None:
+        refuse(errno.EPERM)
+
+    async def rename(
+        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
+    ) -> None:
+        refuse(errno.EPERM)
 
 
 class DomidFile(TextFile):

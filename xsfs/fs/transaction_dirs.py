@@ -15,11 +15,11 @@ from pyfuse3 import EntryAttributes
 from xsfs.fs.directories import RootDirectory
 from xsfs.fs.dumps import SubtreeFile
 from xsfs.fs.inodes import InodeTable
-from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
-from xsfs.fs.special import MirrorLink, TextFile, TextHandle
+from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.special import GeneratedDirectory, MirrorLink, TextFile, TextHandle
 from xsfs.fs.transactions import Transactions, TransactionView
 from xsfs.view.differences import differences
-from xsfs.view.names import NAME_MAX, join
+from xsfs.view.names import NAME_MAX
 from xsfs.view.subtree import SubtreeText
 from xsfs.view.view import View
 from xsfs.xenstore import protocol
@@ -126,23 +126,16 @@ class TransactionRoot(RootDirectory):
         return self.entry(0)
 
 
-class TransactionsDirectory(Node):
+class TransactionsDirectory(GeneratedDirectory):
     """`.transaction`: a directory for each open transaction."""
 
     __slots__ = ()
-
-    kind = RootDirectory.kind
-    entry_timeout = DIRECTORY_ENTRY_TIMEOUT
 
     parent: MountRoot
 
     @property
     def path(self) -> bytes:
         return self.view.root
-
-    @property
-    def label(self) -> bytes:
-        return join(super().label, self.name)
 
     @property
     def transactions(self) -> Transactions:
@@ -182,21 +175,8 @@ class TransactionsDirectory(Node):
             refuse(errno.ENOENT)
         await self.transactions.roll_back(name, view)
 
-    async def create(
-        self, name: bytes, flags: int, caller: Caller
-    ) -> tuple[Handle, EntryAttributes]:
-        refuse(errno.EPERM)
-
-    async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
-        refuse(errno.EPERM)
-
     async def unlink(self, name: bytes) -> None:
         refuse(errno.EISDIR if self.transactions.get(name) is not None else errno.ENOENT)
-
-    async def rename(
-        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
-    ) -> None:
-        refuse(errno.EPERM)
 
     async def opendir(self, caller: Caller) -> Handle:
         return TransactionsHandle(self)

@@ -16,7 +16,7 @@ from pyfuse3 import EntryAttributes
 
 from xsfs.fs.nodes import Node, refuse
 from xsfs.fs.open_files import OpenFile, Orphan, open_files_of
-from xsfs.view.names import join
+from xsfs.view.names import join, parent_path
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -37,7 +37,7 @@ ATTRIBUTE_MAX: Final = 4096
 class XenstoreNode(Node):
     """A Xenstore node, as a file of some kind."""
 
-    __slots__ = ("_fingerprint", "_mtime_ns", "open_files", "orphan_file")
+    __slots__ = ("_fingerprint", "_mtime_ns", "moved_file", "open_files", "orphan_file")
 
     def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
         super().__init__(table, view, parent, name)
@@ -46,6 +46,8 @@ class XenstoreNode(Node):
         self._mtime_ns = 0
         self.orphan_file: OpenFile | None = None
         """Its last open file, if it was removed or replaced through the mount."""
+        self.moved_file: OpenFile | None = None
+        """Its open file, if that was renamed by another name than the one that led here."""
 
     @property
     def always_there(self) -> bool:
@@ -127,7 +129,19 @@ class XenstoreNode(Node):
         return [PERMS_NAME]
 
     async def removexattr(self, name: bytes) -> None:
-        refuse(errno.EPERM if name in _ATTRIBUTES else pyfuse3.ENOATTR)
+        """Without `user.xs.perms` a node has the permissions of its parent.  rsync -X removes the attribute
+        if the source does not have it."""
+        if name != PERMS_NAME:
+            refuse(errno.EPERM if name in _ATTRIBUTES else pyfuse3.ENOATTR)
+        if self.orphan_file is not None:
+            return
+        self.require()
+        try:
+            await self.open_files.settle(self.path)
+            await _inherit_perms(self)
+        except XenstoreError as error:
+            raise self._stale_if_missing(error) from None
+        self.was_written()
 
 
 class FileOfDirectory(Node):
@@ -197,6 +211,26 @@ async def _set_perms(node: XenstoreNode, value: bytes) -> None:
     if len(request.payload) > node.view.commands.payload_max:
         refuse(errno.E2BIG)
     await node.view.commands.call(request)
+
+
+async def _inherit_perms(node: XenstoreNode) -> None:
+    """Give a node the permissions of its parent.  The owner stays, because a guest cannot change it, and in
+    domain 0 the guest must not lose it."""
+    path = node.path
+    if path == b"/":
+        refuse(errno.EPERM)
+
+    async def work(commands: Commands) -> Request | None:
+        present = perms_text(await commands.call(protocol.get_perms(path)))
+        parent = perms_text(await commands.call(protocol.get_perms(parent_path(path))))
+        owner = present.partition(b",")[0][1:]
+        first, comma, others = parent.partition(b",")
+        wanted = first[:1] + owner + comma + others
+        if wanted == present:
+            return None
+        return set_perms(path, await permissions_of(node.view, wanted.decode("ascii")))
+
+    await node.view.atomically(work)
 
 
 def _set_orphan_perms(node: XenstoreNode, orphan: Orphan, value: bytes) -> None:

@@ -23,7 +23,8 @@ the order of the fetches.  Take any node N and its last change:
   If it finds a new A, it removes the files of all children that the new A does not list, and fetches the
   others.
 - A domain died, and N vanished or lost permissions.  Some daemons send no event for N, but all send
-  @releaseDomain.  Then the task queues the root, and everything below follows.
+  @releaseDomain.  A daemon that knows depths names the domain, and then the task queues the nodes whose
+  permissions in the mirror name it.  Otherwise the task queues the root, and everything below follows.
 - Events were lost.  If the backlog was full, the client reports an event of the root instead.  If the
   connection was lost, the task removes the copy and makes another one.
 
@@ -40,9 +41,9 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Final
 
 import trio
@@ -62,6 +63,10 @@ log = logging.getLogger(__name__)
 
 BATCH: Final = 64
 """How many nodes one pipeline fetches."""
+
+FETCHES_MAX: Final = 16
+"""How many batches are under way while the task makes a whole copy: to make their files takes longer than a
+round trip to another host."""
 
 QUEUE_MAX: Final = 16384
 """How long the work queue may be before events wait in their subscription, whose backlog is bounded."""
@@ -106,8 +111,7 @@ class _Fetching:
         self._fetch = fetch
         self._done = trio.Event()
         self._nodes: list[FetchedNode] | Exception = []
-        if batch:
-            background.start_soon(self._run)
+        background.start_soon(self._run)
 
     async def _run(self) -> None:
         try:
@@ -140,7 +144,7 @@ class Mirror:
         self._queue: OrderedDict[bytes, bool] = OrderedDict()
         self._reconciler = Reconciler(view, files, self._queue)
         self._changes = Subscription(view.root, self._wake)
-        self._releases = Subscription(RELEASE, self._wake)
+        self._releases = Subscription(RELEASE, self._wake, depth=1)
         self._heard: set[Subscription] = set()
         """Those of the two whose first event has come since they were set."""
         self._in_flight: set[bytes] = set()
@@ -225,7 +229,7 @@ class Mirror:
                 delay = RETRY_FIRST
                 if not error.during_outage:
                     log.error("the mirror is gone: %s", error)
-            except (StoreError, OSError) as error:
+            except OSError as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
                 log.error("the mirror is gone, xsfs retries in %g s: %s", delay, error)
             except Exception:
@@ -262,15 +266,14 @@ class Mirror:
         """Work until the queue is empty.  The store is another process: it replies to the next pipeline
         while the files of the last one are made."""
         async with open_background() as background:
-            fetching = _Fetching(self._next_batch(), self._fetch, background)
-            while fetching.batch:
-                nodes = await fetching.nodes()
-                ahead = _Fetching(self._next_batch(), self._fetch, background)
-                await trio.lowlevel.checkpoint()  # so that it is sent
-                await self._carry_out(self._apply(fetching.batch, nodes))
-                if not ahead.batch:
-                    ahead = _Fetching(self._next_batch(), self._fetch, background)
-                fetching = ahead
+            fetches: deque[_Fetching] = deque()
+            while True:
+                while len(fetches) < FETCHES_MAX and (batch := self._next_batch()):
+                    fetches.append(_Fetching(batch, self._fetch, background))
+                if not fetches:
+                    return
+                nodes = await fetches[0].nodes()
+                await self._carry_out(self._apply(fetches.popleft().batch, nodes))
 
     async def _armed(self) -> None:
         """Return when both watches are set at the store, and their first events have come."""
@@ -290,7 +293,7 @@ class Mirror:
         while True:
             if not self.is_current:
                 raise _Lost("the connection was lost")
-            self._take_events()
+            await self._take_events()
             if self._queue:
                 # Not by the clock: the store, or other processes, may have taken that time.
                 began = time.thread_time()
@@ -309,12 +312,17 @@ class Mirror:
             await trio.sleep(self._unrested)
             self._unrested = 0.0
 
-    def _take_events(self) -> None:
+    async def _take_events(self) -> None:
         if len(self._queue) < QUEUE_MAX:
             # Parents first: what is below them they queue themselves.
             events = sorted(self._changes.take(), key=len)
             self._queue.update(dict.fromkeys(events, True))
-        if self._releases.take():
+        if released := self._releases.take():
+            domids = {path[len(RELEASE) + 1 :] for path in released}
+            if b"" not in domids and self._files.has_perms:
+                with suppress(OSError):  # the files' owner may change them
+                    await self._carry_out(self._reconciler.queue_nodes_of(domids))
+                    return
             self._queue.setdefault(self._view.root, False)
 
     def _sticky_changed(self, path: bytes) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 import stat
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import closing
 from itertools import chain
 from typing import Final, NamedTuple
 
 from xsfs.mirror.staging import MirrorDirectory, Steps
-from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, join, parent_path
+from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, is_alias, join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
 
 _LONG_NAME: Final = re.compile(rb"[^/]{%d}" % (NAME_MAX + 1))
@@ -119,6 +119,34 @@ class Reconciler:
         if missing is not None:
             self._queue.setdefault(missing, False)
         return missing is None
+
+    def queue_nodes_of(self, domids: Collection[bytes]) -> Steps:
+        """Queue the nodes whose permissions, as the mirror shows them, name one of these domains."""
+
+        def names_one(perms: bytes) -> bool:
+            # Permissions that the file system could not store may name any.
+            return not perms or any(entry[1:] in domids for entry in perms.split(b","))
+
+        left = [(self._view.root, b"")]
+        while left:
+            path, place = left.pop()
+            if names_one(self._files.perms(place)):
+                self._queue.setdefault(path, False)
+                continue
+            with closing(self._files.names(place)) as found:
+                for name in found:
+                    yield b""
+                    child = self._in(place, name)
+                    if is_alias(name):
+                        self._queue.setdefault(path, False)  # its children follow
+                    elif self._files.kind(child) == stat.S_IFDIR:
+                        left.append((join(path, name), child))
+                    elif (
+                        name != VALUE_NAME
+                        and (file := self._files.read(child)) is not None
+                        and names_one(file[1])
+                    ):
+                        self._queue.setdefault(join(path, name), False)
 
     # ---------------------------------------------------------------------------------- apply
 

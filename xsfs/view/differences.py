@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from xsfs.view.names import join, parent_path
-from xsfs.view.subtree import SubtreeNode, TextFormat, Walk
+from xsfs.view.subtree import TextFormat, Walk
 from xsfs.view.view import View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -75,8 +75,8 @@ class _PathsFormat(TextFormat):
 
     asks_perms = False
 
-    def begin(self, node: SubtreeNode, is_first: bool) -> bytes:
-        return node.path + b"\n"
+    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
+        return path + b"\n"
 
 
 class _Content(NamedTuple):

@@ -21,52 +21,51 @@ import base64
 import binascii
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import repeat
+from time import perf_counter
 from typing import ClassVar, Final, NamedTuple
 
 import trio
 
-from xsfs.view.names import VALUE_NAME, is_shown, join, shown_names
-from xsfs.view.view import NodeState, View
+from xsfs.view.names import VALUE_NAME, join, shown_names
+from xsfs.view.view import View
 from xsfs.xenstore import protocol
+from xsfs.xenstore.background import BackgroundCall, open_background
 from xsfs.xenstore.commands import Names
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import perms_text
-from xsfs.xenstore.protocol import Request
+from xsfs.xenstore.protocol import Op, Request
 
-WINDOW: Final = 96
-"""How many nodes one pipeline asks about: some 300 requests, behind which others wait for a millisecond."""
+WINDOW: Final = 16
+"""How many nodes one pipeline asks about."""
 
-TURN_NODES: Final = 32
-"""After so many nodes, which take less than a millisecond, other tasks get a turn."""
+WINDOWS_MIN: Final = 2
+WINDOWS_MAX: Final = 256
+WINDOW_SECONDS: Final = 0.00025
+"""Two windows are in flight, because the store replies to one while xsfs works on the other.  The requests of
+other tasks wait half a millisecond behind them.  If the way to the store is long, there are as many as the
+store answers within a round trip, at WINDOW_SECONDS each."""
 
-SHORT_LISTING: Final = 8192
-"""Names of longer listings, in bytes, are checked as the walk comes to them, as nothing may take long."""
+TURN_SECONDS: Final = 0.0005
+"""After so long other tasks get a turn."""
 
 _ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 """EINVAL: the path is longer than the store accepts, so there can be no such node."""
-
-
-class SubtreeNode(NamedTuple):
-    """What the store replied about one node.
-
-    path            absolute
-    perms           the reply to GET_PERMS; empty if the format does not need it
-    """
-
-    path: bytes
-    name: bytes
-    value: bytes
-    perms: bytes
-    has_children: bool
 
 
 class TextFormat(ABC):
     """How a subtree becomes a text.
 
     top     the path of the subtree's first node
+
+    Its methods get a node's absolute path, its name, and the replies to READ and GET_PERMS; `perms` is empty
+    if the format does not ask for it.  If `is_first`, no text of a sibling or of the parent's value comes
+    before the node's.
     """
 
     asks_perms: ClassVar[bool] = True
@@ -76,26 +75,24 @@ class TextFormat(ABC):
         self.top = top
 
     @abstractmethod
-    def begin(self, node: SubtreeNode, is_first: bool) -> bytes:
-        """The text of a node before that of its children.
+    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
+        """The text of a node without children."""
 
-        is_first    whether no text of a sibling, or of the parent's value, comes before it
-        """
+    def begin(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
+        """The text of a node with children before theirs."""
+        return self.leaf(path, name, value, perms, is_first)
 
-    def end(self, node: SubtreeNode) -> bytes:
-        """The text of a node after that of its children."""
+    def end(self, path: bytes) -> bytes:
+        """The text of a node with children after theirs."""
         return b""
-
-    def fills(self, node: SubtreeNode) -> bool:
-        """Whether the first child follows something in its parent."""
-        return False
 
     def unreadable(self, path: bytes) -> bytes | None:
         """The text of a node that may not be read, after which the walk ends.  None: it is left out."""
         return None
 
-    def shows(self, parent: bytes, name: bytes) -> bool:
-        return is_shown(parent, name)
+    def shown(self, parent: bytes, names: Sequence[bytes]) -> Sequence[bytes]:
+        """Those of the children's names that are shown."""
+        return shown_names(parent, b"%s\0" % b"\0".join(names))
 
 
 # ------------------------------------------------------------------------------------------- ls
@@ -135,20 +132,21 @@ class LsFormat(TextFormat):
     That ends at the first node that may not be read, with a line for it, and the walk does so, too.
     """
 
-    def begin(self, node: SubtreeNode, is_first: bool) -> bytes:
-        if node.path == self.top:
+    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
+        if path == self.top:
             return b""
-        value = node.value
         if value.translate(None, _PLAIN):
             value = b"".join([_ESCAPED[byte] for byte in value])
-        return b'%s = "%s"   (%s)\n' % (node.path, value, _ls_perms(node.perms))
+        return b'%s = "%s"   (%s)\n' % (path, value, _ls_perms(perms))
 
     def unreadable(self, path: bytes) -> bytes | None:
         return b"" if path == self.top else b"%s:\n\n" % path
 
-    def shows(self, parent: bytes, name: bytes) -> bool:
+    def shown(self, parent: bytes, names: Sequence[bytes]) -> Sequence[bytes]:
+        if parent != b"/":
+            return super().shown(parent, names)
         # oxenstored lists the special nodes in the root, and xenstore-ls prints them.
-        return is_shown(parent, name) or (protocol.is_name(name) and name.startswith(b"@"))
+        return [name for name in names if protocol.is_name(name)]
 
 
 # ------------------------------------------------------------------------------- json and dump
@@ -172,29 +170,18 @@ class JsonFormat(TextFormat):
 
     asks_perms = False
 
-    def _is_directory(self, node: SubtreeNode) -> bool:
-        if node.path == self.top or node.has_children:
-            return True
-        state = NodeState(node.value, False, True, True)
-        return self.view.is_directory(node.path, state)
+    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
+        if path == self.top or self.view.is_directory_without_children(path, value):
+            return self.begin(path, name, value, perms, is_first) + self.end(path)
+        return b'%s"%s": %s' % (b"" if is_first else b", ", name, _json_value(value))
 
-    def begin(self, node: SubtreeNode, is_first: bool) -> bytes:
-        before = b"" if is_first else b", "
-        if node.path != self.top:
-            before += b'"%s": ' % node.name
-        if not self._is_directory(node):
-            return before + _json_value(node.value)
-        if node.value:
-            return before + b'{"%s": %s' % (VALUE_NAME, _json_value(node.value))
-        return before + b"{"
+    def begin(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
+        key = b"" if path == self.top else b'"%s": ' % name
+        own = b'"%s": %s' % (VALUE_NAME, _json_value(value)) if value else b""
+        return b"%s%s{%s" % (b"" if is_first else b", ", key, own)
 
-    def end(self, node: SubtreeNode) -> bytes:
-        if node.path == self.top:
-            return b"}\n"
-        return b"}" if self._is_directory(node) else b""
-
-    def fills(self, node: SubtreeNode) -> bool:
-        return bool(node.value)
+    def end(self, path: bytes) -> bytes:
+        return b"}\n" if path == self.top else b"}"
 
 
 @lru_cache(1024)
@@ -209,13 +196,13 @@ class DumpFormat(TextFormat):
         super().__init__(view, top)
         self._above = len(join(top, b""))
 
-    def begin(self, node: SubtreeNode, is_first: bool) -> bytes:
-        path = b"." if node.path == self.top else node.path[self._above :]
+    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
+        path = b"." if path == self.top else path[self._above :]
         try:
-            value = b'"value": ' + _encode(node.value.decode()).encode()
+            shown = b'"value": ' + _encode(value.decode()).encode()
         except UnicodeDecodeError:
-            value = b'"base64": ' + _as_base64(node.value)
-        return b'{"path": "%s", %s, "perms": %s}\n' % (path, value, _dump_perms(node.perms))
+            shown = b'"base64": ' + _as_base64(value)
+        return b'{"path": "%s", %s, "perms": %s}\n' % (path, shown, _dump_perms(perms))
 
 
 class DumpLine(NamedTuple):
@@ -276,50 +263,48 @@ def is_complete(text: bytes) -> bool:
 # ----------------------------------------------------------------------------------------- walk
 
 
+@dataclass(slots=True)
 class _Segment:
-    """A part of the text that is being filled, and the one that follows it."""
+    """A part of the text, and the one that follows it."""
 
-    __slots__ = ("closed", "next", "text")
+    following: _Segment | None
+    text: bytearray = field(default_factory=bytearray)
+    closed: bool = False
+    is_dropped: bool = False
+    """Whether the text ends before it, or within it, so that nothing is added any more."""
 
-    def __init__(self, following: _Segment | None) -> None:
-        self.text = bytearray()
-        self.closed = False
-        self.next = following
 
-
+@dataclass(slots=True)
 class _Run:
     """Siblings that the walk has not asked about yet.
 
-    prefix      the parent's path and a slash
-    names       of all siblings
-    start       how many of them it has asked about
-    is_first    whether no text comes before them in their parent
-    is_checked  whether all the names can be shown
+    prefix      the parent's path and a slash; empty for the first node of the walk
+    names       of all siblings, those that are not shown among them
+    segment     the part of the text to which they add
+    is_first    whether no text comes before theirs in their parent
+    start       how many of them the walk has asked about
     """
 
-    __slots__ = ("is_checked", "is_first", "names", "parent", "prefix", "segment", "start")
+    prefix: bytes
+    names: Sequence[bytes]
+    segment: _Segment
+    is_first: bool
+    start: int = 0
 
-    def __init__(
-        self,
-        parent: bytes,
-        prefix: bytes,
-        names: Sequence[bytes],
-        segment: _Segment,
-        is_first: bool,
-        is_checked: bool,
-    ) -> None:
-        self.parent = parent
-        self.prefix = prefix
-        self.names = names
-        self.segment = segment
-        self.is_first = is_first
-        self.is_checked = is_checked
-        self.start = 0
 
-    def take(self, most: int) -> Sequence[bytes]:
-        taken = self.names[self.start : self.start + most]
-        self.start += len(taken)
-        return taken
+Answer = tuple[Reply, Reply, Reply]
+"""The replies to READ, DIRECTORY and GET_PERMS of one node."""
+
+
+@dataclass(slots=True)
+class _Window:
+    """Nodes that one pipeline asks about: of each its run, its name and its path.
+
+    finished    the runs of which it has the last nodes
+    """
+
+    nodes: list[tuple[_Run, bytes, bytes]] = field(default_factory=list)
+    finished: list[_Run] = field(default_factory=list)
 
 
 class SubtreeText(NamedTuple):
@@ -348,8 +333,8 @@ class Walk:
         self._size = 0
         """Of the text and all segments."""
         self._error: XenstoreError | None = None
-        self._exists = False
-        self._step = 3 if text_format.asks_perms else 2
+        self._round_trip = 1.0
+        """How many seconds the fastest pipeline has taken: a second, until the first has."""
 
     async def run(self) -> SubtreeText | None:
         """The text; None if the first node does not exist.
@@ -358,130 +343,134 @@ class Walk:
         not be read.
         """
         assert self._first is not None
-        top = self._format.top
-        self._runs.append(_Run(b"", b"", (top,), self._first, True, True))
-        while self._runs:
-            self._before_window(self._size)
-            await self._next_window()
-            self._flush()
-        if self._error is not None and not self._text:
-            raise self._error
-        if not self._exists:
+        top = _Run(b"", (self._format.top,), self._first, True)
+        self._runs.append(top)
+        async with open_background() as nursery:
+            asked: deque[tuple[_Window, BackgroundCall[Iterator[Answer]]]] = deque()
+            while self._runs or asked:
+                # The store replies to the next windows while this task works on one.
+                while self._runs and len(asked) < self._windows_max():
+                    self._before_window(self._size)
+                    window = self._next_window()
+                    asked.append((window, BackgroundCall(nursery, partial(self._ask, window))))
+                window, answers = asked.popleft()
+                await self._add_window(window, await answers.result())
+                self._flush()
+        if self._error is not None:
+            if not self._text:
+                raise self._error
+        elif top.is_first:
             return None
         return SubtreeText(self._text, self._error)
 
-    async def _next_window(self) -> None:
-        window: list[tuple[_Run, Sequence[bytes]]] = []
-        count = 0
-        requests: list[Request] = []
-        while self._runs and count < WINDOW:
+    def _windows_max(self) -> int:
+        """How many windows may be in flight: more if the way to the store is long."""
+        return max(WINDOWS_MIN, min(int(self._round_trip / WINDOW_SECONDS), WINDOWS_MAX))
+
+    def _next_window(self) -> _Window:
+        window = _Window()
+        room = WINDOW
+        while self._runs and room:
             run = self._runs[-1]
-            names = run.take(WINDOW - count)
-            if run.start >= len(run.names):
-                self._runs.pop()
-            if not run.is_checked:
-                names = [name for name in names if self._format.shows(run.parent, name)]
-            count += len(names)
-            window.append((run, names))
-            for name in names:
-                path = run.prefix + name
-                requests += (protocol.read(path), protocol.directory(path))
-                if self._step == 3:
-                    requests.append(protocol.get_perms(path))
-        replies = await self._view.commands.pipeline(requests)
-        position, step, text_format = 0, self._step, self._format
+            names = run.names[run.start : run.start + room]
+            room -= len(names)
+            run.start += len(names)
+            if run.start == len(run.names):
+                window.finished.append(self._runs.pop())
+            prefix = run.prefix
+            if prefix:
+                names = self._format.shown(prefix[:-1] or b"/", names)
+            window.nodes += [(run, name, prefix + name) for name in names]
+        return window
+
+    async def _ask(self, window: _Window) -> Iterator[Answer]:
+        asks_perms = self._format.asks_perms
+        requests: list[Request] = []
+        for _, _, path in window.nodes:
+            payload = path + b"\0"
+            requests.append(Request(Op.READ, payload))
+            requests.append(Request(Op.DIRECTORY, payload))
+            if asks_perms:
+                requests.append(Request(Op.GET_PERMS, payload))
+        start = perf_counter()
+        replies = iter(await self._view.commands.pipeline(requests))
+        self._round_trip = min(self._round_trip, perf_counter() - start)
+        return zip(replies, replies, replies if asks_perms else repeat(b""), strict=False)
+
+    async def _add_window(self, window: _Window, answers: Iterator[Answer]) -> None:
+        leaf = self._format.leaf
         found: list[_Run] = []
-        earlier_error = self._error
-        for run, names in window:
-            for name in names:
-                if position % (TURN_NODES * step) == 0:
-                    await trio.lowlevel.checkpoint()
-                path = run.prefix + name
-                value, children = replies[position], replies[position + 1]
-                perms = replies[position + 2] if step == 3 else b""
-                position += step
-                if children == b"" and type(value) is bytes and type(perms) is bytes:
-                    # A leaf, as most nodes are.
-                    node = SubtreeNode(path, name, value, perms, False)
-                    text = text_format.begin(node, run.is_first) + text_format.end(node)
-                    run.segment.text += text
-                    run.is_first = False
-                    self._size += len(text)
-                    self._exists = True
-                    continue
-                child = await self._add(run, name, path, value, children, perms)
-                if child is not None:
-                    found.append(child)
-                if self._error is not earlier_error:
-                    # The text ends here, but what comes before is not complete yet.
-                    self._runs = found[::-1]
-                    run.segment.closed = True
-                    run.segment.next = None
-                    return
-            if run.start >= len(run.names):
-                run.segment.closed = True
-        self._runs += found[::-1]
+        turn_end = perf_counter() + TURN_SECONDS
+        for (run, name, path), (value, listing, perms) in zip(window.nodes, answers, strict=True):
+            if perf_counter() > turn_end:
+                await trio.lowlevel.checkpoint()
+                turn_end = perf_counter() + TURN_SECONDS
+            if run.segment.is_dropped:
+                continue
+            if listing == b"" and type(value) is bytes and type(perms) is bytes:
+                # A leaf, as most nodes are.
+                self._put(run, leaf(path, name, value, perms, run.is_first))
+                continue
+            child = await self._add(run, name, path, value, listing, perms)
+            if child is not None:
+                found.append(child)
+        for run in window.finished:
+            run.segment.closed = True
+        self._runs += reversed(found)
+        if self._error is not None:
+            self._runs = [run for run in self._runs if not run.segment.is_dropped]
 
     async def _add(
-        self, run: _Run, name: bytes, path: bytes, value: Reply, children: Reply, perms: Reply
+        self, run: _Run, name: bytes, path: bytes, value: Reply, listing: Reply, perms: Reply
     ) -> _Run | None:
-        """Add a node to its run's segment.  Returns the run of its children, if it has any."""
+        """Add a node that need not be a leaf, nor readable.  Returns the run of its children, if any."""
         names: Names = []
-        is_short = False
-        listing_error = None
-        if isinstance(children, XenstoreError) and children.name == "E2BIG":
+        if isinstance(listing, bytes):
+            names = protocol.decode_names(listing)
+        elif listing.name == "E2BIG":
             try:
-                names = await self._view.commands.list(path)
+                names, listing = await self._view.commands.list(path), b""
             except XenstoreError as error:
-                if error.name in ("ENOENT", "EACCES"):
-                    children = error
-                else:
-                    listing_error = error
-        elif isinstance(children, bytes):
-            is_short = len(children) <= SHORT_LISTING and path != b"/"
-            names = shown_names(path, children) if is_short else protocol.decode_names(children)
-        for reply in (value, children, perms):
-            if isinstance(reply, XenstoreError) and reply.name != "E2BIG":
-                if reply.name in _ABSENT:
-                    return None
-                if reply.name != "EACCES":
-                    raise reply
-                self._add_unreadable(run, path, reply)
+                listing = error
+        if isinstance(value, bytes) and isinstance(perms, bytes) and isinstance(listing, bytes):
+            if not names:
+                self._put(run, self._format.leaf(path, name, value, perms, run.is_first))
                 return None
-        assert isinstance(value, bytes)
-        assert isinstance(perms, bytes)
-        self._exists = True
-        node = SubtreeNode(path, name, value, perms, bool(names))
-        self._put(run.segment, self._format.begin(node, run.is_first))
-        run.is_first = False
-        if listing_error is not None:
-            if self._format.unreadable(path) is None:
-                raise listing_error
-            self._error = listing_error
-            return None
-        child = None
-        if names:
+            self._put(run, self._format.begin(path, name, value, perms, run.is_first))
+            end = self._format.end(path)
+            self._size += len(end)
             run.segment.closed = True
-            after = _Segment(run.segment.next)
-            inner = run.segment.next = _Segment(after)
+            after = _Segment(run.segment.following, bytearray(end))
+            inner = run.segment.following = _Segment(after)
             run.segment = after
-            child = _Run(
-                path, join(path, b""), names, inner, not self._format.fills(node), is_short
-            )
-        self._put(run.segment, self._format.end(node))
-        return child
-
-    def _add_unreadable(self, run: _Run, path: bytes, error: XenstoreError) -> None:
+            return _Run(join(path, b""), names, inner, not value)
+        failure = next(each for each in (value, perms, listing) if isinstance(each, XenstoreError))
+        if failure.name in _ABSENT:
+            return None
         text = self._format.unreadable(path)
-        if text is None:
-            if path == self._format.top:
-                self._error = error
-            return
-        self._put(run.segment, text)
-        self._error = error
+        if failure.name != "EACCES":
+            if text is None or not isinstance(value, bytes) or not isinstance(perms, bytes):
+                raise failure
+            text = self._format.leaf(path, name, value, perms, run.is_first)
+        if text is not None:
+            self._put(run, text)
+        if text is not None or path == self._format.top:
+            self._end_text(run.segment, failure)
+        return None
 
-    def _put(self, segment: _Segment, text: bytes) -> None:
-        segment.text += text
+    def _end_text(self, segment: _Segment, error: XenstoreError) -> None:
+        """End the text here.  What comes before need not be complete yet."""
+        self._error = error
+        segment.closed = True
+        following, segment.following = segment.following, None
+        segment.is_dropped = True
+        while following is not None:
+            following.is_dropped = True
+            following = following.following
+
+    def _put(self, run: _Run, text: bytes) -> None:
+        run.segment.text += text
+        run.is_first = False
         self._size += len(text)
 
     def _flush(self) -> None:
@@ -492,5 +481,5 @@ class Walk:
             segment.text.clear()
             if not segment.closed:
                 break
-            segment = segment.next
+            segment = segment.following
         self._first = segment

@@ -313,11 +313,11 @@ class View:
         """
         if state.has_children or not state.readable:
             return True
-        if state.value is None:
-            return False
-        if state.value:
-            return bool(self.sticky.get(path))
-        return self._may_be_directory(path)
+        return state.value is not None and self.is_directory_without_children(path, state.value)
+
+    def is_directory_without_children(self, path: bytes, value: bytes) -> bool:
+        """`is_directory` of a node that can be read and has no children."""
+        return bool(self.sticky.get(path)) if value else self._may_be_directory(path)
 
     def has_dot_value(self, path: bytes, state: NodeState) -> bool:
         """Whether a directory has a `.value`: if the value is not empty, or `.value` was just created."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Generic, TypeVar
 
 import trio
+
+Result = TypeVar("Result")
 
 
 @asynccontextmanager
@@ -21,3 +24,28 @@ async def open_background() -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
     if raised is not None:
         raise raised
+
+
+class BackgroundCall(Generic[Result]):
+    """A call of an async function by a background task."""
+
+    def __init__(self, nursery: trio.Nursery, function: Callable[[], Awaitable[Result]]) -> None:
+        self._function = function
+        self._done = trio.Event()
+        self._result: Result
+        self._error: Exception | None = None
+        nursery.start_soon(self._run)
+
+    async def _run(self) -> None:
+        try:
+            self._result = await self._function()
+        except Exception as error:
+            self._error = error
+        self._done.set()
+
+    async def result(self) -> Result:
+        """Wait until the function returns.  Raises what it has raised."""
+        await self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result

@@ -8,12 +8,12 @@ Paths are bytes or str, absolute or relative to the domain's home.  Values and n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Final
 
 from xsfs.xenstore import protocol
 from xsfs.xenstore.connection import Reply
-from xsfs.xenstore.errors import XenstoreError
+from xsfs.xenstore.errors import NotFound, XenstoreError
 from xsfs.xenstore.permissions import (
     Permission,
     Permissions,
@@ -21,18 +21,27 @@ from xsfs.xenstore.permissions import (
     parse_permissions,
     set_perms,
 )
-from xsfs.xenstore.protocol import Request
+from xsfs.xenstore.protocol import Op, Request
 
 Path = bytes | str
 Value = bytes | bytearray | memoryview | str | int
 Names = list[bytes]
 NamesOfEach = list[Names]
+WalkedNode = tuple[bytes, bytes, Names]
+"""(path, value, names of the children)"""
+WalkedNodes = list[WalkedNode]
 
 LISTING_RESTARTS: Final = 20
 """How often a listing starts again because the node changed meanwhile, before it fails with EAGAIN."""
 
 PARTS_MAX: Final = protocol.REPLY_MAX // 1024
 """The number of parts of one listing.  More come only from a store that never ends one."""
+
+WALK_WINDOW: Final = 128
+"""How many nodes `walk` reads in one round trip."""
+
+_LEFT_OUT: Final = frozenset(("ENOENT", "EACCES", "EINVAL"))
+"""Errors of nodes that a walk leaves out.  EINVAL: the path is longer than the store accepts."""
 
 
 def encode_path(path: Path) -> bytes:
@@ -50,7 +59,10 @@ def encode_value(value: Value) -> bytes:
 
 
 class Commands(ABC):
-    """The operations.  Each is a checkpoint: it can be cancelled, and lets other tasks run."""
+    """The operations on the store itself, or within one transaction.
+
+    Each is a checkpoint: it can be cancelled, and lets other tasks run.
+    """
 
     @abstractmethod
     async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
@@ -76,14 +88,14 @@ class Commands(ABC):
         return await self.call(protocol.read(encode_path(path)))
 
     async def read_integer(self, path: Path) -> int:
-        """The node's value as a number.  ValueError if it is none."""
+        """The node's value as a number.  Raises ValueError if it is none."""
         return int(await self.read(path))
 
     async def write(self, path: Path, value: Value) -> None:
         """Set the node's value.  Creates the node and all its missing parents.
 
-        TypeError for a value that is not bytes, str or int; ValueError for one that does not fit one
-        message.
+        Raises TypeError for a value that is not bytes, str or int, and ValueError for one that does not fit
+        one message.
         """
         data, encoded = encode_value(value), encode_path(path)
         if len(data) > protocol.value_max(encoded, self.payload_max):
@@ -99,25 +111,24 @@ class Commands(ABC):
         await self.call(protocol.rm(encode_path(path)))
 
     async def exists(self, path: Path) -> bool:
+        """Whether there is such a node."""
         try:
             await self.read(path)
-        except XenstoreError as error:
-            if error.name == "ENOENT":
-                return False
-            raise
+        except NotFound:
+            return False
         return True
 
     async def list(self, path: Path) -> Names:
         """The names of the node's children, however many, in no particular order.
 
         Raises XenstoreError `E2BIG` if the daemon has no way to list so many (oxenstored, for a guest),
-        `EAGAIN` if the node never stopped changing.
+        Conflict if the node never stopped changing.
         """
         (names,) = await self.list_all((encode_path(path),))
         return names
 
     async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
-        """The children's names of many nodes, in one round trip if all listings are short enough."""
+        """The names of the children of each node, in one round trip if all listings are short enough."""
         replies = await self.pipeline([protocol.directory(path) for path in paths])
         names = []
         for path, reply in zip(paths, replies, strict=True):
@@ -155,13 +166,63 @@ class Commands(ABC):
                 raise protocol.WireError("a listing that never ends")
         raise XenstoreError("EAGAIN", protocol.directory(path))
 
+    async def walk(self, path: Path) -> AsyncIterator[WalkedNode]:
+        """The node and all below it, each before its children: (path, value, names of the children).
+
+        Many nodes share a round trip.  Nodes are left out if they vanish meanwhile, or if this domain may not
+        read them.  Raises XenstoreError if that is so for the first one.
+        """
+        async for nodes in self.walk_in_windows(path):
+            for node in nodes:
+                yield node
+
+    async def walk_in_windows(self, path: Path) -> AsyncIterator[WalkedNodes]:
+        """The nodes of `walk`, in the lists in which they come."""
+        top = encode_path(path)
+        stack = [top]
+        while stack:
+            window = stack[-WALK_WINDOW:][::-1]
+            del stack[-WALK_WINDOW:]
+            replies = await self.pipeline(
+                [ask(path) for path in window for ask in (protocol.read, protocol.directory)]
+            )
+            nodes: WalkedNodes = []
+            below: list[bytes] = []
+            for path, value, listing in zip(window, replies[::2], replies[1::2], strict=True):
+                try:
+                    node = await self._walked(path, value, listing)
+                except XenstoreError as error:
+                    if path == top or error.name not in _LEFT_OUT:
+                        raise
+                    continue
+                nodes.append(node)
+                above = path if path == b"/" else path + b"/"
+                below += [above + name for name in node[2]]
+            stack += below[::-1]
+            yield nodes
+
+    async def _walked(self, path: bytes, value: Reply, listing: Reply) -> WalkedNode:
+        if isinstance(value, XenstoreError):
+            raise value
+        if isinstance(listing, bytes):
+            names = protocol.decode_names(listing)
+        elif listing.name == "E2BIG":
+            names = await self.list(path)
+        else:
+            raise listing
+        if path == b"/":
+            # oxenstored lists the special nodes, which can only be watched.
+            names = [name for name in names if not name.startswith(b"@")]
+        return path, value, [name for name in names if protocol.is_name(name)]
+
     async def get_perms(self, path: Path) -> Permissions:
+        """The node's permissions, the owner's first.  `format_permissions` makes `n0,r7` of them."""
         return decode_perms(await self.call(protocol.get_perms(encode_path(path))))
 
     async def set_perms(self, path: Path, perms: str | Iterable[Permission]) -> None:
         """Set the node's permissions, given as Permission objects or as `n0,r7`.
 
-        ValueError if they do not fit one message.
+        Raises ValueError if they do not fit one message.
         """
         entries = parse_permissions(perms) if isinstance(perms, str) else perms
         request = set_perms(encode_path(path), entries)
@@ -174,17 +235,38 @@ class Commands(ABC):
     async def domid(self) -> int:
         """The number of this client's own domain, as the toolstack wrote it; 0 if none is written.
 
-        GET_DOMAIN_PATH would not tell: it prints its argument.  ValueError if the node holds no number.
+        Raises ValueError if the node holds no number.
         """
+        # GET_DOMAIN_PATH would not tell: it prints its argument.
         try:
             return await self.read_integer("domid")
-        except XenstoreError as error:
-            if error.name != "ENOENT":
-                raise
+        except NotFound:
             return 0
 
     async def get_domain_path(self, domid: int) -> bytes:
+        """The home of a domain, whether or not the domain exists: `/local/domain/7`."""
         return protocol.decode_string(await self.call(protocol.get_domain_path(domid)))
 
     async def is_domain_introduced(self, domid: int) -> bool:
+        """Whether the daemon serves the domain."""
         return protocol.decode_string(await self.call(protocol.is_domain_introduced(domid))) == b"T"
+
+    async def introduce(self, domid: int, gfn: int, port: int) -> None:
+        """Let the daemon serve a new domain.  For a toolstack, as are `release`, `resume` and `set_target`.
+
+        gfn     the guest's frame number of the page with the Xenstore ring
+        port    the domain's event channel for the ring
+        """
+        await self.call(protocol.domain_request(Op.INTRODUCE, domid, gfn, port))
+
+    async def release(self, domid: int) -> None:
+        """Tell the daemon that the domain has ended."""
+        await self.call(protocol.domain_request(Op.RELEASE, domid))
+
+    async def resume(self, domid: int) -> None:
+        """Tell the daemon that the domain, which has shut down, runs again: it may shut down once more."""
+        await self.call(protocol.domain_request(Op.RESUME, domid))
+
+    async def set_target(self, domid: int, target: int) -> None:
+        """Give `domid` the permissions of `target`, whose devices it emulates."""
+        await self.call(protocol.domain_request(Op.SET_TARGET, domid, target))

@@ -23,6 +23,7 @@ STREAK_SECONDS.  If several tasks ask, the writer sends their requests together,
 from __future__ import annotations
 
 import logging
+import struct
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -33,14 +34,13 @@ from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_resch
 
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
 from xsfs.xenstore.protocol import (
-    Message,
+    HEADER,
     Op,
     Parser,
     Request,
     WireError,
     decode_error,
     decode_event,
-    encode,
 )
 from xsfs.xenstore.transport import Transport
 from xsfs.xenstore.xenbus import WatchRefused
@@ -210,7 +210,7 @@ class Connection:
         batch = _Batch(requests)
         messages = []
         req_id = self._next_id
-        payload_max = self.payload_max
+        payload_max, pack = self.payload_max, HEADER.pack
         try:
             for place, (op, payload) in enumerate(requests):
                 if len(payload) > payload_max:
@@ -220,12 +220,12 @@ class Connection:
                     continue
                 while req_id in in_flight:  # unanswered since the numbers last started at 0
                     req_id = (req_id + 1) & 0xFFFFFFFF
-                messages.append(encode(op, req_id, tx_id, payload))
+                messages.append(pack(op, req_id, tx_id, len(payload)) + payload)
                 in_flight[req_id] = batch, place
                 req_id = (req_id + 1) & 0xFFFFFFFF
-        except ValueError:
+        except struct.error:
             self._forget(batch)
-            raise
+            raise ValueError(f"not a message: {requests[place]}") from None
         self._next_id = req_id
         return batch, messages
 
@@ -359,39 +359,35 @@ class Connection:
             self.close(f"Xenstore closed the connection{middle}")
             return
         self._parser.feed(data)
+        in_flight = self._in_flight
         try:
-            for message in self._parser.messages():
-                self._handle(message)
-                if not self.alive:
-                    return
+            for op, req_id, _, payload in self._parser.messages():
+                # Events first: the kernel's device leaves rubbish in their req_id.
+                if op == _EVENT:
+                    path, token = decode_event(payload)
+                    if self._on_event is not None:
+                        self._on_event(path, token)
+                    if not self.alive:
+                        return
+                    continue
+                found = in_flight.pop(req_id, None)
+                if found is None:
+                    raise WireError(f"a reply to request {req_id}, which is not in flight")
+                batch, place = found
+                request = batch.requests[place]
+                if op == request.op:
+                    batch.replies[place] = payload
+                elif op == _ERROR:
+                    batch.replies[place] = XenstoreError(decode_error(payload), request)
+                else:
+                    raise WireError(f"a reply of type {op} to a request of type {request.op}")
+                batch.missing -= 1
+                if not batch.missing and batch.deadline:
+                    del self._waiting[batch]
+                    batch.wake(outcome.Value(batch.replies))
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)
             self.close(f"Xenstore broke the protocol: {error}")
-
-    def _handle(self, message: Message) -> None:
-        op, req_id, _, payload = message
-        # Events first: the kernel's device leaves rubbish in their req_id.
-        if op == _EVENT:
-            path, token = decode_event(payload)
-            if self._on_event is not None:
-                self._on_event(path, token)
-            return
-        found = self._in_flight.get(req_id)
-        if found is None:
-            raise WireError(f"a reply to request {req_id}, which is not in flight")
-        batch, place = found
-        request = batch.requests[place]
-        if op == request.op:
-            batch.replies[place] = payload
-        elif op == _ERROR:
-            batch.replies[place] = XenstoreError(decode_error(payload), request)
-        else:
-            raise WireError(f"a reply of type {op} to a request of type {request.op}")
-        del self._in_flight[req_id]
-        batch.missing -= 1
-        if not batch.missing and batch.deadline:
-            del self._waiting[batch]
-            batch.wake(outcome.Value(batch.replies))
 
     async def _write(self) -> None:
         try:

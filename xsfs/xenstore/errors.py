@@ -1,33 +1,80 @@
-"""The errors that a client of Xenstore can meet.  Only the file system turns them into errno."""
+"""The errors that a client of Xenstore can meet.
+
+Each of them is an OSError.  Its `errno` says what it means in POSIX's terms.
+"""
 
 from __future__ import annotations
 
-from typing import Final
+import errno
+import os
+from typing import Final, cast
 
-from xsfs.xenstore.protocol import Request
+from xsfs.xenstore.protocol import ERRORS, Op, Request
 
 DEFAULT_TIMEOUT: Final = 10.0
 """The time limit of one request in seconds, unless the caller names another."""
 
+LONGEST_SURE_PATH: Final = 1024
+"""Every daemon accepts paths up to this length.  Past it, EINVAL for a well-formed path means its length."""
 
-class StoreError(Exception):
-    """Any failure of a request to Xenstore."""
+_NUMBERS: Final = {
+    name: cast(int, getattr(errno, "EDQUOT" if name == "EQUOTA" else name)) for name in ERRORS
+}
+_NUMBERS_BY_OP: Final = {
+    # oxenstored limits a value to 2048 bytes, and reports that the argument list is too long.
+    (Op.WRITE, "E2BIG"): errno.EFBIG,
+    # C xenstored before Xen 4.22, for a full quota of watches.
+    (Op.WATCH, "E2BIG"): errno.ENOSPC,
+}
 
+
+def _number_of(name: str, request: Request) -> int:
+    """The errno for an error reply of the store.  EIO for a name that no known daemon sends."""
+    number = _NUMBERS_BY_OP.get((request.op, name)) or _NUMBERS.get(name, errno.EIO)
+    if number == errno.EINVAL and len(request.path) >= LONGEST_SURE_PATH:
+        return errno.ENAMETOOLONG
+    if number == errno.EINVAL and request.op == Op.WATCH:
+        # oxenstored's EQUOTA over the kernel's device: Linux makes EINVAL of an unknown name.
+        return errno.EDQUOT
+    return number
+
+
+class StoreError(OSError):
+    """Any failure of a request to Xenstore.
+
+    errno           what the failure means: a number of the module `errno`
+    strerror        what has happened, in words
+    during_outage   whether xsfs sent nothing, because Xenstore has not answered for a whole time limit
+    """
+
+    errno: int = errno.EIO
     during_outage = False
-    """Whether the request was not even sent, because the circuit breaker was open."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.strerror = message
 
 
 class XenstoreError(StoreError):
     """The store's own reply to one request was an error.
 
-    `name` is the errno name that the store sent, such as `ENOENT` or `EQUOTA`.  It need not be one that
-    this system's errno.h has.
+    `XenstoreError(name, request)` makes an object of the subclass that fits the name.
+
+    name        the name that the store sent, such as `ENOENT` or `EQUOTA`
+    request     the request to which the store replied
+    errno       what the name means for this request: `EDQUOT` for `EQUOTA`, `EIO` for an unknown name
     """
 
+    def __new__(cls, name: str, request: Request) -> XenstoreError:
+        number = _number_of(name, request)
+        error = super().__new__(_KINDS.get(number, cls), name, request)
+        error.errno = number
+        return error
+
     def __init__(self, name: str, request: Request) -> None:
-        super().__init__(name, request)
         self.name = name
         self.request = request
+        self.strerror = os.strerror(self.errno)
 
     def __str__(self) -> str:
         path = self.request.path.decode("ascii", "backslashreplace")
@@ -35,8 +82,41 @@ class XenstoreError(StoreError):
         return f"{self.name}: {op} {path}"
 
 
-class RequestTimeout(StoreError):
+class NotFound(XenstoreError, FileNotFoundError):
+    """The node does not exist: `ENOENT`."""
+
+
+class PermissionDenied(XenstoreError, PermissionError):
+    """This domain may not do that: `EACCES`, `EPERM`."""
+
+
+class Conflict(XenstoreError):
+    """Something else has changed what the transaction saw, so nothing was changed: `EAGAIN`.  Start again."""
+
+
+class QuotaExceeded(XenstoreError):
+    """This domain has as many nodes, watches or transactions as it may have: `EQUOTA`, `ENOSPC`."""
+
+
+class NotSupported(XenstoreError):
+    """The daemon does not know the request: `ENOSYS`."""
+
+
+_KINDS: Final[dict[int, type[XenstoreError]]] = {
+    errno.ENOENT: NotFound,
+    errno.EACCES: PermissionDenied,
+    errno.EPERM: PermissionDenied,
+    errno.EAGAIN: Conflict,
+    errno.EDQUOT: QuotaExceeded,
+    errno.ENOSPC: QuotaExceeded,
+    errno.ENOSYS: NotSupported,
+}
+
+
+class RequestTimeout(StoreError, TimeoutError):
     """No reply came within the time limit.  The store may still carry out the request."""
+
+    errno = errno.ETIMEDOUT
 
 
 class ConnectionLost(StoreError):
@@ -49,9 +129,15 @@ class ConnectionLost(StoreError):
 class TransactionEnded(StoreError):
     """The transaction was committed, rolled back, or lost with its connection."""
 
+    errno = errno.ESTALE
+
 
 class StoreUnavailable(StoreError):
-    """Xenstore cannot be reached at all.  `hint` says what the user can do about it."""
+    """Xenstore cannot be reached at all.
+
+    hint        what the user can do about it
+    denied      whether this process lacks the permission
+    """
 
     def __init__(self, reason: str, hint: str, *, denied: bool = False) -> None:
         super().__init__(reason)

@@ -83,13 +83,8 @@ class WireError(Exception):
     """The peer broke the protocol: nothing more that this connection delivers can be trusted."""
 
 
-class Message(NamedTuple):
-    """One message of either direction.  `op` is a plain int, because a peer may send any number."""
-
-    op: int
-    req_id: int
-    tx_id: int
-    payload: bytes
+Message = tuple[int, int, int, bytes]
+"""One message of either direction: type, req_id, tx_id, payload.  A peer may send any type."""
 
 
 class Request(NamedTuple):
@@ -127,48 +122,46 @@ class Parser:
 
     def __init__(self, payload_max: int = REPLY_MAX) -> None:
         self._payload_max = payload_max
-        self._buffer: bytes | bytearray = b""
+        self._buffer = b""
         self._start = 0
-        self._needed = HEADER_SIZE
+        """Where in the buffer the next message starts."""
+        self._more = bytearray()
+        """What follows the buffer.  It joins the buffer once it ends a message, because a long message comes
+        in many pieces."""
+        self._missing = HEADER_SIZE
+        """How many bytes are missing until a header or a message is whole; negative if there are more."""
 
     def feed(self, data: bytes) -> None:
-        if self._start == len(self._buffer):
-            # The usual case, which copies nothing.
-            self._buffer = data
-        elif isinstance(self._buffer, bytearray):
-            del self._buffer[: self._start]
-            self._buffer += data
-        else:
-            self._buffer = bytearray(self._buffer[self._start :])
-            self._buffer += data
-        self._start = 0
+        self._more += data
+        self._missing -= len(data)
 
     def messages(self) -> Iterator[Message]:
         """The whole messages that have come.  After the next `feed`, iterate again."""
-        buffer, start = self._buffer, self._start
-        size = len(buffer)
-        # A long message that comes in small pieces is not parsed again at each piece.
-        if size - start < self._needed:
+        if self._missing > 0:
             return
-        self._needed = HEADER_SIZE
+        buffer = self._buffer = self._buffer[self._start :] + self._more
+        start = self._start = 0
+        self._more.clear()
+        size = len(buffer)
+        self._missing = 0
+        unpack, payload_max = HEADER.unpack_from, self._payload_max
         while size - start >= HEADER_SIZE:
-            op, req_id, tx_id, length = HEADER.unpack_from(buffer, start)
-            if length > self._payload_max:
-                raise WireError(
-                    f"a message of {length} bytes, over the limit of {self._payload_max}"
-                )
+            op, req_id, tx_id, length = unpack(buffer, start)
+            if length > payload_max:
+                raise WireError(f"a message of {length} bytes, over the limit of {payload_max}")
             end = start + HEADER_SIZE + length
             if size < end:
-                self._needed = end - start
+                self._missing = end - size
                 return
-            payload = bytes(buffer[start + HEADER_SIZE : end])
+            payload = buffer[start + HEADER_SIZE : end]
             self._start = start = end
-            yield Message(op, req_id, tx_id, payload)
+            yield op, req_id, tx_id, payload
+        self._missing = HEADER_SIZE - (size - start)
 
     @property
     def partial(self) -> bool:
         """Whether the last message has come only in part."""
-        return len(self._buffer) > self._start
+        return len(self._buffer) > self._start or bool(self._more)
 
 
 def encode(op: int, req_id: int, tx_id: int, payload: bytes) -> bytes:

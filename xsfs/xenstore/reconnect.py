@@ -23,7 +23,7 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Final
+from typing import Final, Self
 
 import trio
 
@@ -61,6 +61,8 @@ async def open_transport_by(
     while True:
         try:
             return connect()
+        except StoreUnavailable:
+            raise
         except OSError as error:
             # EAGAIN: the daemon's backlog of 1 is full.  ECONNREFUSED, ENOENT: it restarts.
             failure = error
@@ -146,18 +148,23 @@ class ReconnectingConnection:
             self.current.close(reason)
 
 
-class _Observation:
-    """A class, because a generator takes 2 microseconds more, and each request of the mount is observed."""
+class Observation:
+    """A context manager that tells the circuit breaker the outcome of its block, which asks something.
 
-    __slots__ = ("_answers", "_breaker", "_start")
+    start   when the block began, in trio's time
 
-    def __init__(self, breaker: CircuitBreaker, answers: int, start: float) -> None:
+    A class, because a generator takes 2 microseconds more, and each request of the mount is observed.
+    """
+
+    __slots__ = ("_answers", "_breaker", "start")
+
+    def __init__(self, breaker: CircuitBreaker) -> None:
         self._breaker = breaker
-        self._answers = answers
-        self._start = start
+        self._answers = breaker.answers
+        self.start = trio.current_time()
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
@@ -168,7 +175,7 @@ class _Observation:
         if error is None:
             self._breaker.answered()
         elif isinstance(error, (RequestTimeout, ConnectionLost)):
-            self._breaker.failed(error, self._answers, self._start)
+            self._breaker.failed(error, self._answers, self.start)
 
 
 class CircuitBreaker:
@@ -187,7 +194,7 @@ class CircuitBreaker:
         self._probe = probe
         self.error: RequestTimeout | ConnectionLost | None = None
         """The error that opened it, while it is open."""
-        self._answers = 0
+        self.answers = 0
         """How many requests Xenstore has answered."""
         self._asked_at = 0.0
         self._probed_at = 0.0
@@ -213,7 +220,7 @@ class CircuitBreaker:
             raise error
 
     def answered(self) -> None:
-        self._answers += 1
+        self.answers += 1
         if self.error is not None:
             self._close()
             log.warning("Xenstore answers again")
@@ -223,12 +230,8 @@ class CircuitBreaker:
         self._pause.cancel()
         self._outcome.unpark_all()
 
-    def observe(self) -> _Observation:
-        """A context manager that notes the outcome of its block, which asks something."""
-        return _Observation(self, self._answers, trio.current_time())
-
     def failed(self, error: RequestTimeout | ConnectionLost, answers: int, start: float) -> None:
-        if self._answers != answers or self.error is not None:
+        if self.answers != answers or self.error is not None:
             return
         if isinstance(error, ConnectionLost) and error.is_local:
             return

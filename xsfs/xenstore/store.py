@@ -46,6 +46,7 @@ from xsfs.xenstore.protocol import Request
 from xsfs.xenstore.reconnect import (
     CircuitBreaker,
     Connect,
+    Observation,
     ReconnectingConnection,
     open_transport_by,
 )
@@ -70,10 +71,7 @@ Result = TypeVar("Result")
 
 
 class Transaction(Commands):
-    """One Xenstore transaction.  `commit` or `rollback` end it, and so does the end of its connection.
-
-    deadline    in trio's time, of all its requests; None if each has the connection's time limit
-    """
+    """One Xenstore transaction.  `commit` or `rollback` end it, and so does the end of its connection."""
 
     def __init__(
         self,
@@ -84,6 +82,7 @@ class Transaction(Commands):
         timeout: float,
         deadline: float | None = None,
     ) -> None:
+        """`deadline` is that of all its requests, in trio's time; if None, each has the time limit."""
         self.connection = connection
         self._home = home
         self._breaker = breaker
@@ -107,6 +106,7 @@ class Transaction(Commands):
 
     @property
     def open(self) -> bool:
+        """Whether it has not ended yet."""
         return self._tx_id is not None and self.connection.alive
 
     async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
@@ -124,7 +124,7 @@ class Transaction(Commands):
         if deadline is None:
             deadline = trio.current_time() + self._timeout
         try:
-            with self._breaker.observe():
+            with Observation(self._breaker):
                 sent = self._home.as_sent(requests)
                 return await self.connection.pipeline(sent, self._tx_id, deadline)
         except ConnectionLost as error:
@@ -159,13 +159,14 @@ class Transaction(Commands):
         return replies
 
     async def commit(self) -> None:
-        """Carry out all changes at once.  Raises XenstoreError `EAGAIN` on a conflict: start again.
+        """Carry out all changes at once.  Raises Conflict if there was one: start again.
 
         ConnectionLost and RequestTimeout mean that the outcome is unknown.
         """
         await self.finish(())
 
     async def rollback(self) -> None:
+        """Undo all changes, and end the transaction."""
         await self.finish((), commit=False)
 
     async def wait_disconnected(self) -> None:
@@ -208,6 +209,7 @@ class Store(Commands):
 
     @property
     def reconnects(self) -> int:
+        """How often the connection for requests was opened again."""
         return self._main.reconnects
 
     async def connect(self) -> None:
@@ -235,10 +237,10 @@ class Store(Commands):
         if self.breaker.error is not None:
             await self.breaker.check()
         self.requests += len(requests)
-        deadline = trio.current_time() + self.timeout
         requests = self.home.as_sent(requests)
         failure: ConnectionLost | RequestTimeout | None = None
-        with self.breaker.observe():
+        with Observation(self.breaker) as observation:
+            deadline = observation.start + self.timeout
             while True:
                 connection = self._main.current
                 if connection is None or not connection.alive:
@@ -278,7 +280,7 @@ class Store(Commands):
         """A transaction with a connection of its own.
 
         It is committed at the end of the block unless it has ended before, and rolled back if the block
-        raises.  A conflict raises XenstoreError `EAGAIN` at the end of the block: start again.
+        raises.  The end of the block raises Conflict if there was one: start again.
         """
         transaction = await self.begin()
         try:
@@ -292,7 +294,7 @@ class Store(Commands):
         """Start a transaction with a connection of its own.  The caller must `abandon` it later."""
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe():
+        with Observation(self.breaker):
             connection = await self._open(deadline)
             self.transactions += 1
             try:
@@ -329,11 +331,11 @@ class Store(Commands):
         instead.  All attempts together take `timeout` at most, and a quarter of it more if the store stops
         answering near the end.
 
-        Raises XenstoreError `EAGAIN` if it conflicted all the time.
+        Raises Conflict if it conflicted all the time.
         """
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe():
+        with Observation(self.breaker):
             async with self._one_of_few(deadline):
                 in_doubt = 0
                 while True:

@@ -164,6 +164,8 @@ def open_transport(path: str) -> Transport:
             return _connect(path)
         if stat.S_ISCHR(mode):
             return _open_device(path)
+    except StoreUnavailable:
+        raise
     except PermissionError as error:
         raise StoreUnavailable(
             f"permission denied: {path}",

@@ -2,8 +2,8 @@
 
 `Watches` owns a reconnecting connection that carries only WATCH and UNWATCH, one at a time: on the kernel's
 device any other request beside them can deadlock its Xenstore driver.  It owns one watch at the store for
-each path, however many subscribe to it.  Any task may subscribe and unsubscribe; the connection's reader
-delivers events.
+each path and depth, however many subscribe to it.  Any task may subscribe and unsubscribe; the
+connection's reader delivers events.
 
 Invariants:
 
@@ -56,24 +56,30 @@ REMOVE_SECONDS: Final = 1.0
 
 
 class Subscription:
-    """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`.
-
-    The connection's reader calls `on_event`, if given, at each event, and when the watch was lost or set
-    again.  It must not wait, nor take longer than a few microseconds.
-    """
+    """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`."""
 
     def __init__(
         self,
         path: bytes,
-        on_event: Callable[[], None] | None = None,
+        on_event: Callable[[], object] | None = None,
         events_max: int = EVENTS_MAX,
+        depth: int | None = None,
     ) -> None:
+        """The connection's reader calls `on_event` at each event, and when the watch was lost, set again, or
+        ended.  It must not wait, nor take longer than a few microseconds.
+
+        depth       how many levels below the path changes count.  A daemon older than Xen 4.22, or the
+                    kernel's device, sends the events without a limit.
+        """
         self.path = path
+        self.depth = depth
         self.interruptions = 0
         """How often the watch was lost with its connection, and events may have been missed."""
         self._events: dict[bytes, None] = {}
         self._events_max = events_max
         self._on_event = on_event
+        self.ended = False
+        """Whether the block of the watch has ended."""
         self._arrived = trio.lowlevel.ParkingLot()
 
     def put(self, path: bytes) -> None:
@@ -102,9 +108,15 @@ class Subscription:
         """Whether there is an event to take."""
         return bool(self._events)
 
+    def end(self) -> None:
+        """Let tasks that wait for an event return."""
+        self.ended = True
+        self._arrived.unpark_all()
+        self.alert()
+
     async def wait(self) -> None:
-        """Return when there is an event to take."""
-        while not self._events:
+        """Return when there is an event to take, or the watch has ended."""
+        while not self._events and not self.ended:
             await self._arrived.park()
 
     def __aiter__(self) -> Subscription:
@@ -112,6 +124,8 @@ class Subscription:
 
     async def __anext__(self) -> bytes:
         await self.wait()
+        if not self._events:
+            raise StopAsyncIteration
         path = next(iter(self._events))
         del self._events[path]
         return path
@@ -120,8 +134,9 @@ class Subscription:
 class _Watch:
     """One watch at the store."""
 
-    def __init__(self, path: bytes, token: bytes) -> None:
+    def __init__(self, path: bytes, depth: int | None, token: bytes) -> None:
         self.path = path
+        self.depth = depth
         self.token = token
         self.subscriptions: dict[Subscription, None] = {}
         self.connection: Connection | None = None
@@ -160,7 +175,7 @@ class Watches:
         )
         self._lock = trio.Lock()
         """Held while a WATCH or UNWATCH is outstanding."""
-        self._by_path: dict[bytes, _Watch] = {}
+        self._by_path: dict[tuple[bytes, int | None], _Watch] = {}
         self._by_token: dict[bytes, _Watch] = {}
         self._unwanted: deque[_Watch] = deque()
         """Watches to be removed, in the order in which they were left."""
@@ -212,13 +227,13 @@ class Watches:
         The first event comes at once, as Xenstore's do.
         """
         async with self._lock:
-            watch = self._by_path.get(subscription.path)
+            watch = self._by_path.get((subscription.path, subscription.depth))
             if watch is not None:
                 watch.subscriptions[subscription] = None
                 subscription.put(subscription.path)
                 return
             self._last_token += 1
-            watch = _Watch(subscription.path, b"%x" % self._last_token)
+            watch = _Watch(subscription.path, subscription.depth, b"%x" % self._last_token)
             watch.subscriptions[subscription] = None
             self._by_token[watch.token] = watch
             try:
@@ -233,12 +248,12 @@ class Watches:
                 self._unwanted.append(watch)
                 self._nursery.start_soon(self._clear)
                 raise
-            self._by_path[watch.path] = watch
+            self._by_path[watch.path, watch.depth] = watch
             self._first_watch.unpark_all()
 
     def armed(self, subscription: Subscription) -> bool:
         """Whether its watch is set at the store now."""
-        watch = self._by_path.get(subscription.path)
+        watch = self._by_path.get((subscription.path, subscription.depth))
         return watch is not None and watch.armed
 
     async def unsubscribe(self, subscription: Subscription) -> None:
@@ -260,13 +275,13 @@ class Watches:
 
     def _leave(self, subscription: Subscription) -> bool:
         """Leave the watch.  Returns whether nobody wants it any more."""
-        watch = self._by_path.get(subscription.path)
+        watch = self._by_path.get((subscription.path, subscription.depth))
         if watch is None or subscription not in watch.subscriptions:
             return False
         del watch.subscriptions[subscription]
         if watch.subscriptions:
             return False
-        del self._by_path[watch.path]
+        del self._by_path[watch.path, watch.depth]
         del self._by_token[watch.token]
         self._unwanted.append(watch)
         return True
@@ -303,8 +318,12 @@ class Watches:
         deadline = trio.current_time() + self._timeout
         connection = await self._reconnecting.get(deadline)
         watch.connection = connection
-        requests = self._home.as_sent((protocol.watch(watch.path, watch.token),))
-        (reply,) = await connection.pipeline(requests, 0, deadline)
+        for depth in dict.fromkeys((watch.depth, None)):  # None for a daemon that knows no depth
+            request = protocol.watch(watch.path, watch.token, depth)
+            requests = self._home.as_sent((request,))
+            (reply,) = await connection.pipeline(requests, 0, deadline)
+            if isinstance(reply, bytes) or reply.name != "EINVAL":
+                break
         if isinstance(reply, XenstoreError):
             watch.connection = None
             raise reply
@@ -343,7 +362,7 @@ class Watches:
             watch.path = moved(watch.path, source, target)
             for subscription in watch.subscriptions:
                 subscription.path = watch.path
-        self._by_path = {watch.path: watch for watch in watches}
+        self._by_path = {(watch.path, watch.depth): watch for watch in watches}
         self._reconnecting.close("the watches move")
 
     def _interrupt(self) -> None:
@@ -363,7 +382,7 @@ class Watches:
                 return
 
     async def _rearm_one(self, watch: _Watch) -> None:
-        if self._by_path.get(watch.path) is not watch:
+        if self._by_path.get((watch.path, watch.depth)) is not watch:
             return  # removed meanwhile
         if watch.connection is not None and watch.connection.alive:
             return
@@ -388,10 +407,13 @@ class Watches:
                 subscription.alert()
 
     @asynccontextmanager
-    async def watching(self, path: bytes) -> AsyncIterator[Subscription]:
-        subscription = Subscription(path)
+    async def watching(
+        self, path: bytes, on_event: Callable[[], object] | None = None
+    ) -> AsyncIterator[Subscription]:
+        subscription = Subscription(path, on_event)
         await self.subscribe(subscription)
         try:
             yield subscription
         finally:
+            subscription.end()
             await self.unsubscribe(subscription)

@@ -1,0 +1,90 @@
+"""Ring: how many round trips to the store operations of a mount take, however far it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.distant_store import DistantStore
+from tests.support.mirroring import await_true, scratch
+from tests.support.mounting import Mount, mounted
+from tests.support.xenstored.harness import RealXenstored, XsClient, strings
+
+DATA = "/local/domain/0/data"
+
+CHILDREN = 100
+
+
+@pytest.fixture(scope="module", params=["C", "ocaml"])
+def daemon(request: pytest.FixtureRequest) -> Iterator[RealXenstored]:
+    with RealXenstored(request.param) as daemon, daemon.client() as client:
+        daemon.populate()
+        write_all(client, [f"{DATA}/list/{n}" for n in range(CHILDREN)])
+        # 4 nodes with ten children each, which have ten each, which have ten each.
+        leaves = ["/".join(f"{n:04}") for n in range(4000)]
+        write_all(client, [f"{DATA}/deep/{leaf}" for leaf in leaves])
+        yield daemon
+
+
+def write_all(client: XsClient, paths: list[str]) -> None:
+    for start in range(0, len(paths), 500):
+        client.pipeline(("WRITE", strings(path) + b"v") for path in paths[start : start + 500])
+
+
+@pytest.fixture
+def distant(daemon: RealXenstored, tmp_path: Path) -> Iterator[DistantStore]:
+    with DistantStore(tmp_path / "distant", daemon.socket) as distant:
+        yield distant
+
+
+@pytest.fixture
+def mount(distant: DistantStore, tmp_path: Path) -> Iterator[Mount]:
+    with mounted([distant.path], tmp_path / "m") as mount:
+        yield mount
+
+
+@contextmanager
+def trips_at_most(limit: int, distant: DistantStore) -> Iterator[None]:
+    before = distant.trips
+    yield
+    assert distant.trips - before <= limit
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def test_a_value(mount: Mount, distant: DistantStore) -> None:
+    """If the kernel opens the file within a millisecond after the look-up.  A busy machine may not."""
+    trips = []
+    for _ in range(50):
+        before = distant.trips
+        assert (mount.path / "name").read_text() == "Domain-0\n"
+        trips.append(distant.trips - before)
+    assert min(trips) == 1
+
+
+def test_a_listing(mount: Mount, distant: DistantStore) -> None:
+    with opened(mount.path / "data/list") as directory, trips_at_most(2, distant):
+        assert len(os.listdir(directory)) == CHILDREN
+
+
+def test_a_mirror(distant: DistantStore, daemon: RealXenstored, tmp_path: Path) -> None:
+    """The whole start of the mount, and then a change.  The mirror has 4,440 nodes."""
+    with scratch() as directory, daemon.client() as client:
+        options = ["-o", f"root={DATA}/deep,mirror={directory}/mirror", distant.path]
+        with trips_at_most(30, distant), mounted(options, tmp_path / "m") as mount:
+            before = distant.trips
+            client.write(f"{DATA}/deep/0/0/0/0", "changed")
+            copy = mount.path / ".mirror/0/0/0/0"
+            await_true(lambda: copy.read_text() == "changed\n")
+            assert distant.trips - before <= 2

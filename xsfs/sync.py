@@ -1,0 +1,260 @@
+"""The client for programs without trio: the operations of `xsfs.Store` as plain functions that block.
+
+    with xsfs.sync.open_store() as store:
+        name = store.read("name")
+        with store.transaction() as tx:
+            tx.write("data/n", tx.read_integer("data/n") + 1)
+        with store.watch("data", timeout=60) as events:
+            for path in events:
+                ...
+
+`open_store` starts a thread, in which trio runs an `xsfs.Store`.  A `_Portal` runs each operation there while
+the calling thread waits.  Any thread may call, and several at once.  When the block of `open_store` ends, so
+does the thread, and the operations of other threads raise ConnectionLost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, suppress
+from functools import partial, wraps
+from threading import Thread
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import trio
+
+from xsfs.xenstore import store as asynchronous
+from xsfs.xenstore.commands import Commands, Path, WalkedNode, encode_path
+from xsfs.xenstore.errors import DEFAULT_TIMEOUT, ConnectionLost
+from xsfs.xenstore.reconnect import Connect
+from xsfs.xenstore.store import Store, Transaction
+from xsfs.xenstore.watches import Subscription
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+class _Portal:
+    """Runs functions in the thread of trio, and waits for their results."""
+
+    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
+        self._token = token
+
+    def run(self, function: Callable[[], Awaitable[Result]]) -> Result:
+        scope = trio.CancelScope()
+
+        async def call() -> Result:
+            with scope:
+                return await function()
+            raise ConnectionLost("the caller was interrupted")
+
+        try:
+            return trio.from_thread.run(call, trio_token=self._token)
+        except (trio.RunFinishedError, trio.Cancelled):
+            raise ConnectionLost("the store was closed") from None
+        except KeyboardInterrupt:
+            # Nobody waits for the result any more, and a watch must not lose an event to it.
+            self.run_soon(scope.cancel)
+            raise
+
+    def run_soon(self, function: Callable[[], object]) -> None:
+        """Run a function that does not wait, unless trio has ended."""
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(function)
+
+    @contextmanager
+    def entered(self, manager: AbstractAsyncContextManager[Result]) -> Iterator[Result]:
+        """The context manager, entered and left in the thread of trio."""
+        value = self.run(manager.__aenter__)
+        try:
+            yield value
+        except BaseException as error:
+            with suppress(ConnectionLost):  # closed: nothing is left of a watch or transaction
+                self.run(partial(manager.__aexit__, type(error), error, error.__traceback__))
+            raise
+        else:
+            self.run(partial(manager.__aexit__, None, None, None))
+
+
+def _blocking(
+    method: Callable[Concatenate[Any, P], Coroutine[Any, Any, Result]],
+) -> Callable[Concatenate[SyncCommands, P], Result]:
+    """The method as one that blocks."""
+
+    @wraps(method)
+    def call(self: SyncCommands, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        own: Callable[P, Awaitable[Result]] = getattr(self._commands, method.__name__)
+        return self._portal.run(partial(own, *args, **kwargs))
+
+    return call
+
+
+class SyncCommands:
+    """The operations of `SyncStore` and `SyncTransaction`, with the arguments and results of `xsfs.Store`."""
+
+    def __init__(self, portal: _Portal, commands: Commands) -> None:
+        self._portal = portal
+        self._commands = commands
+
+    pipeline = _blocking(Commands.pipeline)
+    call = _blocking(Commands.call)
+    read = _blocking(Commands.read)
+    read_integer = _blocking(Commands.read_integer)
+    write = _blocking(Commands.write)
+    mkdir = _blocking(Commands.mkdir)
+    delete = _blocking(Commands.delete)
+    exists = _blocking(Commands.exists)
+    list = _blocking(Commands.list)
+    list_all = _blocking(Commands.list_all)
+    get_perms = _blocking(Commands.get_perms)
+    set_perms = _blocking(Commands.set_perms)
+    domid = _blocking(Commands.domid)
+    get_domain_path = _blocking(Commands.get_domain_path)
+    is_domain_introduced = _blocking(Commands.is_domain_introduced)
+    introduce = _blocking(Commands.introduce)
+    release = _blocking(Commands.release)
+    resume = _blocking(Commands.resume)
+    set_target = _blocking(Commands.set_target)
+
+    def walk(self, path: Path) -> Iterator[WalkedNode]:
+        """As `xsfs.Store.walk`."""
+        windows = self._commands.walk_in_windows(path)
+        while nodes := self._portal.run(partial(anext, windows, None)):
+            yield from nodes
+
+
+class SyncTransaction(SyncCommands):
+    """A transaction.  Made by `SyncStore.transaction` and `SyncStore.atomically`."""
+
+    commit = _blocking(Transaction.commit)
+    rollback = _blocking(Transaction.rollback)
+
+
+class SyncWatch:
+    """The events of one or more nodes and all below them.  Iterate over it, or use `wait`.
+
+    timeout     the seconds without an event after which an iteration ends; None if it never ends
+    """
+
+    def __init__(
+        self,
+        portal: _Portal,
+        subscriptions: Iterable[Subscription],
+        arrived: trio.lowlevel.ParkingLot,
+        timeout: float | None,
+    ) -> None:
+        self._portal = portal
+        self._subscriptions = deque(subscriptions)
+        self._arrived = arrived
+        self.timeout = timeout
+
+    def wait(self, timeout: float | None = None) -> bytes | None:
+        """The path of the next change.
+
+        None if no event came within `timeout` seconds, or if the block of the watch has ended.
+        """
+        return self._portal.run(partial(self._next, math.inf if timeout is None else timeout))
+
+    def __iter__(self) -> Iterator[bytes]:
+        while (path := self.wait(self.timeout)) is not None:
+            yield path
+
+    async def _next(self, seconds: float) -> bytes | None:
+        with trio.move_on_after(seconds):
+            while not any(self._subscriptions):
+                if any(subscription.ended for subscription in self._subscriptions):
+                    return None
+                await self._arrived.park()
+        for subscription in self._subscriptions:
+            if subscription:
+                # The others come first next time.
+                self._subscriptions.remove(subscription)
+                self._subscriptions.append(subscription)
+                return await anext(subscription)
+        return None
+
+
+class SyncStore(SyncCommands):
+    """Xenstore as it is.  Made by `xsfs.sync.open_store`."""
+
+    def __init__(self, portal: _Portal, store: Store) -> None:
+        super().__init__(portal, store)
+        self._store = store
+
+    @contextmanager
+    def transaction(self) -> Iterator[SyncTransaction]:
+        """As `xsfs.Store.transaction`."""
+        with self._portal.entered(self._store.transaction()) as transaction:
+            yield SyncTransaction(self._portal, transaction)
+
+    def atomically(self, work: Callable[[SyncTransaction], Result]) -> Result:
+        """Run `work` in a transaction and commit it, again and again while it conflicts.
+
+        As `xsfs.Store.atomically`.  `work` runs in a thread of its own.
+        """
+
+        async def work_in_thread(transaction: Transaction) -> Result:
+            own = SyncTransaction(self._portal, transaction)
+            return await trio.to_thread.run_sync(work, own)
+
+        return self._portal.run(partial(self._store.atomically, work_in_thread))
+
+    @contextmanager
+    def watch(self, *paths: Path, timeout: float | None = None) -> Iterator[SyncWatch]:
+        """The events of nodes and all below them, while the block runs.
+
+        timeout     the seconds without an event after which an iteration ends; None if it never ends
+
+        The first event of each node comes immediately.  An event is the path of the changed node, in the form
+        (absolute, relative) in which the path of the watched node is given.
+        """
+        arrived = trio.lowlevel.ParkingLot()
+
+        def watching(path: Path) -> AbstractAsyncContextManager[Subscription]:
+            return self._store.watches.watching(encode_path(path), arrived.unpark_all)
+
+        with ExitStack() as stack:
+            subscriptions = [
+                stack.enter_context(self._portal.entered(watching(path))) for path in paths
+            ]
+            yield SyncWatch(self._portal, subscriptions, arrived, timeout)
+
+
+@contextmanager
+def open_store(
+    path: str | None = None, *, timeout: float = DEFAULT_TIMEOUT, connect: Connect | None = None
+) -> Iterator[SyncStore]:
+    """A store, connected and answering.  `xsfs.open_store` has the arguments and the errors."""
+    started: Future[_Portal] = Future()
+    opened: Future[Store] = Future()
+    scope = trio.CancelScope()
+
+    async def serve() -> None:
+        started.set_result(_Portal(trio.lowlevel.current_trio_token()))
+        with scope:
+            async with asynchronous.open_store(path, timeout=timeout, connect=connect) as store:
+                opened.set_result(store)
+                await trio.sleep_forever()
+
+    def run() -> None:
+        try:
+            trio.run(serve)
+        except Exception as error:
+            if opened.done():
+                raise
+            opened.set_exception(error)
+            if not started.done():
+                started.set_exception(error)
+
+    # A daemon thread: a program that leaves the block without ending it can still end.
+    thread = Thread(target=run, name="xsfs", daemon=True)
+    thread.start()
+    portal = started.result()
+    try:
+        yield SyncStore(portal, opened.result())
+    finally:
+        portal.run_soon(scope.cancel)
+        thread.join()
