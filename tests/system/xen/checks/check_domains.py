@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -47,6 +48,17 @@ def test_creation(dom0: Mount, request: pytest.FixtureRequest, tmp_path: Path) -
     assert (home / "name").read_text() == f"{guest.name}\n"
     assert str(guest.domid) in dom0.bash("ls local/domain").split()
     assert dom0.bash(f"cat .{guest.home}/device/vbd/51712/state") == "4\n"
+
+
+def test_names(dom0: Mount, guest: Guest) -> None:
+    """`.domain` has the domains that xl has created, by the names that xl gives them."""
+    named = dom0.path / ".domain"
+    for name in (guest.name, "renamed"):
+        if name != guest.name:
+            shell(f"xl rename {guest.name} {name}")
+        assert sorted(os.listdir(named)) == ["Domain-0", name]
+        assert (named / name / "domid").read_text() == f"{guest.domid}\n"
+    shell(f"xl rename renamed {guest.name}")
 
 
 def test_more_domains(dom0: Mount, guest: Guest, witness: Witness, tmp_path: Path) -> None:
