@@ -495,12 +495,16 @@ def test_what_a_transaction_knows_of_directories(
         take(outside, step)
         take(model, step)
     all_paths = [b"/a", b"/a/b", b"/a/b/c", b"/d", b"/d/b", b"/d/b/c", b"/x", b"/x/b", b"/x/b/c"]
-    first = [outside.get(path) for path in all_paths]
+    first = [outside._has_value.get(path) for path in all_paths]
     layer = outside.copy()
     for step in within:
         take(layer, step)
         take(model, step)
-    assert [layer.get(path) for path in all_paths] == [model.get(path) for path in all_paths]
-    assert [outside.get(path) for path in all_paths] == first
+    assert [layer._has_value.get(path) for path in all_paths] == [
+        model._has_value.get(path) for path in all_paths
+    ]
+    assert [outside._has_value.get(path) for path in all_paths] == first
     outside.carry_out(layer)
-    assert [outside.get(path) for path in all_paths] == [model.get(path) for path in all_paths]
+    assert [outside._has_value.get(path) for path in all_paths] == [
+        model._has_value.get(path) for path in all_paths
+    ]

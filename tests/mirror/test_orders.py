@@ -200,7 +200,7 @@ class History:
 
     def event(self) -> None:
         path = self.events.pop(0)
-        events = self.mirror._releases if path == RELEASE else self.mirror._changes
+        events = self.mirror._domain_ends if path == RELEASE else self.mirror._changes
         events.put(path)
 
     def lesson(self) -> None:

@@ -91,7 +91,7 @@ def every_operation(files: MirrorDirectory) -> None:
     files.make_directory(b"d/e", b"")
     files.set_perms(b"d", b"n1")
     files.set_perms(b"", b"n1")
-    files.release()
+    files.close_directories()
     assert files.read(b"d/f") == (b"w", b"n0" if files.has_perms else b"")
     files.remove_file(b"d/f")
     carry_out(files.removing(b"d"))
@@ -143,7 +143,7 @@ def test_a_directory_that_was_taken_away_is_none(shm: Path) -> None:
         carry_out(files.publish())
         files.put(b"d/f", b"w", b"")
         assert files.first_missing(b"d") is None
-        files.release()
+        files.close_directories()
         (shm / "mirror" / "d").rename(shm / "away")
         assert files.first_missing(b"d") == b"d"
         assert files.kind(b"d") == 0
@@ -285,7 +285,7 @@ def test_no_path_is_too_deep(shm: Path) -> None:
         files.put(paths[-1] + b"/f", b"v", b"", new=True)
         carry_out(files.publish())
         assert files.read(paths[-1] + b"/f") is not None
-        files.release()
+        files.close_directories()
         assert len(os.listdir("/proc/self/fd")) <= before
         carry_out(files.removing(b"d"))
         assert list(files.names(b"")) == []

@@ -51,7 +51,7 @@ def changes(alive: Live, path: bytes) -> Callable[[], object]:
 
 
 def domain_ends(alive: Live) -> None:
-    alive.mirror._releases.put(RELEASE)
+    alive.mirror._domain_ends.put(RELEASE)
 
 
 def test_one_who_writes_without_end_does_not_keep_new_directories_out(

@@ -262,7 +262,7 @@ class Live:
             self.witness,
             self.root,
             self.is_directory,
-            made_value=lambda path: bool(self.sticky.get(path.encode())),
+            made_value=lambda path: self.sticky.has_value(path.encode()),
             render=self.view.content.render,
             lasting=[
                 f"{self.root}/{name.decode()}"

@@ -89,21 +89,22 @@ def test_a_child_is_one_if_its_container_says_so(above: list[bytes], name: bytes
 
 
 def content(sticky: StickyDirectories, *paths: bytes) -> dict[bytes, bool | None]:
-    return {path: sticky.get(path) for path in paths}
+    return {path: sticky._has_value.get(path) for path in paths}
 
 
 def test_a_directory_stays_one() -> None:
     sticky = StickyDirectories()
-    assert sticky.get(b"/a") is None
+    assert b"/a" not in sticky
     sticky.add(b"/a")
     assert content(sticky, b"/a", b"/a/b", b"/") == {b"/a": False, b"/a/b": None, b"/": None}
     sticky.add(b"/b", with_value=True)
     sticky.add(b"/b")  # its children were seen; its value was created all the same
-    assert sticky.get(b"/b") is True
+    assert sticky.has_value(b"/b")
     sticky.add(b"/a", with_value=True)
-    assert sticky.get(b"/a") is True
+    assert sticky.has_value(b"/a")
     sticky.discard_value(b"/a")
-    assert sticky.get(b"/a") is False
+    assert b"/a" in sticky
+    assert not sticky.has_value(b"/a")
     sticky.discard(b"/a")
     sticky.discard(b"/never")
     sticky.discard_value(b"/never")
@@ -203,7 +204,7 @@ def test_a_commit_makes_the_changes_of_the_transaction(
     # Each path whose state differs now was told.
     carry_out(unchanged := StickyDirectories(), before)
     for path in {*sticky._has_value, *unchanged._has_value}:
-        assert path in told or sticky.get(path) == unchanged.get(path)
+        assert path in told or sticky._has_value.get(path) == unchanged._has_value.get(path)
 
 
 def test_what_happens_in_the_mount_meanwhile_stays() -> None:

@@ -3,9 +3,8 @@
 The process forks before it opens anything or runs an event loop.  The child does all the work and
 reports through a pipe how it went.  The parent waits for that report and exits with it.
 
-Until then both processes share one process group.  While an autofs mount is pending, as systemd lays
-on a mountpoint, the kernel blocks everybody who comes there, except for the process group of the
-mount(8) that is to carry it out.
+Until then both processes share one process group.  systemd can lay an autofs mount on the mountpoint.  While
+it is pending, the kernel blocks every process there except the process group of mount(8).
 """
 
 from __future__ import annotations

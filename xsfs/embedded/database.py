@@ -3,8 +3,7 @@
 `Database` owns the records of all nodes, the quotas and, in `Domains`, the domains.  It is
 synchronous and knows no sockets.  Its owner calls one method per request, from any task, and never
 from two threads.  The database reports each change by calling `changed` in the middle of a request;
-`changed` may only query `Domains`.  A refused request (`Refused`) has changed no node.  Only in a
-transaction a refused request may leave marks, and then the transaction cannot succeed.
+`changed` may only query `Domains`.  A refused request (`Refused`) has changed no node.
 
 Invariants:
 

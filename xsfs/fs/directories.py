@@ -1,8 +1,8 @@
 """Directories: Xenstore nodes with children, and the names that xsfs adds to them.
 
-`own` of each class is the table of xsfs's own names in such a directory.  A new kind of file is a new class
-and a line there.  A name is looked up in this order: own names, children, `NAME.d`, scratch files, aliases
-of long names.
+`own` of each class is the table of xsfs's own names in such a directory.  A new kind of file is a new class,
+a line there, and its name in `OWN_NAMES` of view/names.py.  A name is looked up in this order: own names,
+children, `NAME.d`, scratch files, aliases of long names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Error translation: the one place where exceptions become errno.
+"""Error translation: what an exception of an operation is to the kernel, an errno, and to the log.
 
 The client raises StoreError, which has an errno.  The kinds of files raise pyfuse3's FUSEError.  Any other
 exception that left an operation would end the mount, so it is logged with its traceback and becomes EIO.

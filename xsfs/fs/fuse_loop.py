@@ -5,8 +5,9 @@ run on asyncio.  Here pyfuse3 gets trio with two objects replaced, which the wor
 before each request:
 
 - The lock under which one worker at a time waits for the kernel.  trio's lock lets another task run at each
-  acquisition.  `ReceiveLock` does not if it is free.  So a worker whose request needed no waiting goes on
-  with the next one.  The lock still wakes another worker, which runs as soon as this one waits.
+  acquisition.  `ReceiveLock` lets no other task run if it is free.  So a worker whose request needed no
+  waiting goes on with the next one.  The lock still wakes another worker, which runs as soon as this one
+  waits.
 - The wait for the kernel's descriptor.  `KernelDescriptor` polls for BUSY_POLL_SECONDS before it sleeps: a
   process that has just got its answer sends the next request within that time.  An idle mount sleeps.
 

@@ -7,7 +7,7 @@ that Xenstore can hold writes the content to that node (see directories.py).
 A `ScratchFiles` owns all scratch files of a mount, by directory and name.  Only the tasks that handle FUSE
 requests touch it.
 
-What always holds:
+Invariants:
 
 - Nothing of a scratch file reaches the store, a transaction or the mirror before it is renamed.
 - Number and bytes are bounded for the mount, and for each user who is neither root nor the one who mounted.

@@ -1,4 +1,4 @@
-"""xsfs's own files in the root of a mount: generated text, directories that are no Xenstore nodes, and the
+"""Files and directories whose content xsfs makes: the bases of all of them, `.domid`, `.stats`, and the
 mirror's link."""
 
 from __future__ import annotations

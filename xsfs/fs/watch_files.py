@@ -126,9 +126,9 @@ class WatchFile(Node):
         mode = flags & os.O_ACCMODE
         if mode == os.O_WRONLY:
             refuse(errno.EINVAL)
-        tree = self.table
-        full = tree.readers >= READERS_MAX
-        if full or (caller.unprivileged and tree.unprivileged_readers >= READERS_MAX // 2):
+        table = self.table
+        full = table.readers >= READERS_MAX
+        if full or (caller.unprivileged and table.unprivileged_readers >= READERS_MAX // 2):
             refuse(errno.EMFILE)
         handle = WatchHandle(
             self,

@@ -1,4 +1,4 @@
-"""The live mirror: a watch, a work queue and one task, which keep a copy of a tree as plain files.
+"""The live mirror: two watches, a work queue and one task, which keep a copy of a tree as plain files.
 
 `Mirror` owns subscriptions to two watches, the tree's and @releaseDomain's, and the work queue.  Each node
 stands in the queue once, first in, first out.  Only the task `run` takes nodes from it and changes files.
@@ -42,8 +42,9 @@ import errno
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
+from functools import partial
 from typing import Final
 
 import trio
@@ -52,7 +53,7 @@ from xsfs.mirror.reconcile import GONE, FetchedNode, Reconciler
 from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import shown_names
 from xsfs.view.view import View, home_of, interpret, requests_for
-from xsfs.xenstore.background import open_background
+from xsfs.xenstore.background import BackgroundCall, open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
 from xsfs.xenstore.protocol import WireError, check_path
@@ -98,36 +99,6 @@ Batch = dict[bytes, bool]
 """Nodes that one pipeline fetches: a part of the work queue."""
 
 
-class _Fetching:
-    """A batch that a background task fetches."""
-
-    def __init__(
-        self,
-        batch: Batch,
-        fetch: Callable[[Sequence[bytes]], Awaitable[list[FetchedNode]]],
-        background: trio.Nursery,
-    ) -> None:
-        self.batch = batch
-        self._fetch = fetch
-        self._done = trio.Event()
-        self._nodes: list[FetchedNode] | Exception = []
-        background.start_soon(self._run)
-
-    async def _run(self) -> None:
-        try:
-            self._nodes = await self._fetch(list(self.batch))
-        except Exception as error:
-            self._nodes = error
-        self._done.set()
-
-    async def nodes(self) -> list[FetchedNode]:
-        """The nodes, once they are fetched.  Raises what fetching raised."""
-        await self._done.wait()
-        if isinstance(self._nodes, Exception):
-            raise self._nodes
-        return self._nodes
-
-
 class Mirror:
     """See the module's text.  `run` must be running.
 
@@ -144,7 +115,7 @@ class Mirror:
         self._queue: OrderedDict[bytes, bool] = OrderedDict()
         self._reconciler = Reconciler(view, files, self._queue)
         self._changes = Subscription(view.root, self._wake)
-        self._releases = Subscription(RELEASE, self._wake, depth=1)
+        self._domain_ends = Subscription(RELEASE, self._wake, depth=1)
         self._heard: set[Subscription] = set()
         """Those of the two whose first event has come since they were set."""
         self._in_flight: set[bytes] = set()
@@ -194,9 +165,9 @@ class Mirror:
         self._view.sticky.on_change = self._sticky_changed
         try:
             await self._watches.subscribe(self._changes)
-            await self._watches.subscribe(self._releases)
+            await self._watches.subscribe(self._domain_ends)
             with trio.move_on_after(self.store.timeout):
-                await self._armed()
+                await self._wait_until_armed()
             if len(self._heard) < 2:
                 raise RequestTimeout("the store has set a watch, but sends no events")
             await self._make()
@@ -206,11 +177,11 @@ class Mirror:
             self._copy_of = None
             self._view.sticky.on_change = None
             self._watches.drop(self._changes)
-            self._watches.drop(self._releases)
+            self._watches.drop(self._domain_ends)
 
     @property
     def _interruptions(self) -> int:
-        return self._changes.interruptions + self._releases.interruptions
+        return self._changes.interruptions + self._domain_ends.interruptions
 
     async def _live(self) -> None:
         delay = 0.0
@@ -247,7 +218,7 @@ class Mirror:
 
     async def _make(self) -> None:
         """Make a whole copy, and show it when it is complete."""
-        await self._armed()
+        await self._wait_until_armed()
         interruptions = self._interruptions
         self._left_out.clear()
         self._in_flight.clear()
@@ -266,20 +237,21 @@ class Mirror:
         """Work until the queue is empty.  The store is another process: it replies to the next pipeline
         while the files of the last one are made."""
         async with open_background() as background:
-            fetches: deque[_Fetching] = deque()
+            fetches: deque[tuple[Batch, BackgroundCall[list[FetchedNode]]]] = deque()
             while True:
                 while len(fetches) < FETCHES_MAX and (batch := self._next_batch()):
-                    fetches.append(_Fetching(batch, self._fetch, background))
+                    call = BackgroundCall(background, partial(self._fetch, list(batch)))
+                    fetches.append((batch, call))
                 if not fetches:
                     return
-                nodes = await fetches[0].nodes()
-                await self._carry_out(self._apply(fetches.popleft().batch, nodes))
+                batch, call = fetches.popleft()
+                await self._carry_out(self._apply(batch, await call.result()))
 
-    async def _armed(self) -> None:
+    async def _wait_until_armed(self) -> None:
         """Return when both watches are set at the store, and their first events have come."""
         while True:
-            for subscription in (self._changes, self._releases):
-                if not self._watches.armed(subscription):
+            for subscription in (self._changes, self._domain_ends):
+                if not self._watches.is_armed(subscription):
                     self._heard.discard(subscription)
                 elif subscription.take():
                     self._heard.add(subscription)
@@ -301,7 +273,7 @@ class Mirror:
                 self._unrested += time.thread_time() - began
                 await self._rest()
             else:
-                self._files.release()
+                self._files.close_directories()
                 parked = time.monotonic()
                 await self._idle.park()
                 self._unrested = max(0.0, self._unrested - (time.monotonic() - parked))
@@ -317,7 +289,7 @@ class Mirror:
             # Parents first: what is below them they queue themselves.
             events = sorted(self._changes.take(), key=len)
             self._queue.update(dict.fromkeys(events, True))
-        if released := self._releases.take():
+        if released := self._domain_ends.take():
             domids = {path[len(RELEASE) + 1 :] for path in released}
             if b"" not in domids and self._files.has_perms:
                 with suppress(OSError):  # the files' owner may change them
@@ -331,7 +303,7 @@ class Mirror:
             if self._reconciler.contradicts(path):
                 self._queue.setdefault(path, False)
                 self._wake()
-            self._files.release()
+            self._files.close_directories()
 
     def _is_inside(self, path: bytes) -> bool:
         """Whether the path of an event is in the tree: a broken store may send any."""

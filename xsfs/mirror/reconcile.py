@@ -90,12 +90,13 @@ class Reconciler:
             return True
         place = self.place(path)
         kind = self._files.kind(place)
-        sticky = self._view.sticky.get(path)
+        sticky = self._view.sticky
         if kind != stat.S_IFDIR:
-            return kind == stat.S_IFREG and sticky is not None
+            return kind == stat.S_IFREG and path in sticky
+        has_value = sticky.has_value(path)
         value = self._files.read(self._in(place, VALUE_NAME))
         # A `.value` that is not empty is shown whatever is known.
-        if (sticky and value is None) or (value is not None and not value[0] and not sticky):
+        if (has_value and value is None) or (value is not None and not (value[0] or has_value)):
             return True
         return path != self._view.root and not self._has_children(place)
 

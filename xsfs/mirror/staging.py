@@ -3,15 +3,14 @@
 `MirrorDirectory` owns descriptors of DIR, of its parent, and of the staging directory `.NAME.xsfs`.  It
 opens them once and holds them.  Only the mirror's task may use it.
 
-What always holds:
+Invariants:
 
 - Every operation is relative to one of these descriptors, or to a directory that was opened below one
   of them with O_NOFOLLOW.  A directory that somebody swaps for a symbolic link leads xsfs nowhere.
 - Only root, or the user who runs xsfs, can write to DIR's parent or swap anything above it.  (The owner
   of the files, `uid=`, can write below DIR.)
-- A running xsfs holds the lock in its staging directory.  If nobody holds the lock, that xsfs has died,
-  and the content of the DIR that the lock file names is a copy that it left.  Any other DIR that is not
-  empty belongs to somebody else; xsfs refuses it.
+- A running xsfs holds the lock in its staging directory.  The lock file names the DIR.  If no process holds
+  the lock, that xsfs has died, and DIR holds its copy.  xsfs refuses any other DIR that is not empty.
 - Readers see whole values: xsfs makes a file in the staging directory and renames it to its place.
 - xsfs makes a whole copy in the staging directory, too (`begin`), and moves it to DIR when it is complete
   (`publish`).  `clear` first moves the old copy out of DIR, and then removes it.  DIR itself stays, so
@@ -458,7 +457,7 @@ class MirrorDirectory:
         try:
             self._clear_now()
             self.set_perms(b"", b"")
-            self.release()
+            self.close_directories()
             self._give_back()
             self._staging.remove()
             if os.path.dirname(self.directory) == os.fsencode(RUN_DIRECTORY):
@@ -483,7 +482,7 @@ class MirrorDirectory:
             if os.path.samestat(there, os.fstat(self._fd)):
                 os.rmdir(self._name, dir_fd=self._parent)
 
-    def release(self) -> None:
+    def close_directories(self) -> None:
         """Close the directories that were opened for the last changes.  To be called when there is nothing
         to do: the next change finds the directories that are in place then."""
         self._copy.close()
@@ -494,7 +493,7 @@ class MirrorDirectory:
 
     def clear(self) -> Steps:
         """Remove all copies, finished or not.  The one that readers see goes first."""
-        self.release()
+        self.close_directories()
         if self.staged:
             os.close(self._copy.top)
             self._copy, self.staged = self._published, False
@@ -514,7 +513,7 @@ class MirrorDirectory:
 
     def begin(self) -> None:
         """Make a new copy from now on, which nobody sees before `publish`."""
-        self.release()
+        self.close_directories()
         self._check_room()
         # Made now, since `clear` needs it when the file system may be full.
         for name in (_OLD, _TREE):
@@ -526,13 +525,13 @@ class MirrorDirectory:
     def publish(self) -> Steps:
         """Let all that was made be seen."""
         copy, perms = self._copy, self.perms(b"")
-        self.release()
+        self.close_directories()
         yield from self._move_all(copy, self._published.enter(b"", change=True))
         os.rmdir(_TREE, dir_fd=self._staging.fd)
         os.close(copy.top)
         self._copy, self.staged = self._published, False
         self.set_perms(b"", perms)
-        self.release()
+        self.close_directories()
 
     def _move_all(self, source: _OpenDirectories, target: int, *, renamed: bool = False) -> Steps:
         """Move what is in a directory to another.

@@ -169,6 +169,9 @@ class StickyDirectories:
             self.discard(path)
             self.add(target + path[len(source) :], with_value=with_value)
 
-    def get(self, path: bytes) -> bool | None:
-        """Whether `.value` was created in this directory; None if the path is not remembered."""
-        return self._has_value.get(path)
+    def __contains__(self, path: bytes) -> bool:
+        return path in self._has_value
+
+    def has_value(self, path: bytes) -> bool:
+        """Whether it is a sticky directory in which `.value` was created."""
+        return self._has_value.get(path, False)

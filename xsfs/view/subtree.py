@@ -4,12 +4,12 @@
 each node into text.  A walk takes at most as many round trips as the subtree has levels, and one more for
 each WINDOW nodes, because each window has the next nodes in the order of the text, of whatever level.
 
-What a `Walk` owns: the text, whose start is complete; the segments that follow it, which are being filled;
+A `Walk` owns the text, whose start is complete; the segments that follow it, which are being filled;
 and the runs, which are siblings that it has not asked about yet.  Only the task that calls `run` touches it.
 
-What always holds:
+Invariants:
 
-- The runs are in the order of the text, the next one last.  Each run adds to a segment of its own.
+- The runs are in the order of the text; `runs[-1]` comes next.  Each run adds to a segment of its own.
 - A segment is `closed` if no run adds to it any more.  The text grows by whole segments from the first one.
 - Between two windows other tasks run.  A node that vanishes meanwhile is left out.
 - Beyond the text, a walk holds the names of the nodes that it has not asked about, and one window.

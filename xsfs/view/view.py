@@ -259,8 +259,7 @@ class View:
                 if isinstance(children, bytes):
                     self.hints.saw(path, children)
             elif state.readable and (
-                self.sticky.get(path) is not None
-                or (container is not None and container.get(name) is not None)
+                path in self.sticky or (container is not None and container.get(name) is not None)
             ):
                 doubtful.append(name)
         if doubtful:
@@ -303,7 +302,7 @@ class View:
 
     def _may_be_directory(self, path: bytes) -> bool:
         """Whether a node without children may be a directory, depending on its value."""
-        return self.sticky.get(path) is not None or is_container(path)
+        return path in self.sticky or is_container(path)
 
     def is_directory(self, path: bytes, state: NodeState) -> bool:
         """Whether a node is a directory: it has children, or it is empty and has been a directory or is
@@ -317,11 +316,11 @@ class View:
 
     def is_directory_without_children(self, path: bytes, value: bytes) -> bool:
         """`is_directory` of a node that can be read and has no children."""
-        return bool(self.sticky.get(path)) if value else self._may_be_directory(path)
+        return self.sticky.has_value(path) if value else self._may_be_directory(path)
 
     def has_dot_value(self, path: bytes, state: NodeState) -> bool:
         """Whether a directory has a `.value`: if the value is not empty, or `.value` was just created."""
-        return bool(state.value) or bool(self.sticky.get(path))
+        return bool(state.value) or self.sticky.has_value(path)
 
     def always_there_below(self, path: bytes) -> Collection[bytes]:
         """The names of directories that are shown even if their nodes do not exist: in the root of a

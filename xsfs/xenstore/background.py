@@ -1,4 +1,5 @@
-"""A nursery for background tasks that serve the body of an `async with`, and end with it."""
+"""A nursery for background tasks that serve the body of an `async with`, and end with it; and a call that
+such a task makes."""
 
 from __future__ import annotations
 

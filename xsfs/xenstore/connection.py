@@ -147,8 +147,8 @@ class Connection:
     async def pipeline(
         self, requests: Sequence[Request], tx_id: int = 0, deadline: float | None = None
     ) -> list[Reply]:
-        """Send all requests at once and wait for the replies: in order, with errors of single requests
-        among them.
+        """Send the requests, WINDOW at a time, and wait for the replies: in order, with errors of single
+        requests among them.
 
         deadline    in trio's time; `timeout` from now on if None
 

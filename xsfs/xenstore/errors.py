@@ -44,7 +44,7 @@ class StoreError(OSError):
 
     errno           what the failure means: a number of the module `errno`
     strerror        what has happened, in words
-    during_outage   whether xsfs sent nothing, because Xenstore has not answered for a whole time limit
+    during_outage   whether xsfs sent nothing, because Xenstore has not answered earlier requests
     """
 
     errno: int = errno.EIO
@@ -56,7 +56,9 @@ class StoreError(OSError):
 
 
 class XenstoreError(StoreError):
-    """The store's own reply to one request was an error.
+    """A request failed with one of Xenstore's errors.
+
+    It is the store's reply, or the one that the client knows the store would give.
 
     `XenstoreError(name, request)` makes an object of the subclass that fits the name.
 
@@ -67,7 +69,7 @@ class XenstoreError(StoreError):
 
     def __new__(cls, name: str, request: Request) -> XenstoreError:
         number = _number_of(name, request)
-        error = super().__new__(_KINDS.get(number, cls), name, request)
+        error = super().__new__(_CLASS_BY_ERRNO.get(number, cls), name, request)
         error.errno = number
         return error
 
@@ -102,7 +104,7 @@ class NotSupported(XenstoreError):
     """The daemon does not know the request: `ENOSYS`."""
 
 
-_KINDS: Final[dict[int, type[XenstoreError]]] = {
+_CLASS_BY_ERRNO: Final[dict[int, type[XenstoreError]]] = {
     errno.ENOENT: NotFound,
     errno.EACCES: PermissionDenied,
     errno.EPERM: PermissionDenied,

@@ -7,11 +7,11 @@ connects again.
 
 A `CircuitBreaker` knows whether Xenstore answers, and owns one task that probes it.
 
-- Closed: requests go out.  After one that nothing answered within its whole time limit it opens.
-- Open: requests fail immediately with the error of that request.  Otherwise each system call would take the
-  time limit, and some would take it many times: the kernel looks up a known name twice, and lets one process
-  at a time look up a name.  The task sends probes on new connections, with back-off, and sooner if a task
-  asks.
+- Closed: requests go out.  After one that waited for at least half the time limit in vain it opens.
+- Open: requests fail with the error of that request, at the latest after GRACE_SECONDS.  Otherwise each
+  system call would take the time limit, and some would take it many times: the kernel looks up a known name
+  twice, and lets one process at a time look up a name.  The task sends probes on new connections, with
+  back-off, and sooner if a task asks.
 - Half-open: while a probe has just been sent, a request waits up to GRACE_SECONDS for its outcome.
   The first answer closes the breaker.  If no task asks for a whole time limit, the breaker closes, too,
   because an unused mount sends no probes.  The next request then takes its whole time limit.

@@ -1,4 +1,4 @@
-"""The two transports to Xenstore, a Unix socket and the kernel's device, and the search for them.
+"""What a transport to Xenstore is, the one over a Unix socket, and the search for a socket or device.
 
 A transport moves bytes and never blocks, except for a WATCH over the device (see xenbus.py).
 """

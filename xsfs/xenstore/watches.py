@@ -251,7 +251,7 @@ class Watches:
             self._by_path[watch.path, watch.depth] = watch
             self._first_watch.unpark_all()
 
-    def armed(self, subscription: Subscription) -> bool:
+    def is_armed(self, subscription: Subscription) -> bool:
         """Whether its watch is set at the store now."""
         watch = self._by_path.get((subscription.path, subscription.depth))
         return watch is not None and watch.armed
