@@ -50,8 +50,9 @@ case ${1-} in
 --ci)
     status=0
     quick || status=$?
-    # One after the other: real Xen takes a processor for itself.
-    "$venv/bin/python" -m pytest -q -m ci tests/system || status=$?
+    # One after the other: real Xen takes a processor for itself.  Without the checks inside the domU it
+    # takes two thirds of the time.
+    XSFS_TEST_XEN="-k 'not inside'" "$venv/bin/python" -m pytest -q -m ci tests/system || status=$?
     exit "$status"
     ;;
 *) quick "$@" ;;

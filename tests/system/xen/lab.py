@@ -178,6 +178,7 @@ def _pack(configuration: Configuration, arguments: Sequence[str], directory: Pat
             *("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0"),
             *("-d", share, directory / "share.img", "64M"),
         ],
+        stdout=subprocess.DEVNULL,
         check=True,
     )
     shutil.rmtree(share)
