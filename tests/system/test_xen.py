@@ -14,7 +14,6 @@ import pytest
 
 from tests.system.xen.lab import CONFIGURATIONS, build, printer, run
 
-
 ARGUMENTS = shlex.split(os.environ.get("XSFS_TEST_XEN", ""))
 
 
