@@ -175,7 +175,7 @@ def entry(name: str, function: Callable[..., Any]) -> Iterator[str]:
 
 
 def class_entries(kind: type, name: str) -> Iterator[str]:
-    """What a class defines itself, apart from the operations that others have, too."""
+    """The methods that a class defines itself, without the operations that it inherits."""
     yield from (f"## {name}", "")
     yield from markdown(kind.__doc__ or "")
     for method, value in vars(kind).items():

@@ -30,7 +30,7 @@ def test_the_blocking_interface_has_entries() -> None:
         for name, kind in inspect.getmembers(xsfs.sync, inspect.isclass)
         if kind.__module__ == "xsfs.sync" and not name.startswith("_")
     }
-    assert classes - HEADINGS == {"SyncCommands"}  # its methods are those of `Operations`
+    assert classes - HEADINGS == {"SyncCommands"}  # the heading `Operations` has its methods
     assert {"Operations.walk", "SyncStore.watch", "SyncWatch.wait", "Operations.domid"} <= HEADINGS
 
 

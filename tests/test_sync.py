@@ -6,6 +6,7 @@ import inspect
 import os
 import resource
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -263,6 +264,27 @@ def test_there_is_no_store(tmp_path: Path) -> None:
     for path, kind in ((tmp_path / "missing", StoreError), (tmp_path, StoreUnavailable)):
         with pytest.raises(kind), xsfs.sync.open_store(str(path)):
             pass
+    assert threads() == []
+
+
+def test_an_interrupt_ends_the_wait_for_a_silent_store(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as silent, ThreadPoolExecutor() as pool:
+        silent.bind(path)
+        silent.listen()
+        silent.settimeout(LIMIT)
+
+        def interrupt() -> None:
+            connection, _ = silent.accept()
+            with connection:
+                assert connection.recv(4096)  # a request
+                os.kill(os.getpid(), signal.SIGINT)
+                assert connection.recv(4096) == b""
+
+        done = pool.submit(interrupt)
+        with pytest.raises(KeyboardInterrupt), xsfs.sync.open_store(path, timeout=LIMIT):
+            pass
+        done.result(LIMIT)
     assert threads() == []
 
 

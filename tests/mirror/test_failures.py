@@ -77,7 +77,7 @@ def test_a_stopped_daemon(place: Place, tmp_path: Path) -> None:
     """What it has told stays true while it says nothing; what it owes is told when it goes on."""
     daemon = place.daemon
     assert daemon is not None
-    with mirrored(place, tmp_path / "m", "timeout=0.5") as alive:
+    with mirrored(place, tmp_path / "m", "timeout=2") as alive:
         daemon.pause()
         try:
             assert (alive.directory / "name").read_text() == "Domain-0\n"
@@ -92,7 +92,7 @@ def test_a_stopped_daemon(place: Place, tmp_path: Path) -> None:
             thread.start()
             await_true((alive.directory / "stopped").exists)
             daemon.pause()
-            time.sleep(1.0)  # longer than any request may take
+            time.sleep(3.0)  # longer than any request may take
             daemon.resume()
             thread.join(LIMIT)
             assert not thread.is_alive()

@@ -24,7 +24,7 @@ SIZE = 304
 MISSING = 5
 """autofs_ptype_missing_direct."""
 
-LIMIT = 20.0
+LIMIT = 60.0
 
 
 def mount_autofs(mountpoint: str) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tests.support.host import REPOSITORY, Host
+from tests.support.mounting import LIMIT
 from tests.support.programs import Lines
 
 _BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -79,7 +80,7 @@ def play(host: Host, commands: Sequence[Command], before: str = "") -> list[list
     """Run the commands; returns the lines that each has printed."""
     mark = "\x01"
     script = before + "".join(f"\n{command.typed}\nprintf '{mark}'" for command in commands)
-    done = host.run(script)
+    done = host.finish(host.start(script), LIMIT * len(commands))
     # A shell without a terminal adds the number of the line.
     printed = re.sub(rf"(^|{mark})bash: line \d+: ", r"\1bash: ", done.stdout, flags=re.MULTILINE)
     outputs = printed.split(mark)

@@ -130,9 +130,15 @@ class Host:
         self, script: str, *arguments: str, user: int = 0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """The same, to its end."""
-        with self.start(script, *arguments, user=user, **environment) as process:
+        return self.finish(self.start(script, *arguments, user=user, **environment), LIMIT * 3)
+
+    def finish(
+        self, process: subprocess.Popen[str], limit: float
+    ) -> subprocess.CompletedProcess[str]:
+        """A shell's output, to its end, which must come within `limit` seconds."""
+        with process:
             try:
-                printed, _ = process.communicate(timeout=LIMIT * 3)
+                printed, _ = process.communicate(timeout=limit)
             except BaseException:
                 process.kill()
                 raise

@@ -86,7 +86,8 @@ def test_the_quick_reference(dom0: Host, old: list[str], new: list[str]) -> None
     """Both sides of a row do the same to the store."""
 
     def outcome(commands: list[str]) -> str:
-        path = "data" if "watch" in commands[0] else "data/x"
+        # P is a file, or a directory in these rows.
+        path = "data" if "watch" in commands[0] or "/.ls" in commands[0] else "data/x"
         script = "\n".join(
             # A watcher never ends by itself: its first line must come.
             f"exec 3< <(exec {command}); read -r line <&3 || exit; kill $!"
@@ -131,6 +132,10 @@ def test_the_commands(dom0: Host) -> None:
 
 def test_transactions(dom0: Host) -> None:
     check_session("docs/transactions.md", dom0, MOUNTED)
+
+
+def test_subtrees(dom0: Host) -> None:
+    check_session("docs/subtree.md", dom0, MOUNTED)
 
 
 def test_watches(dom0: Host) -> None:

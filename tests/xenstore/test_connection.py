@@ -25,7 +25,7 @@ from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
 from xsfs.xenstore.protocol import PAYLOAD_MAX, Op, Parser, Request, encode
 from xsfs.xenstore.transport import SocketTransport
 
-LIMIT = 20.0
+LIMIT = 60.0
 """Seconds a test may take, over which something hangs."""
 
 

@@ -28,7 +28,7 @@ from xsfs.xenstore.errors import RequestTimeout, XenstoreError
 from xsfs.xenstore.protocol import Op, Parser, Request, encode, read, watch
 from xsfs.xenstore.xenbus import DESCRIPTORS_MAX, DeviceTransport, WatchRefused
 
-LIMIT = 20.0
+LIMIT = 60.0
 
 
 class Device:

@@ -34,8 +34,9 @@ WalkedNodes = list[WalkedNode]
 LISTING_RESTARTS: Final = 20
 """How often a listing starts again because the node changed meanwhile, before it fails with EAGAIN."""
 
-PARTS_MAX: Final = protocol.REPLY_MAX // 1024
-"""The number of parts of one listing.  More come only from a store that never ends one."""
+PARTS_MAX: Final = protocol.REPLY_MAX // 3072
+"""The number of parts of one listing.  The daemons leave at most the length of a name unused in each part, so
+more come only from a store that never ends one."""
 
 WALK_WINDOW: Final = 128
 """How many nodes `walk` reads in one round trip."""

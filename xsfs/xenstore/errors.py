@@ -20,23 +20,22 @@ LONGEST_SURE_PATH: Final = 1024
 _NUMBERS: Final = {
     name: cast(int, getattr(errno, "EDQUOT" if name == "EQUOTA" else name)) for name in ERRORS
 }
-_NUMBERS_BY_OP: Final = {
-    # oxenstored limits a value to 2048 bytes, and reports that the argument list is too long.
-    (Op.WRITE, "E2BIG"): errno.EFBIG,
-    # C xenstored before Xen 4.22, for a full quota of watches.
-    (Op.WATCH, "E2BIG"): errno.ENOSPC,
-}
 
 
 def _number_of(name: str, request: Request) -> int:
     """The errno for an error reply of the store.  EIO for a name that no known daemon sends."""
-    number = _NUMBERS_BY_OP.get((request.op, name)) or _NUMBERS.get(name, errno.EIO)
-    if number == errno.EINVAL and len(request.path) >= LONGEST_SURE_PATH:
+    if name == "E2BIG" and request.op == Op.WRITE:
+        # oxenstored limits a value to 2048 bytes, and reports that the argument list is too long.
+        return errno.EFBIG
+    if name == "E2BIG" and request.op == Op.WATCH:
+        # C xenstored before Xen 4.22, for a full quota of watches.
+        return errno.ENOSPC
+    if name == "EINVAL" and len(request.path) >= LONGEST_SURE_PATH:
         return errno.ENAMETOOLONG
-    if number == errno.EINVAL and request.op == Op.WATCH:
+    if name == "EINVAL" and request.op == Op.WATCH:
         # oxenstored's EQUOTA over the kernel's device: Linux makes EINVAL of an unknown name.
         return errno.EDQUOT
-    return number
+    return _NUMBERS.get(name, errno.EIO)
 
 
 class StoreError(OSError):
