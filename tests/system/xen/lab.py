@@ -54,8 +54,8 @@ class Configuration:
             "device",
             "domains",
             "pair",
-            "guest",
             "migration",
+            "guest",  # after it, as no domain can be saved in which xsfs was killed in a transaction
             "shutdown",
         )
         return tuple(f"{CHECKS}/check_{name}.py" for name in names)
