@@ -394,7 +394,7 @@ class View:
                 if not is_conflict or is_over:
                     raise
             finally:
-                self.store.abandon(transaction)
+                await self.store.roll_back(transaction)
 
 
 def _log_hidden(path: bytes, names: Names) -> None:
