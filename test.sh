@@ -28,7 +28,8 @@ xen_utils=$(apt-cache search --names-only '^xen-utils-[0-9.]+$' | sort -V | tail
 apt-get install -y -qq --no-install-recommends \
     python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3 \
     "${xen_utils%% *}" xenstore-utils attr inotify-tools rsync dash procps util-linux mount systemd \
-    man-db mandoc bash-completion zsh openssh-server openssh-client gawk lua5.4 busybox xxd \
+    man-db mandoc bash-completion zsh openssh-server openssh-client gawk mawk lua5.4 busybox xxd \
+    bsdextrautils rust-coreutils \
     vim nano emacs-nox ed patch perl git make cpio jq ripgrep nodejs sqlite3 zip unzip less \
     restic borgbackup ansible-core \
     debootstrap dpkg-dev lintian pipx rpm \

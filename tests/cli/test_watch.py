@@ -22,7 +22,7 @@ from tests.support.programs import Program, program
 from tests.support.xenstored.harness import XsClient
 from xsfs.cli.watch import EXIT_COUNT, EXIT_FAILED, EXIT_TIME, EXIT_USAGE, STATUSES
 
-place = each_place("C", "ocaml", "embedded")
+place = each_place("C", "ocaml", "C-guest", "ocaml-guest", "embedded")
 
 # As a file, without site-packages: it may need nothing but the standard library.
 COMMAND = (sys.executable, "-I", "-S", xsfs.cli.watch.__file__)
@@ -247,6 +247,20 @@ def test_a_loop_in_the_shell(place: Place, box: Path, witness: XsClient) -> None
         assert running.lines.next() == f"got {box}"
         witness.write(f"{node(place, box)}/x", b"")
         assert running.lines.next() == f"got {box}/x"
+
+
+@pytest.mark.parametrize("cat", ["busybox cat", "/usr/lib/cargo/bin/coreutils/cat"])
+def test_beside_a_cat_that_splices(place: Place, box: Path, witness: XsClient, cat: str) -> None:
+    """The kernel ends a splice(2) of a file of size 0 at once, without a request to xsfs."""
+    done = subprocess.run(
+        [*cat.split(), box / ".watch"], capture_output=True, timeout=LIMIT, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, b"")
+    script = f'{" ".join(COMMAND)} "$0" | {cat}'
+    with program("bash", "-c", script, box) as running:
+        assert running.lines.next() == str(box)
+        witness.write(f"{node(place, box)}/x", b"")
+        assert running.lines.next() == f"{box}/x"
 
 
 def test_a_mount_that_ends(tmp_path: Path) -> None:

@@ -148,3 +148,29 @@ def test_it_ends_with_the_transaction(box: Path, tx: Path) -> None:
     assert failure.value.errno == errno.ESTALE
     os.close(file)
     assert refusal(lambda: os.stat(tx / ".diff")) == errno.ENOENT
+
+
+def test_a_thousand_changes(place: Place, mount: Mount, witness: XsClient, box: Path) -> None:
+    """Of `.root/`, and as many made outside meanwhile."""
+    count = 60 if place.guest else 1000  # a guest's transaction may not have as many changes
+    top = f"{place.home}/data/{box.name}"
+    for number in range(count):
+        witness.write(f"{top}/{number}", b"old")
+    tx = start(mount, "many")
+    there = tx / ".root" / top[1:]
+    for number in range(count):
+        if number % 4 == 0:
+            (there / str(number)).unlink()
+        elif number % 4 == 1:
+            (there / str(number)).write_text("new")
+        elif number % 4 == 2:
+            os.setxattr(there / str(number), "user.xs.perms", f"b{place.domid},r3".encode())
+        else:
+            (there / f"new-{number}").write_text("1")
+    for number in range(1, count, 8):
+        witness.write(f"{top}/{number}", b"new")  # as in the transaction
+    starts = ("- ", "* ", "p ", "+ new-")
+    expected = [f"{starts[number % 4]}{number}" for number in range(count) if number % 8 != 1]
+    expected = [line[:2] + f"data/{box.name}/" + line[2:] for line in expected]
+    assert sorted(diff(tx)) == sorted(expected)
+    tx.rmdir()

@@ -348,9 +348,7 @@ def test_a_dump_of_all_kinds_of_permissions_is_restored_as_it_was(
     top, owner = node_of(place, box), place.domid
     (box / "from").mkdir()
     (box / "to").mkdir()
-    entries = ["b32757", "w4294967295", "n65536"]
-    if place.kind == "C":
-        entries.append("r-1")  # oxenstored shows a number that it does not accept
+    entries = ["b32757", "w4294967295", "n65536", "r-1"]
     for number, entry in enumerate(entries):
         witness.write(f"{top}/from/{number}", b"x")
         with contextlib.suppress(XsError):
@@ -566,7 +564,7 @@ def p99_of_reads(path: Path, goes_on: Callable[[], bool]) -> float:
 
 def test_a_reader_beside_a_walk_hardly_waits(large: Mount) -> None:
     """p99 is at most 5 ms more than without a walk, on a machine that has nothing else to do.  If it is
-    busy, each of the two processes that work together may wait for a processor, so a lot more is granted."""
+    busy, each of the processes that work together may wait for a processor, so a lot more is granted."""
     one = large.path / "data" / "one"
     end = time.monotonic() + 2
     alone = p99_of_reads(one, lambda: time.monotonic() < end)
@@ -577,4 +575,4 @@ def test_a_reader_beside_a_walk_hardly_waits(large: Mount) -> None:
     assert walk.returncode == 0
     print(f"p99 of a read: alone {alone * 1000:.2f} ms, beside a walk {beside * 1000:.2f} ms")
     busy = os.getloadavg()[0] > 2.5
-    assert beside <= (alone * 10 + 0.1 if busy else alone + 0.005)
+    assert beside <= (alone * 20 + 0.5 if busy else alone + 0.005)

@@ -32,7 +32,7 @@ from xsfs.view.names import file_name
 
 HOME = f"/local/domain/{GUEST}"
 
-# What a tool may say of what changed while it looked.
+# The messages that a tool may print if something changed while it looked.
 CLEAR = (
     *("No such file or directory", "Stale file handle", "Is a directory", "Not a directory"),
     *("Directory not empty", "File removed before we read it", "file changed as we read it"),
@@ -196,6 +196,57 @@ def test_values_of_any_bytes(
     still_works(mount)
 
 
+ENTRIES = ("r-1", "b32757", "w4294967295", "n65536", "r32752", "n99999999999999999999")
+
+
+def test_permissions_of_any_kind(
+    daemon: RealXenstored, mount: Mount, guest: XsClient, evil: Path, tmp_path: Path
+) -> None:
+    """The mount shows all permissions that a daemon accepts from a guest.  mv, cp -a and tar keep them, and
+    no connection ends."""
+    connects = mount.counter("reconnects")
+    top = f"{HOME}/data/evil"
+    taken = 0
+    with daemon.client() as dom0:
+        for number, entry in enumerate(ENTRIES):
+            guest.write(f"data/evil/src/{number}", b"v")
+            try:
+                guest.set_perms(f"data/evil/src/{number}", [f"n{GUEST}", entry])
+            except XsError:
+                continue
+            taken += 1
+            shown = os.getxattr(evil / "src" / str(number), "user.xs.perms").decode()
+            assert shown == ",".join(dom0.get_perms(f"{top}/src/{number}"))
+        assert taken
+
+        def perms(directory: str) -> list[list[str]]:
+            names = sorted(dom0.ls(f"{top}/{directory}"))
+            return [dom0.get_perms(f"{top}/{directory}/{name}") for name in names]
+
+        expected = perms("src")
+        script = """
+            set -e; cd "$0"
+            ls -l src; getfattr -d src/*; cat src/*
+            tar --xattrs --xattrs-include='user.*' -cf "$1" src
+            cp -a src copy
+            mkdir restored; tar --xattrs --xattrs-include='user.*' -C restored -xf "$1"
+            mv src moved
+        """
+        done = subprocess.run(
+            ["bash", "-c", script, evil, tmp_path / "tar"],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT * 3,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        for directory in ("copy", "restored/src", "moved"):
+            assert perms(directory) == expected, directory
+    assert mount.counter("reconnects") == connects
+    still_works(mount)
+
+
 def test_watching_a_guest_who_picks_names(mount: Mount, guest: XsClient, evil: Path) -> None:
     """One line for each change, whatever the name."""
     descriptor = os.open(evil / ".watch", os.O_RDONLY | os.O_NONBLOCK)
@@ -256,7 +307,7 @@ def test_flapping_between_file_and_directory(
     record_property: Callable[[str, object], None],
 ) -> None:
     with meanwhile(daemon, flap) as count:
-        # What the daemon can do at most.
+        # The most that the daemon can do.
         start = time.monotonic()
         time.sleep(1.0)
         alone = count[0] * FLIPS / (time.monotonic() - start)

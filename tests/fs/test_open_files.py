@@ -778,6 +778,28 @@ def test_a_file_that_is_replaced_all_the_time_can_always_be_read(mount: Mount, b
     assert errors == []
 
 
+@pytest.mark.slow
+def test_cat_beside_mv_never_fails(mount: Mount, box: Path, tmp_path: Path) -> None:
+    """10,000 times, with the real programs."""
+    (box / "f").write_text("value\n")
+    mover = subprocess.Popen(
+        [
+            "bash",
+            "-c",
+            "while [ ! -e $0/stop ]; do echo value > g && mv g f || exit 1; done",
+            tmp_path,
+        ],
+        cwd=box,
+    )
+    script = "for ((i = 0; i < 10000; i++)); do [ $(cat f) = value ] || exit 1; done"
+    try:
+        subprocess.run(["bash", "-c", script], cwd=box, check=True, timeout=LIMIT * 60)
+        assert mover.poll() is None
+    finally:
+        (tmp_path / "stop").touch()
+        assert mover.wait(LIMIT) == 0
+
+
 def test_an_always_present_directory_can_always_be_opened(
     place: Place, mount: Mount, box: Path
 ) -> None:

@@ -94,7 +94,7 @@ async def test_the_hand_over_is_bounded(w: World) -> None:
         for pid in range(inodes.HANDOVERS_MAX + 1):
             entry = await w.lookup(b"name", pid=pid)
         assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(0))) == 2
-        assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(1))) == 0
+        assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(pid))) == 0
 
 
 @in_world

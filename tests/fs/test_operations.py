@@ -26,7 +26,7 @@ from tests.support.operating import (
     in_world,
     refused,
 )
-from xsfs.fs import files, inodes
+from xsfs.fs import dumps, files, inodes, open_files
 from xsfs.fs.directories import Directory
 from xsfs.fs.errnos import errno_of
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
@@ -47,7 +47,8 @@ from xsfs.xenstore.protocol import WireError, read
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was fetched serves for long, so that a busy machine does not change the number of requests."""
     monkeypatch.setattr(inodes, "HANDOVER_SECONDS", 1000.0)
-    monkeypatch.setattr(files, "FRESH_SECONDS", 1000.0)
+    for module in (files, open_files):
+        monkeypatch.setattr(module, "FRESH_SECONDS", 1000.0)
 
 
 @pytest.mark.usefixtures("unhurried")
@@ -229,3 +230,34 @@ def test_no_scratch_file_can_have_an_own_name_of_any_directory() -> None:
     for directory in classes(Directory):
         names.update(directory.own)
     assert names == OWN_NAMES
+
+
+# -------------------------------------------------------------------------------------- subtrees
+
+
+@in_world
+async def test_a_text_that_gets_too_long(w: World) -> None:
+    for number in range(100):
+        await w.store.write(f"data/{number}", b"v" * 100)
+    text = await w.lookup(b"data", b".ls")
+
+    async def open_as(uid: int) -> int:
+        return (await w.operations.open(text.st_ino, RDONLY, ctx(uid=uid))).fh
+
+    one = await open_as(0)
+    size = len(await w.operations.read(one, 0, 1 << 20))
+    assert w.table.text_bytes == size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dumps, "TEXT_MAX", size - 1)
+        await refused(errno.EFBIG, open_as(0))
+        patch.setattr(dumps, "TEXT_MAX", size)
+        patch.setattr(dumps, "TEXTS_MAX", 3 * size - 1)
+        two = await open_as(0)
+        await refused(errno.ENFILE, open_as(0))
+        await w.operations.release(one)
+        await w.operations.release(two)
+        # Users who are neither root nor the one who mounted share half of it.
+        other = await open_as(1000)
+        await refused(errno.ENFILE, open_as(1001))
+        await w.operations.release(other)
+    assert w.table.text_bytes == w.table.unprivileged_text_bytes == 0

@@ -78,6 +78,17 @@ def test_a_listing(mount: Mount, distant: DistantStore) -> None:
         assert len(os.listdir(directory)) == CHILDREN
 
 
+@pytest.mark.parametrize("name", [".ls", ".json", ".dump"])
+def test_a_subtree(mount: Mount, distant: DistantStore, name: str) -> None:
+    """Of 4,445 nodes on five levels.  The look-up takes one more."""
+    with (
+        opened(mount.path / "data/deep") as directory,
+        trips_at_most(5 + 2 + 1, distant),
+        open(os.open(name, os.O_RDONLY, dir_fd=directory), "rb") as file,
+    ):
+        assert file.read().count(b"v") >= 4000
+
+
 def test_a_mirror(distant: DistantStore, daemon: RealXenstored, tmp_path: Path) -> None:
     """The whole start of the mount, and then a change.  The mirror has 4,440 nodes."""
     with scratch() as directory, daemon.client() as client:

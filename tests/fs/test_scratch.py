@@ -41,7 +41,7 @@ def perms(place: Place, witness: XsClient, path: Path) -> str:
 
 def test_vim_with_backups(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
     (box / "f").write_text("one\n")
-    # By its default vim makes no backups below /tmp, and the mount is there.
+    # By its default vim makes no backups below /tmp, which contains the mount.
     options = "-c 'set backup writebackup backupskip='"
     mount.bash(f"vim -u NONE -N -es {options} -c s/one/two/ -c wq {box}/f </dev/null")
     assert value(place, witness, box / "f") == b"two"
@@ -76,7 +76,7 @@ def test_nano(place: Place, box: Path, witness: XsClient) -> None:
 
 def test_emacs(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
     (box / "f").write_text("one\n")
-    # By its default emacs makes no backups below /tmp, and the mount is there.
+    # By its default emacs makes no backups below /tmp, which contains the mount.
     backups = "(setq backup-enable-predicate (lambda (name) t))"
     script = """(progn (auto-save-mode 1) (goto-char (point-max)) (insert "two\n") (do-auto-save)
         (princ (directory-files "." nil "^[.#f]")) (save-buffer))"""

@@ -160,7 +160,7 @@ def test_rsync_restores_what_changed_with_equal_length(
 def test_rsync_of_attributes_from_a_source_that_has_none(
     place: Place, box: Path, disk: Path, witness: XsClient
 ) -> None:
-    """It removes those of the target: the permissions are those of the parent then, but for the owner."""
+    """rsync removes the attributes of the target, which then has the permissions of its parent."""
     top, backup = filled(box), disk / "backup"
     run("cp", "-r", top, backup)
     me = place.domid
@@ -481,7 +481,7 @@ PROGRAM_COPIES: list[Callable[[Path, Path], object]] = [
     lambda source, target: run("node", "-e", NODE_COPY, source, target),
     lambda source, target: run("cp", "-p", source, target),
     lambda source, target: run("cp", "-a", source, target),
-    lambda source, target: run("rsync", "-a", source, target),
+    lambda source, target: run("rsync", "-a", "--inplace", source, target),
 ]
 
 
@@ -548,8 +548,7 @@ def test_trees_are_copied_onto_mounts_of_other_modes(
     directory_mode: int,
     succeeds: bool,
 ) -> None:
-    """A mode that others would get in by is never pretended.  Then the program fails, and what it copied is
-    there."""
+    """A mode that others would get in by is never pretended.  Then the program fails, and nothing is lost."""
     fill_disk(disk, file_mode, directory_mode)
     (box / "child").write_text("or the other mount takes it for a file\n")
     with mounted(["-o", options, place.socket], tmp_path / "m") as mount:
@@ -590,11 +589,25 @@ def test_single_files_are_copied_onto_mounts_of_other_modes(
 
 
 @only_embedded
+def test_node_removes_its_target_if_it_cannot_set_the_mode(
+    place: Place, disk: Path, tmp_path: Path
+) -> None:
+    (disk / "f").write_text("new\n")
+    (disk / "f").chmod(0o600)
+    with mounted(["-o", "allow_other,umask=022", place.socket], tmp_path / "m") as mount:
+        (mount.path / "data" / "f").write_text("old\n")
+        done = mount.run(f'node -e "{NODE_COPY}" {disk}/f data/f')
+        assert done.returncode == 1
+        assert "EPERM" in done.stderr
+        assert not (mount.path / "data" / "f").exists()
+
+
+@only_embedded
 def test_install_makes_files_private_at_first(
     place: Place, disk: Path, tmp_path: Path, witness: XsClient
 ) -> None:
-    """It asks for the mode 0600 before the one that it is to set.  On a mount that others may read that is an
-    error, and the content is there."""
+    """It asks for the mode 0600 before the one that it is to set.  On a mount that others may read this
+    fails, after the content was written."""
     (disk / "f").write_text("1\n")
     with mounted(["-o", "allow_other,umask=022", place.socket], tmp_path / "m") as mount:
         done = mount.run(f"install -m 644 {disk}/f data/f")

@@ -9,14 +9,18 @@ import os
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.fs.test_values import fails, node
-from tests.support.mounting import GUEST, LIMIT, Mount, Place, refusal, winners
+from tests.support.mounting import GUEST, LIMIT, Mount, Place, of_guests, refusal, winners
 from tests.support.xenstored.harness import XsClient, XsError, strings
+from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
@@ -414,6 +418,86 @@ def test_modes(place: Place, mount: Mount, box: Path, witness: XsClient) -> None
         assert stat.filemode(name.stat().st_mode) == "-r--------"
         with fails(errno.EACCES):
             name.write_text("mine")
+
+
+def test_access_is_as_the_modes_say(mount: Mount, box: Path) -> None:
+    (box / "f").write_text("1\n")
+    stats = mount.path / ".stats"
+    for path, asked, allowed in (
+        (box / "f", os.R_OK | os.W_OK, True),
+        (box / "f", os.X_OK, False),
+        (box, os.R_OK | os.W_OK | os.X_OK, True),
+        (stats, os.R_OK, True),
+        (stats, os.W_OK, False),
+        (mount.path / ".domid", os.W_OK, False),
+        (box / ".ls", os.R_OK, True),
+        (box / ".ls", os.W_OK, False),
+    ):
+        assert os.access(path, asked) == allowed, path
+    assert mount.bash("test -w .stats || echo no; test -r .stats && echo yes") == "no\nyes\n"
+
+
+@of_guests
+def test_access_in_a_guest(place: Place, mount: Mount) -> None:
+    name = mount.path / "name"
+    assert os.access(name, os.R_OK)
+    assert not os.access(name, os.W_OK)
+
+
+def test_a_name_that_was_a_directory_is_one_for_a_second_at_most(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    uses = ("echo 1 > X", "cp f X && [ ! -e X/f ]", "rm -f X", "mkdir X", "mv g X && [ ! -e X/g ]")
+    for number, use in enumerate(uses):
+        directory = box / str(number)
+        for name in ("f", "g", "X/child"):
+            witness.write(f"{node(place, directory)}/{name}", b"1")
+        mount.bash(f"cd {directory}; ls X; cat X/child")
+        witness.rm(f"{node(place, directory)}/X")
+        time.sleep(DIRECTORY_ENTRY_TIMEOUT)
+        done = mount.run(f"cd {directory}; {use}")
+        assert (done.returncode, done.stderr) == (0, ""), use
+    # A directory that became a value meanwhile.
+    witness.write(f"{node(place, box)}/0/X", b"1")
+    assert (box / "0" / "X").read_text() == "1\n"
+
+
+def test_a_directory_is_renamed_while_others_make_and_remove_nodes_in_it(
+    place: Place, box: Path, witness: XsClient
+) -> None:
+    """At worst that is a conflict.  It is never said that there is no such directory."""
+    top, stop = node(place, box), threading.Event()
+    witness.write(f"{top}/a/stays", b"1")
+
+    def churn() -> None:
+        with place.witness() as client:
+            while not stop.is_set():
+                # In a transaction, or the node would come back right after the directory was renamed.
+                with suppress(XsError):
+                    number = client.start()
+                    try:
+                        client.read(f"{top}/a/stays", number)
+                        client.write(f"{top}/a/n", b"1", number)
+                    except XsError:
+                        client.end(number, commit=False)
+                        continue
+                    client.end(number)
+                    client.rm(f"{top}/a/n")
+
+    here, there = box / "a", box / "c"
+    outcomes: list[int] = []
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(5):
+            outcomes.append(refusal(partial(here.rename, there)))
+            if not outcomes[-1]:
+                here, there = there, here
+    finally:
+        stop.set()
+        thread.join(LIMIT)
+    assert set(outcomes) <= {0, errno.EAGAIN}
+    assert (here / "stays").read_text() == "1\n"
 
 
 def test_unreadable_nodes(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:

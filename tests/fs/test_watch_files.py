@@ -89,6 +89,31 @@ def test_a_line_an_event(place: Place, box: Path, witness: XsClient) -> None:
             assert lines.next() == line
 
 
+def test_each_change_is_one_line(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
+    """The reader waits for each change, however it is made.  The next line belongs to the next change."""
+    top = node(place, box)
+    shell = (
+        "echo 1 > $n",
+        "echo 1 >> $n",
+        "printf x > $n",
+        ": > $n",
+        "mkdir $n",
+        "truncate -s 3 $n",
+    )
+    with program("cat", box / ".watch") as reader:
+        assert reader.lines.next() == "."
+        for number in range(50):
+            name = f"n{number}"
+            for change in (*shell[number % len(shell) :: len(shell)], "echo 2 > m"):
+                mount.bash(f"cd {box}; n={name}; {change}")
+                assert reader.lines.next() == ("m" if change.endswith(" m") else name)
+            for step in (name, name, "m"):
+                witness.write(f"{top}/{step}", b"%d" % number)
+                assert reader.lines.next() == step
+        witness.write(f"{top}/last", b"")
+        assert reader.lines.next() == "last"
+
+
 def test_what_is_written_through_the_mount_is_seen_too(mount: Mount, box: Path) -> None:
     with watching(box) as lines:
         mount.bash(f"echo 42 > {box}/x; mkdir {box}/d; mv {box}/x {box}/y")

@@ -84,7 +84,7 @@ def test_the_owner_leads_nobody_outside_when_a_copy_is_given_up(shm: Path) -> No
 def every_operation(files: MirrorDirectory) -> None:
     files.begin()
     files.make_directory(b"d", b"n0")
-    files.put(b"d/f", b"v", b"n0", new=True)
+    files.put(b"d/f", b"v", b"n0")
     carry_out(files.publish())
     files.put(b"d/f", b"w", b"n0")
     files.put(b"f", b"w", b"n0")
@@ -98,7 +98,7 @@ def every_operation(files: MirrorDirectory) -> None:
     assert list(files.names(b"")) == [b"f"]
     carry_out(files.clear())
     files.begin()
-    files.put(b"g", b"w", b"", new=True)
+    files.put(b"g", b"w", b"")
 
 
 @pytest.mark.parametrize("swapped", ["the directory", "the staging directory", "the parent"])
@@ -233,7 +233,7 @@ def test_the_default_directory_lets_others_pass(shm: Path, monkeypatch: pytest.M
 
 def fill(files: MirrorDirectory, content: bytes) -> None:
     for number in range(100_000):
-        files.put(b"%d" % number, content, b"n0", new=True)
+        files.put(b"%d" % number, content, b"n0")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_reserve_stays_free(shm: Path, options: str, content: bytes) -> None:
         (small / "others").write_bytes(b"y" * 100_000 if content else b"")
         carry_out(files.clear())
         files.begin()
-        files.put(b"f", content, b"", new=True)
+        files.put(b"f", content, b"")
 
 
 def test_nothing_is_begun_where_there_is_no_room(shm: Path) -> None:
@@ -282,7 +282,7 @@ def test_no_path_is_too_deep(shm: Path) -> None:
             files.make_directory(path, b"")
         assert len(os.listdir("/proc/self/fd")) - before <= staging.OPEN_MAX
         assert files.first_missing(paths[-1] + b"/d/d/d") == paths[-1] + b"/d"
-        files.put(paths[-1] + b"/f", b"v", b"", new=True)
+        files.put(paths[-1] + b"/f", b"v", b"")
         carry_out(files.publish())
         assert files.read(paths[-1] + b"/f") is not None
         files.close_directories()
@@ -304,7 +304,7 @@ def test_permissions_that_are_too_long_for_the_file_system_are_left_out(tmp_path
         with opened(tmp_path / "ext4" / "mirror") as files:
             files.begin()
             files.make_directory(b"d", b"n0," * 1300)
-            files.put(b"d/f", b"v", b"n0," * 1300, new=True)
+            files.put(b"d/f", b"v", b"n0," * 1300)
             assert files.read(b"d/f") == (b"v", b"")
     finally:
         subprocess.run(["umount", tmp_path / "ext4"], check=True)

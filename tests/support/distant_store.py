@@ -27,6 +27,8 @@ class _Connection:
         self.daemon = socket.socket(socket.AF_UNIX)
         self.daemon.connect(upstream)
         self.kept = b""
+        self.unsent = b""
+        """Requests for which the daemon has no room: oxenstored accepts more as its replies are taken."""
 
     def sleeps(self) -> bool:
         return _sleeps(_peer(self.client)) and _sleeps(_peer(self.daemon))
@@ -79,7 +81,9 @@ class DistantStore:
     def _ready(self, seconds: float) -> list[int | socket.socket]:
         sockets = [sock for each in self._connections for sock in (each.client, each.daemon)]
         watched: list[int | socket.socket] = [self._end, self._listener, *sockets]
-        return select.select(watched, (), (), seconds)[0]
+        blocked = [each.daemon for each in self._connections if each.unsent]
+        readable, writable, _ = select.select(watched, blocked, (), seconds)
+        return readable + writable
 
     def _all_sleep(self) -> bool:
         # What was sent before they fell asleep is there by now.
@@ -90,13 +94,16 @@ class DistantStore:
             self._connections.append(_Connection(self._listener.accept()[0], self._upstream))
         for connection in list(self._connections):
             with suppress(OSError):
-                if connection.daemon in ready:
-                    connection.kept += connection.daemon.recv(SIZE)
-                if connection.client not in ready:
-                    continue
-                if data := connection.client.recv(SIZE):
-                    connection.daemon.sendall(data)
-                    continue
+                with suppress(BlockingIOError):
+                    connection.kept += connection.daemon.recv(SIZE, socket.MSG_DONTWAIT)
+                if connection.client in ready:
+                    if not (data := connection.client.recv(SIZE)):
+                        raise ConnectionResetError
+                    connection.unsent += data
+                with suppress(BlockingIOError):
+                    sent = connection.daemon.send(connection.unsent, socket.MSG_DONTWAIT)
+                    connection.unsent = connection.unsent[sent:]
+                continue
             self._connections.remove(connection)
             connection.close()
 

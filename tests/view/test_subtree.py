@@ -7,10 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from tests.support.operating import World, in_world
+from xsfs.view import subtree
 from xsfs.view.subtree import (
+    FAR_SECONDS,
     WINDOW,
+    WINDOWS,
     DumpFormat,
     JsonFormat,
     LsFormat,
@@ -19,6 +23,7 @@ from xsfs.view.subtree import (
     is_complete,
     parse_line,
 )
+from xsfs.xenstore.background import open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.protocol import Request
 
@@ -26,15 +31,25 @@ TOP = b"/local/domain/0/data"
 
 
 class Recorder:
-    """The sizes of the pipelines that a view's commands send."""
+    """The sizes of the pipelines that a view's commands send.
+
+    most    how many requests were in flight at once
+    """
 
     def __init__(self, w: World, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[int] = []
+        self.most = 0
         pipeline = w.store.pipeline
+        in_flight = 0
 
         async def record(requests: Sequence[Request]) -> list[Reply]:
+            nonlocal in_flight
             self.sizes.append(len(requests))
-            return await pipeline(requests)
+            in_flight += len(requests)
+            self.most = max(self.most, in_flight)
+            replies = await pipeline(requests)
+            in_flight -= len(requests)
+            return replies
 
         monkeypatch.setattr(w.store, "pipeline", record)
 
@@ -51,10 +66,12 @@ async def test_no_pipeline_is_long_and_none_is_wasted(w: World) -> None:
     for number in range(2000):
         await w.store.write(b"%s/%d/%d" % (TOP, number // 50, number), b"x")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subtree, "FAR_SECONDS", float("inf"))  # however busy the machine is
         recorder = Recorder(w, patch)
         text = await text_of(w, LsFormat)
     assert text.count(b"\n") == 2040
     assert max(recorder.sizes) <= 3 * WINDOW
+    assert recorder.most == 3 * WINDOW * WINDOWS
     assert len(recorder.sizes) <= 2041 // WINDOW + 1 + 3
 
 
@@ -67,6 +84,78 @@ async def test_a_deep_chain_beside_a_wide_directory_costs_its_depth(w: World) ->
         recorder = Recorder(w, patch)
         await text_of(w, JsonFormat)
     assert len(recorder.sizes) <= 41 + 542 // WINDOW + 1
+
+
+@in_world
+async def test_over_a_long_way_a_walk_takes_a_round_trip_a_level(w: World) -> None:
+    for number in range(4000):
+        await w.store.write(b"%s/%d/%d/%d" % (TOP, number // 400, number // 20, number), b"x")
+    pipeline = w.store.pipeline
+    under_way = trio.lowlevel.ParkingLot()
+    trips = 0
+
+    async def ask_from_afar(requests: Sequence[Request]) -> list[Reply]:
+        await under_way.park()
+        return await pipeline(requests)
+
+    async def deliver() -> None:
+        """Whenever nobody does anything else."""
+        nonlocal trips
+        while True:
+            await wait_all_tasks_blocked()
+            await trio.sleep(FAR_SECONDS)
+            if under_way:
+                trips += 1
+                under_way.unpark_all()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w.store, "pipeline", ask_from_afar)
+        patch.setattr(w.store, "round_trip", FAR_SECONDS)
+        async with open_background() as nursery:
+            nursery.start_soon(deliver)
+            text = await text_of(w, LsFormat)
+        assert w.store.round_trip == FAR_SECONDS
+    assert text.count(b"\n") == 4000 + 200 + 10
+    assert trips <= 4 + 2
+
+
+@in_world
+async def test_one_fast_reply_shows_that_the_way_is_short(w: World) -> None:
+    assert 0 < w.store.round_trip < float("inf"), "the first request was timed"
+    await w.store.write(TOP + b"/x", b"x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w.store, "round_trip", float("inf"))
+        await text_of(w, LsFormat)
+        assert w.store.round_trip < float("inf")
+
+
+@in_world
+async def test_others_get_a_turn_within_a_window(w: World) -> None:
+    assert subtree.TURN_SECONDS <= 0.001
+    for number in range(WINDOW):
+        await w.store.write(b"%s/%d" % (TOP, number), b"x")
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    def leaf(*_: object) -> bytes:
+        seen.append(turns)
+        return b""
+
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subtree, "TURN_SECONDS", 0)
+        text_format = LsFormat(w.view, TOP)
+        patch.setattr(text_format, "leaf", leaf)
+        async with open_background() as nursery:
+            nursery.start_soon(count_turns)
+            await Walk(text_format, lambda size: None).run()
+    assert len(seen) == WINDOW + 1
+    assert len(set(seen)) > WINDOW // 2  # the order of tasks within a turn is random
 
 
 @in_world
@@ -93,10 +182,12 @@ async def test_before_each_window_the_caller_may_end_the_walk(w: World) -> None:
         if size > 20_000:
             raise OverflowError
 
-    with pytest.raises(OverflowError):
-        await Walk(LsFormat(w.view, TOP), check).run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subtree, "FAR_SECONDS", float("inf"))
+        with pytest.raises(OverflowError):
+            await Walk(LsFormat(w.view, TOP), check).run()
     assert sizes == sorted(sizes)
-    assert sizes[-1] < 20_000 + WINDOW * 200
+    assert sizes[-1] < 20_000 + WINDOW * WINDOWS * 200
 
 
 @in_world

@@ -16,6 +16,7 @@ from xsfs.xenstore.permissions import (
     parse_permissions,
     perms_text,
     set_perms,
+    set_perms_as_shown,
 )
 
 ACCESS = {"n": (False, False), "r": (True, False), "w": (False, True), "b": (True, True)}
@@ -51,7 +52,7 @@ def test_what_are_no_permissions(text: str) -> None:
         parse_permissions(text)
 
 
-permissions = st.builds(Permission, st.integers(-(2**63), 2**63), st.booleans(), st.booleans())
+permissions = st.builds(Permission, st.integers(-(2**62), 2**62 - 1), st.booleans(), st.booleans())
 
 
 @settings(deadline=None)
@@ -102,3 +103,11 @@ def test_who_may_do_what(text: str, domid: int, access: str) -> None:
 )
 def test_domids_that_no_domain_has(domid: int, is_reserved: bool) -> None:
     assert Permission(domid, True, False).is_reserved == is_reserved
+
+
+def test_numbers_that_oxenstored_shows_without_their_sign() -> None:
+    shown = b"n7\0r9223372036854775807\0b32757\0"
+    accepted = b"/x\0n7\0r-1\0b32757\0"
+    assert set_perms_as_shown(b"/x", shown).payload == accepted
+    assert set_perms(b"/x", decode_perms(shown)).payload == accepted
+    assert perms_text(shown) == b"n7,r9223372036854775807,b32757"

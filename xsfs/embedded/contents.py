@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Final
 
 from xsfs.embedded.database import Database
 from xsfs.embedded.domains import DOM0
@@ -49,6 +50,12 @@ def dom0_nodes() -> list[NewNode]:
     ]
 
 
+_OF_THE_GUEST: Final = """
+control/shutdown control/feature-poweroff control/feature-reboot control/feature-suspend control/sysrq
+device/suspend/event-channel data drivers feature attr error
+"""
+
+
 def guest_nodes(domid: int) -> list[NewNode]:
     """The nodes that libxl writes for a new guest."""
     home = home_of(domid)
@@ -73,23 +80,7 @@ def guest_nodes(domid: int) -> list[NewNode]:
                 "control/platform-feature-xs_reset_watches": "1",
             },
         ),
-        *_below(
-            home,
-            {
-                "control/shutdown": "",
-                "control/feature-poweroff": "",
-                "control/feature-reboot": "",
-                "control/feature-suspend": "",
-                "control/sysrq": "",
-                "device/suspend/event-channel": "",
-                "data": "",
-                "drivers": "",
-                "feature": "",
-                "attr": "",
-                "error": "",
-            },
-            guests,
-        ),
+        *_below(home, dict.fromkeys(_OF_THE_GUEST.split(), ""), guests),
         *_below(home, {"domid": str(domid), "store/port": "1", "store/ring-ref": "1044476"}),
     ]
 

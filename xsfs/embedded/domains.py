@@ -10,7 +10,7 @@ Only the `Database` that owns it changes it, and only while it handles a request
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from xsfs.embedded.record import (
@@ -63,6 +63,7 @@ class Change(NamedTuple):
     readable_by: tuple[Perms, ...]
 
 
+@dataclass(slots=True, eq=False)
 class Domain:
     """A domain that the store knows, and its use of the quotas.
 
@@ -72,21 +73,15 @@ class Domain:
     ended    it no longer exists, and only its holders keep it known
     """
 
-    __slots__ = (
-        *("domid", "incarnation", "introduced", "target", "holders", "ended"),
-        *("nodes", "transactions", "watches"),
-    )
-
-    def __init__(self, domid: int, incarnation: int) -> None:
-        self.domid = domid
-        self.incarnation = incarnation
-        self.introduced = False
-        self.target: Domain | None = None
-        self.holders: dict[Domain, None] = {}
-        self.ended = False
-        self.nodes = 0
-        self.watches = 0
-        self.transactions = 0
+    domid: int
+    incarnation: int
+    introduced: bool = False
+    target: Domain | None = None
+    holders: dict[Domain, None] = field(default_factory=dict)
+    ended: bool = False
+    nodes: int = 0
+    watches: int = 0
+    transactions: int = 0
 
 
 class Domains:

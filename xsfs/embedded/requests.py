@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from xsfs.embedded import control
 from xsfs.embedded.client_connection import ClientConnection, RegisteredWatch, WatchTable
@@ -18,6 +18,7 @@ from xsfs.embedded.database import Database
 from xsfs.embedded.domains import DOM0, DOMID_LIMIT, Change
 from xsfs.embedded.record import (
     PATH_MAX,
+    Record,
     Refused,
     absolute,
     format_perms,
@@ -31,21 +32,44 @@ from xsfs.xenstore.protocol import Op
 
 log = logging.getLogger(__name__)
 
-_Handler = Callable[
-    ["Requests", ClientConnection, bytes, DatabaseTransaction | None], bytes | MemoryReport
-]
 
+class _Request(NamedTuple):
+    """What a handler needs of one request.
 
-def _one_string(payload: bytes) -> bytes:
-    # Here xenstored forgets to set EINVAL and replies with the name of its last error.
-    if not payload or payload.find(b"\0") != len(payload) - 1:
-        raise Refused("EINVAL")
-    return payload[:-1]
+    tx      the transaction that it is part of
+    """
 
+    client: ClientConnection
+    payload: bytes
+    tx: DatabaseTransaction | None
 
-def _all_strings(payload: bytes) -> list[bytes]:
-    """The strings of a payload.  As in xenstored, bytes after the last NUL do not count."""
-    return payload.split(b"\0")[:-1]
+    @property
+    def domid(self) -> int:
+        return self.client.domid
+
+    @property
+    def string(self) -> bytes:
+        """The payload, if it is one string."""
+        # Here xenstored forgets to set EINVAL and replies with the name of its last error.
+        if not self.payload or self.payload.find(b"\0") != len(self.payload) - 1:
+            raise Refused("EINVAL")
+        return self.payload[:-1]
+
+    @property
+    def path(self) -> bytes:
+        return absolute(self.string, self.domid)
+
+    @property
+    def strings(self) -> list[bytes]:
+        """All strings of the payload.  As in xenstored, bytes after the last NUL do not count."""
+        return self.payload.split(b"\0")[:-1]
+
+    def strings_of(self, least: int, most: int = protocol.PAYLOAD_MAX) -> list[bytes]:
+        """`strings`, if there are so many."""
+        strings = self.strings
+        if not least <= len(strings) <= most:
+            raise Refused("EINVAL")
+        return strings
 
 
 class Requests:
@@ -93,7 +117,7 @@ class Requests:
             tx = connection.transactions.get(tx_id)
             if tx is None:
                 raise Refused("ENOENT")
-        return handler(self, connection, payload, tx)
+        return handler(self, _Request(connection, payload, tx))
 
     def _fire_watches(self, change: Change) -> None:
         """Queue the event of a change for each watch whose domain may get it."""
@@ -125,29 +149,23 @@ class Requests:
 
     # -- requests for nodes
 
-    def _read_value(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        path = absolute(_one_string(payload), client.domid)
-        return self.database.readable(client.domid, path, tx).value
+    def _readable(self, request: _Request) -> Record:
+        return self.database.readable(request.domid, request.path, request.tx)
 
-    def _directory(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        path = absolute(_one_string(payload), client.domid)
-        node = self.database.readable(client.domid, path, tx)
+    def _read_value(self, request: _Request) -> bytes:
+        return self._readable(request).value
+
+    def _directory(self, request: _Request) -> bytes:
+        node = self._readable(request)
         if node.child_bytes > protocol.PAYLOAD_MAX:
             raise Refused("E2BIG")
         return node.listing
 
-    def _directory_part(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        strings = _all_strings(payload)
-        if len(strings) != 2:
-            raise Refused("EINVAL")
-        node = self.database.readable(client.domid, absolute(strings[0], client.domid), tx)
-        offset = unsigned(strings[1])
+    def _directory_part(self, request: _Request) -> bytes:
+        path, offset_text = request.strings_of(2, 2)
+        domid = request.domid
+        node = self.database.readable(domid, absolute(path, domid), request.tx)
+        offset = unsigned(offset_text)
         generation = b"%d\0" % node.generation
         listing = node.listing
         # A part has only whole names, and room for the NUL that marks the end of the listing.
@@ -157,57 +175,37 @@ class Requests:
         end = listing.rfind(b"\0", offset, offset + room) + 1
         return generation + listing[offset:end]
 
-    def _get_perms(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        path = absolute(_one_string(payload), client.domid)
-        return format_perms(self.database.readable(client.domid, path, tx).perms)
+    def _get_perms(self, request: _Request) -> bytes:
+        return format_perms(self._readable(request).perms)
 
-    def _write(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        path, nul, value = payload.partition(b"\0")
+    def _write(self, request: _Request) -> bytes:
+        path, nul, value = request.payload.partition(b"\0")
         if not nul:
             raise Refused("EINVAL")
-        self.database.write(client.domid, absolute(path, client.domid), value, tx)
+        domid = request.domid
+        self.database.write(domid, absolute(path, domid), value, request.tx)
         return OK
 
-    def _mkdir(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        self.database.mkdir(client.domid, absolute(_one_string(payload), client.domid), tx)
+    def _mkdir(self, request: _Request) -> bytes:
+        self.database.mkdir(request.domid, request.path, request.tx)
         return OK
 
-    def _rm(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        self.database.rm(client.domid, absolute(_one_string(payload), client.domid), tx)
+    def _rm(self, request: _Request) -> bytes:
+        self.database.rm(request.domid, request.path, request.tx)
         return OK
 
-    def _set_perms(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        path, *perms = _all_strings(payload) or [b""]
-        if not perms:
-            raise Refused("EINVAL")
-        self.database.set_perms(client.domid, absolute(path, client.domid), perms, tx)
+    def _set_perms(self, request: _Request) -> bytes:
+        path, *perms = request.strings_of(2)
+        domid = request.domid
+        self.database.set_perms(domid, absolute(path, domid), perms, request.tx)
         return OK
 
     # -- watches
 
-    @staticmethod
-    def _watch_arguments(client: ClientConnection, payload: bytes) -> tuple[bytes, bytes, bool]:
-        strings = _all_strings(payload)
-        if len(strings) != 2:
-            raise Refused("EINVAL")
-        path, token = strings
-        return absolute(path, client.domid), token, not path.startswith((b"/", b"@"))
-
-    def _watch(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        path, token, relative = self._watch_arguments(client, payload)
-        quotas = self.database.quotas
+    def _watch(self, request: _Request) -> bytes:
+        client, quotas = request.client, self.database.quotas
+        given_path, token = request.strings_of(2, 2)
+        path = absolute(given_path, client.domid)
         special = path.startswith(b"@")
         if not (len(path) <= PATH_MAX if special else is_path(path, quotas.path_max)):
             raise Refused("EINVAL")
@@ -217,49 +215,44 @@ class Requests:
         if client.domid != DOM0 and domain.watches > quotas.watches:
             raise Refused("E2BIG")
         domain.watches += 1
-        watch = RegisteredWatch(client, path, token, relative)
+        watch = RegisteredWatch(client, path, token, relative=path != given_path)
         client.watches[path, token] = watch
         self._watches.add(watch)
         return OK
 
-    def _unwatch(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        path, token, _ = self._watch_arguments(client, payload)
-        watch = client.watches.pop((path, token), None)
+    def _unwatch(self, request: _Request) -> bytes:
+        client = request.client
+        path, token = request.strings_of(2, 2)
+        watch = client.watches.pop((absolute(path, client.domid), token), None)
         if watch is None:
             raise Refused("ENOENT")
         self._watches.remove(watch)
         self.database.domains.known[client.domid].watches -= 1
         return OK
 
-    def _reset_watches(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        self.reset(client)
+    def _reset_watches(self, request: _Request) -> bytes:
+        self.reset(request.client)
         return OK
 
     # -- transactions
 
-    def _transaction_start(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        if tx is not None:
+    def _transaction_start(self, request: _Request) -> bytes:
+        if request.tx is not None:
             raise Refused("EBUSY")
+        client = request.client
         started = self.database.start(client.domid)
         started.number = client.new_transaction_number()
         client.transactions[started.number] = started
         return b"%d\0" % started.number
 
-    def _transaction_end(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        if payload not in (b"T\0", b"F\0"):
+    def _transaction_end(self, request: _Request) -> bytes:
+        if request.payload not in (b"T\0", b"F\0"):
             raise Refused("EINVAL")
+        tx = request.tx
         if tx is None:
             raise Refused("ENOENT")
-        del client.transactions[tx.number]
-        if payload == b"T\0":
+        del request.client.transactions[tx.number]
+        if request.payload == b"T\0":
             self.database.commit(tx)
         else:
             self.database.abort(tx)
@@ -267,14 +260,9 @@ class Requests:
 
     # -- domains
 
-    def _introduce(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        strings = _all_strings(payload)
-        if len(strings) < 3:
-            raise Refused("EINVAL")
-        domid = unsigned(strings[0])
-        if unsigned(strings[2]) == 0 or domid >= DOMID_LIMIT:
+    def _introduce(self, request: _Request) -> bytes:
+        domid, _, port, *_ = map(unsigned, request.strings_of(3))
+        if port == 0 or domid >= DOMID_LIMIT:
             raise Refused("EINVAL")
         if domid != DOM0:
             self.database.introduce(domid)
@@ -283,17 +271,15 @@ class Requests:
                     self.reset(connection)
         return OK
 
-    def _connected_domid(self, payload: bytes) -> int:
-        domid = unsigned(_one_string(payload))
+    def _connected_domid(self, request: _Request) -> int:
+        domid = unsigned(request.string)
         if domid == DOM0:
             raise Refused("EINVAL")
         self.database.domains.connected(domid)
         return domid
 
-    def _release(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        domid = self._connected_domid(payload)
+    def _release(self, request: _Request) -> bytes:
+        domid = self._connected_domid(request)
         holders = self.database.domains.known[domid].holders
         if holders:
             # As in xenstored, RELEASE of a target only undoes the newest SET_TARGET's hold on it.
@@ -303,40 +289,30 @@ class Requests:
             self.database.release(domid)
         return OK
 
-    def _resume(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        self._connected_domid(payload)
+    def _resume(self, request: _Request) -> bytes:
+        self._connected_domid(request)
         return OK
 
-    def _set_target(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        strings = _all_strings(payload)
-        if len(strings) < 2:
-            raise Refused("EINVAL")
-        self.database.domains.set_target(unsigned(strings[0]), unsigned(strings[1]))
+    def _set_target(self, request: _Request) -> bytes:
+        domid, target, *_ = map(unsigned, request.strings_of(2))
+        self.database.domains.set_target(domid, target)
         return OK
 
-    def _get_domain_path(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        return home_of(unsigned(_one_string(payload))) + b"\0"
+    def _get_domain_path(self, request: _Request) -> bytes:
+        return home_of(unsigned(request.string)) + b"\0"
 
-    def _is_domain_introduced(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes:
-        domid = unsigned(_one_string(payload))
+    def _is_domain_introduced(self, request: _Request) -> bytes:
+        domid = unsigned(request.string)
         # xenstored always reports DOMID_SELF as introduced.
         return (
             b"T\0" if domid == DOMID_LIMIT or self.database.domains.is_introduced(domid) else b"F\0"
         )
 
-    def _control(
-        self, client: ClientConnection, payload: bytes, tx: DatabaseTransaction | None
-    ) -> bytes | MemoryReport:
-        return control.run(self.database, self.connections, _all_strings(payload))
+    def _control(self, request: _Request) -> bytes | MemoryReport:
+        return control.run(self.database, self.connections, request.strings)
 
+
+_Handler = Callable[[Requests, _Request], bytes | MemoryReport]
 
 _PRIVILEGED: Final = 1
 _NO_TRANSACTION: Final = 2

@@ -11,6 +11,7 @@ the generation that the transaction found: a difference is a conflict.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Final
 
 from xsfs.embedded.record import Perms, Record, Refused
@@ -39,22 +40,24 @@ class AccessedNode:
         self.exact = False
 
 
+@dataclass(slots=True, eq=False)
 class DatabaseTransaction:
-    __slots__ = ("accessed", "created", "domid", "failed", "nodes_max", "number", "owned")
+    """See the module's docstring.
 
-    def __init__(self, domid: int, nodes_max: int | None) -> None:
-        self.domid = domid
-        self.nodes_max = nodes_max
-        """How many nodes it may access; None: any number."""
-        self.number = 0
-        """The tx_id, which the connection chooses."""
-        self.accessed: dict[bytes, AccessedNode] = {}
-        self.owned: dict[int, int] = {}
-        """By how many the commit changes the number of each domain's nodes."""
-        self.created = False
-        """It has tried to create a node, so the commit checks the quota `nodes`."""
-        self.failed = False
-        """A request could not be undone: the commit fails with ENOMEM."""
+    nodes_max   how many nodes it may access; None: any number
+    number      the tx_id, which the connection chooses
+    owned       by how many the commit changes the number of each domain's nodes
+    created     it has tried to create a node, so the commit checks the quota `nodes`
+    failed      a request could not be undone: the commit fails with ENOMEM
+    """
+
+    domid: int
+    nodes_max: int | None
+    number: int = 0
+    accessed: dict[bytes, AccessedNode] = field(default_factory=dict)
+    owned: dict[int, int] = field(default_factory=dict)
+    created: bool = False
+    failed: bool = False
 
     def access(self, path: bytes, found: Record | None) -> Record | None:
         """Copy the node that the database has now, and return the copy."""

@@ -201,7 +201,7 @@ class ReadHandle(Handle):
         self._content = content
         self._fetched_at = fetched_at
         self._position = -1
-        """Where the last read of the content ended; -1 before the first one."""
+        """The end of the last read of the content; -1 before the first one."""
 
     async def read(self, offset: int, size: int) -> bytes:
         orphan = self.file.orphan

@@ -19,8 +19,8 @@ from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
-from xsfs.xenstore.permissions import perms_text
-from xsfs.xenstore.protocol import Op, Request
+from xsfs.xenstore.permissions import perms_text, set_perms_as_shown
+from xsfs.xenstore.protocol import Request
 
 RENAME_NODES_MAX: Final = 100_000
 """How many nodes one rename may move: its transaction holds the daemon's memory and time."""
@@ -128,7 +128,7 @@ async def write_with_perms(
     write = protocol.write(path, value)
     if perms is None:
         return write
-    set_perms = Request(Op.SET_PERMS, path + b"\0" + perms)
+    set_perms = set_perms_as_shown(path, perms)
     if len(set_perms.payload) > commands.payload_max:
         refuse(errno.E2BIG)
     _, present = replies = await commands.pipeline((write, protocol.get_perms(path)))
@@ -191,12 +191,10 @@ async def rename(
     _raise_first(await commands.pipeline([protocol.write(path, value) for path, value, _ in moves]))
     inherited = await commands.pipeline([protocol.get_perms(path) for path, _, _ in moves])
     _raise_first(inherited)
-    # The replies to GET_PERMS have the form of the arguments of SET_PERMS, so permissions are moved as
-    # they came, even those that make no sense.
     _raise_first(
         await commands.pipeline(
             [
-                Request(Op.SET_PERMS, path + b"\0" + perms)
+                set_perms_as_shown(path, perms)
                 for (path, _, perms), reply in zip(moves, inherited, strict=True)
                 if reply != perms
             ]

@@ -21,7 +21,13 @@ from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.errors import XenstoreError
-from xsfs.xenstore.permissions import Permissions, parse_permissions, perms_text, set_perms
+from xsfs.xenstore.permissions import (
+    Permissions,
+    parse_permissions,
+    perms_text,
+    set_perms,
+    signed_domid,
+)
 from xsfs.xenstore.protocol import Request
 
 if TYPE_CHECKING:
@@ -189,7 +195,7 @@ async def permissions_of(view: View, text: str) -> Permissions:
         perms = parse_permissions(text)
     except ValueError:
         refuse(errno.EINVAL)
-    if any(abs(entry.domid) > DOMID_LIMIT for entry in perms):
+    if any(abs(signed_domid(entry.domid)) > DOMID_LIMIT for entry in perms):
         refuse(errno.EINVAL)
     if any(entry.is_reserved for entry in perms) and not await view.takes_reserved_domids():
         refuse(errno.EINVAL)

@@ -247,9 +247,7 @@ class Reconciler:
     def _show_file(
         self, place: bytes, kind: int, content: bytes, perms: bytes, *, renew: bool
     ) -> None:
-        if not kind:
-            self._files.put(place, content, perms, new=True)
-        elif renew or self._files.read(place) != (content, perms):
+        if not kind or renew or self._files.read(place) != (content, perms):
             self._files.put(place, content, perms)
 
     def _queue_children(self, path: bytes, names: Iterable[bytes]) -> Steps:

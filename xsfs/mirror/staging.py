@@ -543,23 +543,23 @@ class MirrorDirectory:
         for number, (name, is_directory) in enumerate(names):
             directory = source.enter(b"", change=True)
             new_name = b"%s-%d" % (self._unique, number) if renamed else name
-            fd = -1
-            if is_directory and self._modes is not None:
-                # To move a directory is to change what `..` is in it.
-                fd = os.open(name, _DIRECTORY, dir_fd=directory)
-            try:
-                if fd >= 0:
+            with ExitStack() as after:
+                if is_directory and self._modes is not None:
+                    # To move a directory is to change what `..` is in it.
+                    fd = os.open(name, _DIRECTORY, dir_fd=directory)
+                    after.callback(os.close, fd)
                     os.fchmod(fd, 0o700)
+                    after.callback(os.fchmod, fd, self._directory_mode)
                 os.rename(name, new_name, src_dir_fd=directory, dst_dir_fd=target)
-                if fd >= 0:
-                    os.fchmod(fd, self._directory_mode)
-            finally:
-                if fd >= 0:
-                    os.close(fd)
             yield name
         source.close()
 
     # ------------------------------------------------------------------------------- to see
+
+    def _place(self, path: bytes, *, change: bool = False) -> tuple[int, bytes]:
+        """The directory that a path is in, and the name there."""
+        parent, _, name = path.rpartition(b"/")
+        return self._copy.enter(parent, change=change), name
 
     def first_missing(self, path: bytes) -> bytes | None:
         """The highest directory on the way to this one, itself included, that is missing."""
@@ -569,9 +569,8 @@ class MirrorDirectory:
         """S_IFDIR, S_IFREG or another file type; 0 for what is missing."""
         if not path:
             return stat.S_IFDIR
-        parent, _, name = path.rpartition(b"/")
         try:
-            directory = self._copy.enter(parent)
+            directory, name = self._place(path)
             return stat.S_IFMT(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return 0
@@ -583,19 +582,14 @@ class MirrorDirectory:
 
     def read(self, path: bytes) -> tuple[bytes, bytes] | None:
         """The content and the permissions of a file; None for what is no file, or cannot be read."""
-        parent, _, name = path.rpartition(b"/")
+        # The files' owner may have put anything there: xsfs does not wait for a pipe's writer.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            # The files' owner may have put anything there: xsfs does not wait for a pipe's writer.
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(name, flags, dir_fd=self._copy.enter(parent))
+            directory, name = self._place(path)
+            with open(os.open(name, flags, dir_fd=directory), "rb", buffering=0) as file:
+                return file.read(CONTENT_MAX) or b"", self._attribute(file.fileno())
         except OSError:
             return None
-        try:
-            return os.read(fd, CONTENT_MAX), self._attribute(fd)
-        except OSError:
-            return None
-        finally:
-            os.close(fd)
 
     def perms(self, path: bytes) -> bytes:
         """The permissions of a directory as xsfs set them; nothing if there are none."""
@@ -612,13 +606,11 @@ class MirrorDirectory:
     def _check_room(self) -> None:
         """Raises OSError ENOSPC if less than the reserve is left."""
         room = os.fstatvfs(self._staging.fd)
+        least = sorted((*RESERVE_BYTES, room.f_blocks * room.f_frsize // RESERVE))[1]
+        inodes = sorted((*RESERVE_INODES, room.f_files // RESERVE))[1]
         # Some file systems have no limit of the one or the other.
-        least = min(
-            max(RESERVE_BYTES[0], room.f_blocks * room.f_frsize // RESERVE), RESERVE_BYTES[1]
-        )
-        lacks = room.f_blocks and room.f_bavail * room.f_frsize < least
-        inodes = min(max(RESERVE_INODES[0], room.f_files // RESERVE), RESERVE_INODES[1])
-        if lacks or (room.f_files and room.f_favail < inodes):
+        lacks_bytes = room.f_blocks and room.f_bavail * room.f_frsize < least
+        if lacks_bytes or (room.f_files and room.f_favail < inodes):
             text = f"{os.strerror(errno.ENOSPC)}: xsfs leaves {least >> 20} MiB and {inodes} inodes free"
             raise OSError(errno.ENOSPC, text, os.fsdecode(self.directory))
 
@@ -627,39 +619,33 @@ class MirrorDirectory:
         if self._made % CHECK_EVERY == 0:
             self._check_room()
 
-    def put(self, path: bytes, content: bytes, perms: bytes, *, new: bool = False) -> None:
-        """Make the file, or replace it by a new one.  Raises OSError.
-
-        new     no file has this path
-        """
+    def put(self, path: bytes, content: bytes, perms: bytes) -> None:
+        """Make the file, or replace it by a new one.  Raises OSError."""
         self._count()
-        parent, _, name = path.rpartition(b"/")
-        directory = self._copy.enter(parent, change=True)
-        if new and self.staged:
-            self._make(name, directory, content, perms)
-            return
+        directory, name = self._place(path, change=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._make(_NEW, self._staging.fd, content, perms)
+            fd = os.open(_NEW, flags, self._new_file_mode, dir_fd=self._staging.fd)
+            try:
+                if content and os.write(fd, content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._finish(fd, self._file_mode, perms)
+            finally:
+                os.close(fd)
             os.rename(_NEW, name, src_dir_fd=self._staging.fd, dst_dir_fd=directory)
         except OSError:
             with suppress(FileNotFoundError):
                 os.unlink(_NEW, dir_fd=self._staging.fd)
             raise
 
-    def _make(self, name: bytes, directory: int, content: bytes, perms: bytes) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(name, flags, self._new_file_mode, dir_fd=directory)
-        try:
-            if content and os.write(fd, content) != len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if perms:
-                self._set_attribute(fd, perms)
-            if self._chmod:
-                os.fchmod(fd, self._file_mode)
-            if self._chown:
-                os.fchown(fd, self.ownership.uid, self.ownership.gid)
-        finally:
-            os.close(fd)
+    def _finish(self, fd: int, mode: int, perms: bytes) -> None:
+        """Give a new file or directory its attributes."""
+        if perms:
+            self._set_attribute(fd, perms)
+        if self._chmod:
+            os.fchmod(fd, mode)
+        if self._chown:
+            os.fchown(fd, self.ownership.uid, self.ownership.gid)
 
     def _set_attribute(self, fd: int, perms: bytes) -> None:
         if not self.has_perms:
@@ -675,19 +661,11 @@ class MirrorDirectory:
     def make_directory(self, path: bytes, perms: bytes) -> None:
         """Make the directory, which is missing.  Raises OSError."""
         self._count()
-        parent, _, name = path.rpartition(b"/")
-        directory = self._copy.enter(parent, change=True)
+        directory, name = self._place(path, change=True)
         os.mkdir(name, 0o700 if self._modes else self._directory_mode, dir_fd=directory)
-        if not (self._chmod or self._chown or perms):
-            return
-        # By a descriptor: the owner of the directory above may have put something else there.
-        fd = self._copy.enter(path)
-        if perms:
-            self._set_attribute(fd, perms)
-        if self._chmod:
-            os.fchmod(fd, self._directory_mode)
-        if self._chown:
-            os.fchown(fd, self.ownership.uid, self.ownership.gid)
+        if self._chmod or self._chown or perms:
+            # By a descriptor: the owner of the directory above may have put something else there.
+            self._finish(self._copy.enter(path), self._directory_mode, perms)
 
     def set_perms(self, path: bytes, perms: bytes) -> None:
         """Set a directory's permissions, if they are others; b"" removes them."""
@@ -700,8 +678,8 @@ class MirrorDirectory:
             os.removexattr(fd, PERMS_ATTRIBUTE)
 
     def remove_file(self, path: bytes) -> None:
-        parent, _, name = path.rpartition(b"/")
-        os.unlink(name, dir_fd=self._copy.enter(parent, change=True))
+        directory, name = self._place(path, change=True)
+        os.unlink(name, dir_fd=directory)
 
     def removing(self, top: bytes) -> Steps:
         """Remove the directory with all below it, from the leaves up."""

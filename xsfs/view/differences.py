@@ -8,7 +8,7 @@ differences are unknown from then on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from xsfs.view.names import join, parent_path
 from xsfs.view.subtree import TextFormat, Walk
@@ -79,11 +79,8 @@ class _PathsFormat(TextFormat):
         return path + b"\n"
 
 
-class _Content(NamedTuple):
-    """What two views of a node may differ in; None if it may not be read."""
-
-    value: bytes | None
-    perms: bytes | None
+_Content = tuple[bytes | None, bytes | None]
+"""The value and the permissions of a node; None for what may not be read."""
 
 
 async def differences(
@@ -126,33 +123,28 @@ async def differences(
 
 async def _contents(commands: Commands, paths: Sequence[bytes]) -> list[_Content | None]:
     """What the nodes contain; None if there is no node."""
-    replies = await commands.pipeline(
-        [request for path in paths for request in (protocol.read(path), protocol.get_perms(path))]
+    replies = iter(
+        await commands.pipeline(
+            [each for path in paths for each in (protocol.read(path), protocol.get_perms(path))]
+        )
     )
-    return [_content(*replies[2 * index : 2 * index + 2]) for index in range(len(paths))]
+    return [_content(*pair) for pair in zip(replies, replies, strict=True)]
 
 
-def _content(value: Reply, perms: Reply) -> _Content | None:
-    for reply in (value, perms):
-        if isinstance(reply, XenstoreError):
+def _content(*replies: Reply) -> _Content | None:
+    for reply in replies:
+        if isinstance(reply, XenstoreError) and reply.name != "EACCES":
             if reply.name in _ABSENT:
                 return None
-            if reply.name != "EACCES":
-                raise reply
-    return _Content(
-        value if isinstance(value, bytes) else None, perms if isinstance(perms, bytes) else None
-    )
+            raise reply
+    value, perms = (reply if isinstance(reply, bytes) else None for reply in replies)
+    return value, perms
 
 
 def _marks(old: _Content | None, new: _Content | None) -> list[bytes]:
     if old is None or new is None:
         return [] if old is new else [b"+" if old is None else b"-"]
-    marks = []
-    if old.value != new.value:
-        marks.append(b"*")
-    if old.perms != new.perms:
-        marks.append(b"p")
-    return marks
+    return [mark for mark, was, now in zip((b"*", b"p"), old, new, strict=True) if was != now]
 
 
 def _shown(path: bytes, root: bytes) -> bytes:

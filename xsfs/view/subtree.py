@@ -44,12 +44,13 @@ from xsfs.xenstore.protocol import Op, Request
 WINDOW: Final = 16
 """How many nodes one pipeline asks about."""
 
-WINDOWS_MIN: Final = 2
-WINDOWS_MAX: Final = 256
-WINDOW_SECONDS: Final = 0.00025
-"""Two windows are in flight, because the store replies to one while xsfs works on the other.  The requests of
-other tasks wait half a millisecond behind them.  If the way to the store is long, there are as many as the
-store answers within a round trip, at WINDOW_SECONDS each."""
+WINDOWS: Final = 2
+"""How many windows are in flight.  The store replies to one while xsfs works on the other, and the requests
+of other tasks wait half a millisecond behind them."""
+
+FAR_SECONDS: Final = 0.002
+FAR_WINDOWS: Final = 640
+"""How many windows are in flight if no pipeline was faster than FAR_SECONDS: 10,000 nodes in a round trip."""
 
 TURN_SECONDS: Final = 0.0005
 """After so long other tasks get a turn."""
@@ -333,8 +334,6 @@ class Walk:
         self._size = 0
         """Of the text and all segments."""
         self._error: XenstoreError | None = None
-        self._round_trip = 1.0
-        """How many seconds the fastest pipeline has taken: a second, until the first has."""
 
     async def run(self) -> SubtreeText | None:
         """The text; None if the first node does not exist.
@@ -364,8 +363,7 @@ class Walk:
         return SubtreeText(self._text, self._error)
 
     def _windows_max(self) -> int:
-        """How many windows may be in flight: more if the way to the store is long."""
-        return max(WINDOWS_MIN, min(int(self._round_trip / WINDOW_SECONDS), WINDOWS_MAX))
+        return WINDOWS if self._view.store.round_trip < FAR_SECONDS else FAR_WINDOWS
 
     def _next_window(self) -> _Window:
         window = _Window()
@@ -394,7 +392,8 @@ class Walk:
                 requests.append(Request(Op.GET_PERMS, payload))
         start = perf_counter()
         replies = iter(await self._view.commands.pipeline(requests))
-        self._round_trip = min(self._round_trip, perf_counter() - start)
+        if requests:
+            self._view.store.took(perf_counter() - start)
         return zip(replies, replies, replies if asks_perms else repeat(b""), strict=False)
 
     async def _add_window(self, window: _Window, answers: Iterator[Answer]) -> None:

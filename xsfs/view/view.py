@@ -388,11 +388,14 @@ class View:
                 await transaction.commit()
                 return
             except Exception as error:
-                is_conflict = await self.store.is_conflict(transaction, error)
-                in_doubt += isinstance(error, XenstoreError) and error.name != "EAGAIN"
-                is_over = trio.current_time() >= deadline or in_doubt > IN_DOUBT_MAX
-                if not is_conflict or is_over:
+                if not await self.store.is_conflict(transaction, error):
                     raise
+                in_doubt += isinstance(error, XenstoreError) and error.name == "EIO"
+                if in_doubt > IN_DOUBT_MAX:
+                    raise
+                if trio.current_time() >= deadline:
+                    # The error is only that of a moment, such as a child that was gone when it was read.
+                    raise XenstoreError("EAGAIN", protocol.transaction_end(True)) from None
             finally:
                 await self.store.roll_back(transaction)
 

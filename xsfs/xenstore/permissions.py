@@ -47,6 +47,7 @@ _LETTERS: Final = {
     (True, True): "b",
 }
 _ACCESS: Final = {letter: access for access, letter in _LETTERS.items()}
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _PERMISSION = re.compile(r"([nrwb])(-?[0-9]+)")
 
 Permissions = tuple[Permission, ...]
@@ -86,8 +87,21 @@ def access_of(perms: Permissions, domid: int) -> tuple[bool, bool]:
     return perms[0].read, perms[0].write
 
 
+def signed_domid(domid: int) -> int:
+    """A domid as SET_PERMS accepts it.  oxenstored has numbers of 63 bits: it shows -1 as 2**63 - 1, and does
+    not accept that."""
+    return domid - (1 << 63) if domid >= 1 << 62 else domid
+
+
 def set_perms(path: bytes, perms: Iterable[Permission]) -> Request:
-    return Request(Op.SET_PERMS, path + b"\0" + encode_perms(perms))
+    entries = (entry._replace(domid=signed_domid(entry.domid)) for entry in perms)
+    return Request(Op.SET_PERMS, path + b"\0" + encode_perms(entries))
+
+
+def set_perms_as_shown(path: bytes, payload: bytes) -> Request:
+    """Give a node the permissions of a GET_PERMS reply, even those that make no sense."""
+    perms = _LONG_NUMBER.sub(lambda number: b"%d" % signed_domid(int(number[0])), payload)
+    return Request(Op.SET_PERMS, path + b"\0" + perms)
 
 
 def encode_perms(perms: Iterable[Permission]) -> bytes:

@@ -199,6 +199,8 @@ class Store(Commands):
         self.watches = Watches(nursery, connect, timeout, self.breaker, self.home)
         self.requests = 0
         """How many requests were sent, apart from those of transactions and watches."""
+        self.round_trip = float("inf")
+        """The shortest time in seconds that a pipeline is known to have taken."""
         self.transactions = 0
         """How many transactions that `begin` started are open."""
 
@@ -220,7 +222,13 @@ class Store(Commands):
         deadline = trio.current_time() + self.timeout
         transport = await open_transport_by(self._connect, deadline, wait_for_daemon=False)
         self._main.adopt(transport)
+        start = trio.current_time()
         await self.pipeline((protocol.directory(b"/"),))
+        self.took(trio.current_time() - start)
+
+    def took(self, seconds: float) -> None:
+        """A pipeline, which was not empty, has taken so long."""
+        self.round_trip = min(self.round_trip, seconds)
 
     async def _probe(self) -> None:
         """Send a request on a new connection, which replaces the one that is not answered."""
