@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +74,41 @@ def test_a_line_a_change(place: Place, box: Path, witness: XsClient) -> None:
         assert running.lines.next() == str(box)
         witness.write(f"{top}/{long}", b"value")
         assert Path(running.lines.next()).read_text() == "value\n"
+
+
+def test_it_can_be_stopped_while_the_mount_is(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    """It must not ask the mount when a signal wakes it.  A kernel that suspends or migrates a guest freezes
+    all processes in this way, and gives up if one of them waits for a frozen mount."""
+    with watcher(box) as running:
+        assert running.lines.next() == str(box)
+        witness.write(f"{node(place, box)}/x", b"1")
+        assert running.lines.next() == f"{box}/x"
+        waits = Path(f"/proc/{running.process.pid}/wchan")
+        until(lambda: "poll" in waits.read_text(), "it waits")
+        mount.process.send_signal(signal.SIGSTOP)
+        try:
+            running.process.send_signal(signal.SIGSTOP)
+            until(lambda: _state(running.process.pid) in "TD", "it has the signal")
+            assert _state(running.process.pid) == "T"
+        finally:
+            mount.process.send_signal(signal.SIGCONT)
+        running.process.send_signal(signal.SIGCONT)
+        witness.write(f"{node(place, box)}/y", b"1")
+        assert running.lines.next() == f"{box}/y"
+
+
+def _state(process: int) -> str:
+    """That of ps(1): T is stopped, D waits uninterruptibly."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.01)
 
 
 def test_of_a_file_only_its_own_changes(place: Place, box: Path, witness: XsClient) -> None:

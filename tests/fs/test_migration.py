@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,17 +171,34 @@ def test_what_was_open_stays_open(guest: Migrated) -> None:
 
 
 def test_another_migration(guest: Migrated) -> None:
-    """Again, and the home itself is there at any time."""
+    """Again, and at no time is anything missing: neither the home nor a node in it."""
     mount, target = guest.mount, 7777
     guest.server.populate([target], introduce=True, small=True)
+    seen: set[str] = set()
     listed: list[int] = []
+    failures: list[OSError] = []
+    has_moved = threading.Event()
 
-    def list_home() -> bool:
-        listed.append(len(os.listdir(mount.path)))
-        return mount.bash("cat .domid") == f"{target}\n"
+    def read_on() -> None:
+        while not has_moved.is_set():
+            try:
+                seen.add((mount.path / "domid").read_text())
+                listed.append(len(os.listdir(mount.path)))
+            except OSError as error:
+                failures.append(error)
 
-    guest.server.migrate(NEW, target)
-    until(list_home, "it knows its domid")
+    reader = threading.Thread(target=read_on)
+    reader.start()
+    try:
+        until(lambda: bool(seen), "it reads")
+        guest.server.migrate(NEW, target)
+        until(lambda: mount.bash("cat .domid") == f"{target}\n", "it knows its domid")
+        until(lambda: f"{target}\n" in seen or bool(failures), "the new home is read")
+    finally:
+        has_moved.set()
+        reader.join()
+    assert failures == []
+    assert seen == {f"{NEW}\n", f"{target}\n"}
     assert min(listed) > 5
     mount.bash("echo 1 > data/last")
     assert guest.read(f"/local/domain/{target}/data/last") == "1"

@@ -139,6 +139,11 @@ class Place:
         return self.domid != 0
 
     @property
+    def own_watches(self) -> int:
+        """How many watches a mount has that nobody uses: a guest's watches its `domid`."""
+        return int(self.guest)
+
+    @property
     def home(self) -> str:
         return f"/local/domain/{self.domid}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from tests.support.clients import LIMIT, TIMEOUT, Place, opened
 from tests.support.lying_store import Lie, LyingStore, Talk, on, says, silence
 from tests.support.messages import Message
 from xsfs.xenstore import protocol
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, TransactionEnded, XenstoreError
-from xsfs.xenstore.protocol import Op
+from xsfs.xenstore.protocol import Op, Request
 from xsfs.xenstore.store import SHORT_MAX, Store, Transaction
 
 places, place = client_places.places, client_places.place
@@ -410,3 +412,26 @@ async def test_conflicts_are_no_outage(place: Place) -> None:
             with fails_with("EAGAIN"):
                 await store.atomically(conflict)
             assert store.breaker.error is None
+
+
+@trio_test
+async def test_a_transaction_is_ended_before_its_connection_is_closed(place: Place) -> None:
+    """Linux cannot suspend a guest any more in which the device was closed with a transaction open."""
+    ends: list[bytes] = []
+    async with opened(place) as (store, base):
+        with suppress(KeyError):
+            async with store.transaction() as tx:
+                await tx.write(f"{base}/a", "1")
+                send = tx.connection.pipeline
+
+                async def noted(
+                    requests: Sequence[Request], tx_id: int = 0, deadline: float | None = None
+                ) -> list[Reply]:
+                    ends.extend(r.payload for r in requests if r.op == Op.TRANSACTION_END)
+                    return await send(requests, tx_id, deadline)
+
+                tx.connection.pipeline = noted  # type: ignore[method-assign]
+                raise KeyError
+        assert ends == [b"F\0"]
+        assert not tx.connection.alive
+        assert not await store.exists(f"{base}/a")

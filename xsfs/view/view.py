@@ -397,7 +397,7 @@ class View:
                     # The error is only that of a moment, such as a child that was gone when it was read.
                     raise XenstoreError("EAGAIN", protocol.transaction_end(True)) from None
             finally:
-                self.store.abandon(transaction)
+                await self.store.roll_back(transaction)
 
 
 def _log_hidden(path: bytes, names: Names) -> None:

@@ -279,7 +279,7 @@ class Store(Commands):
         try:
             return await transaction.list_all(paths)
         finally:
-            self.abandon(transaction)
+            await self.roll_back(transaction)
 
     # -------------------------------------------------------------------------- transactions
 
@@ -296,7 +296,7 @@ class Store(Commands):
             if transaction.open:
                 await transaction.commit()
         finally:
-            self.abandon(transaction)
+            await self.roll_back(transaction)
 
     async def begin(self) -> Transaction:
         """Start a transaction with a connection of its own.  The caller must `abandon` it later."""
@@ -311,6 +311,20 @@ class Store(Commands):
                 self._close(connection)
                 raise
         return Transaction(connection, tx_id, self.breaker, self.home, self.timeout)
+
+    async def roll_back(self, transaction: Transaction) -> None:
+        """Roll the transaction back if it is open, and close its connection.
+
+        Not only the latter: Linux cannot suspend a guest any more in which a descriptor of the device was
+        closed with a transaction open.
+        """
+        with (
+            trio.CancelScope(deadline=trio.current_time() + CLEANUP_SECONDS, shield=True),
+            suppress(StoreError),
+        ):
+            if transaction.open:
+                await transaction.rollback()
+        self.abandon(transaction)
 
     def abandon(self, transaction: Transaction) -> None:
         """Close the transaction's connection, which rolls back a transaction that is still open."""

@@ -54,8 +54,8 @@ class Configuration:
             "device",
             "domains",
             "pair",
-            "guest",
             "migration",
+            "guest",  # after it, as no domain can be saved in which xsfs was killed in a transaction
             "shutdown",
         )
         return tuple(f"{CHECKS}/check_{name}.py" for name in names)
@@ -178,6 +178,7 @@ def _pack(configuration: Configuration, arguments: Sequence[str], directory: Pat
             *("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0"),
             *("-d", share, directory / "share.img", "64M"),
         ],
+        stdout=subprocess.DEVNULL,
         check=True,
     )
     shutil.rmtree(share)

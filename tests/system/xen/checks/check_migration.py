@@ -47,7 +47,9 @@ def test_saved_and_restored(guest: Guest, dom0: Mount, tmp_path: Path) -> None:
     assert guest.bash("cat /mnt/xenstore/domid") == f"{guest.domid}\n"
     guest.bash("echo 2 > /mnt/xenstore/data/mine")
     assert (data / "mine").read_text() == "2\n"
-    path = guest.bash("getfattr --only-values -n user.xs.path /mnt/xenstore/data/mine")
+    path = guest.bash(
+        "getfattr --absolute-names --only-values -n user.xs.path /mnt/xenstore/data/mine"
+    )
     assert path == f"{guest.home}/data/mine"
     (data / "from-dom0").write_text("3\n")
     _heard(guest, "/tmp/watched", "data", "data/from-dom0")

@@ -101,7 +101,11 @@ class Guest:
 
     def save_and_restore(self) -> None:
         """Afterwards it has another domid, as after a migration."""
-        shell(f"xl save {self.name} {SAVED}", LIMIT * 3)
+        try:
+            shell(f"xl save {self.name} {SAVED}", LIMIT * 3)
+        except AssertionError as error:
+            # Its kernel tells which process it could not freeze.
+            raise AssertionError(f"{error}\n{self.run('dmesg | tail -n 60')[1]}") from None
         shell(f"xl restore {SAVED}", LIMIT * 3)
         self.domid = int(shell(f"xl domid {self.name}"))
 
