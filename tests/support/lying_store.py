@@ -87,7 +87,7 @@ class Talk:
         while True:
             ready = select.select((self.client, self.upstream), (), ())[0]
             if self.upstream in ready:
-                self.client.sendall(b"".join(encode(*message) for message in self._hear()))
+                self._pass_on()
             if self.client in ready:
                 data = self.client.recv(65536)
                 if not data:
@@ -96,7 +96,20 @@ class Talk:
                 for request in messages_of(self._parser):
                     self.requests += 1
                     if not lie()(self, request):
-                        self.upstream.sendall(encode(*request))
+                        self._forward(encode(*request))
+
+    def _forward(self, data: bytes) -> None:
+        """Send to the daemon.  oxenstored accepts nothing more until its replies are taken."""
+        while data:
+            readable, writable, _ = select.select((self.upstream,), (self.upstream,), ())
+            if readable:
+                self._pass_on()
+            if writable:
+                with contextlib.suppress(BlockingIOError):
+                    data = data[self.upstream.send(data, socket.MSG_DONTWAIT) :]
+
+    def _pass_on(self) -> None:
+        self.client.sendall(b"".join(encode(*message) for message in self._hear()))
 
     def close(self) -> None:
         """End the connection at both ends; from another thread, too."""

@@ -81,8 +81,12 @@ def fill(client: XsClient, top: str) -> None:
     client.set_perms(f"{top}/values", ["n0", "b9"])
 
 
+@pytest.mark.parametrize("line", [RESTORE, COPY])
+def test_the_document_has_the_lines_that_the_tests_run(line: str) -> None:
+    assert f"    {line}\n" in (REPOSITORY / "docs" / "subtree.md").read_text()
+
+
 def test_a_copy_by_ssh(daemons: tuple[RealXenstored, RealXenstored], here: Host) -> None:
-    assert COPY in (REPOSITORY / "docs" / "subtree.md").read_text()
     with daemons[0].client() as source, daemons[1].client() as target:
         fill(source, "/local/domain/7/data")
         target.write("/local/domain/9/data/own", b"stays")
