@@ -2,7 +2,7 @@
 # Install on Debian 12 or 13, as root, everything that the tests need, and run them: style, types, tests.
 #
 #   ./test.sh [ARGUMENT OF PYTEST...]           the tests that take seconds, four files at a time
-#   ./test.sh --ci                              these, then real Xen and the Debian package: 45 minutes
+#   ./test.sh --ci                              these, then real Xen with each daemon: 40 minutes
 #   ./test.sh --all [ARGUMENT OF PYTEST...]     all slow ones, too: other distributions
 #
 # Both real Xenstore daemons are Debian's; they run without Xen.  XSFS_VENV says where the virtual

@@ -101,7 +101,7 @@ apt-get purge -y -qq xsfs
 """
 
 
-@pytest.fixture(scope="module", params=[pytest.param("bookworm", marks=pytest.mark.ci), "trixie"])
+@pytest.fixture(scope="module", params=["bookworm", "trixie"])
 def root(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Root]:

@@ -25,7 +25,7 @@ PROJECT: Final = HERE.parents[2]
 
 CHECKS: Final = "tests/system/xen/checks"
 
-LIMIT: Final = 1800.0
+LIMIT: Final = 1500.0
 """Seconds that a run may take."""
 
 BUILD_LIMIT: Final = 1800.0
