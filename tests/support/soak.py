@@ -482,9 +482,8 @@ class Soak:
     def check_what_is_left(self) -> None:
         # Idle transactions of killed programs go by themselves.
         for counter in ("transactions", "readers", "watches", "handles"):
-            # The file in which it is read is open itself.  The mirror has two watches, and a guest's mount
-            # watches `domid`.
-            rest = {"handles": 1, "watches": 2 if self.ssh else 1}.get(counter, 0)
+            # The file in which it is read is open itself.  The mirror has two watches.
+            rest = {"handles": 1, "watches": 2 if self.ssh else 0}.get(counter, 0)
             self.until(
                 f"{counter} are left",
                 partial(self.is_left, counter, rest),
