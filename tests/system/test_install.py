@@ -18,6 +18,8 @@ INSTALL_LIMIT = 300.0
 _SETUP = """\
 set -eu
 root=$1 sources=$2
+# A copy of a mount keeps its xsfs running when the mount itself has gone.
+umount -l -a -t fuse.xsfs || :
 mount -t tmpfs none "$root"
 mkdir "$root/changes" "$root/work" "$root/all"
 mount -t overlay -o "lowerdir=/,upperdir=$root/changes,workdir=$root/work" overlay "$root/all"
