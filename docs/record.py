@@ -40,7 +40,7 @@ PAUSE: Final = 1.2
 
 GUEST: Final = 7
 CHANGES: Final = {"data/load": "0.71", "data/os_uptime": "86412"}
-"""What the guest writes while the session watches it."""
+"""Values that the guest writes while the session watches it."""
 
 SESSION: Final = (
     "xsfs /mnt/xenstore",

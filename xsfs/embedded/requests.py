@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class _Request(NamedTuple):
-    """What a handler needs of one request.
+    """The parts of one request that a handler needs.
 
     tx      the transaction that it is part of
     """
