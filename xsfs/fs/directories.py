@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes
@@ -117,18 +117,18 @@ class Directory(ListedDirectory):
 
     # --------------------------------------------------------------------------------- lookup
 
-    async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
+    def lookup(self, name: bytes, pid: int) -> Coroutine[Any, Any, EntryAttributes]:
         if len(name) > NAME_MAX:
             refuse(errno.ENAMETOOLONG)
         if (kind := self.own.get(name)) is not None:
-            return await self._lookup_own(kind, name, pid)
+            return self._lookup_own(kind, name, pid)
         if protocol.is_name(name):
-            return await self._lookup_child(name, pid)
+            return self._lookup_child(name, pid)
         if (forced := forced_name(name)) is not None:
-            return await self._lookup_forced(forced)
+            return self._lookup_forced(forced)
         if self.scratch.takes(name):
-            return await self._lookup_scratch(name)
-        return await self._lookup_child(await self._child_name(name), pid)
+            return self._lookup_scratch(name)
+        return self._lookup_alias(name, pid)
 
     async def _lookup_own(self, kind: type[Node], name: bytes, pid: int) -> EntryAttributes:
         self.require()
@@ -159,6 +159,9 @@ class Directory(ListedDirectory):
         if isinstance(child, ValueFile) and state.readable and state.value is not None:
             self.table.handover.put(pid, child.inode, state.value)
         return self._found(child, entry)
+
+    async def _lookup_alias(self, name: bytes, pid: int) -> EntryAttributes:
+        return await self._lookup_child(await self._child_name(name), pid)
 
     async def _lookup_forced(self, name: bytes) -> EntryAttributes:
         child = await self._child_name(name)

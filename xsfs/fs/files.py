@@ -42,9 +42,7 @@ class ValueFile(XenstoreNode):
         return super().path if self.moved_file is None else self.moved_file.path
 
     def require(self) -> None:
-        if self.moved_file is None:
-            super().require()
-        elif self.view.ended:
+        if (self.gone and self.moved_file is None) or self.view.ended:
             refuse(errno.ESTALE)
 
     def attributes(self, state: NodeState) -> EntryAttributes:
@@ -120,7 +118,6 @@ class ValueFile(XenstoreNode):
         if self.orphan_file is None and (truncates or reads):
             found = self.table.handover.take(caller.pid, self.inode)
             if found is not None:
-                self.require()
                 value, fetched_at = found
             elif (state := await self._state_unless_orphan()) is not None:
                 value, fetched_at = state.value, time.monotonic()

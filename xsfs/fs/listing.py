@@ -148,7 +148,7 @@ class DirectoryHandle(Handle):
                 continue
             index = position - len(SELF_AND_PARENT)
             name = self._entries[index]
-            if not self._is_of_xsfs(name) and name not in self._kinds:
+            if name not in self._kinds and not self._is_of_xsfs(name):
                 await self._fetch_kinds(index)
             if self._kinds.get(name) is LEAF:
                 node, entry = self._leaf(name)

@@ -176,12 +176,14 @@ class Operations(pyfuse3.Operations):
     def _caller(self, ctx: RequestContext) -> Caller:
         return Caller(ctx.pid, ctx.uid, ctx.uid not in self._privileged_users)
 
-    def _admit(self, caller: Caller) -> None:
-        """Fail with ENFILE if there is no room for one more handle."""
+    def _admit(self, ctx: RequestContext) -> Caller:
+        """The caller.  Fails with ENFILE if there is no room for one more handle."""
+        caller = self._caller(ctx)
         is_full = len(self._handles) >= HANDLES_MAX
         half = HANDLES_MAX // 2
         if is_full or (caller.unprivileged and len(self._unprivileged) >= half):
             refuse(errno.ENFILE)
+        return caller
 
     def _add(self, handle: Handle, caller: Caller) -> FileHandleT:
         number = FileHandleT(next(self._numbers))
@@ -370,8 +372,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        caller = self._caller(ctx)
-        self._admit(caller)
+        caller = self._admit(ctx)
         handle = await self.table.get(inode).open(flags, caller)
         return self._file_info(handle, caller)
 
@@ -384,8 +385,7 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> tuple[FileInfo, EntryAttributes]:
-        caller = self._caller(ctx)
-        self._admit(caller)
+        caller = self._admit(ctx)
         handle, entry = await self.table.get(parent_inode).create(name, flags, caller)
         return self._file_info(handle, caller), entry
 
@@ -432,8 +432,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        caller = self._caller(ctx)
-        self._admit(caller)
+        caller = self._admit(ctx)
         return self._add(await self.table.get(inode).opendir(caller), caller)
 
     @handler

@@ -229,11 +229,10 @@ class View:
 
     def _requests_for_kinds(self, parent: bytes, names: Sequence[bytes]) -> list[Request]:
         above = join(parent, b"")
-        return [
-            request
-            for name in names
-            for request in requests_for(above + name, perms=self.asks_perms, value=False)
-        ]
+        if self.asks_perms:
+            asks = protocol.directory, protocol.get_perms
+            return [ask(above + name) for name in names for ask in asks]
+        return [protocol.directory(above + name) for name in names]
 
     async def _understand_kinds(
         self, parent: bytes, names: Sequence[bytes], replies: Sequence[Reply]
