@@ -102,6 +102,28 @@ def test_the_architecture_has_every_module() -> None:
     assert {name.rpartition(".")[2] for name in MODULES if "__" not in name} <= named
 
 
+def members_of_classes() -> Iterator[str]:
+    """`Class.member` for each method and attribute that a class itself defines."""
+    for module in MODULES:
+        for node in ast.walk(ast.parse(source(module))):
+            if isinstance(node, ast.ClassDef):
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+                        yield f"{node.name}.{inner.name}"
+                    elif isinstance(inner, ast.Name | ast.Attribute):
+                        name = inner.id if isinstance(inner, ast.Name) else inner.attr
+                        if isinstance(inner.ctx, ast.Store):
+                            yield f"{node.name}.{name}"
+
+
+def test_the_members_that_the_documents_name_exist() -> None:
+    documents = (PACKAGE.parent / "docs" / "dev").glob("*.md")
+    text = "".join(document.read_text() for document in documents)
+    named = set(re.findall(r"`([A-Z][A-Za-z]+\.[a-z_]+)`", text))
+    assert len(named) > 20
+    assert named - {*members_of_classes()} == set()
+
+
 def test_only_the_file_system_knows_of_fuse() -> None:
     users = {module for module in MODULES if "pyfuse3" in packages_of(module)}
     assert {room_of(module) for module in users} <= FUSE_ROOMS
