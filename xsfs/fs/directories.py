@@ -20,13 +20,14 @@ from xsfs.fs import posix
 from xsfs.fs.domain_links import DomainsDirectory
 from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
 from xsfs.fs.files import DotValue, ValueFile, ValueHandle
-from xsfs.fs.listing import ListedDirectory
+from xsfs.fs.listing import DirectoryHandle
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
 from xsfs.fs.posix import Removed
 from xsfs.fs.scratch import ScratchFile, ScratchFiles, ScratchHandle
 from xsfs.fs.special import DomidFile, StatsFile
 from xsfs.fs.watch_files import WatchFile
+from xsfs.fs.xattrs import XenstoreNode
 from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from xsfs.fs.inodes import InodeTable
 
 
-class Directory(ListedDirectory):
+class Directory(XenstoreNode):
     """A Xenstore node as a directory."""
 
     __slots__ = ("was_missing",)
@@ -70,6 +71,7 @@ class Directory(ListedDirectory):
         return state.has_children or self.view.is_directory(self.path, state)
 
     def require_directory(self, state: NodeState | None) -> NodeState:
+        """The state of the node if it still is a directory.  Fails with ESTALE if not."""
         if state is None and self.always_there:
             return EMPTY_NODE
         if state is None:
@@ -113,7 +115,13 @@ class Directory(ListedDirectory):
         return self.view.has_dot_value(self.path, state)
 
     def own_nodes(self) -> list[Node]:
+        """The nodes for xsfs's own names that a listing shows."""
         return []
+
+    async def opendir(self, caller: Caller) -> Handle:
+        handle = DirectoryHandle(self, caller)
+        await handle.fetch()
+        return handle
 
     # --------------------------------------------------------------------------------- lookup
 
@@ -174,6 +182,7 @@ class Directory(ListedDirectory):
     def child(
         self, name: bytes, state: NodeState, path: bytes | None = None
     ) -> Directory | ValueFile:
+        """The node for a child of this state, or for `.value`."""
         if name == VALUE_NAME:
             return self.table.node(DotValue, self, name)
         # The path is only made if the kind depends on it.
@@ -472,9 +481,11 @@ class Directory(ListedDirectory):
         return self.table.scratch_of(self.view)
 
     def scratch_names(self) -> list[bytes]:
+        """The names of the scratch files in it."""
         return self.scratch.names(self.path)
 
     def scratch_file(self, name: bytes) -> ScratchFile | None:
+        """The node for the scratch file of this name, if there is one."""
         content = self.scratch.get(self.path, name)
         if content is None:
             return None

@@ -168,6 +168,12 @@ class FileOfDirectory(Node):
     def label(self) -> bytes:
         return join(super().label, self.name)
 
+    async def require_node(self) -> None:
+        """Fail with ESTALE if the directory's node does not exist."""
+        self.directory.require()
+        if not self.directory.always_there and await self.view.fetch_one(self.path) is None:
+            refuse(errno.ESTALE)
+
 
 class _Attribute:
     """One extended attribute: how it is read and set, on a node and on an orphan."""
