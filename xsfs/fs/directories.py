@@ -32,6 +32,7 @@ from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout
 from xsfs.xenstore.permissions import perms_text
 from xsfs.xenstore.protocol import Request
 
@@ -333,7 +334,10 @@ class Directory(XenstoreNode):
             await self._unlink_dot_value()
             return
         if self.scratch.takes(name):
-            self.scratch.unlink(self.path, name)
+            content = self.scratch.get(self.path, name)
+            if content is None:
+                refuse(errno.ENOENT)
+            self.scratch.unlink(content)
             return
         path = await self._path_of_present(name)
         file = self.open_files.get(path)
@@ -345,8 +349,7 @@ class Directory(XenstoreNode):
                 (state,) = await self.view.fetch((path,), commands)
                 if state is None:
                     return None  # its creation is still owed
-            state = await posix.check_file(self.view, commands, path)
-            removed = await posix.removed(commands, path, state)
+            removed = await posix.removed_file(self.view, commands, path)
             return protocol.rm(path)
 
         async with self.open_files.changing(path):
@@ -371,10 +374,9 @@ class Directory(XenstoreNode):
 
         async def work(commands: Commands) -> Request:
             nonlocal removed
-            state = await posix.check_empty_directory(self.view, commands, path)
+            removed = await posix.removed_directory(self.view, commands, path)
             if self.scratch.names(path):
                 refuse(errno.ENOTEMPTY)
-            removed = await posix.removed(commands, path, state)
             return protocol.rm(path)
 
         async with self.open_files.changing_below(path):
@@ -393,7 +395,8 @@ class Directory(XenstoreNode):
         self.scratch.drop_below(path)
         self.was_written()
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
-        self.open_files.orphan(path, node, self.view.content.render(removed.value), removed.perms)
+        content, perms = self.view.content.render(removed.value), perms_text(removed.perms)
+        self.open_files.orphan(path, node, content, perms)
 
     # --------------------------------------------------------------------------------- rename
 
@@ -508,7 +511,7 @@ class Directory(XenstoreNode):
         if self.scratch.get(path, name) is not None:
             self.scratch.release(content)
             refuse(present)
-        self.scratch.link(path, name, content)
+        self.scratch.link(content, path, name)
         node = self.scratch_file(name)
         assert node is not None
         return node
@@ -526,7 +529,7 @@ class Directory(XenstoreNode):
             if replaced.content is node.content:
                 return
             replaced.gone = True
-        self.scratch.rename((self.path, name), (target.path, target_name))
+        self.scratch.link(node.content, target.path, target_name)
         if node.lookups:
             self.table.move(node, target, target_name)
 
@@ -539,7 +542,7 @@ class Directory(XenstoreNode):
         if content is None:
             refuse(errno.ENOENT)
         async with content.lock:
-            if not content.is_linked:
+            if content.place is None:
                 refuse(errno.ENOENT)
             value = self.view.content.parse(bytes(content.data))
             if len(value) > protocol.value_max(path, self.view.commands.payload_max):
@@ -548,8 +551,10 @@ class Directory(XenstoreNode):
 
             async def work(commands: Commands) -> Request | None:
                 nonlocal replaced
-                replaced = await posix.check_replaceable(
-                    *(self.view, commands, path),
+                (state,) = await self.view.fetch((path,), commands)
+                replaced = await posix.replaced(
+                    *(self.view, commands, path, state),
+                    by_directory=False,
                     replace=replace,
                     needs_parent=not target.always_there,
                 )
@@ -557,8 +562,7 @@ class Directory(XenstoreNode):
 
             async with self.open_files.changing_below(path):
                 await self.view.atomically(work)
-                if self.scratch.get(self.path, name) is content:
-                    self.scratch.unlink(self.path, name)
+                self.scratch.unlink(content)
                 if replaced is not None:
                     target._was_removed(ValueFile, path, replaced)
             self.view.sticky.discard(path)
@@ -582,23 +586,26 @@ class Directory(XenstoreNode):
         if not replace and target.scratch_file(target_name) is not None:
             refuse(errno.EEXIST)
         content = await self.scratch.new(self.view, caller)
-        taken: posix.Taken | None = None
+        taken: Removed | None = None
 
         async def work(commands: Commands) -> Request:
             nonlocal taken
-            taken = await posix.take_file(self.view, commands, path)
-            data = self.view.content.render(taken.value)
-            self.scratch.require_room(content.owner, more=len(data) - len(content.data))
-            content.data[:] = data
+            taken = await posix.removed_file(self.view, commands, path, if_directory=errno.EINVAL)
             content.perms = taken.perms
+            await self.scratch.replace(self.view, content, self.view.content.render(taken.value))
             return protocol.rm(path)
 
         try:
             async with self.open_files.changing_below(path):
                 await self.view.atomically(work)
                 assert taken is not None
-                self._was_removed(ValueFile, path, Removed(taken.value, perms_text(taken.perms)))
-            self.scratch.link(target.path, target_name, content)
+                self._was_removed(ValueFile, path, taken)
+            self.scratch.link(content, target.path, target_name)
+        except (ConnectionLost, RequestTimeout):
+            if taken is not None:
+                # If the transaction was committed after all, the value is nowhere else.
+                self.scratch.link(content, target.path, target_name)
+            raise
         finally:
             self.scratch.release(content)
 

@@ -31,7 +31,7 @@ class Removed(NamedTuple):
 
     value: bytes
     perms: bytes
-    """As `n0,r7`; empty if they may not be read."""
+    """The reply to GET_PERMS; empty if they may not be read."""
 
 
 async def make(
@@ -54,62 +54,60 @@ async def make(
     return protocol.mkdir(path) if directory else protocol.write(path, b"")
 
 
-async def removed(commands: Commands, path: bytes, state: NodeState) -> Removed:
-    """The value and permissions of a node that is about to be removed, for the files open on it."""
-    (perms,) = await commands.pipeline((protocol.get_perms(path),))
-    return Removed(state.value or b"", perms_text(perms) if isinstance(perms, bytes) else b"")
+async def _removed(commands: Commands, path: bytes, state: NodeState) -> Removed:
+    (reply,) = await commands.pipeline((protocol.get_perms(path),))
+    perms = reply if isinstance(reply, bytes) else b""
+    perms_text(perms)  # WireError, if it makes no sense, before anything is changed
+    return Removed(state.value or b"", perms)
 
 
-async def check_file(view: View, commands: Commands, path: bytes) -> NodeState:
-    """The state of a file that is to be removed.  Fails with ENOENT, EISDIR."""
+def _check_empty(state: NodeState) -> None:
+    """Whether a directory may be removed.  Fails with EACCES, ENOTEMPTY."""
+    if not state.readable:
+        refuse(errno.EACCES)
+    if state.has_children or state.value:
+        refuse(errno.ENOTEMPTY)
+
+
+async def removed_file(
+    view: View, commands: Commands, path: bytes, *, if_directory: int = errno.EISDIR
+) -> Removed:
+    """A file that is to be removed.  Fails with ENOENT, and for a directory with `if_directory`."""
     (state,) = await view.fetch((path,), commands)
     if state is None:
         refuse(errno.ENOENT)
     if view.is_directory(path, state):
-        refuse(errno.EISDIR)
-    return state
+        refuse(if_directory)
+    return await _removed(commands, path, state)
 
 
-async def check_empty_directory(view: View, commands: Commands, path: bytes) -> NodeState:
-    """The state of a directory that is to be removed.  Fails with ENOENT, ENOTDIR, EACCES, ENOTEMPTY."""
+async def removed_directory(view: View, commands: Commands, path: bytes) -> Removed:
+    """A directory that is to be removed.  Fails with ENOENT, ENOTDIR, EACCES, ENOTEMPTY."""
     (state,) = await view.fetch((path,), commands)
     if state is None:
         refuse(errno.ENOENT)
     if not view.is_directory(path, state):
         refuse(errno.ENOTDIR)
-    if not state.readable:
-        refuse(errno.EACCES)
-    if state.has_children or state.value:
-        refuse(errno.ENOTEMPTY)
-    return state
+    _check_empty(state)
+    return await _removed(commands, path, state)
 
 
-class Taken(NamedTuple):
-    """A file's node that is about to go, as it was."""
-
-    value: bytes
-    perms: bytes
-    """The reply to GET_PERMS."""
-
-
-async def take_file(view: View, commands: Commands, path: bytes) -> Taken:
-    """A file's node, which becomes a scratch file.  Fails with ENOENT, and with EINVAL for a directory."""
-    (state,) = await view.fetch((path,), commands)
-    if state is None:
-        refuse(errno.ENOENT)
-    if view.is_directory(path, state):
-        refuse(errno.EINVAL)
-    return Taken(state.value or b"", await commands.call(protocol.get_perms(path)))
-
-
-async def check_replaceable(
-    view: View, commands: Commands, path: bytes, *, replace: bool, needs_parent: bool
+async def replaced(
+    view: View,
+    commands: Commands,
+    path: bytes,
+    state: NodeState | None,
+    *,
+    by_directory: bool,
+    replace: bool,
+    needs_parent: bool,
 ) -> Removed | None:
-    """What a file replaces that gets this name.  Fails with EEXIST, EISDIR, ESTALE.
+    """The node at `path`, of this state, that a rename to `path` replaces.
+
+    Fails with EEXIST, EISDIR, ENOTDIR, EACCES, ENOTEMPTY, ESTALE.
 
     needs_parent    whether the parent must exist
     """
-    (state,) = await view.fetch((path,), commands)
     if state is None:
         if needs_parent and not await commands.exists(parent_path(path)):
             refuse(errno.ESTALE)
@@ -117,8 +115,12 @@ async def check_replaceable(
     if not replace:
         refuse(errno.EEXIST)
     if view.is_directory(path, state):
-        refuse(errno.EISDIR)
-    return await removed(commands, path, state)
+        if not by_directory:
+            refuse(errno.EISDIR)
+        _check_empty(state)
+    elif by_directory:
+        refuse(errno.ENOTDIR)
+    return await _removed(commands, path, state)
 
 
 async def write_with_perms(
@@ -165,22 +167,12 @@ async def rename(
     if moved is None:
         refuse(errno.ENOENT)
     is_directory = view.is_directory(source, moved)
-    replaced = None
-    if target_state is not None:
-        if not replace:
-            refuse(errno.EEXIST)
-        if view.is_directory(target, target_state):
-            if not is_directory:
-                refuse(errno.EISDIR)
-            if not target_state.readable:
-                refuse(errno.EACCES)
-            if target_state.has_children or target_state.value:
-                refuse(errno.ENOTEMPTY)
-        elif is_directory:
-            refuse(errno.ENOTDIR)
-        replaced = await removed(commands, target, target_state)
-    elif needs_parent and not await commands.exists(parent_path(target)):
-        refuse(errno.ESTALE)
+    gone = await replaced(
+        *(view, commands, target, target_state),
+        by_directory=is_directory,
+        replace=replace,
+        needs_parent=needs_parent,
+    )
     nodes = await _subtree(commands, source)
     moves = [(target + path[len(source) :], value, perms) for path, value, perms in nodes]
     for path, value, _ in moves:
@@ -201,7 +193,7 @@ async def rename(
         )
     )
     _raise_first(await commands.pipeline((protocol.rm(source),)))
-    return Renamed(is_directory, replaced)
+    return Renamed(is_directory, gone)
 
 
 async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, bytes]]:
