@@ -125,7 +125,7 @@ class TransactionView(View):
 
 
 class Transactions:
-    """See the module's text.
+    """See the module's docstring.
 
     nursery     runs the tasks that wait for the ends
     """

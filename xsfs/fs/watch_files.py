@@ -125,7 +125,7 @@ class WatchFile(FileOfDirectory):
 
 
 class WatchHandle(Handle):
-    """See the module's text.
+    """See the module's docstring.
 
     base            the path of the directory when the file was opened
     writable        whether it was opened for writing, too
@@ -178,8 +178,7 @@ class WatchHandle(Handle):
 
     def wake(self) -> None:
         """Wake the read that waits, and notify poll(2)."""
-        if self._arrived:
-            self._arrived.unpark_all()
+        self._arrived.unpark_all()
         if self._poll_handle is not None:
             poll_handle, self._poll_handle = self._poll_handle, None
             try:
@@ -191,23 +190,16 @@ class WatchHandle(Handle):
     async def read(self, offset: int, size: int) -> bytes:
         if not self._events and not self._rest:
             await self._wait()
-        if self._rest:
-            piece, self._rest = self._rest[:size], self._rest[size:]
-            return piece
-        lines: list[bytes] = []
-        left = size
+        lines = bytearray(self._rest)
         while self._events:
             path = next(iter(self._events))
             line = line_of(path, self.base) + b"\n"
-            if len(line) > left and lines:
+            if lines and len(lines) + len(line) > size:
                 break
             del self._events[path]
-            lines.append(line[:left])
-            self._rest = line[left:]
-            left -= len(line)
-            if self._rest:
-                break
-        return b"".join(lines)
+            lines += line
+        self._rest = bytes(lines[size:])
+        return bytes(lines[:size])
 
     async def _wait(self) -> None:
         """Return when there is something to read.  EINTR if the reader has been signalled."""
@@ -282,17 +274,13 @@ class WatchHandle(Handle):
             refuse(errno.ENOSPC)
         subscription = _Tap(path, self)
         store = self.node.view.store
-        self._subscriptions[path] = subscription
         try:
             # Other subscribers may be waiting for the connection, one after the other.
             with trio.fail_after(store.timeout):
                 await store.watches.subscribe(subscription)
         except trio.TooSlowError:
-            del self._subscriptions[path]
             raise RequestTimeout("the watch could not be set in time") from None
-        except BaseException:
-            del self._subscriptions[path]
-            raise
+        self._subscriptions[path] = subscription
 
     def move(self, source: bytes, target: bytes) -> None:
         self.base = moved(self.base, source, target)
