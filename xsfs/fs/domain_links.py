@@ -61,8 +61,6 @@ async def domain_names(view: View) -> list[tuple[bytes, bytes]]:
 class DomainLink(SymbolicLink):
     """The link to the home of the domain of this name."""
 
-    __slots__ = ()
-
     parent: DomainsDirectory
 
     async def readlink(self) -> bytes:
@@ -71,8 +69,6 @@ class DomainLink(SymbolicLink):
 
 class DomainsDirectory(GeneratedDirectory):
     """`.domain`: see the module's docstring."""
-
-    __slots__ = ()
 
     async def target_of(self, name: bytes) -> bytes:
         """Where the link leads.  Fails with ENOTUNIQ if several domains have this name."""

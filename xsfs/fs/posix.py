@@ -9,6 +9,7 @@ commit (see View.atomically).
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from xsfs.fs.nodes import refuse
@@ -17,7 +18,6 @@ from xsfs.view.names import join, parent_path
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
-from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import perms_text, set_perms_as_shown
 from xsfs.xenstore.protocol import Request
@@ -133,8 +133,7 @@ async def write_with_perms(
     set_perms = set_perms_as_shown(path, perms)
     if len(set_perms.payload) > commands.payload_max:
         refuse(errno.E2BIG)
-    _, present = replies = await commands.pipeline((write, protocol.get_perms(path)))
-    _raise_first(replies)
+    _, present = await _call_all(commands, (write, protocol.get_perms(path)))
     # A guest may not set the permissions of another domain's node, but they may be right already.
     if present != perms:
         await commands.call(set_perms)
@@ -180,37 +179,29 @@ async def rename(
             refuse(errno.ENAMETOOLONG)
         if len(value) > protocol.value_max(path, commands.payload_max):
             refuse(errno.EFBIG)
-    _raise_first(await commands.pipeline([protocol.write(path, value) for path, value, _ in moves]))
-    inherited = await commands.pipeline([protocol.get_perms(path) for path, _, _ in moves])
-    _raise_first(inherited)
-    _raise_first(
-        await commands.pipeline(
-            [
-                set_perms_as_shown(path, perms)
-                for (path, _, perms), reply in zip(moves, inherited, strict=True)
-                if reply != perms
-            ]
-        )
+    await _call_all(commands, [protocol.write(path, value) for path, value, _ in moves])
+    inherited = await _call_all(commands, [protocol.get_perms(path) for path, _, _ in moves])
+    await _call_all(
+        commands,
+        [
+            set_perms_as_shown(path, perms)
+            for (path, _, perms), present in zip(moves, inherited, strict=True)
+            if present != perms
+        ],
     )
-    _raise_first(await commands.pipeline((protocol.rm(source),)))
+    await commands.call(protocol.rm(source))
     return Renamed(is_directory, gone)
 
 
 async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, bytes]]:
     """Each node at and below `top`, parents first: (path, value, reply to GET_PERMS).  One pipeline for
     each level."""
-    found = []
+    found: list[tuple[bytes, bytes, bytes]] = []
     level = [top]
     while level:
-        replies = await commands.pipeline(
-            [ask(path) for path in level for ask in (protocol.read, protocol.get_perms)]
-        )
-        _raise_first(replies)
-        for index, path in enumerate(level):
-            value, perms = replies[2 * index], replies[2 * index + 1]
-            assert isinstance(value, bytes)
-            assert isinstance(perms, bytes)
-            found.append((path, value, perms))
+        asked = [ask(path) for path in level for ask in (protocol.read, protocol.get_perms)]
+        replies = iter(await _call_all(commands, asked))
+        found += zip(level, replies, replies, strict=True)
         if len(found) > RENAME_NODES_MAX:
             refuse(errno.EFBIG)
         level = [
@@ -221,7 +212,11 @@ async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, b
     return found
 
 
-def _raise_first(replies: list[Reply]) -> None:
-    for reply in replies:
+async def _call_all(commands: Commands, requests: Sequence[Request]) -> list[bytes]:
+    """Send them together.  Raises the first error among the replies."""
+    replies = []
+    for reply in await commands.pipeline(requests):
         if isinstance(reply, XenstoreError):
             raise reply
+        replies.append(reply)
+    return replies

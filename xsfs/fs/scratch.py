@@ -25,6 +25,7 @@ import errno
 import os
 import time
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
@@ -61,6 +62,7 @@ EACH_UNPRIVILEGED_BYTES_MAX: Final = BYTES_MAX // 8
 """The scratch files of one user who is neither root nor the one who mounted."""
 
 
+@dataclass(slots=True, eq=False)
 class ScratchContent:
     """One scratch file, whatever inodes lead to it.
 
@@ -70,28 +72,16 @@ class ScratchContent:
     became      the node's file to which it was renamed
     """
 
-    __slots__ = (
-        "atime_ns",
-        "became",
-        "ctime_ns",
-        "data",
-        "handles",
-        "lock",
-        "mtime_ns",
-        "owner",
-        "perms",
-        "place",
-    )
-
-    def __init__(self, owner: int | None) -> None:
-        self.owner = owner
-        self.place: tuple[bytes, bytes] | None = None
-        self.data = bytearray()
-        self.perms: bytes | None = None
-        self.atime_ns = self.mtime_ns = self.ctime_ns = time.time_ns()
-        self.handles: set[ScratchHandle] = set()
-        self.became: ValueFile | None = None
-        self.lock = trio.Lock()
+    owner: int | None
+    place: tuple[bytes, bytes] | None = None
+    data: bytearray = field(default_factory=bytearray)
+    perms: bytes | None = None
+    atime_ns: int = field(default_factory=time.time_ns)
+    mtime_ns: int = field(default_factory=time.time_ns)
+    ctime_ns: int = field(default_factory=time.time_ns)
+    handles: set[ScratchHandle] = field(default_factory=set)
+    became: ValueFile | None = None
+    lock: trio.Lock = field(default_factory=trio.Lock)
 
     def was_written(self) -> None:
         self.mtime_ns = self.ctime_ns = time.time_ns()

@@ -19,8 +19,6 @@ from xsfs.view.names import join
 class TextFile(Node):
     """A file whose content is generated whenever it is read from the start."""
 
-    __slots__ = ()
-
     writable: ClassVar[bool] = False
 
     @abstractmethod
@@ -37,8 +35,6 @@ class TextFile(Node):
 
 
 class TextHandle(Handle):
-    __slots__ = ("_content",)
-
     node: TextFile
 
     def __init__(self, node: TextFile) -> None:
@@ -53,8 +49,6 @@ class TextHandle(Handle):
 
 class GeneratedDirectory(Node):
     """A directory that is no Xenstore node: nobody can make files in it, or rename them."""
-
-    __slots__ = ()
 
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
@@ -84,33 +78,9 @@ class GeneratedDirectory(Node):
         await handle.fetch()
         return handle
 
-    async def create(
-        self, name: bytes, flags: int, caller: Caller
-    ) -> tuple[Handle, EntryAttributes]:
-        refuse(errno.EPERM)
-
-    async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
-        refuse(errno.EPERM)
-
-    async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
-        refuse(errno.EPERM)
-
-    async def unlink(self, name: bytes) -> None:
-        refuse(errno.EPERM)
-
-    async def rmdir(self, name: bytes) -> None:
-        refuse(errno.EPERM)
-
-    async def rename(
-        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
-    ) -> None:
-        refuse(errno.EPERM)
-
 
 class GeneratedDirectoryHandle(Handle):
     """The names that existed when the directory was opened, or last rewound."""
-
-    __slots__ = ("_children", "_was_read")
 
     node: GeneratedDirectory
 
@@ -140,8 +110,6 @@ class GeneratedDirectoryHandle(Handle):
 class SymbolicLink(Node):
     """A symbolic link whose target xsfs makes."""
 
-    __slots__ = ()
-
     kind = stat.S_IFLNK
 
     @abstractmethod
@@ -155,16 +123,12 @@ class SymbolicLink(Node):
 class DomidFile(TextFile):
     """`.domid`: the number of the domain whose rights the mount has."""
 
-    __slots__ = ()
-
     def content(self) -> bytes:
         return b"%d\n" % self.view.domid
 
 
 class StatsFile(TextFile):
     """`.stats`: counters, one `name value` a line."""
-
-    __slots__ = ()
 
     def content(self) -> bytes:
         counters = self.table.counters()
@@ -173,8 +137,6 @@ class StatsFile(TextFile):
 
 class MirrorLink(SymbolicLink):
     """`.mirror`: a symbolic link to the mirror, which does not exist while the mirror is not current."""
-
-    __slots__ = ()
 
     async def readlink(self) -> bytes:
         mirror = self.table.mirror

@@ -27,8 +27,6 @@ from xsfs.xenstore import protocol
 class ControlFile(TextFile):
     """`.control` of a transaction: reading tells its state, and it accepts `commit` and `rollback`."""
 
-    __slots__ = ()
-
     writable = True
 
     parent: TransactionRoot
@@ -45,8 +43,6 @@ class ControlFile(TextFile):
 
 
 class ControlHandle(TextHandle):
-    __slots__ = ()
-
     node: ControlFile
 
     async def truncate(self, size: int) -> None:
@@ -54,13 +50,14 @@ class ControlHandle(TextHandle):
 
     async def write(self, offset: int, data: bytes) -> int:
         root = self.node.parent
+        transactions = root.parent.transactions
         word = data.strip()
         if word == b"commit":
             await root.open_files.settle_all()
-            await root.transactions.commit(root.name, root.view)
+            await transactions.commit(root.name, root.view)
             root.table.handover.clear()
         elif word == b"rollback":
-            await root.transactions.roll_back(root.name, root.view)
+            await transactions.roll_back(root.name, root.view)
         else:
             refuse(errno.EINVAL)
         return len(data)
@@ -68,8 +65,6 @@ class ControlHandle(TextHandle):
 
 class DiffFile(SubtreeFile):
     """`.diff` of a transaction: what a commit would change."""
-
-    __slots__ = ()
 
     parent: TransactionRoot
     view: TransactionView
@@ -86,8 +81,6 @@ class DiffFile(SubtreeFile):
 
 class TransactionRoot(RootDirectory):
     """`.transaction/NAME`: the root of the mount, in the transaction."""
-
-    __slots__ = ()
 
     entry_timeout = 0.0
     """The name may mean another transaction at the next lookup."""
@@ -112,10 +105,6 @@ class TransactionRoot(RootDirectory):
     def log_prefix(self) -> bytes:
         return self.name + b":"
 
-    @property
-    def transactions(self) -> Transactions:
-        return self.parent.transactions
-
     async def getattr(self) -> EntryAttributes:
         # Without a request: a listing of `.transaction` must not count as use of the transactions.
         return self.entry(0)
@@ -123,8 +112,6 @@ class TransactionRoot(RootDirectory):
 
 class TransactionsDirectory(GeneratedDirectory):
     """`.transaction`: a directory for each open transaction."""
-
-    __slots__ = ()
 
     writable = True
 
@@ -174,8 +161,6 @@ class TransactionsDirectory(GeneratedDirectory):
 
 class MountRoot(RootDirectory):
     """The root of the mount, with the names that a mount has once."""
-
-    __slots__ = ("transactions",)
 
     own: ClassVar[Mapping[bytes, type[Node]]] = {
         **RootDirectory.own,
