@@ -199,11 +199,11 @@ async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, b
     found: list[tuple[bytes, bytes, bytes]] = []
     level = [top]
     while level:
+        if len(found) + len(level) > RENAME_NODES_MAX:
+            refuse(errno.EFBIG)
         asked = [ask(path) for path in level for ask in (protocol.read, protocol.get_perms)]
         replies = iter(await _call_all(commands, asked))
         found += zip(level, replies, replies, strict=True)
-        if len(found) > RENAME_NODES_MAX:
-            refuse(errno.EFBIG)
         level = [
             join(path, name)
             for path, children in zip(level, await commands.list_all(level), strict=True)

@@ -210,7 +210,7 @@ async def _inherit_perms(node: XenstoreNode) -> None:
         wanted = first[:1] + owner + comma + others
         if wanted == present:
             return None
-        return set_perms(path, await permissions_of(node.view, wanted.decode("ascii")))
+        return set_perms(path, await permissions_to_set(node.view, wanted))
 
     await node.view.atomically(work)
 
