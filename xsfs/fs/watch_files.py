@@ -132,7 +132,6 @@ class WatchHandle(Handle):
     """
 
     __slots__ = (
-        "_arrived",
         "_events",
         "_is_nonblocking",
         "_poll_handle",
@@ -141,7 +140,7 @@ class WatchHandle(Handle):
         "_share",
         "_subscriptions",
         "_turn",
-        "_waits",
+        "_waiting",
         "base",
         "writable",
     )
@@ -161,9 +160,9 @@ class WatchHandle(Handle):
         self._events: OrderedDict[bytes, None] = OrderedDict()
         self._rest = b""
         self._turn = trio.Lock()
-        self._arrived = trio.lowlevel.ParkingLot()
         self._reader = Reader(caller.pid, node.inode, writable=self.writable)
-        self._waits = False
+        self._waiting: trio.CancelScope | None = None
+        """The wait of a read; it is cancelled when there is something to read."""
         self._poll_handle: pyfuse3.PollHandle | None = None
 
     # --------------------------------------------------------------------------------- events
@@ -178,7 +177,8 @@ class WatchHandle(Handle):
 
     def wake(self) -> None:
         """Wake the read that waits, and notify poll(2)."""
-        self._arrived.unpark_all()
+        if self._waiting is not None:
+            self._waiting.cancel()
         if self._poll_handle is not None:
             poll_handle, self._poll_handle = self._poll_handle, None
             try:
@@ -205,23 +205,23 @@ class WatchHandle(Handle):
         """Return when there is something to read.  EINTR if the reader has been signalled."""
         if self._is_nonblocking:
             refuse(errno.EAGAIN)
-        if self._waits:
+        if self._waiting is not None:
             # The kernel lets in one read(2) of an open file at a time, but not so with io_uring.
             refuse(errno.EBUSY)
-        self._waits = True
         try:
             with self._reader.reading():
                 while not self._events:
                     await self._wait_or_look()
         finally:
-            self._waits = False
+            self._waiting = None
 
     async def _wait_or_look(self) -> None:
-        with trio.move_on_after(random.uniform(*LOOK_SECONDS)):
-            await self._arrived.park()
+        outcome = Outcome.WAITS
+        with trio.CancelScope() as self._waiting:
+            await trio.sleep(random.uniform(*LOOK_SECONDS))
+            outcome = await self._reader.look()
         if self.node.view.ended:
             refuse(errno.ESTALE)
-        outcome = Outcome.WAITS if self._events else await self._reader.look()
         if self._events or outcome is Outcome.WAITS:
             return
         if outcome is Outcome.PAUSED and self._subscriptions:
