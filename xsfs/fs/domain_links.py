@@ -71,7 +71,7 @@ class DomainsDirectory(GeneratedDirectory):
     """`.domain`: see the module's docstring."""
 
     async def target_of(self, name: bytes) -> bytes:
-        """Where the link leads.  Fails with ENOTUNIQ if several domains have this name."""
+        """The target of the link.  Fails with ENOTUNIQ if several domains have this name."""
         numbers = [number for each, number in await domain_names(self.view) if each == name]
         if not numbers:
             refuse(errno.ENOENT)

@@ -180,6 +180,8 @@ class Node(ABC):
     async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
         refuse(errno.ENOTDIR)
 
+    # The kernel sends the following to directories alone.
+
     async def create(
         self, name: bytes, flags: int, caller: Caller
     ) -> tuple[Handle, EntryAttributes]:

@@ -1,7 +1,7 @@
 """Limits on what all users of a mount have open together.
 
 With `allow_other` every user of the system can open files.  Users who are neither root nor the mounting user
-have half of each quota together, so that root still can when they have used it up.
+share half of each quota, so that the other half is left to root.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from xsfs.fs.nodes import refuse
 class Quota:
     """How much of something there may be.
 
-    number  the errno of who gets no more
+    number  the errno when it is used up
     """
 
     def __init__(self, limit: int, number: int) -> None:
@@ -23,7 +23,7 @@ class Quota:
 
 
 class Share:
-    """What one handle takes of a quota."""
+    """The part of a quota that one handle takes."""
 
     __slots__ = ("_is_unprivileged", "_quota", "_size")
 

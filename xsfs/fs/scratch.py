@@ -180,7 +180,7 @@ class ScratchFiles:
     # ---------------------------------------------------------------------------------- names
 
     def link(self, content: ScratchContent, directory: bytes, name: bytes) -> None:
-        """Move it to this place, instead of the file that is there."""
+        """Move it to this place, instead of the file that has it."""
         present = self.get(directory, name)
         if present is content:
             return
