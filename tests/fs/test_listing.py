@@ -27,7 +27,6 @@ from tests.support.operating import (
     listed,
     refused,
 )
-from xsfs.fs import listing
 from xsfs.fs.inodes import FORGOTTEN, LISTING_BYTES_MAX
 from xsfs.view.names import join
 from xsfs.view.view import FETCH_WINDOW, NodeState
@@ -406,7 +405,7 @@ async def test_the_memory_of_open_listings_is_bounded(w: World) -> None:
     await w.operations.releasedir(await w.operations.opendir(data, root))
     assert LISTING_BYTES_MAX == 64 << 20
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(listing, "LISTING_BYTES_MAX", 8 << 20)  # the test is quicker so
+        patch.setattr(w.table.listing_bytes, "limit", 8 << 20)  # the test is quicker so
         tracemalloc.start()
         try:
             before, _ = tracemalloc.get_traced_memory()
@@ -452,3 +451,23 @@ async def test_a_file_whose_creation_is_owed_is_listed(w: World) -> None:
     await refused(errno.ENOTEMPTY, w.operations.rmdir(ROOT, b"data", ctx()))
     await w.operations.release(info.fh)
     assert await w.store.read("data/new") == b""
+
+
+@in_world
+async def test_a_listing_leaves_the_time_of_a_directory_that_is_always_shown(w: World) -> None:
+    for name in await w.store.list(w.view.home):
+        await w.store.delete(f"{w.view.home.decode()}/{name.decode()}")
+    await w.store.write("data/x", b"1")
+    seen = (await w.lookup(b"data")).st_mtime_ns
+    times: list[int] = []
+
+    def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        if name == b"data":
+            times.append(entry.st_mtime_ns)
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyfuse3, "readdir_reply", reply)
+        fh = await w.operations.opendir(ROOT, ctx())
+        await w.operations.readdir(fh, 0, cast(Any, None))
+    assert [*times, (await w.lookup(b"data")).st_mtime_ns] == [seen, seen]

@@ -11,9 +11,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import trio
+from trio.testing import trio_test
 
+from tests.support.lying_store import LyingStore, Talk, honest, silence
+from tests.support.messages import Message
 from tests.support.mounting import Mount, mounted
+from tests.support.operating import ROOT, operations_on
 from tests.support.xenstored.harness import RealXenstored
+from xsfs.fs.migration import follow_home
+from xsfs.fs.transaction_dirs import MountRoot
+from xsfs.view.kinds import StickyDirectories
+from xsfs.view.names import TEXT
+from xsfs.view.view import View
+from xsfs.xenstore.background import open_background
+from xsfs.xenstore.protocol import Op
+from xsfs.xenstore.store import open_store
 
 OLD, NEW = 7, 12
 """Of different length, so that a path that is cut wrongly is noticed."""
@@ -202,3 +215,35 @@ def test_another_migration(guest: Migrated) -> None:
     assert min(listed) > 5
     mount.bash("echo 1 > data/last")
     assert guest.read(f"/local/domain/{target}/data/last") == "1"
+
+
+@trio_test
+async def test_a_domid_that_cannot_be_read_at_first(tmp_path: Path) -> None:
+    """No second event tells of it."""
+    with (
+        RealXenstored("C") as daemon,
+        daemon.client() as dom0,
+        LyingStore(tmp_path / "sock", daemon.socket) as liar,
+    ):
+        dom0.write("/local/domain/0/domid", str(NEW))
+        asked = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+
+        def silent_at_first(talk: Talk, request: Message) -> bool:
+            if request.op != Op.READ or asked.is_set():
+                return honest(talk, request)
+            token.run_sync_soon(asked.set)
+            return silence(talk, request)
+
+        with trio.fail_after(LIMIT):
+            async with open_store(liar.path, timeout=0.5) as store, open_background() as nursery:
+                liar.lie = silent_at_first
+                view = View(store, OLD, b"/local/domain/%d" % OLD, TEXT, StickyDirectories())
+                operations = operations_on(view, nursery)
+                root = operations.table.get(ROOT)
+                assert isinstance(root, MountRoot)
+                has_moved = trio.Event()
+                nursery.start_soon(follow_home, view, operations, root.transactions, has_moved.set)
+                await asked.wait()
+                await has_moved.wait()
+                assert view.domid == NEW

@@ -246,12 +246,12 @@ async def test_a_text_that_gets_too_long(w: World) -> None:
 
     one = await open_as(0)
     size = len(await w.operations.read(one, 0, 1 << 20))
-    assert w.table.text_bytes == size
+    assert w.table.text_bytes.used == size
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dumps, "TEXT_MAX", size - 1)
         await refused(errno.EFBIG, open_as(0))
         patch.setattr(dumps, "TEXT_MAX", size)
-        patch.setattr(dumps, "TEXTS_MAX", 3 * size - 1)
+        patch.setattr(w.table.text_bytes, "limit", 3 * size - 1)
         two = await open_as(0)
         await refused(errno.ENFILE, open_as(0))
         await w.operations.release(one)
@@ -260,4 +260,4 @@ async def test_a_text_that_gets_too_long(w: World) -> None:
         other = await open_as(1000)
         await refused(errno.ENFILE, open_as(1001))
         await w.operations.release(other)
-    assert w.table.text_bytes == w.table.unprivileged_text_bytes == 0
+    assert w.table.text_bytes.used == w.table.text_bytes.used_by_unprivileged == 0

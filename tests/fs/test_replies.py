@@ -15,7 +15,7 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError
 from trio.testing import trio_test, wait_all_tasks_blocked
 
-from tests.support.lying_store import LyingStore, Talk, on, says
+from tests.support.lying_store import HangUp, LyingStore, Talk, on, says
 from tests.support.messages import Message
 from tests.support.operating import EXCL, RDONLY, ROOT, WRONLY, ctx, operations_on
 from tests.support.xenstored.harness import DAEMONS, RealXenstored
@@ -156,6 +156,50 @@ async def test_only_requests_that_wait_are_under_way(liar: LyingStore) -> None:
         assert refused.value.errno == errno.EIO
         assert operations.kernel.under_way == 0
         assert operations.answered == answered + 2
+
+
+@trio_test
+async def test_a_value_survives_a_rename_whose_commit_is_uncertain(liar: LyingStore) -> None:
+    """Its node may be gone by then, and the scratch file is all that is left of it."""
+
+    def commit_and_hang_up(talk: Talk, request: Message) -> bool:
+        talk.ask(request)
+        raise HangUp
+
+    async with operating(liar) as (operations, store):
+        liar.lie = on(Op.TRANSACTION_END, commit_and_hang_up)
+        with pytest.raises(FUSEError):
+            await operations.rename(ROOT, b"a", ROOT, b"a~", cast(Any, 0), ctx())
+        liar.behave()
+        assert not await store.exists("/top/a")
+        await operations.rename(ROOT, b"a~", ROOT, b"a", cast(Any, 0), ctx())
+        assert await store.read("/top/a") == b"value"
+
+
+@trio_test
+async def test_a_scratch_file_that_becomes_a_node_keeps_no_other_name(liar: LyingStore) -> None:
+    """Another program may rename it, by another path, while the commit is under way."""
+    async with operating(liar) as (operations, store):
+        inode = ROOT
+        for name in (b".root", b"top"):
+            inode = (await operations.lookup(inode, name, ctx())).st_ino
+        info, _ = await operations.create(
+            ROOT, b".x.tmp", cast(Any, 0o644), cast(Any, WRONLY), ctx()
+        )
+        await operations.write(info.fh, 0, b"new")
+        held = liar.lie = Held(b"T")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(operations.rename, ROOT, b".x.tmp", ROOT, b"x", cast(Any, 0), ctx())
+            await held.arrived()
+            await operations.rename(inode, b".x.tmp", inode, b".y.tmp", cast(Any, 0), ctx())
+            await held.let_go()
+        liar.behave()
+        assert await store.read("/top/x") == b"new"
+        for name in (b".x.tmp", b".y.tmp"):
+            with pytest.raises(FUSEError) as refused:
+                await operations.lookup(ROOT, name, ctx())
+            assert refused.value.errno == errno.ENOENT
+        await operations.release(info.fh)
 
 
 async def reading(operations: Operations) -> None:

@@ -18,14 +18,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from pyfuse3 import FUSEError
+from trio.testing import wait_all_tasks_blocked
 
 from tests.fs.test_values import fails, node
 from tests.support.mounting import LIMIT, Mount, Place, mounted
+from tests.support.operating import RDONLY, World, ctx, in_world
 from tests.support.programs import Lines, Program, needs_poll, program
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsError
+from xsfs.fs import watch_files
+from xsfs.fs.readers import CENSUS
 from xsfs.fs.watch_files import READERS_MAX, WATCHES_MAX, line_of, path_of
 from xsfs.xenstore.watches import EVENTS_MAX
 
@@ -847,3 +852,29 @@ def test_a_path_that_is_refused_is_an_errno() -> None:
     with pytest.raises(FUSEError) as caught:
         path_of(b"a b", b"/local")
     assert caught.value.errno == errno.EINVAL
+
+
+@in_world
+async def test_an_event_ends_the_wait_for_a_census(w: World) -> None:
+    """The search for the thread that reads may take long on a large host."""
+    with pytest.MonkeyPatch.context() as patch:
+        now = trio.current_time()
+        patch.setattr(CENSUS, "possible", True)
+        patch.setattr(CENSUS, "_waiting", {1: {}})
+        patch.setattr(CENSUS, "_began", now - 1000)
+        patch.setattr(CENSUS, "_ended", now)  # so it may not be taken for long
+        patch.setattr(watch_files, "LOOK_SECONDS", (0, 0))
+        file = await w.lookup(b"data", b".watch")
+        info = await w.operations.open(file.st_ino, RDONLY, ctx())
+        assert await w.operations.read(info.fh, 0, 100) == b".\n"
+        lines: list[bytes] = []
+
+        async def read() -> None:
+            lines.append(await w.operations.read(info.fh, 0, 100))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await wait_all_tasks_blocked()
+            await w.store.write("data/x", b"1")
+        assert lines == [b"x\n"]
+        await w.operations.release(info.fh)

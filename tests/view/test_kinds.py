@@ -220,3 +220,17 @@ def test_what_happens_in_the_mount_meanwhile_stays() -> None:
         b"/meanwhile": False,
         b"/removed": None,
     }
+
+
+def test_a_long_transaction_remembers_paths_not_changes() -> None:
+    """A lock directory may be created and removed many thousand times in one transaction."""
+    sticky = StickyDirectories()
+    copy = sticky.copy()
+    for _ in range(1000):
+        copy.add(b"/lock")
+        copy.discard(b"/lock")
+    copy.add(b"/lock")
+    told: list[bytes] = []
+    sticky.on_change = told.append
+    sticky.carry_out(copy)
+    assert told == [b"/lock"]

@@ -378,7 +378,7 @@ def _operations(
             "operations": operations.answered,
             "errors": operations.errors,
             "watches": sum(len(each.watches) for each in stores),
-            "readers": table.readers,
+            "readers": table.readers.used,
             "transactions": store.transactions,
             "mirror": mirror.nodes if mirror is not None else 0,
             "mirror_looks": mirror.fetched if mirror is not None else 0,

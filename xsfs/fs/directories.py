@@ -20,17 +20,19 @@ from xsfs.fs import posix
 from xsfs.fs.domain_links import DomainsDirectory
 from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
 from xsfs.fs.files import DotValue, ValueFile, ValueHandle
-from xsfs.fs.listing import ListedDirectory
+from xsfs.fs.listing import DirectoryHandle
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
 from xsfs.fs.posix import Removed
 from xsfs.fs.scratch import ScratchFile, ScratchFiles, ScratchHandle
 from xsfs.fs.special import DomidFile, StatsFile
 from xsfs.fs.watch_files import WatchFile
+from xsfs.fs.xattrs import XenstoreNode
 from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout
 from xsfs.xenstore.permissions import perms_text
 from xsfs.xenstore.protocol import Request
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from xsfs.fs.inodes import InodeTable
 
 
-class Directory(ListedDirectory):
+class Directory(XenstoreNode):
     """A Xenstore node as a directory."""
 
     __slots__ = ("was_missing",)
@@ -70,6 +72,7 @@ class Directory(ListedDirectory):
         return state.has_children or self.view.is_directory(self.path, state)
 
     def require_directory(self, state: NodeState | None) -> NodeState:
+        """The state of the node if it still is a directory.  Fails with ESTALE if not."""
         if state is None and self.always_there:
             return EMPTY_NODE
         if state is None:
@@ -113,7 +116,13 @@ class Directory(ListedDirectory):
         return self.view.has_dot_value(self.path, state)
 
     def own_nodes(self) -> list[Node]:
+        """The nodes for xsfs's own names that a listing shows."""
         return []
+
+    async def opendir(self, caller: Caller) -> Handle:
+        handle = DirectoryHandle(self, caller)
+        await handle.fetch()
+        return handle
 
     # --------------------------------------------------------------------------------- lookup
 
@@ -177,6 +186,7 @@ class Directory(ListedDirectory):
     def child(
         self, name: bytes, state: NodeState, path: bytes | None = None
     ) -> Directory | ValueFile:
+        """The node for a child of this state, or for `.value`."""
         if name == VALUE_NAME:
             return self.table.node(DotValue, self, name)
         # The path is only made if the kind depends on it.
@@ -327,7 +337,10 @@ class Directory(ListedDirectory):
             await self._unlink_dot_value()
             return
         if self.scratch.takes(name):
-            self.scratch.unlink(self.path, name)
+            content = self.scratch.get(self.path, name)
+            if content is None:
+                refuse(errno.ENOENT)
+            self.scratch.unlink(content)
             return
         path = await self._path_of_present(name)
         file = self.open_files.get(path)
@@ -339,8 +352,7 @@ class Directory(ListedDirectory):
                 (state,) = await self.view.fetch((path,), commands)
                 if state is None:
                     return None  # its creation is still owed
-            state = await posix.check_file(self.view, commands, path)
-            removed = await posix.removed(commands, path, state)
+            removed = await posix.removed_file(self.view, commands, path)
             return protocol.rm(path)
 
         async with self.open_files.changing(path):
@@ -365,10 +377,9 @@ class Directory(ListedDirectory):
 
         async def work(commands: Commands) -> Request:
             nonlocal removed
-            state = await posix.check_empty_directory(self.view, commands, path)
+            removed = await posix.removed_directory(self.view, commands, path)
             if self.scratch.names(path):
                 refuse(errno.ENOTEMPTY)
-            removed = await posix.removed(commands, path, state)
             return protocol.rm(path)
 
         async with self.open_files.changing_below(path):
@@ -387,7 +398,8 @@ class Directory(ListedDirectory):
         self.scratch.drop_below(path)
         self.was_written()
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
-        self.open_files.orphan(path, node, self.view.content.render(removed.value), removed.perms)
+        content, perms = self.view.content.render(removed.value), perms_text(removed.perms)
+        self.open_files.orphan(path, node, content, perms)
 
     # --------------------------------------------------------------------------------- rename
 
@@ -475,9 +487,11 @@ class Directory(ListedDirectory):
         return self.table.scratch_of(self.view)
 
     def scratch_names(self) -> list[bytes]:
+        """The names of the scratch files in it."""
         return self.scratch.names(self.path)
 
     def scratch_file(self, name: bytes) -> ScratchFile | None:
+        """The node for the scratch file of this name, if there is one."""
         content = self.scratch.get(self.path, name)
         if content is None:
             return None
@@ -500,7 +514,7 @@ class Directory(ListedDirectory):
         if self.scratch.get(path, name) is not None:
             self.scratch.release(content)
             refuse(present)
-        self.scratch.link(path, name, content)
+        self.scratch.link(content, path, name)
         node = self.scratch_file(name)
         assert node is not None
         return node
@@ -518,7 +532,7 @@ class Directory(ListedDirectory):
             if replaced.content is node.content:
                 return
             replaced.gone = True
-        self.scratch.rename((self.path, name), (target.path, target_name))
+        self.scratch.link(node.content, target.path, target_name)
         if node.lookups:
             self.table.move(node, target, target_name)
 
@@ -531,7 +545,7 @@ class Directory(ListedDirectory):
         if content is None:
             refuse(errno.ENOENT)
         async with content.lock:
-            if not content.is_linked:
+            if content.place is None:
                 refuse(errno.ENOENT)
             value = self.view.content.parse(bytes(content.data))
             if len(value) > protocol.value_max(path, self.view.commands.payload_max):
@@ -540,8 +554,10 @@ class Directory(ListedDirectory):
 
             async def work(commands: Commands) -> Request | None:
                 nonlocal replaced
-                replaced = await posix.check_replaceable(
-                    *(self.view, commands, path),
+                (state,) = await self.view.fetch((path,), commands)
+                replaced = await posix.replaced(
+                    *(self.view, commands, path, state),
+                    by_directory=False,
                     replace=replace,
                     needs_parent=not target.always_there,
                 )
@@ -549,8 +565,7 @@ class Directory(ListedDirectory):
 
             async with self.open_files.changing_below(path):
                 await self.view.atomically(work)
-                if self.scratch.get(self.path, name) is content:
-                    self.scratch.unlink(self.path, name)
+                self.scratch.unlink(content)
                 if replaced is not None:
                     target._was_removed(ValueFile, path, replaced)
             self.view.sticky.discard(path)
@@ -574,23 +589,26 @@ class Directory(ListedDirectory):
         if not replace and target.scratch_file(target_name) is not None:
             refuse(errno.EEXIST)
         content = await self.scratch.new(self.view, caller)
-        taken: posix.Taken | None = None
+        taken: Removed | None = None
 
         async def work(commands: Commands) -> Request:
             nonlocal taken
-            taken = await posix.take_file(self.view, commands, path)
-            data = self.view.content.render(taken.value)
-            self.scratch.require_room(content.owner, more=len(data) - len(content.data))
-            content.data[:] = data
+            taken = await posix.removed_file(self.view, commands, path, if_directory=errno.EINVAL)
             content.perms = taken.perms
+            await self.scratch.replace(self.view, content, self.view.content.render(taken.value))
             return protocol.rm(path)
 
         try:
             async with self.open_files.changing_below(path):
                 await self.view.atomically(work)
                 assert taken is not None
-                self._was_removed(ValueFile, path, Removed(taken.value, perms_text(taken.perms)))
-            self.scratch.link(target.path, target_name, content)
+                self._was_removed(ValueFile, path, taken)
+            self.scratch.link(content, target.path, target_name)
+        except (ConnectionLost, RequestTimeout):
+            if taken is not None:
+                # If the transaction was committed after all, the value is nowhere else.
+                self.scratch.link(content, target.path, target_name)
+            raise
         finally:
             self.scratch.release(content)
 

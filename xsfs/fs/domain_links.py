@@ -6,15 +6,13 @@ The links are made of the store's present state at each look-up and listing.  No
 from __future__ import annotations
 
 import errno
-import stat
 from collections import Counter
 from typing import Final
 
-import pyfuse3
 from pyfuse3 import EntryAttributes
 
-from xsfs.fs.nodes import Caller, Handle, Node, refuse
-from xsfs.fs.special import GeneratedDirectory
+from xsfs.fs.nodes import refuse
+from xsfs.fs.special import GeneratedDirectory, SymbolicLink
 from xsfs.view.names import NAME_MAX
 from xsfs.view.view import FETCH_WINDOW, View
 from xsfs.xenstore import protocol
@@ -60,43 +58,20 @@ async def domain_names(view: View) -> list[tuple[bytes, bytes]]:
     return found
 
 
-class DomainLink(Node):
+class DomainLink(SymbolicLink):
     """The link to the home of the domain of this name."""
-
-    __slots__ = ()
-
-    kind = stat.S_IFLNK
 
     parent: DomainsDirectory
 
-    async def getattr(self) -> EntryAttributes:
-        return self.attributes(len(await self.readlink()))
-
-    def attributes(self, size: int) -> EntryAttributes:
-        entry = self.entry(size)
-        entry.st_mode = stat.S_IFLNK | 0o777
-        return entry
-
     async def readlink(self) -> bytes:
-        self.require()
         return await self.parent.target_of(self.name)
 
 
 class DomainsDirectory(GeneratedDirectory):
     """`.domain`: see the module's docstring."""
 
-    __slots__ = ()
-
-    @property
-    def path(self) -> bytes:
-        return self.view.root
-
-    async def getattr(self) -> EntryAttributes:
-        self.require()
-        return self.entry(0, write=False)
-
     async def target_of(self, name: bytes) -> bytes:
-        """Where the link leads.  Fails with ENOTUNIQ if several domains have this name."""
+        """The target of the link.  Fails with ENOTUNIQ if several domains have this name."""
         numbers = [number for each, number in await domain_names(self.view) if each == name]
         if not numbers:
             refuse(errno.ENOENT)
@@ -105,57 +80,22 @@ class DomainsDirectory(GeneratedDirectory):
         return target_path(numbers[0])
 
     async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
-        self.require()
         if len(name) > NAME_MAX:
             refuse(errno.ENAMETOOLONG)
         target = await self.target_of(name)
-        link = self.table.node(DomainLink, self, name)
+        link = self.child(name)
         self.table.remember(link)
-        return link.attributes(len(target))
+        return link.entry(len(target))
 
-    async def opendir(self, caller: Caller) -> Handle:
-        handle = DomainsHandle(self)
-        await handle.fetch()
-        return handle
+    async def children(self) -> list[tuple[bytes, int]]:
+        found = await domain_names(self.view)
+        count = Counter(name for name, _ in found)
+        return [(name, len(target_path(number))) for name, number in found if count[name] == 1]
+
+    def child(self, name: bytes) -> DomainLink:
+        return self.table.node(DomainLink, self, name)
 
 
 def target_path(number: bytes) -> bytes:
     """The home of a domain, as seen from `.domain`."""
     return b"../.root%s/%s" % (DOMAINS, number)
-
-
-class DomainsHandle(Handle):
-    """An open `.domain`: the links that there were when it was opened, or last rewound."""
-
-    __slots__ = ("_links", "_was_read")
-
-    node: DomainsDirectory
-
-    def __init__(self, node: DomainsDirectory) -> None:
-        super().__init__(node)
-        self._links: list[tuple[bytes, bytes]] = []
-        self._was_read = False
-
-    async def fetch(self) -> None:
-        self.node.require()
-        found = await domain_names(self.node.view)
-        count = Counter(name for name, _ in found)
-        self._links = [(name, number) for name, number in found if count[name] == 1]
-
-    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
-        if start == 0 and self._was_read:
-            await self.fetch()
-        self._was_read = True
-        node, table = self.node, self.node.table
-        for position in range(start, len(self._links) + 2):
-            if position < 2:
-                name = (b".", b"..")[position]
-                if not pyfuse3.readdir_reply(token, name, node.entry(0, write=False), position + 1):
-                    return
-                continue
-            name, number = self._links[position - 2]
-            link = table.node(DomainLink, node, name)
-            entry = link.attributes(len(target_path(number)))
-            if not pyfuse3.readdir_reply(token, name, entry, position + 1):
-                return
-            table.remember(link)

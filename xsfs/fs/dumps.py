@@ -24,6 +24,7 @@ from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.fs.errnos import errno_of
 from xsfs.fs.nodes import Caller, Handle, refuse
+from xsfs.fs.quotas import Share
 from xsfs.fs.readers import CENSUS, Outcome, look
 from xsfs.fs.xattrs import FileOfDirectory, permissions_of
 from xsfs.view.names import join
@@ -49,7 +50,7 @@ TEXT_MAX: Final = 256 << 20
 """The longest text in bytes.  Past it the open(2) fails with EFBIG."""
 
 TEXTS_MAX: Final = 2 * TEXT_MAX
-"""The memory of all open texts in bytes.  Users who are neither root nor the one who mounted share half."""
+"""The memory of all open texts in bytes."""
 
 RESTORE_WINDOW: Final = 64
 """How many lines of a dump one transaction restores."""
@@ -74,9 +75,7 @@ class SubtreeFile(FileOfDirectory):
         self.directory.require()
 
     async def getattr(self) -> EntryAttributes:
-        self.require()
-        if not self.directory.always_there and await self.view.fetch_one(self.path) is None:
-            refuse(errno.ESTALE)
+        await self.require_node()
         # The size is not known before the text is made, and nobody may pay for that at a stat(2).
         return self.entry(0, write=self.writable)
 
@@ -129,7 +128,7 @@ class DumpFile(SubtreeFile):
 class SubtreeHandle(Handle):
     """The text as it was at the open(2)."""
 
-    __slots__ = ("_bytes", "_caller", "_error", "_next_look", "_text")
+    __slots__ = ("_caller", "_error", "_next_look", "_share", "_text")
 
     node: SubtreeFile
 
@@ -138,8 +137,7 @@ class SubtreeHandle(Handle):
         self._caller = caller
         self._text: bytearray | None = None
         self._error: XenstoreError | None = None
-        self._bytes = 0
-        """How much of `table.text_bytes` is this handle's."""
+        self._share = Share(node.table.text_bytes, is_unprivileged=caller.unprivileged)
         self._next_look = 0.0
 
     async def make(self) -> None:
@@ -159,34 +157,20 @@ class SubtreeHandle(Handle):
                 made = SubtreeText(bytearray(), None)
             self._check(len(made.text))
         except BaseException:
-            self._account(0)
+            self._share.resize(0)
             raise
         self._text, self._error = made
 
     def _check(self, size: int) -> None:
         if size > TEXT_MAX:
             refuse(errno.EFBIG)
-        self._account(size)
+        self._share.resize(size)
         now = trio.current_time()
         if now >= self._next_look:
             # The kernel waits for the answer even if the process was killed.
             if CENSUS.possible and look(self._caller.pid) is Outcome.INTERRUPTED:
                 refuse(errno.EINTR)
             self._next_look = now + LOOK_SECONDS
-
-    def _account(self, size: int) -> None:
-        """Fails with ENFILE if the open texts would take too much memory."""
-        table, more = self.node.table, size - self._bytes
-        is_full = table.text_bytes + more > TEXTS_MAX
-        if self._caller.unprivileged:
-            half = TEXTS_MAX // 2
-            is_full = is_full or table.unprivileged_text_bytes + more > half
-        if is_full and more > 0:
-            refuse(errno.ENFILE)
-        table.text_bytes += more
-        if self._caller.unprivileged:
-            table.unprivileged_text_bytes += more
-        self._bytes = size
 
     async def read(self, offset: int, size: int) -> bytes:
         assert self._text is not None
@@ -197,7 +181,7 @@ class SubtreeHandle(Handle):
 
     async def release(self) -> None:
         self._text = None
-        self._account(0)
+        self._share.resize(0)
 
 
 class DumpHandle(SubtreeHandle):

@@ -31,8 +31,11 @@ from typing import Final, Protocol, TypeVar, cast
 
 import pyfuse3
 
+from xsfs.fs.dumps import TEXTS_MAX
 from xsfs.fs.nodes import Node, refuse
+from xsfs.fs.quotas import Quota
 from xsfs.fs.scratch import ScratchFiles
+from xsfs.fs.watch_files import READERS_MAX
 from xsfs.view.bounded import Bounded
 from xsfs.view.names import NAME_MAX, file_name, join
 from xsfs.view.ownership import Ownership
@@ -52,7 +55,7 @@ HANDOVER_SECONDS: Final = 0.001
 HANDOVERS_MAX: Final = 64
 
 LISTING_BYTES_MAX: Final = 64 << 20
-"""The memory of all open listings.  Users who are neither root nor the mounting user share half of it."""
+"""The memory of all open listings."""
 
 _NO_SCRATCH: Final = ScratchFiles(is_enabled=False)
 
@@ -123,16 +126,12 @@ class InodeTable:
         self.scratch = ScratchFiles()
         self._aliases: Bounded[bytes, bytes] = Bounded(ALIASES_MAX)
         self.mirror: LiveMirror | None = None
-        self.readers = 0
-        """How many watch files are open."""
-        self.unprivileged_readers = 0
-        """How many of them by users who are neither root nor the mounting user."""
-        self.listing_bytes = 0
+        self.readers = Quota(READERS_MAX, errno.EMFILE)
+        """Open watch files."""
+        self.listing_bytes = Quota(LISTING_BYTES_MAX, errno.ENFILE)
         """The memory of all open listings."""
-        self.unprivileged_listing_bytes = 0
-        self.text_bytes = 0
+        self.text_bytes = Quota(TEXTS_MAX, errno.ENFILE)
         """The memory of all open texts of subtrees."""
-        self.unprivileged_text_bytes = 0
         self.per_view: dict[View, object] = {}
         """An object of another module for each view, dropped when the view ends."""
         self._nodes: dict[int, Node] = {}

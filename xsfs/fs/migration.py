@@ -1,8 +1,8 @@
 """A guest's new home: after a migration, or after it was saved and restored, it has another domid.
 
 `follow_home` watches the node `domid`.  The kernel sets this watch again in the new store, so its first event
-tells of the new domid.  What the mount keeps by path moves to the new home: open files, scratch files, sticky
-directories and watches.  Open transactions are lost: readers meet ESTALE.
+tells of the new domid.  All that the mount keeps by path moves to the new home: open files, scratch files,
+sticky directories and watches.  Open transactions are lost: their users meet ESTALE.
 
 Between the resumption of the guest and that event the mount works by relative paths already
 (xenstore/home.py).  Only the home itself is missing.
@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Final
+
+import trio
 
 from xsfs.fs.open_files import open_files_of
 from xsfs.fs.operations import Operations
 from xsfs.fs.transactions import Transactions
 from xsfs.view.view import View
-from xsfs.xenstore.errors import StoreError
+from xsfs.xenstore.errors import StoreError, XenstoreError
+from xsfs.xenstore.store import Store
 
 log = logging.getLogger(__name__)
 
-DOMID = b"domid"
+DOMID: Final = b"domid"
+
+RETRY_SECONDS: Final = 1.0
 
 
 async def follow_home(
@@ -37,18 +43,31 @@ async def follow_home(
     try:
         async with view.store.watch(DOMID) as events:
             async for _ in events:
-                try:
-                    domid = await view.store.domid()
-                except (StoreError, ValueError) as error:
-                    log.warning("cannot read the domid: %s", error)
-                    continue
-                if domid not in (0, view.domid):  # 0: the toolstack has not written it yet
+                domid = await _present_domid(view.store)
+                if domid not in (0, view.domid):
                     log.warning("domain %d is domain %d now", view.domid, domid)
                     _move(view, operations, domid)
                     on_move()
                     await transactions.roll_back_all()
     except StoreError as error:
         log.warning("xsfs will not notice a migration: %s", error)
+
+
+async def _present_domid(store: Store) -> int:
+    """The present domid; 0 if the toolstack has not written one yet.
+
+    Retries while the store does not answer, because no other event may tell of the new domid.
+    """
+    while True:
+        try:
+            return await store.domid()
+        except (XenstoreError, ValueError) as error:
+            log.warning("cannot read the domid: %s", error)
+            return 0
+        except StoreError as error:
+            level = logging.DEBUG if error.during_outage else logging.WARNING
+            log.log(level, "cannot read the domid, xsfs retries: %s", error)
+            await trio.sleep(RETRY_SECONDS)
 
 
 def _move(view: View, operations: Operations, domid: int) -> None:

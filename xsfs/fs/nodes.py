@@ -180,30 +180,32 @@ class Node(ABC):
     async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
         refuse(errno.ENOTDIR)
 
+    # The kernel sends the following to directories alone.
+
     async def create(
         self, name: bytes, flags: int, caller: Caller
     ) -> tuple[Handle, EntryAttributes]:
-        refuse(errno.ENOTDIR)
+        refuse(errno.EPERM)
 
     async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
-        refuse(errno.ENOTDIR)
+        refuse(errno.EPERM)
 
     async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
-        refuse(errno.ENOTDIR)
+        refuse(errno.EPERM)
 
     async def make_symlink(self, name: bytes) -> EntryAttributes:
         refuse(errno.EPERM)
 
     async def unlink(self, name: bytes) -> None:
-        refuse(errno.ENOTDIR)
+        refuse(errno.EPERM)
 
     async def rmdir(self, name: bytes) -> None:
-        refuse(errno.ENOTDIR)
+        refuse(errno.EPERM)
 
     async def rename(
         self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
     ) -> None:
-        refuse(errno.ENOTDIR)
+        refuse(errno.EPERM)
 
     async def readlink(self) -> bytes:
         refuse(errno.EINVAL)

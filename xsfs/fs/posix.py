@@ -9,6 +9,7 @@ commit (see View.atomically).
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from xsfs.fs.nodes import refuse
@@ -17,7 +18,6 @@ from xsfs.view.names import join, parent_path
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
-from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import perms_text, set_perms_as_shown
 from xsfs.xenstore.protocol import Request
@@ -31,7 +31,7 @@ class Removed(NamedTuple):
 
     value: bytes
     perms: bytes
-    """As `n0,r7`; empty if they may not be read."""
+    """The reply to GET_PERMS; empty if they may not be read."""
 
 
 async def make(
@@ -54,62 +54,60 @@ async def make(
     return protocol.mkdir(path) if directory else protocol.write(path, b"")
 
 
-async def removed(commands: Commands, path: bytes, state: NodeState) -> Removed:
-    """The value and permissions of a node that is about to be removed, for the files open on it."""
-    (perms,) = await commands.pipeline((protocol.get_perms(path),))
-    return Removed(state.value or b"", perms_text(perms) if isinstance(perms, bytes) else b"")
+async def _removed(commands: Commands, path: bytes, state: NodeState) -> Removed:
+    (reply,) = await commands.pipeline((protocol.get_perms(path),))
+    perms = reply if isinstance(reply, bytes) else b""
+    perms_text(perms)  # WireError, if it makes no sense, before anything is changed
+    return Removed(state.value or b"", perms)
 
 
-async def check_file(view: View, commands: Commands, path: bytes) -> NodeState:
-    """The state of a file that is to be removed.  Fails with ENOENT, EISDIR."""
+def _check_empty(state: NodeState) -> None:
+    """Whether a directory may be removed.  Fails with EACCES, ENOTEMPTY."""
+    if not state.readable:
+        refuse(errno.EACCES)
+    if state.has_children or state.value:
+        refuse(errno.ENOTEMPTY)
+
+
+async def removed_file(
+    view: View, commands: Commands, path: bytes, *, if_directory: int = errno.EISDIR
+) -> Removed:
+    """A file that is to be removed.  Fails with ENOENT, and for a directory with `if_directory`."""
     (state,) = await view.fetch((path,), commands)
     if state is None:
         refuse(errno.ENOENT)
     if view.is_directory(path, state):
-        refuse(errno.EISDIR)
-    return state
+        refuse(if_directory)
+    return await _removed(commands, path, state)
 
 
-async def check_empty_directory(view: View, commands: Commands, path: bytes) -> NodeState:
-    """The state of a directory that is to be removed.  Fails with ENOENT, ENOTDIR, EACCES, ENOTEMPTY."""
+async def removed_directory(view: View, commands: Commands, path: bytes) -> Removed:
+    """A directory that is to be removed.  Fails with ENOENT, ENOTDIR, EACCES, ENOTEMPTY."""
     (state,) = await view.fetch((path,), commands)
     if state is None:
         refuse(errno.ENOENT)
     if not view.is_directory(path, state):
         refuse(errno.ENOTDIR)
-    if not state.readable:
-        refuse(errno.EACCES)
-    if state.has_children or state.value:
-        refuse(errno.ENOTEMPTY)
-    return state
+    _check_empty(state)
+    return await _removed(commands, path, state)
 
 
-class Taken(NamedTuple):
-    """A file's node that is about to go, as it was."""
-
-    value: bytes
-    perms: bytes
-    """The reply to GET_PERMS."""
-
-
-async def take_file(view: View, commands: Commands, path: bytes) -> Taken:
-    """A file's node, which becomes a scratch file.  Fails with ENOENT, and with EINVAL for a directory."""
-    (state,) = await view.fetch((path,), commands)
-    if state is None:
-        refuse(errno.ENOENT)
-    if view.is_directory(path, state):
-        refuse(errno.EINVAL)
-    return Taken(state.value or b"", await commands.call(protocol.get_perms(path)))
-
-
-async def check_replaceable(
-    view: View, commands: Commands, path: bytes, *, replace: bool, needs_parent: bool
+async def replaced(
+    view: View,
+    commands: Commands,
+    path: bytes,
+    state: NodeState | None,
+    *,
+    by_directory: bool,
+    replace: bool,
+    needs_parent: bool,
 ) -> Removed | None:
-    """What a file replaces that gets this name.  Fails with EEXIST, EISDIR, ESTALE.
+    """The node at `path`, of this state, that a rename to `path` replaces.
+
+    Fails with EEXIST, EISDIR, ENOTDIR, EACCES, ENOTEMPTY, ESTALE.
 
     needs_parent    whether the parent must exist
     """
-    (state,) = await view.fetch((path,), commands)
     if state is None:
         if needs_parent and not await commands.exists(parent_path(path)):
             refuse(errno.ESTALE)
@@ -117,8 +115,12 @@ async def check_replaceable(
     if not replace:
         refuse(errno.EEXIST)
     if view.is_directory(path, state):
-        refuse(errno.EISDIR)
-    return await removed(commands, path, state)
+        if not by_directory:
+            refuse(errno.EISDIR)
+        _check_empty(state)
+    elif by_directory:
+        refuse(errno.ENOTDIR)
+    return await _removed(commands, path, state)
 
 
 async def write_with_perms(
@@ -131,8 +133,7 @@ async def write_with_perms(
     set_perms = set_perms_as_shown(path, perms)
     if len(set_perms.payload) > commands.payload_max:
         refuse(errno.E2BIG)
-    _, present = replies = await commands.pipeline((write, protocol.get_perms(path)))
-    _raise_first(replies)
+    _, present = await _call_all(commands, (write, protocol.get_perms(path)))
     # A guest may not set the permissions of another domain's node, but they may be right already.
     if present != perms:
         await commands.call(set_perms)
@@ -165,22 +166,12 @@ async def rename(
     if moved is None:
         refuse(errno.ENOENT)
     is_directory = view.is_directory(source, moved)
-    replaced = None
-    if target_state is not None:
-        if not replace:
-            refuse(errno.EEXIST)
-        if view.is_directory(target, target_state):
-            if not is_directory:
-                refuse(errno.EISDIR)
-            if not target_state.readable:
-                refuse(errno.EACCES)
-            if target_state.has_children or target_state.value:
-                refuse(errno.ENOTEMPTY)
-        elif is_directory:
-            refuse(errno.ENOTDIR)
-        replaced = await removed(commands, target, target_state)
-    elif needs_parent and not await commands.exists(parent_path(target)):
-        refuse(errno.ESTALE)
+    gone = await replaced(
+        *(view, commands, target, target_state),
+        by_directory=is_directory,
+        replace=replace,
+        needs_parent=needs_parent,
+    )
     nodes = await _subtree(commands, source)
     moves = [(target + path[len(source) :], value, perms) for path, value, perms in nodes]
     for path, value, _ in moves:
@@ -188,39 +179,31 @@ async def rename(
             refuse(errno.ENAMETOOLONG)
         if len(value) > protocol.value_max(path, commands.payload_max):
             refuse(errno.EFBIG)
-    _raise_first(await commands.pipeline([protocol.write(path, value) for path, value, _ in moves]))
-    inherited = await commands.pipeline([protocol.get_perms(path) for path, _, _ in moves])
-    _raise_first(inherited)
-    _raise_first(
-        await commands.pipeline(
-            [
-                set_perms_as_shown(path, perms)
-                for (path, _, perms), reply in zip(moves, inherited, strict=True)
-                if reply != perms
-            ]
-        )
+    await _call_all(commands, [protocol.write(path, value) for path, value, _ in moves])
+    inherited = await _call_all(commands, [protocol.get_perms(path) for path, _, _ in moves])
+    await _call_all(
+        commands,
+        [
+            set_perms_as_shown(path, perms)
+            for (path, _, perms), present in zip(moves, inherited, strict=True)
+            if present != perms
+        ],
     )
-    _raise_first(await commands.pipeline((protocol.rm(source),)))
-    return Renamed(is_directory, replaced)
+    await commands.call(protocol.rm(source))
+    return Renamed(is_directory, gone)
 
 
 async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, bytes]]:
     """Each node at and below `top`, parents first: (path, value, reply to GET_PERMS).  One pipeline for
     each level."""
-    found = []
+    found: list[tuple[bytes, bytes, bytes]] = []
     level = [top]
     while level:
-        replies = await commands.pipeline(
-            [ask(path) for path in level for ask in (protocol.read, protocol.get_perms)]
-        )
-        _raise_first(replies)
-        for index, path in enumerate(level):
-            value, perms = replies[2 * index], replies[2 * index + 1]
-            assert isinstance(value, bytes)
-            assert isinstance(perms, bytes)
-            found.append((path, value, perms))
-        if len(found) > RENAME_NODES_MAX:
+        if len(found) + len(level) > RENAME_NODES_MAX:
             refuse(errno.EFBIG)
+        asked = [ask(path) for path in level for ask in (protocol.read, protocol.get_perms)]
+        replies = iter(await _call_all(commands, asked))
+        found += zip(level, replies, replies, strict=True)
         level = [
             join(path, name)
             for path, children in zip(level, await commands.list_all(level), strict=True)
@@ -229,7 +212,11 @@ async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, b
     return found
 
 
-def _raise_first(replies: list[Reply]) -> None:
-    for reply in replies:
+async def _call_all(commands: Commands, requests: Sequence[Request]) -> list[bytes]:
+    """Send them together.  Raises the first error among the replies."""
+    replies = []
+    for reply in await commands.pipeline(requests):
         if isinstance(reply, XenstoreError):
             raise reply
+        replies.append(reply)
+    return replies

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum, auto
+from signal import SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU
 from typing import Final, NamedTuple
 
 import trio
@@ -55,12 +56,7 @@ _WAITS_FOR_TURN: Final = b"fdget_pos"
 and even SIGKILL has to wait until that other read ends."""
 
 
-def _mask(*signals: int) -> int:
-    return sum(1 << number - 1 for number in signals)
-
-
-_STOPS: Final = _mask(19, 20, 21, 22)
-"""SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU."""
+_STOPS: Final = sum(1 << number - 1 for number in (SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU))
 
 
 class Outcome(Enum):
@@ -164,7 +160,7 @@ def _shows_own_namespace() -> bool:
 
 
 class Census:
-    """See the module's text.  There is one, as there is one /proc."""
+    """See the module's docstring.  There is one, as there is one /proc."""
 
     def __init__(self) -> None:
         self.possible = _shows_own_namespace()
@@ -271,21 +267,22 @@ class Reader:
         outcome = Outcome.UNKNOWN
         if now < self._renew and not ambiguous:
             outcome = self._look()
-        if outcome is not Outcome.UNKNOWN:
-            self._missed = False
-        elif now >= self._retry:
+        if outcome is Outcome.UNKNOWN:
+            if now < self._retry:
+                return Outcome.UNKNOWN
             since = now if self._missed else max(self._began, now - self._patience / 2)
             self._choose(await CENSUS.waiting(self._inode, since))
+            self._renew = trio.current_time() + self._patience
             outcome = self._look()
-            now = trio.current_time()
-            self._renew = now + self._patience
-            missed_before, self._missed = self._missed, outcome is Outcome.UNKNOWN
-            if self._missed and not missed_before:
-                # A thread that a signal has just woken is nowhere for a moment.
-                return Outcome.WAITS
-            if self._missed:
-                self._missed = False
-                self._retry = now + UNKNOWN_SECONDS
+        if outcome is not Outcome.UNKNOWN:
+            self._missed = False
+        elif not self._missed:
+            # A thread that a signal has just woken is nowhere for a moment.
+            self._missed = True
+            return Outcome.WAITS
+        else:
+            self._missed = False
+            self._retry = trio.current_time() + UNKNOWN_SECONDS
         return outcome
 
     def _choose(self, waiting: Mapping[int, Family]) -> None:

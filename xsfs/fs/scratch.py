@@ -25,6 +25,7 @@ import errno
 import os
 import time
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
@@ -61,37 +62,26 @@ EACH_UNPRIVILEGED_BYTES_MAX: Final = BYTES_MAX // 8
 """The scratch files of one user who is neither root nor the one who mounted."""
 
 
+@dataclass(slots=True, eq=False)
 class ScratchContent:
-    """One scratch file, whatever names lead to it.
+    """One scratch file, whatever inodes lead to it.
 
     owner       the user whose share it takes; None for root and the one who mounted
+    place       its directory and its name; None if it has none
     perms       what `user.xs.perms` was set to, in the form of a reply to GET_PERMS; None if it was not
-    is_linked   whether it has a name
     became      the node's file to which it was renamed
     """
 
-    __slots__ = (
-        "atime_ns",
-        "became",
-        "ctime_ns",
-        "data",
-        "handles",
-        "is_linked",
-        "lock",
-        "mtime_ns",
-        "owner",
-        "perms",
-    )
-
-    def __init__(self, owner: int | None) -> None:
-        self.owner = owner
-        self.data = bytearray()
-        self.perms: bytes | None = None
-        self.atime_ns = self.mtime_ns = self.ctime_ns = time.time_ns()
-        self.handles: set[ScratchHandle] = set()
-        self.is_linked = False
-        self.became: ValueFile | None = None
-        self.lock = trio.Lock()
+    owner: int | None
+    place: tuple[bytes, bytes] | None = None
+    data: bytearray = field(default_factory=bytearray)
+    perms: bytes | None = None
+    atime_ns: int = field(default_factory=time.time_ns)
+    mtime_ns: int = field(default_factory=time.time_ns)
+    ctime_ns: int = field(default_factory=time.time_ns)
+    handles: set[ScratchHandle] = field(default_factory=set)
+    became: ValueFile | None = None
+    lock: trio.Lock = field(default_factory=trio.Lock)
 
     def was_written(self) -> None:
         self.mtime_ns = self.ctime_ns = time.time_ns()
@@ -114,34 +104,31 @@ class ScratchFiles:
 
     def __init__(self, *, is_enabled: bool = True) -> None:
         self._is_enabled = is_enabled
-        self._linked: dict[tuple[bytes, bytes], ScratchContent] = {}
+        self._by_place: dict[tuple[bytes, bytes], ScratchContent] = {}
         self._held: set[ScratchContent] = set()
         """All that take memory: with a name, open, or about to get a name."""
 
     def __len__(self) -> int:
         """How many have a name."""
-        return len(self._linked)
+        return len(self._by_place)
 
     def takes(self, name: bytes) -> bool:
         """Whether a file of this name is a scratch file."""
         return self._is_enabled and is_scratch_name(name)
 
     def get(self, directory: bytes, name: bytes) -> ScratchContent | None:
-        return self._linked.get((directory, name))
+        return self._by_place.get((directory, name))
 
     def names(self, directory: bytes) -> list[bytes]:
         """The names of the scratch files in a directory."""
-        return [name for above, name in self._linked if above == directory]
+        return [name for above, name in self._by_place if above == directory]
 
     # --------------------------------------------------------------------------------- limits
 
     async def new(self, view: View, caller: Caller) -> ScratchContent:
         """A new file, which has no name yet.  Fails with ENOSPC or EDQUOT if there is no room."""
-        owner = caller.uid if caller.unprivileged else None
-        if self._shortage(owner, files=1):
-            await self._drop_lost(view)
-            self.require_room(owner, files=1)
-        content = ScratchContent(owner)
+        content = ScratchContent(caller.uid if caller.unprivileged else None)
+        await self._make_room(view, content, files=1)
         self._held.add(content)
         return content
 
@@ -149,19 +136,26 @@ class ScratchFiles:
         """Give it this size.  Fails with EFBIG, ENOSPC or EDQUOT, and then changes nothing."""
         if size > FILE_MAX:
             refuse(errno.EFBIG)
-        more = size - len(content.data)
-        if more > 0 and self._shortage(content.owner, more=more):
-            await self._drop_lost(view)
-            self.require_room(content.owner, more=more)
+        if (more := size - len(content.data)) > 0:
+            await self._make_room(view, content, more=more)
         del content.data[size:]
         content.data.extend(bytes(size - len(content.data)))
 
-    def require_room(self, owner: int | None, *, files: int = 0, more: int = 0) -> None:
-        """Fail with ENOSPC or EDQUOT if there is no room for so many more files and bytes."""
-        if number := self._shortage(owner, files=files, more=more):
-            refuse(number)
+    async def replace(self, view: View, content: ScratchContent, data: bytes) -> None:
+        """Give it this content.  Fails as `resize`."""
+        await self.resize(view, content, len(data))
+        content.data[:] = data
 
-    def _shortage(self, owner: int | None, *, files: int = 0, more: int = 0) -> int:
+    async def _make_room(
+        self, view: View, content: ScratchContent, *, files: int = 0, more: int = 0
+    ) -> None:
+        """Fail with ENOSPC or EDQUOT if there is no room for so many more files and bytes."""
+        if self._shortage(content.owner, files, more):
+            await self._drop_lost(view)
+            if number := self._shortage(content.owner, files, more):
+                refuse(number)
+
+    def _shortage(self, owner: int | None, files: int, more: int) -> int:
         """The errno if there is no room; 0 if there is."""
         held: Collection[ScratchContent] = self._held
         if len(held) + files > FILES_MAX or _size(held) + more > BYTES_MAX:
@@ -177,7 +171,7 @@ class ScratchFiles:
 
     async def _drop_lost(self, view: View) -> None:
         """Drop the files in directories that another client has removed."""
-        paths = sorted({directory for directory, _ in self._linked})
+        paths = sorted({directory for directory, _ in self._by_place})
         replies = await view.commands.pipeline([protocol.read(path) for path in paths])
         for path, reply in zip(paths, replies, strict=True):
             if is_missing(reply) and not view.is_always_there(path):
@@ -185,46 +179,48 @@ class ScratchFiles:
 
     # ---------------------------------------------------------------------------------- names
 
-    def link(self, directory: bytes, name: bytes, content: ScratchContent) -> None:
-        """Give it this name, instead of the file that has it."""
-        if (directory, name) in self._linked:
-            self.unlink(directory, name)
-        content.is_linked = True
-        self._linked[directory, name] = content
+    def link(self, content: ScratchContent, directory: bytes, name: bytes) -> None:
+        """Move it to this place, instead of the file that has it."""
+        present = self.get(directory, name)
+        if present is content:
+            return
+        if present is not None:
+            self.unlink(present)
+        if content.place is not None:
+            del self._by_place[content.place]
+        content.place = directory, name
+        self._by_place[content.place] = content
 
-    def unlink(self, directory: bytes, name: bytes) -> ScratchContent:
-        """Remove this name.  Fails with ENOENT if there is none."""
-        content = self._linked.pop((directory, name), None)
-        if content is None:
-            refuse(errno.ENOENT)
-        content.is_linked = False
-        self.release(content)
-        return content
-
-    def rename(self, source: tuple[bytes, bytes], target: tuple[bytes, bytes]) -> None:
-        """Give the file at `source`, a directory and a name, another place."""
-        content = self._linked.pop(source)
-        self.link(*target, content)
+    def unlink(self, content: ScratchContent) -> None:
+        """Remove its name, if it has one."""
+        if content.place is not None:
+            del self._by_place[content.place]
+            content.place = None
+            self.release(content)
 
     def release(self, content: ScratchContent) -> None:
         """Forget the file if it has no name and nobody has it open."""
-        if not content.is_linked and not content.handles:
+        if content.place is None and not content.handles:
             self._held.discard(content)
 
     def drop_below(self, top: bytes) -> None:
         """A node was removed, and all below it."""
-        for directory, name in self._below(top):
-            self.unlink(directory, name)
+        for content, _, _ in self._below(top):
+            self.unlink(content)
 
     def move_below(self, source: bytes, target: bytes) -> None:
         """A node was renamed, and all below it."""
-        for directory, name in self._below(source):
-            content = self._linked.pop((directory, name))
-            self._linked[target + directory[len(source) :], name] = content
+        for content, directory, name in self._below(source):
+            self.link(content, target + directory[len(source) :], name)
 
-    def _below(self, top: bytes) -> list[tuple[bytes, bytes]]:
+    def _below(self, top: bytes) -> list[tuple[ScratchContent, bytes, bytes]]:
+        """The files in this directory and below it, each with its directory and its name."""
         below = join(top, b"")
-        return [place for place in self._linked if place[0] == top or place[0].startswith(below)]
+        return [
+            (content, directory, name)
+            for (directory, name), content in self._by_place.items()
+            if directory == top or directory.startswith(below)
+        ]
 
 
 def _size(contents: Collection[ScratchContent]) -> int:
@@ -249,7 +245,7 @@ class ScratchFile(Node):
         entry = self.entry(len(content.data), mtime_ns=content.mtime_ns)
         entry.st_atime_ns = content.atime_ns
         entry.st_ctime_ns = content.ctime_ns
-        entry.st_nlink = int(content.is_linked)
+        entry.st_nlink = int(content.place is not None)
         return entry
 
     async def getattr(self) -> EntryAttributes:
@@ -268,26 +264,22 @@ class ScratchFile(Node):
         content.ctime_ns = time.time_ns()
 
     async def truncate(self, size: int) -> None:
-        handle = ScratchHandle(self, os.O_WRONLY)
-        try:
-            await handle.truncate(size)
-        finally:
-            await handle.release()
+        async with self.content.lock:
+            if self.content.became is None:
+                await self.table.scratch.resize(self.view, self.content, size)
+                self.content.was_written()
+                return
+        await self.content.became.truncate(size)
 
     async def open(self, flags: int, caller: Caller) -> Handle:
         content = self.content
+        if flags & os.O_TRUNC and content.became is None:
+            await self.truncate(0)
         if content.became is not None:
             return await content.became.open(flags, caller)
-        if not content.is_linked and not content.handles:
+        if content.place is None and not content.handles:
             refuse(errno.ESTALE)
-        handle = ScratchHandle(self, flags)
-        if flags & os.O_TRUNC:
-            try:
-                await handle.truncate(0)
-            except BaseException:
-                await handle.release()
-                raise
-        return handle
+        return ScratchHandle(self, flags)
 
     # ------------------------------------------------------------------- extended attributes
 
@@ -314,8 +306,7 @@ class ScratchFile(Node):
                     content.ctime_ns = time.time_ns()
                 elif name == VALUE_ATTRIBUTE_NAME:
                     data = self.view.content.render(value)
-                    await self.table.scratch.resize(self.view, content, len(data))
-                    content.data[:] = data
+                    await self.table.scratch.replace(self.view, content, data)
                     content.was_written()
                 else:
                     refuse(errno.EPERM if name == PATH_NAME else errno.EOPNOTSUPP)
@@ -351,11 +342,7 @@ class ScratchHandle(Handle):
         self.content = node.content
         self.flags = flags
         self.successor: ValueHandle | None = None
-        if self.content.became is not None:
-            file = self.content.became
-            self.successor = ValueHandle(file, file.open_files.open(file.path, file), flags)
-        else:
-            self.content.handles.add(self)
+        self.content.handles.add(self)
 
     async def read(self, offset: int, size: int) -> bytes:
         if self.successor is not None:
@@ -368,23 +355,18 @@ class ScratchHandle(Handle):
             if self.successor is None:
                 at = len(content.data) if self.flags & os.O_APPEND else offset
                 end = at + len(data)
-                await self._resize(max(end, len(content.data)))
+                size = max(end, len(content.data))
+                await self.node.table.scratch.resize(self.node.view, content, size)
                 content.data[at:end] = data
                 content.was_written()
                 return len(data)
         return await self.successor.write(offset, data)
 
     async def truncate(self, size: int) -> None:
-        content = self.content
-        async with content.lock:
-            if self.successor is None:
-                await self._resize(size)
-                content.was_written()
-                return
-        await self.successor.truncate(size)
-
-    async def _resize(self, size: int) -> None:
-        await self.node.table.scratch.resize(self.node.view, self.content, size)
+        if self.successor is not None:
+            await self.successor.truncate(size)
+        else:
+            await self.node.truncate(size)
 
     async def fsync(self) -> None:
         if self.successor is not None:

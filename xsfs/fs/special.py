@@ -1,5 +1,5 @@
-"""Files and directories whose content xsfs makes: the bases of all of them, `.domid`, `.stats`, and the
-mirror's link."""
+"""Files, directories and links whose content xsfs makes: their bases, `.domid`, `.stats`, and the mirror's
+link."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import errno
 import os
 import stat
 from abc import abstractmethod
+from typing import ClassVar
 
+import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
@@ -17,14 +19,14 @@ from xsfs.view.names import join
 class TextFile(Node):
     """A file whose content is generated whenever it is read from the start."""
 
-    __slots__ = ()
+    writable: ClassVar[bool] = False
 
     @abstractmethod
     def content(self) -> bytes:
         """The present content of the file."""
 
     async def getattr(self) -> EntryAttributes:
-        return self.entry(len(self.content()), write=False)
+        return self.entry(len(self.content()), write=self.writable)
 
     async def open(self, flags: int, caller: Caller) -> TextHandle:
         if flags & os.O_ACCMODE != os.O_RDONLY:
@@ -33,8 +35,6 @@ class TextFile(Node):
 
 
 class TextHandle(Handle):
-    __slots__ = ("_content",)
-
     node: TextFile
 
     def __init__(self, node: TextFile) -> None:
@@ -50,42 +50,78 @@ class TextHandle(Handle):
 class GeneratedDirectory(Node):
     """A directory that is no Xenstore node: nobody can make files in it, or rename them."""
 
-    __slots__ = ()
-
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
+    writable: ClassVar[bool] = False
+
+    @property
+    def path(self) -> bytes:
+        return self.view.root
 
     @property
     def label(self) -> bytes:
         return join(super().label, self.name)
 
-    async def create(
-        self, name: bytes, flags: int, caller: Caller
-    ) -> tuple[Handle, EntryAttributes]:
-        refuse(errno.EPERM)
+    @abstractmethod
+    async def children(self) -> list[tuple[bytes, int]]:
+        """The present names, and the sizes of their files."""
 
-    async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
-        refuse(errno.EPERM)
+    @abstractmethod
+    def child(self, name: bytes) -> Node | None:
+        """The node of a name from `children`; None if it has vanished meanwhile."""
 
-    async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
-        refuse(errno.EPERM)
+    async def getattr(self) -> EntryAttributes:
+        return self.entry(0, write=self.writable)
 
-    async def unlink(self, name: bytes) -> None:
-        refuse(errno.EPERM)
+    async def opendir(self, caller: Caller) -> Handle:
+        handle = GeneratedDirectoryHandle(self)
+        await handle.fetch()
+        return handle
 
-    async def rmdir(self, name: bytes) -> None:
-        refuse(errno.EPERM)
 
-    async def rename(
-        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
-    ) -> None:
-        refuse(errno.EPERM)
+class GeneratedDirectoryHandle(Handle):
+    """The names that existed when the directory was opened, or last rewound."""
+
+    node: GeneratedDirectory
+
+    def __init__(self, node: GeneratedDirectory) -> None:
+        super().__init__(node)
+        self._children: list[tuple[bytes, int]] = []
+        self._was_read = False
+
+    async def fetch(self) -> None:
+        self._children = [(b".", 0), (b"..", 0), *await self.node.children()]
+
+    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
+        if start == 0 and self._was_read:
+            await self.fetch()
+        self._was_read = True
+        for position in range(start, len(self._children)):
+            name, size = self._children[position]
+            node = self.node if position < 2 else self.node.child(name)
+            if node is None:
+                continue
+            if not pyfuse3.readdir_reply(token, name, node.entry(size), position + 1):
+                return
+            if node is not self.node:
+                node.table.remember(node)
+
+
+class SymbolicLink(Node):
+    """A symbolic link whose target xsfs makes."""
+
+    kind = stat.S_IFLNK
+
+    @abstractmethod
+    async def readlink(self) -> bytes:
+        """The present target.  Fails with ENOENT if there is none."""
+
+    async def getattr(self) -> EntryAttributes:
+        return self.entry(len(await self.readlink()))
 
 
 class DomidFile(TextFile):
     """`.domid`: the number of the domain whose rights the mount has."""
-
-    __slots__ = ()
 
     def content(self) -> bytes:
         return b"%d\n" % self.view.domid
@@ -94,24 +130,13 @@ class DomidFile(TextFile):
 class StatsFile(TextFile):
     """`.stats`: counters, one `name value` a line."""
 
-    __slots__ = ()
-
     def content(self) -> bytes:
         counters = self.table.counters()
         return "".join(f"{name} {value}\n" for name, value in counters.items()).encode()
 
 
-class MirrorLink(Node):
+class MirrorLink(SymbolicLink):
     """`.mirror`: a symbolic link to the mirror, which does not exist while the mirror is not current."""
-
-    __slots__ = ()
-
-    kind = stat.S_IFLNK
-
-    async def getattr(self) -> EntryAttributes:
-        entry = self.entry(len(await self.readlink()))
-        entry.st_mode = stat.S_IFLNK | 0o777
-        return entry
 
     async def readlink(self) -> bytes:
         mirror = self.table.mirror

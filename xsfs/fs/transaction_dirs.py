@@ -9,13 +9,12 @@ import errno
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs.directories import RootDirectory
 from xsfs.fs.dumps import SubtreeFile
 from xsfs.fs.inodes import InodeTable
-from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.nodes import Caller, Node, refuse
 from xsfs.fs.special import GeneratedDirectory, MirrorLink, TextFile, TextHandle
 from xsfs.fs.transactions import Transactions, TransactionView
 from xsfs.view.differences import differences
@@ -28,7 +27,7 @@ from xsfs.xenstore import protocol
 class ControlFile(TextFile):
     """`.control` of a transaction: reading tells its state, and it accepts `commit` and `rollback`."""
 
-    __slots__ = ()
+    writable = True
 
     parent: TransactionRoot
     view: TransactionView
@@ -36,21 +35,14 @@ class ControlFile(TextFile):
     def content(self) -> bytes:
         return self.view.report()
 
-    async def getattr(self) -> EntryAttributes:
-        self.require()
-        return self.entry(len(self.content()))
-
     async def truncate(self, size: int) -> None:
         """A shell truncates before it writes."""
 
     async def open(self, flags: int, caller: Caller) -> ControlHandle:
-        self.require()
         return ControlHandle(self)
 
 
 class ControlHandle(TextHandle):
-    __slots__ = ()
-
     node: ControlFile
 
     async def truncate(self, size: int) -> None:
@@ -58,13 +50,14 @@ class ControlHandle(TextHandle):
 
     async def write(self, offset: int, data: bytes) -> int:
         root = self.node.parent
+        transactions = root.parent.transactions
         word = data.strip()
         if word == b"commit":
             await root.open_files.settle_all()
-            await root.transactions.commit(root.name, root.view)
+            await transactions.commit(root.name, root.view)
             root.table.handover.clear()
         elif word == b"rollback":
-            await root.transactions.roll_back(root.name, root.view)
+            await transactions.roll_back(root.name, root.view)
         else:
             refuse(errno.EINVAL)
         return len(data)
@@ -72,8 +65,6 @@ class ControlHandle(TextHandle):
 
 class DiffFile(SubtreeFile):
     """`.diff` of a transaction: what a commit would change."""
-
-    __slots__ = ()
 
     parent: TransactionRoot
     view: TransactionView
@@ -90,8 +81,6 @@ class DiffFile(SubtreeFile):
 
 class TransactionRoot(RootDirectory):
     """`.transaction/NAME`: the root of the mount, in the transaction."""
-
-    __slots__ = ()
 
     entry_timeout = 0.0
     """The name may mean another transaction at the next lookup."""
@@ -116,36 +105,24 @@ class TransactionRoot(RootDirectory):
     def log_prefix(self) -> bytes:
         return self.name + b":"
 
-    @property
-    def transactions(self) -> Transactions:
-        return self.parent.transactions
-
     async def getattr(self) -> EntryAttributes:
         # Without a request: a listing of `.transaction` must not count as use of the transactions.
-        self.require()
         return self.entry(0)
 
 
 class TransactionsDirectory(GeneratedDirectory):
     """`.transaction`: a directory for each open transaction."""
 
-    __slots__ = ()
+    writable = True
 
     parent: MountRoot
-
-    @property
-    def path(self) -> bytes:
-        return self.view.root
 
     @property
     def transactions(self) -> Transactions:
         return self.parent.transactions
 
-    async def getattr(self) -> EntryAttributes:
-        return self.entry(0)
-
     async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
-        root = self.root_of(name)
+        root = self.child(name)
         if root is None:
             refuse(errno.ENOENT)
         self.table.remember(root)
@@ -156,7 +133,10 @@ class TransactionsDirectory(GeneratedDirectory):
         view = self.transactions.get(name)
         return self.inode, name, view.number if view is not None else 0
 
-    def root_of(self, name: bytes) -> TransactionRoot | None:
+    async def children(self) -> list[tuple[bytes, int]]:
+        return [(name, 0) for name in self.transactions.names()]
+
+    def child(self, name: bytes) -> TransactionRoot | None:
         if self.transactions.get(name) is None:
             return None
         return self.table.node(TransactionRoot, self, name)
@@ -178,44 +158,9 @@ class TransactionsDirectory(GeneratedDirectory):
     async def unlink(self, name: bytes) -> None:
         refuse(errno.EISDIR if self.transactions.get(name) is not None else errno.ENOENT)
 
-    async def opendir(self, caller: Caller) -> Handle:
-        return TransactionsHandle(self)
-
-
-class TransactionsHandle(Handle):
-    """An open `.transaction`: the names that existed when it was opened, or last rewound."""
-
-    __slots__ = ("names",)
-
-    node: TransactionsDirectory
-
-    def __init__(self, node: TransactionsDirectory) -> None:
-        super().__init__(node)
-        self.names: list[bytes] = []
-
-    async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
-        if start == 0:
-            self.names = self.node.transactions.names()
-        node = self.node
-        for position in range(start, len(self.names) + 2):
-            if position < 2:
-                child: Node | None = node
-                name = (b".", b"..")[position]
-            else:
-                name = self.names[position - 2]
-                child = node.root_of(name)
-            if child is None:
-                continue  # ended meanwhile
-            if not pyfuse3.readdir_reply(token, name, child.entry(0), position + 1):
-                return
-            if child is not node:
-                node.table.remember(child)
-
 
 class MountRoot(RootDirectory):
     """The root of the mount, with the names that a mount has once."""
-
-    __slots__ = ("transactions",)
 
     own: ClassVar[Mapping[bytes, type[Node]]] = {
         **RootDirectory.own,

@@ -6,8 +6,8 @@ and these tasks touch it.
 
 Invariants:
 
-- A name is in the table from before its transaction is started until after its end.  So no other transaction
-  of this name can start meanwhile.  `None` stands for a transaction that is being started.
+- A name is taken from before its transaction is started until after its end.  So no other transaction of
+  this name can start meanwhile.
 - Each has a connection, a view and commands of its own, and all nodes below share the view.  Once the view
   has `ended`, operations on these nodes, and on files open on them, fail with ESTALE.  The next transaction
   of that name has other nodes, with other inode numbers.
@@ -89,10 +89,11 @@ class TransactionView(View):
 
     commands: SharedTransaction
 
-    def __init__(self, outer: View, transaction: Transaction, number: int) -> None:
-        """`number` differs for each transaction of the mount."""
+    def __init__(self, outer: View, transaction: Transaction, caller: Caller, number: int) -> None:
+        """`caller` has begun it; `number` differs for each transaction of the mount."""
         sticky = outer.sticky.copy()
         super().__init__(outer.store, outer.domid, outer.root, outer.content, sticky)
+        self.caller = caller
         self.number = number
         self.outer = outer
         self.commands = SharedTransaction(transaction)
@@ -124,7 +125,7 @@ class TransactionView(View):
 
 
 class Transactions:
-    """See the module's text.
+    """See the module's docstring.
 
     nursery     runs the tasks that wait for the ends
     """
@@ -133,12 +134,13 @@ class Transactions:
         self._nursery = nursery
         self._outer = outer
         self._idle_seconds = idle_seconds
-        self._views: dict[bytes, TransactionView | None] = {}
-        self._callers: dict[bytes, Caller] = {}
+        self._views: dict[bytes, TransactionView] = {}
+        self._starting: dict[bytes, Caller] = {}
+        """The callers of transactions that are being started, by name."""
         self._begun = 0
 
     def names(self) -> list[bytes]:
-        return [name for name in self._views if self.get(name) is not None]
+        return [name for name, view in self._views.items() if not view.ended]
 
     def get(self, name: bytes) -> TransactionView | None:
         """The open transaction of this name."""
@@ -147,32 +149,28 @@ class Transactions:
 
     async def begin(self, name: bytes, caller: Caller) -> None:
         """Start the transaction.  FUSEError EEXIST, ENOSPC; StoreError."""
-        if name in self._views:
+        if name in self._views or name in self._starting:
             refuse(errno.EEXIST)
         if self._full_for(caller):
             refuse(errno.ENOSPC)
-        self._views[name] = None
-        self._callers[name] = caller
+        self._starting[name] = caller
         try:
             transaction = await self._outer.begin()
-        except BaseException:
-            self._remove(name)
-            raise
+        finally:
+            del self._starting[name]
         self._begun += 1
-        view = self._views[name] = TransactionView(self._outer, transaction, self._begun)
+        view = TransactionView(self._outer, transaction, caller, self._begun)
+        self._views[name] = view
         self._nursery.start_soon(self._await_end, name, view)
 
     def _full_for(self, caller: Caller) -> bool:
-        if len(self._views) >= OPEN_MAX:
+        callers = [*self._starting.values(), *(view.caller for view in self._views.values())]
+        if len(callers) >= OPEN_MAX:
             return True
         if not caller.unprivileged:
             return False
-        uids = [each.uid for each in self._callers.values() if each.unprivileged]
+        uids = [each.uid for each in callers if each.unprivileged]
         return len(uids) >= UNPRIVILEGED_MAX or uids.count(caller.uid) >= EACH_UNPRIVILEGED_MAX
-
-    def _remove(self, name: bytes) -> None:
-        del self._views[name]
-        del self._callers[name]
 
     async def commit(self, name: bytes, view: TransactionView) -> None:
         """Carry out all changes at once.  XenstoreError `EAGAIN` is a conflict.
@@ -197,9 +195,8 @@ class Transactions:
     async def roll_back_all(self) -> None:
         """The mount ends."""
         for name, view in list(self._views.items()):
-            if view is not None:
-                with suppress(TransactionEnded):
-                    await self.roll_back(name, view)
+            with suppress(TransactionEnded):
+                await self.roll_back(name, view)
 
     @asynccontextmanager
     async def _ending(self, name: bytes, view: TransactionView) -> AsyncIterator[None]:
@@ -213,7 +210,7 @@ class Transactions:
             yield
         finally:
             self._outer.store.abandon(view.commands.transaction)
-            self._remove(name)
+            del self._views[name]
 
     async def _await_end(self, name: bytes, view: TransactionView) -> None:
         """Wait until it has ended, and end it if it is idle for too long or its connection is gone."""

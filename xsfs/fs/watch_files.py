@@ -33,9 +33,10 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes
 
-from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.nodes import Caller, Handle, refuse
+from xsfs.fs.quotas import Share
 from xsfs.fs.readers import Outcome, Reader
-from xsfs.fs.xattrs import XenstoreNode
+from xsfs.fs.xattrs import FileOfDirectory
 from xsfs.view.names import NAME_MAX, file_name, join
 from xsfs.xenstore import protocol
 from xsfs.xenstore.errors import RequestTimeout, StoreError
@@ -49,8 +50,7 @@ LOOK_SECONDS: Final = 0.25, 0.4
 began together would be looked at together.  A signal acts within half a second."""
 
 READERS_MAX: Final = 1024
-"""How many watch files may be open: each may take one of pyfuse3's tasks, for as long as it likes.
-Users who are neither root nor the mounting user have half of it together."""
+"""How many watch files may be open: each may take one of pyfuse3's tasks, for as long as it likes."""
 
 WATCHES_MAX: Final = 1024
 """How many paths one file may watch.  Less than EVENTS_MAX, or a backlog could not be cut short."""
@@ -101,101 +101,69 @@ def path_of(line: bytes, base: bytes) -> bytes:
         refuse(errno.EINVAL)
 
 
-class WatchFile(Node):
+class WatchFile(FileOfDirectory):
     """`.watch` of a directory.  It ignores transactions, as watches do."""
 
     __slots__ = ()
 
-    @property
-    def path(self) -> bytes:
-        assert self.parent is not None
-        return self.parent.path
-
-    @property
-    def label(self) -> bytes:
-        return join(super().label, self.name)
-
     async def getattr(self) -> EntryAttributes:
-        assert isinstance(self.parent, XenstoreNode)
-        self.parent.require()
-        if not self.parent.always_there and await self.view.fetch_one(self.path) is None:
-            refuse(errno.ESTALE)
+        await self.require_node()
         return self.entry(0)
 
     async def open(self, flags: int, caller: Caller) -> WatchHandle:
-        mode = flags & os.O_ACCMODE
-        if mode == os.O_WRONLY:
+        if flags & os.O_ACCMODE == os.O_WRONLY:
             refuse(errno.EINVAL)
-        table = self.table
-        full = table.readers >= READERS_MAX
-        if full or (caller.unprivileged and table.unprivileged_readers >= READERS_MAX // 2):
-            refuse(errno.EMFILE)
-        handle = WatchHandle(
-            self,
-            nonblocking=bool(flags & os.O_NONBLOCK),
-            writable=mode != os.O_RDONLY,
-            unprivileged=caller.unprivileged,
-            opener=caller.pid,
-        )
-        handle.count(1)
-        if mode == os.O_RDONLY:
+        handle = WatchHandle(self, flags, caller)
+        if not handle.writable:
             try:
                 await handle.add(handle.base)
             except BaseException:
-                handle.count(-1)
+                await handle.release()
                 raise
         self.view.at_end[handle] = handle.wake
         return handle
 
 
 class WatchHandle(Handle):
-    """See the module's text.
+    """See the module's docstring.
 
     base            the path of the directory when the file was opened
-    unprivileged    whether it is of a user who is neither root nor the mounting user
-    nonblocking     whether a read that would wait fails with EAGAIN instead
+    writable        whether it was opened for writing, too
     """
 
     __slots__ = (
-        "_arrived",
         "_events",
+        "_is_nonblocking",
         "_poll_handle",
         "_reader",
         "_rest",
+        "_share",
         "_subscriptions",
         "_turn",
-        "_waits",
+        "_waiting",
         "base",
-        "nonblocking",
-        "unprivileged",
         "writable",
     )
 
     stream = True
 
-    def __init__(
-        self, node: WatchFile, *, nonblocking: bool, writable: bool, unprivileged: bool, opener: int
-    ) -> None:
+    def __init__(self, node: WatchFile, flags: int, caller: Caller) -> None:
+        """Fails with EMFILE if too many watch files are open."""
         super().__init__(node)
         self.base = node.path
-        self.nonblocking = nonblocking
-        self.writable = writable
-        self.unprivileged = unprivileged
+        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self._is_nonblocking = bool(flags & os.O_NONBLOCK)
+        self._share = Share(node.table.readers, is_unprivileged=caller.unprivileged)
+        self._share.resize(1)
         self._subscriptions: dict[bytes, Subscription] = {}
         # A dict would be slow to take the oldest from: it goes over all that were taken before.
         self._events: OrderedDict[bytes, None] = OrderedDict()
         self._rest = b""
         self._turn = trio.Lock()
-        self._arrived = trio.lowlevel.ParkingLot()
-        self._reader = Reader(opener, node.inode, writable=writable)
-        self._waits = False
+        self._reader = Reader(caller.pid, node.inode, writable=self.writable)
+        self._waiting: trio.CancelScope | None = None
+        """The wait of a read; it is cancelled when there is something to read."""
         self._poll_handle: pyfuse3.PollHandle | None = None
-
-    def count(self, difference: int) -> None:
-        """Count one more open watch file (1), or one less (-1)."""
-        self.node.table.readers += difference
-        if self.unprivileged:
-            self.node.table.unprivileged_readers += difference
 
     # --------------------------------------------------------------------------------- events
 
@@ -209,8 +177,8 @@ class WatchHandle(Handle):
 
     def wake(self) -> None:
         """Wake the read that waits, and notify poll(2)."""
-        if self._arrived:
-            self._arrived.unpark_all()
+        if self._waiting is not None:
+            self._waiting.cancel()
         if self._poll_handle is not None:
             poll_handle, self._poll_handle = self._poll_handle, None
             try:
@@ -222,45 +190,38 @@ class WatchHandle(Handle):
     async def read(self, offset: int, size: int) -> bytes:
         if not self._events and not self._rest:
             await self._wait()
-        if self._rest:
-            piece, self._rest = self._rest[:size], self._rest[size:]
-            return piece
-        lines: list[bytes] = []
-        left = size
+        lines = bytearray(self._rest)
         while self._events:
             path = next(iter(self._events))
             line = line_of(path, self.base) + b"\n"
-            if len(line) > left and lines:
+            if lines and len(lines) + len(line) > size:
                 break
             del self._events[path]
-            lines.append(line[:left])
-            self._rest = line[left:]
-            left -= len(line)
-            if self._rest:
-                break
-        return b"".join(lines)
+            lines += line
+        self._rest = bytes(lines[size:])
+        return bytes(lines[:size])
 
     async def _wait(self) -> None:
         """Return when there is something to read.  EINTR if the reader has been signalled."""
-        if self.nonblocking:
+        if self._is_nonblocking:
             refuse(errno.EAGAIN)
-        if self._waits:
+        if self._waiting is not None:
             # The kernel lets in one read(2) of an open file at a time, but not so with io_uring.
             refuse(errno.EBUSY)
-        self._waits = True
         try:
             with self._reader.reading():
                 while not self._events:
                     await self._wait_or_look()
         finally:
-            self._waits = False
+            self._waiting = None
 
     async def _wait_or_look(self) -> None:
-        with trio.move_on_after(random.uniform(*LOOK_SECONDS)):
-            await self._arrived.park()
+        outcome = Outcome.WAITS
+        with trio.CancelScope() as self._waiting:
+            await trio.sleep(random.uniform(*LOOK_SECONDS))
+            outcome = await self._reader.look()
         if self.node.view.ended:
             refuse(errno.ESTALE)
-        outcome = Outcome.WAITS if self._events else await self._reader.look()
         if self._events or outcome is Outcome.WAITS:
             return
         if outcome is Outcome.PAUSED and self._subscriptions:
@@ -313,17 +274,13 @@ class WatchHandle(Handle):
             refuse(errno.ENOSPC)
         subscription = _Tap(path, self)
         store = self.node.view.store
-        self._subscriptions[path] = subscription
         try:
             # Other subscribers may be waiting for the connection, one after the other.
             with trio.fail_after(store.timeout):
                 await store.watches.subscribe(subscription)
         except trio.TooSlowError:
-            del self._subscriptions[path]
             raise RequestTimeout("the watch could not be set in time") from None
-        except BaseException:
-            del self._subscriptions[path]
-            raise
+        self._subscriptions[path] = subscription
 
     def move(self, source: bytes, target: bytes) -> None:
         self.base = moved(self.base, source, target)
@@ -331,7 +288,7 @@ class WatchHandle(Handle):
         self._events = OrderedDict.fromkeys(moved(path, source, target) for path in self._events)
 
     async def release(self) -> None:
-        self.count(-1)
+        self._share.resize(0)
         self._poll_handle = None
         self.node.view.at_end.pop(self, None)
         for subscription in self._subscriptions.values():

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Awaitable, Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
@@ -31,6 +33,7 @@ from xsfs.xenstore.permissions import (
 from xsfs.xenstore.protocol import Request
 
 if TYPE_CHECKING:
+    from xsfs.fs.directories import Directory
     from xsfs.fs.inodes import InodeTable
 
 DOMID_LIMIT: Final = 0xFFFFFFFF
@@ -81,26 +84,15 @@ class XenstoreNode(Node):
         """A change of the node was carried out through the mount."""
         self.table.handover.clear()
 
-    def value_was_written(self) -> None:
-        """The value was written by way of this directory's `.value`."""
-
-    def has_dot_value(self, state: NodeState) -> bool:
-        """Whether there is a `.value` in this directory."""
-        return False
-
     async def getxattr(self, name: bytes) -> bytes:
         attribute = _ATTRIBUTES.get(name)
         if attribute is None:
             # Never ENOSYS, which would turn extended attributes off for the whole mount.
             refuse(errno.EOPNOTSUPP if name.startswith(b"system.") else pyfuse3.ENOATTR)
-        if self.orphan_file is not None and self.orphan_file.orphan is not None:
-            return attribute.of_orphan(self, self.orphan_file.orphan)
-        self.require()
-        try:
-            await self.open_files.settle(self.path)
+        if (orphan := self._orphan) is not None:
+            return attribute.get_of_orphan(self, orphan)
+        async with self._settled():
             return await attribute.get(self)
-        except XenstoreError as error:
-            raise self._stale_if_missing(error) from None
 
     async def setxattr(self, name: bytes, value: bytes) -> None:
         attribute = _ATTRIBUTES.get(name)
@@ -108,28 +100,12 @@ class XenstoreNode(Node):
             refuse(errno.EOPNOTSUPP)
         if len(value) > ATTRIBUTE_MAX:
             refuse(errno.E2BIG)
-        if self.orphan_file is not None and self.orphan_file.orphan is not None:
-            attribute.set_of_orphan(self, self.orphan_file.orphan, value)
+        if (orphan := self._orphan) is not None:
+            attribute.set_of_orphan(self, orphan, value)
             return
-        self.require()
-        try:
-            await self.open_files.settle(self.path)
+        async with self._settled():
             await attribute.set(self, value)
-        except XenstoreError as error:
-            raise self._stale_if_missing(error) from None
         self.was_written()
-
-    def _stale_if_missing(self, error: XenstoreError) -> Exception:
-        """After ESTALE the kernel looks a path up again; an open file has gone."""
-        is_stale = error.name == "ENOENT" and not self.always_there
-        return pyfuse3.FUSEError(errno.ESTALE) if is_stale else error
-
-    async def is_elsewhere(self, path: bytes, state: NodeState | None) -> bool:
-        """Whether the node was not found, or is unreadable, because the domain's home has moved since
-        `path` was its path."""
-        if state is not None and state.readable:
-            return False
-        return self.path != path or await self.view.has_moved(path)
 
     async def listxattr(self) -> list[bytes]:
         return [PERMS_NAME]
@@ -139,15 +115,35 @@ class XenstoreNode(Node):
         if the source does not have it."""
         if name != PERMS_NAME:
             refuse(errno.EPERM if name in _ATTRIBUTES else pyfuse3.ENOATTR)
-        if self.orphan_file is not None:
+        if self._orphan is not None:
             return
+        async with self._settled():
+            await _inherit_perms(self)
+        self.was_written()
+
+    @property
+    def _orphan(self) -> Orphan | None:
+        return None if self.orphan_file is None else self.orphan_file.orphan
+
+    @asynccontextmanager
+    async def _settled(self) -> AsyncIterator[None]:
+        """The node has no debt when the block begins.  If it is missing, this fails with ESTALE: the kernel
+        then looks a path up again."""
         self.require()
         try:
             await self.open_files.settle(self.path)
-            await _inherit_perms(self)
+            yield
         except XenstoreError as error:
-            raise self._stale_if_missing(error) from None
-        self.was_written()
+            if error.name != "ENOENT" or self.always_there:
+                raise
+            refuse(errno.ESTALE)
+
+    async def is_elsewhere(self, path: bytes, state: NodeState | None) -> bool:
+        """Whether the node was not found, or is unreadable, because the domain's home has moved since
+        `path` was its path."""
+        if state is not None and state.readable:
+            return False
+        return self.path != path or await self.view.has_moved(path)
 
 
 class FileOfDirectory(Node):
@@ -155,9 +151,10 @@ class FileOfDirectory(Node):
 
     __slots__ = ()
 
+    parent: Directory
+
     @property
-    def directory(self) -> XenstoreNode:
-        assert isinstance(self.parent, XenstoreNode)
+    def directory(self) -> Directory:
         return self.parent
 
     @property
@@ -168,25 +165,11 @@ class FileOfDirectory(Node):
     def label(self) -> bytes:
         return join(super().label, self.name)
 
-
-class _Attribute:
-    """One extended attribute: how it is read and set, on a node and on an orphan."""
-
-    def __init__(
-        self,
-        get: Callable[[XenstoreNode], Awaitable[bytes]],
-        set: Callable[[XenstoreNode, bytes], Awaitable[None]],
-        of_orphan: Callable[[XenstoreNode, Orphan], bytes],
-        set_of_orphan: Callable[[XenstoreNode, Orphan, bytes], None],
-    ) -> None:
-        self.get = get
-        self.set = set
-        self.of_orphan = of_orphan
-        self.set_of_orphan = set_of_orphan
-
-
-async def _get_perms(node: XenstoreNode) -> bytes:
-    return perms_text(await node.view.commands.call(protocol.get_perms(node.path)))
+    async def require_node(self) -> None:
+        """Fail with ESTALE if the directory's node does not exist."""
+        self.directory.require()
+        if not self.directory.always_there and await self.view.fetch_one(self.path) is None:
+            refuse(errno.ESTALE)
 
 
 async def permissions_of(view: View, text: str) -> Permissions:
@@ -212,13 +195,6 @@ async def permissions_to_set(view: View, value: bytes) -> Permissions:
     return await permissions_of(view, text)
 
 
-async def _set_perms(node: XenstoreNode, value: bytes) -> None:
-    request = set_perms(node.path, await permissions_to_set(node.view, value))
-    if len(request.payload) > node.view.commands.payload_max:
-        refuse(errno.E2BIG)
-    await node.view.commands.call(request)
-
-
 async def _inherit_perms(node: XenstoreNode) -> None:
     """Give a node the permissions of its parent.  The owner stays, because a guest cannot change it, and in
     domain 0 the guest must not lose it."""
@@ -234,50 +210,73 @@ async def _inherit_perms(node: XenstoreNode) -> None:
         wanted = first[:1] + owner + comma + others
         if wanted == present:
             return None
-        return set_perms(path, await permissions_of(node.view, wanted.decode("ascii")))
+        return set_perms(path, await permissions_to_set(node.view, wanted))
 
     await node.view.atomically(work)
 
 
-def _set_orphan_perms(node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
-    orphan.perms = value.rstrip(b"\n\0")
+class _Attribute(ABC):
+    """One extended attribute.  One that does not define `set` and `set_of_orphan` cannot be set."""
+
+    @abstractmethod
+    async def get(self, node: XenstoreNode) -> bytes: ...
+
+    async def set(self, node: XenstoreNode, value: bytes) -> None:
+        refuse(errno.EPERM)
+
+    @abstractmethod
+    def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes: ...
+
+    def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
+        refuse(errno.EPERM)
 
 
-async def _get_path(node: XenstoreNode) -> bytes:
-    return node.path
+class _Perms(_Attribute):
+    async def get(self, node: XenstoreNode) -> bytes:
+        return perms_text(await node.view.commands.call(protocol.get_perms(node.path)))
+
+    async def set(self, node: XenstoreNode, value: bytes) -> None:
+        request = set_perms(node.path, await permissions_to_set(node.view, value))
+        if len(request.payload) > node.view.commands.payload_max:
+            refuse(errno.E2BIG)
+        await node.view.commands.call(request)
+
+    def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes:
+        return orphan.perms
+
+    def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
+        orphan.perms = value.rstrip(b"\n\0")
 
 
-async def _set_path(node: XenstoreNode, value: bytes) -> None:
-    refuse(errno.EPERM)
+class _Path(_Attribute):
+    async def get(self, node: XenstoreNode) -> bytes:
+        return node.path
+
+    def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes:
+        return node.path
 
 
-def _set_orphan_path(node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
-    refuse(errno.EPERM)
+class _Value(_Attribute):
+    async def get(self, node: XenstoreNode) -> bytes:
+        return await node.view.commands.call(protocol.read(node.path))
 
+    async def set(self, node: XenstoreNode, value: bytes) -> None:
+        path = node.path
+        if len(value) > protocol.value_max(path, node.view.commands.payload_max):
+            refuse(errno.EFBIG)
 
-async def _get_value(node: XenstoreNode) -> bytes:
-    return await node.view.commands.call(protocol.read(node.path))
+        async def work(commands: Commands) -> Request:
+            if not node.always_there:  # WRITE would create the node
+                await commands.call(protocol.read(path))
+            return protocol.write(path, value)
 
+        await node.view.atomically(work)
 
-async def _set_value(node: XenstoreNode, value: bytes) -> None:
-    if len(value) > protocol.value_max(node.path, node.view.commands.payload_max):
-        refuse(errno.EFBIG)
-    path = node.path
+    def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes:
+        return node.view.content.parse(orphan.content)
 
-    async def work(commands: Commands) -> Request:
-        if not node.always_there:  # WRITE would create the node
-            await commands.call(protocol.read(path))
-        return protocol.write(path, value)
-
-    await node.view.atomically(work)
-
-
-def _get_orphan_value(node: XenstoreNode, orphan: Orphan) -> bytes:
-    return node.view.content.parse(orphan.content)
-
-
-def _set_orphan_value(node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
-    orphan.content = node.view.content.render(value)
+    def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
+        orphan.content = node.view.content.render(value)
 
 
 PERMS_NAME: Final = b"user.xs.perms"
@@ -285,9 +284,7 @@ PATH_NAME: Final = b"user.xs.path"
 VALUE_ATTRIBUTE_NAME: Final = b"user.xs.value"
 
 _ATTRIBUTES: Final[dict[bytes, _Attribute]] = {
-    PERMS_NAME: _Attribute(
-        _get_perms, _set_perms, lambda node, orphan: orphan.perms, _set_orphan_perms
-    ),
-    PATH_NAME: _Attribute(_get_path, _set_path, lambda node, orphan: node.path, _set_orphan_path),
-    VALUE_ATTRIBUTE_NAME: _Attribute(_get_value, _set_value, _get_orphan_value, _set_orphan_value),
+    PERMS_NAME: _Perms(),
+    PATH_NAME: _Path(),
+    VALUE_ATTRIBUTE_NAME: _Value(),
 }

@@ -15,6 +15,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
+from xsfs.view.bounded import Bounded
+
 _NUMBER: Final = re.compile(rb"[0-9]+")
 _TYPE: Final = re.compile(rb"[a-z0-9_]+")
 _ANY: Final = re.compile(rb"[^/]+")
@@ -96,8 +98,6 @@ STICKY_MAX: Final = 100_000
 """How many paths are remembered.  Past it the oldest are forgotten, and the conventions decide about them:
 a host whose guests come and go for years must not grow."""
 
-Change = tuple[str, tuple[bytes, ...], dict[str, bool]]
-
 
 class StickyDirectories:
     """The nodes that have been directories since the mount, by path.
@@ -115,26 +115,28 @@ class StickyDirectories:
         """By path of a directory: whether its `.value` was created."""
         self.on_change: Callable[[bytes], None] | None = None
         """Called with each path about which something changes."""
-        self._journal: list[Change] | None = None
-        """In a copy for a transaction: the changes, to be carried out again when it is committed."""
+        self._changed: Bounded[bytes, None] = Bounded(STICKY_MAX)
+        """In a copy for a transaction: the paths about which something has changed."""
 
     def copy(self) -> StickyDirectories:
-        """A copy for a transaction, which keeps a journal of its changes."""
+        """A copy for a transaction, which remembers what changes."""
         copied = StickyDirectories()
         copied._has_value = dict(self._has_value)
-        copied._journal = []
+        copied.on_change = lambda path: copied._changed.put(path, None)
         return copied
 
     def carry_out(self, committed: StickyDirectories) -> None:
         """Carry out the changes of a copy whose transaction was committed."""
-        for name, paths, flags in committed._journal or ():
-            getattr(self, name)(*paths, **flags)
+        for path in committed._changed:
+            if path not in committed:
+                self.discard(path)
+            elif committed.has_value(path):
+                self.add(path, with_value=True)
+            else:
+                self.add(path)
+                self.discard_value(path)
 
-    def _log(self, name: str, *paths: bytes, **flags: bool) -> None:
-        if self._journal is not None:
-            self._journal.append((name, paths, flags))
-
-    def _changed(self, path: bytes) -> None:
+    def _tell(self, path: bytes) -> None:
         if self.on_change is not None:
             self.on_change(path)
 
@@ -143,23 +145,20 @@ class StickyDirectories:
         known = self._has_value.pop(path, None)
         self._has_value[path] = is_now = bool(known) or with_value
         if is_now is not known:
-            self._log("add", path, with_value=with_value)
-            self._changed(path)
+            self._tell(path)
         if len(self._has_value) > STICKY_MAX:
             self.discard(next(iter(self._has_value)))
 
     def discard(self, path: bytes) -> None:
         """The node was removed, or renamed, through the mount."""
         if self._has_value.pop(path, None) is not None:
-            self._log("discard", path)
-            self._changed(path)
+            self._tell(path)
 
     def discard_value(self, path: bytes) -> None:
         """The `.value` of this directory was removed."""
         if self._has_value.get(path):
             self._has_value[path] = False
-            self._log("discard_value", path)
-            self._changed(path)
+            self._tell(path)
 
     def move(self, source: bytes, target: bytes) -> None:
         """A subtree was renamed."""

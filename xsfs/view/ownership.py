@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import stat
 from dataclasses import dataclass
-from functools import cache
 
 
 @dataclass(slots=True, frozen=True)
@@ -16,12 +15,10 @@ class Ownership:
     umask: int
 
     def mode(self, kind: int, read: bool, write: bool) -> int:
-        return _mode(kind, read, write, self.umask)
-
-
-@cache
-def _mode(kind: int, read: bool, write: bool, umask: int) -> int:
-    bits = (0o444 if read else 0) | (0o222 if write else 0)
-    if kind == stat.S_IFDIR:
-        bits |= 0o111
-    return kind | (bits & ~umask)
+        """The mode of a file of this kind (S_IFDIR, ...) that this domain may read, and write."""
+        if kind == stat.S_IFLNK:
+            return kind | 0o777
+        bits = (0o444 if read else 0) | (0o222 if write else 0)
+        if kind == stat.S_IFDIR:
+            bits |= 0o111
+        return kind | (bits & ~self.umask)
