@@ -212,11 +212,16 @@ class Soak:
 
     def until(self, what: str, condition: Callable[[], bool], limit: float = LIMIT) -> None:
         deadline = time.monotonic() + limit
-        while not condition():
-            if time.monotonic() > deadline:
-                self.failures.append(what)
-                return
+        error: OSError | None = None
+        while time.monotonic() < deadline:
+            try:
+                if condition():
+                    return
+                error = None
+            except OSError as met:  # the store may not be back yet
+                error = met
             time.sleep(0.05)
+        self.failures.append(what if error is None else f"{what}: {error}")
 
     # ---------------------------------------------------------------------------- disturbances
 
