@@ -36,7 +36,7 @@ class DirectoryHandle(Handle):
         super().__init__(node)
         self._entries: list[bytes] = []
         self._kinds: dict[bytes, NodeState | None] = {}
-        self._own: dict[bytes, Node] = {}
+        self._own: dict[bytes, type[Node]] = {}
         self._scratch: frozenset[bytes] = frozenset()
         self._share = Share(node.table.listing_bytes, is_unprivileged=caller.unprivileged)
         self._leaf_entry: EntryAttributes | None = None
@@ -54,9 +54,9 @@ class DirectoryHandle(Handle):
         state = node.require_directory(listing.state)
         if not state.readable:
             refuse(errno.EACCES)
-        own = {each.name: each for each in node.own_nodes()}
+        own = node.listed_own()
         if node.view.has_dot_value(path, state):
-            own[VALUE_NAME] = node.child(VALUE_NAME, state)
+            own[VALUE_NAME] = node.own[VALUE_NAME]
         scratch = node.scratch_names()
         existing = dict.fromkeys((*own, *scratch, *listing.names))
         missing = [name for name in self._always_shown(path) if name not in existing]
@@ -107,14 +107,17 @@ class DirectoryHandle(Handle):
             told.append(node)
 
     async def _node_and_entry(self, position: int) -> tuple[Node, EntryAttributes] | None:
-        directory, name = self.node, self._entries[position]
-        if (own := self._own.get(name)) is not None:
-            if not directory.table.is_current(own, directory, name):
-                own = directory.table.node(type(own), directory, name)
+        directory, table, name = self.node, self.node.table, self._entries[position]
+        if (kind := self._own.get(name)) is not None:
+            node = table.node(kind, directory, name)
             try:
-                return own, await own.getattr()
+                entry = await node.getattr()
             except FUSEError:
                 return None
+            if not table.is_current(node, directory, name):
+                node = table.node(kind, directory, name)
+                entry.st_ino = InodeT(node.inode)
+            return node, entry
         if name in self._scratch:
             scratch = directory.scratch_file(name)
             return None if scratch is None else (scratch, scratch.attributes())
