@@ -38,7 +38,7 @@ class DirectoryHandle(Handle):
         self._kinds: dict[bytes, NodeState | None] = {}
         self._own: dict[bytes, type[Node]] = {}
         self._scratch: frozenset[bytes] = frozenset()
-        self._share = Share(node.table.listing_bytes, is_unprivileged=caller.unprivileged)
+        self._share = Share(node.table.listing_bytes, caller)
         self._leaf_entry: EntryAttributes | None = None
         """The attributes of each file whose value was not fetched, except for the inode: a tenth faster."""
         self._was_read = False

@@ -153,7 +153,7 @@ class WatchHandle(Handle):
         self.base = node.path
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self._is_nonblocking = bool(flags & os.O_NONBLOCK)
-        self._share = Share(node.table.readers, is_unprivileged=caller.unprivileged)
+        self._share = Share(node.table.readers, caller)
         self._share.resize(1)
         self._subscriptions: dict[bytes, Subscription] = {}
         # A dict would be slow to take the oldest from: it goes over all that were taken before.
