@@ -104,8 +104,6 @@ def path_of(line: bytes, base: bytes) -> bytes:
 class WatchFile(FileOfDirectory):
     """`.watch` of a directory.  It ignores transactions, as watches do."""
 
-    __slots__ = ()
-
     async def getattr(self) -> EntryAttributes:
         await self.require_node()
         return self.entry(0)
@@ -130,20 +128,6 @@ class WatchHandle(Handle):
     base            the path of the directory when the file was opened
     writable        whether it was opened for writing, too
     """
-
-    __slots__ = (
-        "_events",
-        "_is_nonblocking",
-        "_poll_handle",
-        "_reader",
-        "_rest",
-        "_share",
-        "_subscriptions",
-        "_turn",
-        "_waiting",
-        "base",
-        "writable",
-    )
 
     stream = True
 
