@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pyfuse3
 import pytest
@@ -230,6 +231,19 @@ def test_no_scratch_file_can_have_an_own_name_of_any_directory() -> None:
     for directory in classes(Directory):
         names.update(directory.own)
     assert names == OWN_NAMES
+
+
+@in_world
+async def test_an_open_scratch_file_has_the_attributes_of_the_node_that_it_became(w: World) -> None:
+    info, entry = await w.operations.create(
+        ROOT, b".x.tmp", cast(Any, 0o644), cast(Any, WRONLY), ctx()
+    )
+    assert await w.operations.listxattr(entry.st_ino, ctx()) == []
+    await w.operations.rename(ROOT, b".x.tmp", ROOT, b"x", cast(Any, 0), ctx())
+    assert await w.operations.listxattr(entry.st_ino, ctx()) == [b"user.xs.perms"]
+    perms = await w.operations.getxattr(entry.st_ino, cast(Any, b"user.xs.perms"), ctx())
+    assert perms == b"n0"
+    await w.operations.release(info.fh)
 
 
 # -------------------------------------------------------------------------------------- subtrees

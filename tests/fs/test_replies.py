@@ -60,18 +60,19 @@ class Held:
     def __init__(self, path: bytes) -> None:
         self._path = path
         self._held: list[tuple[Talk, Message]] = []
-        self._arrived = threading.Event()
+        self._arrived = threading.Semaphore(0)
 
     def __call__(self, talk: Talk, request: Message) -> bool:
         if not request.payload.startswith(self._path + b"\0"):
             return False
         self._held.append((talk, request))
-        self._arrived.set()
+        self._arrived.release()
         return True
 
-    async def arrived(self) -> None:
-        await trio.to_thread.run_sync(self._arrived.wait, LIMIT)
-        assert self._held
+    async def arrived(self, count: int = 1) -> None:
+        """Return when so many are held."""
+        while len(self._held) < count:
+            assert await trio.to_thread.run_sync(self._arrived.acquire, True, LIMIT)
 
     async def let_go(self) -> None:
         await self.arrived()
@@ -137,6 +138,32 @@ async def test_a_late_reply_to_a_listing_is_as_good_as_an_early_one(
             await operations.readdir(handles[0], 0, cast(Any, None))
             assert sorted(names) == sorted((b".", b"..", *LEAVES))
             await operations.releasedir(handles[0])
+
+
+@trio_test
+async def test_a_name_that_is_looked_up_while_it_is_listed_is_one_node(
+    liar: LyingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pyfuse3, "readdir_reply", lambda token, name, entry, next_id: True)
+    async with operating(liar) as (operations, store):
+        await store.write("/top", b"value of the directory")
+        fh = await operations.opendir(ROOT, ctx())
+        held = liar.lie = Held(b"/top")
+        entries: list[EntryAttributes] = []
+
+        async def look_up() -> None:
+            entries.append(await operations.lookup(ROOT, b".value", ctx()))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look_up)
+            await held.arrived()
+            nursery.start_soon(operations.readdir, fh, 0, cast(Any, None))
+            await held.arrived(4)  # READ and DIRECTORY of each
+            await held.let_go()
+            liar.behave()
+        node = operations.table.peek(entries[0].st_ino)
+        assert node is not None
+        assert node.lookups == 2
 
 
 @trio_test

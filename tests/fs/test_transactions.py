@@ -10,6 +10,7 @@ import errno
 import os
 import subprocess
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -485,6 +486,10 @@ def take(known: StickyDirectories, step: tuple[Any, ...]) -> None:
         getattr(known, step[0])(step[1])
 
 
+def known_of(sticky: StickyDirectories, paths: Sequence[bytes]) -> list[bool | None]:
+    return [sticky.has_value(path) if path in sticky else None for path in paths]
+
+
 @given(before=STEPS, within=STEPS)
 def test_what_a_transaction_knows_of_directories(
     before: list[tuple[Any, ...]], within: list[tuple[Any, ...]]
@@ -495,16 +500,12 @@ def test_what_a_transaction_knows_of_directories(
         take(outside, step)
         take(model, step)
     all_paths = [b"/a", b"/a/b", b"/a/b/c", b"/d", b"/d/b", b"/d/b/c", b"/x", b"/x/b", b"/x/b/c"]
-    first = [outside._has_value.get(path) for path in all_paths]
-    layer = outside.copy()
+    first = known_of(outside, all_paths)
+    layer = StickyDirectories(outside)
     for step in within:
         take(layer, step)
         take(model, step)
-    assert [layer._has_value.get(path) for path in all_paths] == [
-        model._has_value.get(path) for path in all_paths
-    ]
-    assert [outside._has_value.get(path) for path in all_paths] == first
+    assert known_of(layer, all_paths) == known_of(model, all_paths)
+    assert known_of(outside, all_paths) == first
     outside.carry_out(layer)
-    assert [outside._has_value.get(path) for path in all_paths] == [
-        model._has_value.get(path) for path in all_paths
-    ]
+    assert known_of(outside, all_paths) == known_of(model, all_paths)

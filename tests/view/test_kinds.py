@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -89,7 +90,7 @@ def test_a_child_is_one_if_its_container_says_so(above: list[bytes], name: bytes
 
 
 def content(sticky: StickyDirectories, *paths: bytes) -> dict[bytes, bool | None]:
-    return {path: sticky._has_value.get(path) for path in paths}
+    return {path: sticky.has_value(path) if path in sticky else None for path in paths}
 
 
 def test_a_directory_stays_one() -> None:
@@ -162,7 +163,8 @@ def test_the_oldest_are_forgotten() -> None:
     assert content(sticky, b"/first", b"/second") == {b"/first": False, b"/second": None}
 
 
-PATHS = st.sampled_from([b"/a", b"/a/b", b"/a/b/c", b"/ab", b"/d"])
+FEW = (b"/a", b"/a/b", b"/a/b/c", b"/ab", b"/d")
+PATHS = st.sampled_from(FEW)
 CHANGES = st.one_of(
     st.tuples(st.just("add"), PATHS, st.booleans()),
     st.tuples(st.just("discard"), PATHS),
@@ -192,13 +194,15 @@ def test_a_commit_makes_the_changes_of_the_transaction(
         carry_out(each, before)
     told: list[bytes] = []
     sticky.on_change = told.append
-    copy = sticky.copy()
-    assert copy._has_value == sticky._has_value
+    copy = StickyDirectories(sticky)
+    known = {*sticky._has_value, *FEW}
+    assert content(copy, *known) == content(sticky, *known)
     carry_out(copy, within)
     assert sticky._has_value == expected._has_value
     assert told == []
     carry_out(expected, within)
-    assert copy._has_value == expected._has_value
+    known = {*copy._has_value, *expected._has_value, *sticky._has_value}
+    assert content(copy, *known) == content(expected, *known)
     sticky.carry_out(copy)
     assert sticky._has_value == expected._has_value
     # Each path whose state differs now was told.
@@ -210,7 +214,7 @@ def test_a_commit_makes_the_changes_of_the_transaction(
 def test_what_happens_in_the_mount_meanwhile_stays() -> None:
     sticky = StickyDirectories()
     sticky.add(b"/removed")
-    copy = sticky.copy()
+    copy = StickyDirectories(sticky)
     copy.add(b"/created")
     sticky.add(b"/meanwhile")
     sticky.discard(b"/removed")
@@ -225,7 +229,7 @@ def test_what_happens_in_the_mount_meanwhile_stays() -> None:
 def test_a_long_transaction_remembers_paths_not_changes() -> None:
     """A lock directory may be created and removed many thousand times in one transaction."""
     sticky = StickyDirectories()
-    copy = sticky.copy()
+    copy = StickyDirectories(sticky)
     for _ in range(1000):
         copy.add(b"/lock")
         copy.discard(b"/lock")
@@ -234,3 +238,17 @@ def test_a_long_transaction_remembers_paths_not_changes() -> None:
     sticky.on_change = told.append
     sticky.carry_out(copy)
     assert told == [b"/lock"]
+
+
+def test_a_transaction_copies_nothing() -> None:
+    """Many transactions may be open in the mount of a large host."""
+    sticky = StickyDirectories()
+    for number in range(STICKY_MAX):
+        sticky.add(b"/%d" % number)
+    tracemalloc.start()
+    try:
+        transactions = [StickyDirectories(sticky) for _ in range(256)]
+        assert b"/0" in transactions[0]
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()

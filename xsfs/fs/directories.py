@@ -115,9 +115,9 @@ class Directory(XenstoreNode):
         """
         return self.view.has_dot_value(self.path, state)
 
-    def own_nodes(self) -> list[Node]:
-        """The nodes for xsfs's own names that a listing shows."""
-        return []
+    def listed_own(self) -> dict[bytes, type[Node]]:
+        """The part of `own` that a listing shows, apart from `.value`."""
+        return {}
 
     async def opendir(self, caller: Caller) -> Handle:
         handle = DirectoryHandle(self, caller)
@@ -186,9 +186,7 @@ class Directory(XenstoreNode):
     def child(
         self, name: bytes, state: NodeState, path: bytes | None = None
     ) -> Directory | ValueFile:
-        """The node for a child of this state, or for `.value`."""
-        if name == VALUE_NAME:
-            return self.table.node(DotValue, self, name)
+        """The node for a child of this state."""
         # The path is only made if the kind depends on it.
         if state.has_children or (
             state is not LEAF and self._is_directory(path or join(self.path, name), state)
@@ -665,12 +663,8 @@ class RootDirectory(Directory):
     def is_of_kind(self, state: NodeState) -> bool:
         return True
 
-    def own_nodes(self) -> list[Node]:
+    def listed_own(self) -> dict[bytes, type[Node]]:
         if not self.table.visible:
-            return []
+            return {}
         hidden = (VALUE_NAME, b".watch")
-        return [
-            self.table.node(kind, self, name)
-            for name, kind in self.own.items()
-            if name not in hidden
-        ]
+        return {name: kind for name, kind in self.own.items() if name not in hidden}

@@ -137,7 +137,7 @@ class SubtreeHandle(Handle):
         self._caller = caller
         self._text: bytearray | None = None
         self._error: XenstoreError | None = None
-        self._share = Share(node.table.text_bytes, is_unprivileged=caller.unprivileged)
+        self._share = Share(node.table.text_bytes, caller)
         self._next_look = 0.0
 
     async def make(self) -> None:

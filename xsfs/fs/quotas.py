@@ -6,7 +6,7 @@ share half of each quota, so that the other half is left to root.
 
 from __future__ import annotations
 
-from xsfs.fs.nodes import refuse
+from xsfs.fs.nodes import Caller, refuse
 
 
 class Quota:
@@ -27,9 +27,9 @@ class Share:
 
     __slots__ = ("_is_unprivileged", "_quota", "_size")
 
-    def __init__(self, quota: Quota, *, is_unprivileged: bool) -> None:
+    def __init__(self, quota: Quota, caller: Caller) -> None:
         self._quota = quota
-        self._is_unprivileged = is_unprivileged
+        self._is_unprivileged = caller.unprivileged
         self._size = 0
 
     def resize(self, size: int) -> None:

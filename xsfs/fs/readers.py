@@ -210,18 +210,6 @@ class Reader:
     writable    whether it is open for writing, too
     """
 
-    __slots__ = (
-        "_began",
-        "_guessed",
-        "_inode",
-        "_missed",
-        "_opener",
-        "_renew",
-        "_retry",
-        "_threads",
-        "_writable",
-    )
-
     def __init__(self, opener: int, inode: int, *, writable: bool) -> None:
         self._opener = opener
         self._inode = inode

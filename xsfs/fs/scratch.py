@@ -314,7 +314,8 @@ class ScratchFile(Node):
         await content.became.setxattr(name, value)
 
     async def listxattr(self) -> list[bytes]:
-        return [] if self.content.perms is None else [PERMS_NAME]
+        content = self.content
+        return [] if content.perms is None and content.became is None else [PERMS_NAME]
 
     async def removexattr(self, name: bytes) -> None:
         content = self.content

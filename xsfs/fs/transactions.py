@@ -35,6 +35,7 @@ import trio
 
 from xsfs.fs.nodes import Caller, refuse
 from xsfs.view.differences import TouchedPaths
+from xsfs.view.kinds import StickyDirectories
 from xsfs.view.view import View, Work
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.connection import Reply
@@ -91,7 +92,7 @@ class TransactionView(View):
 
     def __init__(self, outer: View, transaction: Transaction, caller: Caller, number: int) -> None:
         """`caller` has begun it; `number` differs for each transaction of the mount."""
-        sticky = outer.sticky.copy()
+        sticky = StickyDirectories(outer.sticky)
         super().__init__(outer.store, outer.domid, outer.root, outer.content, sticky)
         self.caller = caller
         self.number = number

@@ -104,8 +104,6 @@ def path_of(line: bytes, base: bytes) -> bytes:
 class WatchFile(FileOfDirectory):
     """`.watch` of a directory.  It ignores transactions, as watches do."""
 
-    __slots__ = ()
-
     async def getattr(self) -> EntryAttributes:
         await self.require_node()
         return self.entry(0)
@@ -131,20 +129,6 @@ class WatchHandle(Handle):
     writable        whether it was opened for writing, too
     """
 
-    __slots__ = (
-        "_events",
-        "_is_nonblocking",
-        "_poll_handle",
-        "_reader",
-        "_rest",
-        "_share",
-        "_subscriptions",
-        "_turn",
-        "_waiting",
-        "base",
-        "writable",
-    )
-
     stream = True
 
     def __init__(self, node: WatchFile, flags: int, caller: Caller) -> None:
@@ -153,7 +137,7 @@ class WatchHandle(Handle):
         self.base = node.path
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self._is_nonblocking = bool(flags & os.O_NONBLOCK)
-        self._share = Share(node.table.readers, is_unprivileged=caller.unprivileged)
+        self._share = Share(node.table.readers, caller)
         self._share.resize(1)
         self._subscriptions: dict[bytes, Subscription] = {}
         # A dict would be slow to take the oldest from: it goes over all that were taken before.

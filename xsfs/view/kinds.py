@@ -15,8 +15,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
-from xsfs.view.bounded import Bounded
-
 _NUMBER: Final = re.compile(rb"[0-9]+")
 _TYPE: Final = re.compile(rb"[a-z0-9_]+")
 _ANY: Final = re.compile(rb"[^/]+")
@@ -110,31 +108,38 @@ class StickyDirectories:
     Its `.value` exists even while it is empty, because the tool that created it looks for it.
     """
 
-    def __init__(self) -> None:
-        self._has_value: dict[bytes, bool] = {}
-        """By path of a directory: whether its `.value` was created."""
+    def __init__(self, outer: StickyDirectories | None = None) -> None:
+        """`outer` are those of the mount if these are a transaction's."""
+        self._outer = outer
+        self._has_value: dict[bytes, bool | None] = {}
+        """By path of a directory: whether its `.value` was created.  In a transaction, only those that it has
+        changed; None for a directory that it has removed."""
         self.on_change: Callable[[bytes], None] | None = None
         """Called with each path about which something changes."""
-        self._changed: Bounded[bytes, None] = Bounded(STICKY_MAX)
-        """In a copy for a transaction: the paths about which something has changed."""
-
-    def copy(self) -> StickyDirectories:
-        """A copy for a transaction, which remembers what changes."""
-        copied = StickyDirectories()
-        copied._has_value = dict(self._has_value)
-        copied.on_change = lambda path: copied._changed.put(path, None)
-        return copied
 
     def carry_out(self, committed: StickyDirectories) -> None:
-        """Carry out the changes of a copy whose transaction was committed."""
-        for path in committed._changed:
-            if path not in committed:
-                self.discard(path)
-            elif committed.has_value(path):
-                self.add(path, with_value=True)
-            else:
-                self.add(path)
-                self.discard_value(path)
+        """Carry out the changes of a transaction that was committed."""
+        for path, has_value in committed._has_value.items():
+            self._set(path, has_value)
+
+    def _get(self, path: bytes) -> bool | None:
+        """Whether its `.value` was created; None if it is not a sticky directory."""
+        if self._outer is None or path in self._has_value:
+            return self._has_value.get(path)
+        return self._outer._get(path)
+
+    def _set(self, path: bytes, has_value: bool | None) -> None:
+        is_changed = has_value is not self._get(path)
+        if is_changed or self._outer is None:
+            self._has_value.pop(path, None)  # so that it becomes the newest
+            if has_value is not None or self._outer is not None:
+                self._has_value[path] = has_value
+        if is_changed:
+            self._tell(path)
+        if len(self._has_value) > STICKY_MAX:
+            oldest = next(iter(self._has_value))
+            del self._has_value[oldest]
+            self._tell(oldest)
 
     def _tell(self, path: bytes) -> None:
         if self.on_change is not None:
@@ -142,35 +147,36 @@ class StickyDirectories:
 
     def add(self, path: bytes, *, with_value: bool = False) -> None:
         """The node is a directory; `with_value` if its `.value` was created."""
-        known = self._has_value.pop(path, None)
-        self._has_value[path] = is_now = bool(known) or with_value
-        if is_now is not known:
-            self._tell(path)
-        if len(self._has_value) > STICKY_MAX:
-            self.discard(next(iter(self._has_value)))
+        self._set(path, with_value or self.has_value(path))
 
     def discard(self, path: bytes) -> None:
         """The node was removed, or renamed, through the mount."""
-        if self._has_value.pop(path, None) is not None:
-            self._tell(path)
+        self._set(path, None)
 
     def discard_value(self, path: bytes) -> None:
         """The `.value` of this directory was removed."""
-        if self._has_value.get(path):
-            self._has_value[path] = False
-            self._tell(path)
+        if self.has_value(path):
+            self._set(path, False)
 
     def move(self, source: bytes, target: bytes) -> None:
         """A subtree was renamed."""
         below = source + b"/"
-        for path in [path for path in self._has_value if path == source or path.startswith(below)]:
-            with_value = self._has_value[path]
+        everything = self._has_value
+        if self._outer is not None:
+            everything = self._outer._has_value | everything
+        moved = {
+            path: has_value
+            for path, has_value in everything.items()
+            if has_value is not None and (path == source or path.startswith(below))
+        }
+        for path in moved:
             self.discard(path)
-            self.add(target + path[len(source) :], with_value=with_value)
+        for path, has_value in moved.items():
+            self.add(target + path[len(source) :], with_value=has_value)
 
     def __contains__(self, path: bytes) -> bool:
-        return path in self._has_value
+        return self._get(path) is not None
 
     def has_value(self, path: bytes) -> bool:
         """Whether it is a sticky directory in which `.value` was created."""
-        return self._has_value.get(path, False)
+        return bool(self._get(path))
