@@ -105,7 +105,7 @@ async def test_a_restart(mortal: Mortal) -> None:
             "transaction": TransactionEnded,
             "watch": ConnectionLost,
         }
-        assert not tx.open
+        assert not tx.is_open
         for call in tx.commit, tx.rollback, lambda: tx.read(base):
             with pytest.raises(TransactionEnded):
                 await call()
