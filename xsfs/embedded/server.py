@@ -19,6 +19,7 @@ import os
 import socket
 import stat
 import time
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -95,32 +96,23 @@ class EmbeddedStore:
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             _bind(listener, path)
-            identity = _identity(path)
+            bound = os.stat(path)
             try:
                 self._welcome(domid)
-                async with trio.open_nursery() as nursery:
-                    task_status.started()
-                    await self._accept(listener, domid, nursery)
-            finally:
-                # Another process may have replaced the file.
-                if identity is not None and _identity(path) == identity:
-                    os.unlink(path)
 
-    async def _accept(self, listener: socket.socket, domid: int, nursery: trio.Nursery) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(listener)
-            try:
-                sock, _ = listener.accept()
-            except (BlockingIOError, ConnectionError):
-                continue
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                log.warning("cannot accept a connection: %s", error)
-                await trio.sleep(0.1)
-                continue
-            sock.setblocking(False)
-            nursery.start_soon(self._serve_socket, sock, domid)
+                async def serve_stream(stream: trio.SocketStream) -> None:
+                    sock = socket.socket(fileno=stream.socket.detach())
+                    sock.setblocking(False)
+                    await self._serve_socket(sock, domid)
+
+                task_status.started()
+                wrapped = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+                await trio.serve_listeners(serve_stream, [wrapped])
+            finally:
+                with suppress(FileNotFoundError):
+                    # Another process may have replaced the file.
+                    if os.path.samestat(os.stat(path), bound):
+                        os.unlink(path)
 
     # -- domains
 
@@ -257,11 +249,3 @@ def _is_stale(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         return probe.connect_ex(path) == errno.ECONNREFUSED
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
