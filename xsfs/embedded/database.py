@@ -88,18 +88,13 @@ class Database:
         record = self._lookup(path, tx)
         if record is not None and self.domains.access(domid, record.perms) & needed == needed:
             return record
-        ancestor = self._nearest(parent_of(path), tx)
+        ancestor = None
+        while ancestor is None:
+            path = parent_of(path)
+            ancestor = self._lookup(path, tx)
         if record is not None or not self.domains.access(domid, ancestor.perms) & needed:
             raise Refused("EACCES")
         return None
-
-    def _nearest(self, path: bytes, tx: DatabaseTransaction | None) -> Record:
-        """The record of `path`, or else of its nearest ancestor."""
-        while True:
-            record = self._lookup(path, tx)
-            if record is not None:
-                return record
-            path = parent_of(path)
 
     def readable(self, domid: int, path: bytes, tx: DatabaseTransaction | None = None) -> Record:
         """The record for READ, DIRECTORY and GET_PERMS.  The caller must not keep it."""
@@ -287,21 +282,16 @@ class Database:
                 stack.append((below, child, iter(tuple(child.children.values()))))
                 continue
             stack.pop()
-            self._remove_one(path, record, path != top, tx)
-            if stack and tx is not None:
-                # It shows if the database refuses the rest of the removal.
-                stack[-1][1].remove_child(name_of(path))
-
-    def _remove_one(
-        self, path: bytes, record: Record, exact: bool, tx: DatabaseTransaction | None
-    ) -> None:
-        self._notify(path, exact, tx, record.perms)
-        if tx is None:
-            del self._records[path]
-        else:
+            self._notify(path, path != top, tx, record.perms)
+            self._count(record.perms[0].domid, -1, tx)
+            if tx is None:
+                del self._records[path]
+                continue
             tx.accessed[path].record = None
             tx.accessed[path].modified = True
-        self._count(record.perms[0].domid, -1, tx)
+            if stack:
+                # It shows if the database refuses the rest of the removal.
+                stack[-1][1].remove_child(name_of(path))
 
     # -- transactions
 
@@ -368,9 +358,9 @@ class Database:
         ValueError if no guest can have this domid.
         """
         earlier = self.domains.known.get(domid)
-        if earlier is not None and earlier.ended:
+        if earlier is not None and domid not in self.domains.existing:
             # xenstored crashes here.
-            self._forget(earlier)
+            self.forget(earlier)
         return self.domains.create(domid)
 
     def introduce(self, domid: int) -> None:
@@ -380,27 +370,21 @@ class Database:
             domain.introduced = True
             self._changed(self.domains.special(INTRODUCE_DOMAIN))
 
-    def release(self, domid: int) -> None:
-        """Forget the domain, which may still exist."""
-        self._forget(self.domains.known[domid])
-
     def destroy(self, domid: int) -> None:
         """The domain no longer exists.  The store forgets it when no other domain holds it."""
-        self.domains.destroy(domid)
+        self.domains.existing.discard(domid)
         domain = self.domains.known.get(domid)
-        if domain is None or domid == DOM0:
-            return
-        if domain.holders:
-            domain.ended = True
-        else:
-            self._forget(domain)
+        if domain is not None and not domain.holders:
+            self.forget(domain)
 
-    def _forget(self, domain: Domain) -> None:
-        """Remove the domain's nodes and void its permissions; so for all it was the last to hold."""
-        domain.ended = False
+    def forget(self, domain: Domain) -> None:
+        """Remove the domain's nodes and void its permissions; so for all it was the last to hold.
+
+        The domain may still exist.
+        """
         ending = [domain]
         for one in ending:
-            ending += self.domains.drop_holds(one)
+            ending += [other for other in self.domains.drop_holds(one) if other not in ending]
         # As in xenstored, a target ends before the domain that held it.
         for one in reversed(ending):
             self._remove_owned(one)
