@@ -10,9 +10,12 @@ import itertools
 import os
 import socket
 import stat
+import subprocess
+import sys
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,6 +227,52 @@ def test_clients_that_flood_leave_others_their_turns(monkeypatch: pytest.MonkeyP
                 # A round in which the request came, the round of its reply, and what trio does
                 # between the reply and this task.
                 assert 0 < replies() <= 4 * 3 * 3
+
+    run(test)
+
+
+FLOOD = """
+import select, socket, sys
+sockets = {number: socket.socket(fileno=number) for number in map(int, sys.argv[2:])}
+poll = select.poll()
+for number in sockets:
+    poll.register(number)
+while True:
+    for number, ready in poll.poll():
+        if ready & select.POLLIN and not sockets[number].recv(1 << 20):
+            sys.exit()
+        if ready & select.POLLOUT:
+            sockets[number].send(bytes.fromhex(sys.argv[1]) * 100, socket.MSG_DONTWAIT)
+"""
+"""Sends a message over sockets, as often as the other ends allow, and reads the replies."""
+
+
+def test_four_floods_hold_up_other_tasks_for_two_milliseconds_at_most() -> None:
+    """By the clock of the thread, which other processes cannot make late."""
+    op, body = protocol.write(b"/flood", b"x")
+    message = protocol.encode(op, 5, 0, body)
+
+    async def test() -> None:
+        async with serving() as store:
+            sockets = [store.connect() for _ in range(4)]
+            descriptors = [str(sock.fileno()) for sock in sockets]
+            flood = subprocess.Popen(
+                [sys.executable, "-c", FLOOD, message.hex(), *descriptors],
+                pass_fds=[sock.fileno() for sock in sockets],
+            )
+            with flood, ExitStack() as stack:
+                stack.callback(flood.kill)
+                other = Client(store.connect())
+                while await other.ask(protocol.read(b"/flood")) != b"x":
+                    await trio.sleep(0.01)
+                times = []
+                for _ in range(200):
+                    assert await other.ask(protocol.read(b"/flood")) == b"x"
+                    start = time.thread_time()
+                    await trio.lowlevel.checkpoint()
+                    times.append(time.thread_time() - start)
+            times.sort()
+            assert times[190] < 0.002
 
     run(test)
 
