@@ -30,6 +30,7 @@ from xsfs.embedded.control import OK, MemoryReport
 from xsfs.embedded.domains import DOM0
 from xsfs.embedded.requests import Requests
 from xsfs.xenstore import protocol
+from xsfs.xenstore.background import run_in_thread
 from xsfs.xenstore.protocol import Op
 
 log = logging.getLogger(__name__)
@@ -214,7 +215,7 @@ class EmbeddedStore:
         op, req_id, tx_id, _ = request
         payload = OK
         try:
-            await trio.to_thread.run_sync(report.write, abandon_on_cancel=True)
+            await run_in_thread(report.write)
         except OSError as error:
             log.warning("cannot write a memory report: %s", error)
             op, payload = Op.ERROR, b"EINVAL\0"
