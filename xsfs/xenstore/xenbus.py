@@ -103,9 +103,9 @@ class DeviceTransport:
         descriptor = _Descriptor(self._open_device())
         try:
             self._poll.register(descriptor.number, select.EPOLLIN)
-        except OSError:
+        except PermissionError:  # it cannot be polled
             os.close(descriptor.number)
-            raise
+            raise OSError(errno.ENODEV, "not Xenstore's device") from None
         self._descriptors[descriptor.number] = descriptor
         return descriptor
 
