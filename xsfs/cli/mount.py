@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
@@ -92,7 +91,7 @@ def mount(options: Options) -> None:
         background.wait()
         return
     try:
-        if not trio.run(_serve, options, _ready_of(background)):
+        if not trio.run(_serve, options, background):
             raise MountError(EXIT_INTERRUPTED, "interrupted before the mount", "try again")
     except MountError as error:
         if background is None:
@@ -100,22 +99,7 @@ def mount(options: Options) -> None:
         background.failed(error.status, str(error))
 
 
-def _ready_of(background: Background | None) -> Callable[[], None]:
-    """The function to call when the tree is usable."""
-
-    def ready() -> None:
-        try:
-            if background is not None:
-                background.ready()
-        except BrokenPipeError:
-            raise MountError(
-                EXIT_INTERRUPTED, "the process that waited for the mount has ended", "try again"
-            ) from None
-
-    return ready
-
-
-async def _serve(options: Options, ready: Callable[[], None]) -> bool:
+async def _serve(options: Options, background: Background | None) -> bool:
     """Returns whether the tree was ever usable."""
     # The objects that exist by now stay: the collector need not look at them again.
     gc.freeze()
@@ -148,7 +132,8 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
                             follow_home, view, operations, transactions, on_move
                         )
                     try:
-                        ready()
+                        if background is not None:
+                            background.ready()
                         notify(READY, status(_description(options, view)))
                         was_ready = True
                         sys.setswitchinterval(SWITCH_SECONDS)
@@ -184,16 +169,10 @@ async def _answer_the_kernel() -> None:
     """Returns when the file system has been unmounted."""
     try:
         await pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
-    except* OSError as failures:
-        # The kernel reports ECONNABORTED if requests were still in its queue at the unmount: the
-        # RELEASEs of files just closed.  `Operations.end` releases their handles.
-        if failures.split(_is_abort)[1] is not None:
-            raise
+    except* ConnectionAbortedError:
+        # The kernel reports it if requests were still in its queue at the unmount: the RELEASEs of files
+        # just closed.  `Operations.end` releases their handles.
         log.info("unmounted with requests still in the kernel's queue")
-
-
-def _is_abort(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.ECONNABORTED
 
 
 async def _obey_signals(signals: AsyncIterator[int], ended: Sequence[trio.CancelScope]) -> None:
