@@ -90,22 +90,6 @@ _LIBC: Final = ctypes.PyDLL(None)
 """Its functions keep the interpreter's lock, as a child must between fork(2) and execve(2)."""
 
 
-def forwarding(local: str, remote: str) -> str:
-    """The argument of -L for two paths of sockets with any characters but NUL."""
-    return f"{_escaped(local)}:{_escaped(remote)}"
-
-
-def _escaped(path: str) -> str:
-    for special, instead in (
-        ("\\", "\\\\"),
-        (":", "\\:"),
-        ("%", "%%"),
-        ("${", f"${{{DOLLAR}}}{{"),
-    ):
-        path = path.replace(special, instead)
-    return path
-
-
 @asynccontextmanager
 async def open_forward(
     destination: SshDestination, *, timeout: float, command: Sequence[str] = (DEFAULT_SSH,)
@@ -349,16 +333,16 @@ class SshProcess:
                 with trio.CancelScope(shield=True):
                     await self._end()
                 os.close(self._pidfd)
-            self._read_rest(process.stdout.fileno())
+            with suppress(BlockingIOError):  # once: a program that ssh has started may still write
+                self._read_some(process.stdout.fileno())
         self.reason = self.reason or self._last_words()
         self._settled.set()
 
     async def _read(self, output: int) -> None:
         """Read the messages of ssh, and the answer of `cat`."""
-        while True:
+        await trio.lowlevel.wait_readable(output)
+        while self._read_some(output):
             await trio.lowlevel.wait_readable(output)
-            if not self._read_some(output):
-                return
 
     def _read_some(self, output: int) -> bool:
         """Read once.  False at the end.  Raises BlockingIOError."""
@@ -372,11 +356,6 @@ class SshProcess:
                 self._signal(signal.SIGTERM)
         self._messages = self._messages[-2 * MESSAGES_MAX :]
         return bool(data)
-
-    def _read_rest(self, output: int) -> None:
-        """Read the last messages, once: a program that ssh has started may still write."""
-        with suppress(BlockingIOError):
-            self._read_some(output)
 
     async def _limit_start(self) -> None:
         await trio.sleep(self._seconds)
@@ -445,10 +424,16 @@ def _arguments(
         "RequestTTY": "no",
     }
     arguments = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    arguments += ["-L", forwarding(local, destination.socket)]
+    arguments += ["-L", f"{_escaped(local)}:{_escaped(destination.socket)}"]
     if session:
         return [*arguments, "--", destination.account, "cat"]
     return [*arguments, "-N", "--", destination.account]
+
+
+def _escaped(path: str) -> str:
+    """A path of a socket, with any characters but NUL, in the argument of -L."""
+    path = path.replace("\\", "\\\\").replace(":", "\\:").replace("%", "%%")
+    return path.replace("${", f"${{{DOLLAR}}}{{")
 
 
 # ------------------------------------------------------------------------------------- the terminal
@@ -499,7 +484,6 @@ def private_directory() -> Iterator[str]:
         yield path
     finally:
         _remove(path, lock)
-        os.close(lock)
 
 
 def _make_directory() -> tuple[str, int]:
@@ -521,7 +505,6 @@ def _make_directory() -> tuple[str, int]:
         if len(os.fsencode(os.path.join(path, SOCKET_NAME))) <= SOCKET_PATH_MAX:
             return path, lock
         _remove(path, lock)
-        os.close(lock)
     raise StoreUnavailable(f"no place for the socket of ssh: {failure}", "set XDG_RUNTIME_DIR")
 
 
@@ -550,6 +533,7 @@ def _remove(path: str, lock: int) -> None:
         os.unlink(SOCKET_NAME, dir_fd=lock)
     with suppress(OSError):
         os.rmdir(path)
+    os.close(lock)
 
 
 def _remove_stale(above: str) -> None:
@@ -561,4 +545,3 @@ def _remove_stale(above: str) -> None:
         with suppress(OSError):
             if (lock := _lock(path)) is not None:
                 _remove(path, lock)
-                os.close(lock)
