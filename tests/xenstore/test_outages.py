@@ -386,6 +386,27 @@ async def test_only_a_whole_time_limit_opens_the_circuit_breaker() -> None:
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("mortal", ["C", "ocaml guest"], indirect=True)
+@trio_test
+async def test_many_who_watch_wait_for_a_silent_daemon_together(mortal: Mortal) -> None:
+    """Not one time limit each."""
+    limit = 1.0
+    outcomes: Outcomes = {}
+    async with opened(mortal.place, timeout=limit) as (store, base), store.watch(base) as events:
+        await anext(events)
+        mortal.daemon.pause()
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for name in map(str, range(20)):
+                subscription = Subscription(f"{base}/{name}".encode())
+                nursery.start_soon(
+                    note, outcomes, name, partial(store.watches.subscribe, subscription)
+                )
+        assert trio.current_time() - start < 3 * limit
+        mortal.daemon.resume()
+    assert set(outcomes.values()) <= {RequestTimeout, ConnectionLost}
+
+
 @trio_test
 async def test_requests_fail_at_once_while_the_store_is_silent(
     mortal: Mortal, tmp_path: Path

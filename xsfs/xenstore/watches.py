@@ -36,7 +36,13 @@ from xsfs.xenstore.connection import Connection
 from xsfs.xenstore.errors import StoreError, XenstoreError
 from xsfs.xenstore.event_reader import with_event_reader
 from xsfs.xenstore.home import Home, moved
-from xsfs.xenstore.reconnect import BACKOFF_MAX, CircuitBreaker, Connect, ReconnectingConnection
+from xsfs.xenstore.reconnect import (
+    BACKOFF_MAX,
+    CircuitBreaker,
+    Connect,
+    Observation,
+    ReconnectingConnection,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +68,7 @@ class Subscription:
     """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`."""
 
     def __init__(
-        self,
-        path: bytes,
-        on_event: Callable[[], object] | None = None,
-        depth: int | None = None,
+        self, path: bytes, on_event: Callable[[], object] | None = None, depth: int | None = None
     ) -> None:
         """The connection's reader calls `on_event` at each event, and when the watch was lost, set again, or
         ended.  It must not wait, nor take longer than a few microseconds.
@@ -218,28 +221,35 @@ class Watches:
 
         The first event comes at once, as Xenstore's do.
         """
-        async with self._lock:
-            watch = self._by_path.get((subscription.path, subscription.depth))
-            if watch is not None:
-                watch.subscriptions[subscription] = None
-                subscription.put(subscription.path)
-                return
-            self._last_token += 1
-            watch = _Watch(subscription.path, subscription.depth, b"%x" % self._last_token)
-            watch.subscriptions[subscription] = None
-            self._by_token[watch.token] = watch
-            try:
-                await self._breaker.check()
+        await trio.lowlevel.checkpoint()
+        key = subscription.path, subscription.depth
+        while key not in self._by_path:
+            # Not under the lock: many tasks that wait for it must not fail one after the other.
+            await self._breaker.check()
+            async with self._lock:
+                if key not in self._by_path and self._breaker.error is None:
+                    await self._set_first(subscription)
+                    return
+        self._by_path[key].subscriptions[subscription] = None
+        subscription.put(subscription.path)
+
+    async def _set_first(self, subscription: Subscription) -> None:
+        self._last_token += 1
+        watch = _Watch(subscription.path, subscription.depth, b"%x" % self._last_token)
+        watch.subscriptions[subscription] = None
+        self._by_token[watch.token] = watch
+        try:
+            with Observation(self._breaker):
                 await self._arm(watch)
-            except BaseException as error:
-                del self._by_token[watch.token]
-                if not isinstance(error, XenstoreError):
-                    # Cancelled, or without a reply: the store may have it, or set it later.
-                    self._unwanted.append(watch)
-                    self._nursery.start_soon(self._clear)
-                raise
-            self._by_path[watch.path, watch.depth] = watch
-            self._first_watch.unpark_all()
+        except BaseException as error:
+            del self._by_token[watch.token]
+            if not isinstance(error, XenstoreError):
+                # Cancelled, or without a reply: the store may have it, or set it later.
+                self._unwanted.append(watch)
+                self._nursery.start_soon(self._clear)
+            raise
+        self._by_path[watch.path, watch.depth] = watch
+        self._first_watch.unpark_all()
 
     def is_armed(self, subscription: Subscription) -> bool:
         """Whether its watch is set at the store now."""
