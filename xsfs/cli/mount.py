@@ -105,10 +105,7 @@ async def _serve(options: Options, background: Background | None) -> bool:
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     was_ready = False
-    with (
-        trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals,
-        trio.CancelScope() as scope,
-    ):
+    with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals, trio.CancelScope() as scope:
         # A signal cancels the last of these.  Once mounted this is the serving alone, because open
         # files need the connections for what they have not yet written.
         ended = [scope]
@@ -191,10 +188,8 @@ async def _obey_signals(signals: AsyncIterator[int], ended: Sequence[trio.Cancel
 @asynccontextmanager
 async def _store(options: Options, connect: Connect | None) -> AsyncIterator[Store]:
     """The store to mount.  Raises MountError if it does not answer."""
-    path = options.source
-    if options.embedded or path in AUTOMATIC_SOURCES:
-        path = None
     try:
+        path = _source(options) if connect is None else None
         async with open_store(path, timeout=options.timeout, connect=connect) as store:
             yield store
     except StoreUnavailable as error:

@@ -197,10 +197,7 @@ def value_of(path: bytes) -> bytes | None:
 
 _ESCAPES: Final = {
     **{code: f"\\x{code:02x}" for code in (*range(32), *range(127, 256))},
-    **{
-        ord(character): escape
-        for character, escape in (("\\", "\\\\"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t"))
-    },
+    **str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}),
 }
 
 

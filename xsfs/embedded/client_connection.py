@@ -40,8 +40,6 @@ class RegisteredWatch:
     `number` grows, because a connection gets events in the order of its watches.
     """
 
-    __slots__ = ("connection", "number", "path", "stripped", "token")
-
     def __init__(
         self, connection: ClientConnection, path: bytes, token: bytes, relative: bool
     ) -> None:
@@ -101,8 +99,6 @@ class ClientConnection:
         self._drained: trio.Event | None = None
         """Exists while a task sends the rest of the output."""
         self._closed = False
-
-    # -- output
 
     def queue_reply(self, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
         if not self._closed:
@@ -164,8 +160,6 @@ class ClientConnection:
         self._closed = True
         self.unsent.clear()
         self._nursery.cancel_scope.cancel()
-
-    # -- transactions
 
     def new_transaction_number(self) -> int:
         while True:

@@ -13,16 +13,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from xsfs.embedded.record import (
-    ALL,
-    OWNER,
-    PATH_MAX,
-    READ,
-    WRITE,
-    PermissionEntry,
-    Perms,
-    Refused,
-)
+from xsfs.embedded.record import ALL, OWNER, PATH_MAX, READ, WRITE, PermissionEntry, Perms, Refused
 
 DOM0: Final = 0
 DOMID_LIMIT: Final = 0x7FF0
@@ -99,8 +90,6 @@ class Domains:
         domain = self.known[domid] = Domain(domid, next(self._incarnations))
         return domain
 
-    # -- permissions
-
     def access(self, domid: int, perms: Perms) -> int:
         """READ, WRITE and OWNER, as far as `perms` give them to the domain or to its target."""
         if domid == DOM0:
@@ -126,8 +115,6 @@ class Domains:
             domain = self.find(domid)
             found.append(PermissionEntry(domid, bits, domain.incarnation if domain else None))
         return tuple(found)
-
-    # -- the domains
 
     def find(self, domid: int) -> Domain | None:
         """The domain, which the store knows from now on; None if it does not exist."""
@@ -189,8 +176,6 @@ class Domains:
         for other in self.known.values():
             if other.target is forgotten:
                 other.target = None
-
-    # -- special watches
 
     def set_special_perms(self, domid: int, name: bytes, perms: Perms) -> None:
         if name not in self._special:

@@ -115,8 +115,6 @@ class EmbeddedStore:
                     if os.path.samestat(os.stat(path), bound):
                         os.unlink(path)
 
-    # -- domains
-
     def introduce(self, domid: int) -> None:
         """The domain exists from now on, and is introduced."""
         self._database.introduce(domid)
@@ -139,8 +137,6 @@ class EmbeddedStore:
             if self._populate:
                 create_nodes(self._database, guest_nodes(domid))
             self.introduce(domid)
-
-    # -- serving one connection
 
     async def _serve_socket(self, sock: socket.socket, domid: int) -> None:
         with sock:
@@ -224,9 +220,6 @@ class EmbeddedStore:
     def _flush(self) -> None:
         while self._dirty:
             self._dirty.pop().flush()
-
-
-# ------------------------------------------------------------------------------- the socket file
 
 
 def _bind(listener: socket.socket, path: str) -> None:

@@ -153,9 +153,7 @@ def open_transport(path: str) -> Transport:
             return DeviceTransport(partial(os.open, path, flags))
     except PermissionError as error:
         raise StoreUnavailable(
-            f"permission denied: {path}",
-            "Xenstore is restricted to root; run as root",
-            denied=True,
+            f"permission denied: {path}", "Xenstore is restricted to root; run as root", denied=True
         ) from error
     except OSError as error:
         # ENXIO, ENODEV: Xen does not run, or this is another device.
