@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import trio
+import trio.testing
 
 from tests.support.messages import Message, messages_of
 from xsfs.embedded import server
@@ -315,6 +316,21 @@ def test_a_client_that_does_not_read_replies_is_not_served_further() -> None:
                 message = await slow.receive()
                 assert message is not None
                 assert message.payload == b"x" * 4000
+
+    run(test)
+
+
+def test_clients_that_do_not_read_replies_shorten_nobody_s_turn() -> None:
+    async def test() -> None:
+        async with serving() as store:
+            await Client(store.connect()).ask(protocol.write(b"/a", b"x" * 4000))
+            op, body = protocol.read(b"/a")
+            sockets = [store.connect() for _ in range(4)]
+            for sock in sockets:
+                sock.send(protocol.encode(op, 5, 0, body) * 2000)
+            await trio.testing.wait_all_tasks_blocked()
+            assert sum(connection.full for connection in store._requests.connections) == len(sockets)
+            assert not store._busy
 
     run(test)
 

@@ -48,8 +48,8 @@ class EmbeddedStore:
         self._database = self._requests.database
         self._dirty: set[ClientConnection] = set()
         """The connections whose new output no task has tried to send yet."""
-        self._busy = 0
-        """The number of connections whose tasks handle received requests."""
+        self._busy: set[ClientConnection] = set()
+        """The connections whose tasks handle received requests, or wait for their next turn."""
         self._nursery: trio.Nursery | None = None
         if populate:
             create_nodes(self._database, dom0_nodes())
@@ -177,28 +177,30 @@ class EmbeddedStore:
                 return
 
     async def _serve_requests(self, connection: ClientConnection, parser: protocol.Parser) -> None:
-        self._busy += 1
-        turn_end = self._turn_end()
+        turn_end = self._start_turn(connection)
         try:
             for request in parser.messages():
                 report = self._requests.serve(connection, request)
-                if report is not None:
-                    await self._write_report(connection, request, report)
-                if connection.full:
-                    self._flush()
-                    await connection.drain()
-                elif time.perf_counter() < turn_end:
+                if report is None and not connection.full and time.perf_counter() < turn_end:
                     continue
+                self._flush()
+                if report is not None:
+                    self._busy.discard(connection)
+                    await self._write_report(connection, request, report)
+                elif connection.full:
+                    self._busy.discard(connection)
+                    await connection.drain()
                 else:
-                    self._flush()
                     await trio.lowlevel.checkpoint()
-                turn_end = self._turn_end()
+                turn_end = self._start_turn(connection)
         finally:
-            self._busy -= 1
+            self._busy.discard(connection)
             self._flush()
 
-    def _turn_end(self) -> float:
-        return time.perf_counter() + TURN / self._busy
+    def _start_turn(self, connection: ClientConnection) -> float:
+        """Returns when its turn is to end."""
+        self._busy.add(connection)
+        return time.perf_counter() + TURN / len(self._busy)
 
     @staticmethod
     async def _write_report(
