@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -91,6 +92,19 @@ def test_no_xenstore(tmp_path: Path, mountpoint: Path) -> None:
     refused(xsfs(gone, mountpoint), 3, f"cannot connect to Xenstore at {gone}: No such file")
     (tmp_path / "file").write_text("")
     refused(xsfs(tmp_path / "file", mountpoint), 3, "neither a socket nor a device")
+
+
+def test_a_socket_s_path_may_be_too_long_for_the_kernel(
+    tmp_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    monkeypatch.chdir(deep)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        refused(xsfs(deep / "socket", mountpoint), 3, f"{deep}/socket: AF_UNIX path too long")
+    listen = f"listen={deep}/new"
+    refused(xsfs("-o", listen, "embedded", mountpoint), 3, f"{deep}/new: AF_UNIX path too long")
 
 
 def test_a_daemon_that_has_gone(mountpoint: Path) -> None:

@@ -235,7 +235,7 @@ async def _connect(options: Options) -> AsyncIterator[Connect | None]:
             except OSError as error:
                 raise MountError(
                     EXIT_NO_STORE,
-                    f"cannot listen at {options.listen}: {error.strerror}",
+                    f"cannot listen at {options.listen}: {error.strerror or error}",
                     "choose another path for the socket",
                 ) from None
         yield lambda: SocketTransport(embedded.connect(options.domid), same_loop=True)

@@ -159,8 +159,9 @@ def open_transport(path: str) -> Transport:
         # ENXIO, ENODEV: Xen does not run, or this is another device.
         if error.errno in (errno.ENXIO, errno.ENODEV):
             raise StoreUnavailable(f"{path}: {error.strerror}", NO_STORE_HINT) from error
-        error.filename = path  # connect(2) leaves it out
-        raise
+        # Of a path that is too long Python tells no errno, and of others no path.
+        number = error.errno or errno.ENAMETOOLONG
+        raise OSError(number, error.strerror or str(error), path) from error
     raise StoreUnavailable(
         f"{path} is neither a socket nor a device", "SOURCE must be xenstored's socket or xenbus"
     )
