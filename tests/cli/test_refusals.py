@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -120,6 +121,25 @@ def test_a_daemon_that_does_not_answer(mountpoint: Path) -> None:
         daemon.pause()
         refused(xsfs("-o", "timeout=1", daemon.socket, mountpoint), 3, "did not answer")
         daemon.resume()
+
+
+def test_ctrl_c_before_the_mount(tmp_path: Path, mountpoint: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "socket"))
+        silent.listen()
+        silent.settimeout(LIMIT)
+        with subprocess.Popen(
+            [sys.executable, "-m", "xsfs", tmp_path / "socket", mountpoint],
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as running:
+            connection, _ = silent.accept()
+            with connection:
+                os.killpg(running.pid, signal.SIGINT)
+                _, said = running.communicate(timeout=LIMIT)
+    assert said == "xsfs: ending: SIGINT\nxsfs: interrupted before the mount (try again)\n"
+    assert running.returncode == 8
 
 
 def test_no_right_to_connect(daemon: RealXenstored, mountpoint: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import os
+import signal
 import sys
 from contextlib import suppress
 
@@ -28,6 +29,8 @@ class Background:
         reading, writing = os.pipe()
         self.in_foreground = os.fork() != 0
         if self.in_foreground:
+            # Ctrl-C interrupts the child, too, which reports it.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             os.close(writing)
             self._pipe = reading
         else:
