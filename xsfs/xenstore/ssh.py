@@ -33,7 +33,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -102,27 +102,29 @@ async def open_forward(
     Raises StoreUnavailable.
     """
     with private_directory() as place:
-        forward = SshForward(destination, timeout, command, os.path.join(place, SOCKET_NAME))
+        local = os.path.join(place, SOCKET_NAME)
+        forward = SshForward(SshSettings(command, destination, timeout, local))
         async with open_background() as nursery:
             nursery.start_soon(forward.run)
             await forward.open()
             yield forward
 
 
+class SshSettings(NamedTuple):
+    """How to run ssh: as for `open_forward`, and `local`, the path of the local end of the socket."""
+
+    command: Sequence[str]
+    destination: SshDestination
+    timeout: float
+    local: str
+
+
 class SshForward:
-    """See the module's text.  `run` must be running while `open` and `connect` are used.
+    """See the module's text.  `run` must be running while `open` and `connect` are used."""
 
-    timeout     seconds, as for `open_forward`
-    local       the path of the local end of the socket
-    """
-
-    def __init__(
-        self, destination: SshDestination, timeout: float, command: Sequence[str], local: str
-    ) -> None:
-        self._destination = destination
-        self._timeout = timeout
-        self._command = command
-        self._local = local
+    def __init__(self, settings: SshSettings) -> None:
+        self._settings = settings
+        self._destination = settings.destination
         self._process: SshProcess | None = None
         self._wanted = trio.Event()
         """Set when `connect` has found no ssh that listens."""
@@ -139,7 +141,7 @@ class SshForward:
         connects, ConnectionRefusedError if the last ssh has failed.
         """
         try:
-            return open_transport(self._local)
+            return open_transport(self._settings.local)
         except (FileNotFoundError, ConnectionRefusedError):
             self._wanted.set()
         name = str(self._destination)
@@ -154,7 +156,7 @@ class SshForward:
                 await trio.sleep(POLL_SECONDS)
         except ConnectionRefusedError as error:
             reason = error.strerror or ""
-            command = shlex.join((*self._command, self._destination.account, "true"))
+            command = shlex.join((*self._settings.command, self._destination.account, "true"))
             raise StoreUnavailable(
                 f"cannot reach {self._destination} by ssh: {reason}",
                 f"see what '{command}' does",
@@ -178,7 +180,7 @@ class SshForward:
         try:
             request = directory(b"/")
             transport.send((encode(request.op, 1, 0, request.payload),))
-            with trio.fail_after(self._timeout):
+            with trio.fail_after(self._settings.timeout):
                 if await transport.receive():
                     return True
         except trio.TooSlowError:
@@ -221,15 +223,12 @@ class SshForward:
     async def _run_ssh(self, session: bool) -> bool:
         """Run ssh once, to its end.  Whether the next one is to run `cat`."""
         with suppress(FileNotFoundError):
-            os.unlink(self._local)
+            os.unlink(self._settings.local)
         try:
-            process = SshProcess(
-                *(self._command, self._destination, self._timeout, self._local),
-                session=session,
-                may_ask=not self._opened,
-            )
+            process = SshProcess(self._settings, session=session, may_ask=not self._opened)
         except (OSError, subprocess.SubprocessError) as error:
-            self._failure = f"cannot run {self._command[0]}: {getattr(error, 'strerror', error)}"
+            reason = getattr(error, "strerror", error)
+            self._failure = f"cannot run {self._settings.command[0]}: {reason}"
             return True
         self._process = process
         await process.run()
@@ -249,18 +248,9 @@ class SshProcess:
     The start raises OSError, subprocess.SubprocessError.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        destination: SshDestination,
-        timeout: float,
-        local: str,
-        *,
-        session: bool,
-        may_ask: bool,
-    ) -> None:
-        self._local = local
-        self._seconds = START_TIMEOUTS * timeout
+    def __init__(self, settings: SshSettings, *, session: bool, may_ask: bool) -> None:
+        self._local = settings.local
+        self._seconds = START_TIMEOUTS * settings.timeout
         self._mark = secrets.token_hex(8).encode() + b"\n"
         self._echoed = False
         self._session = session
@@ -272,12 +262,10 @@ class SshProcess:
         self.reason = ""
         """Why ssh ended."""
         self._terminal = _own_terminal() if may_ask else None
-        arguments = _arguments(
-            destination, timeout, local, session=session, batch=self._terminal is None
-        )
+        arguments = _arguments(settings, session=session, batch=self._terminal is None)
         try:
             self._process = subprocess.Popen(
-                (*command, *arguments),
+                (*settings.command, *arguments),
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -399,11 +387,10 @@ class SshProcess:
             self._terminal = None
 
 
-def _arguments(
-    destination: SshDestination, timeout: float, local: str, *, session: bool, batch: bool
-) -> list[str]:
+def _arguments(settings: SshSettings, *, session: bool, batch: bool) -> list[str]:
     """The arguments of ssh.  For each option ssh takes the first value that it finds: in the user's
     command, then here, then in ssh_config(5)."""
+    _, destination, timeout, local = settings
     options = {
         "BatchMode": "yes" if batch else "no",
         "ConnectTimeout": str(math.ceil(timeout)),
