@@ -33,16 +33,10 @@ import trio
 
 from xsfs.xenstore import protocol
 from xsfs.xenstore.connection import Connection
-from xsfs.xenstore.errors import StoreError, XenstoreError
+from xsfs.xenstore.errors import RequestTimeout, StoreError, XenstoreError
 from xsfs.xenstore.event_reader import with_event_reader
 from xsfs.xenstore.home import Home, moved
-from xsfs.xenstore.reconnect import (
-    BACKOFF_MAX,
-    CircuitBreaker,
-    Connect,
-    Observation,
-    ReconnectingConnection,
-)
+from xsfs.xenstore.reconnect import BACKOFF_MAX, CircuitBreaker, Connect, ReconnectingConnection
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +169,8 @@ class Watches:
         self._unwanted: deque[_Watch] = deque()
         """Watches to be removed, in the order in which they were left."""
         self._last_token = 0
+        self._answered_at = 0.0
+        """When the store last answered a WATCH."""
         self._first_watch = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
@@ -221,26 +217,27 @@ class Watches:
 
         The first event comes at once, as Xenstore's do.
         """
-        await trio.lowlevel.checkpoint()
+        start = trio.current_time()
         key = subscription.path, subscription.depth
-        while key not in self._by_path:
-            # Not under the lock: many tasks that wait for it must not fail one after the other.
+        if key not in self._by_path:
             await self._breaker.check()
-            async with self._lock:
-                if key not in self._by_path and self._breaker.error is None:
-                    await self._set_first(subscription)
-                    return
-        self._by_path[key].subscriptions[subscription] = None
-        subscription.put(subscription.path)
+        async with self._lock:
+            if key not in self._by_path:
+                # Tasks that waited for the lock together fail together, if no watch was answered meanwhile.
+                await self._set_first(subscription, max(start, self._answered_at) + self._timeout)
+                return
+            self._by_path[key].subscriptions[subscription] = None
+            subscription.put(subscription.path)
 
-    async def _set_first(self, subscription: Subscription) -> None:
+    async def _set_first(self, subscription: Subscription, deadline: float) -> None:
+        if trio.current_time() >= deadline:
+            raise RequestTimeout("Xenstore did not answer the requests of other watches in time")
         self._last_token += 1
         watch = _Watch(subscription.path, subscription.depth, b"%x" % self._last_token)
         watch.subscriptions[subscription] = None
         self._by_token[watch.token] = watch
         try:
-            with Observation(self._breaker):
-                await self._arm(watch)
+            await self._arm(watch, deadline)
         except BaseException as error:
             del self._by_token[watch.token]
             if not isinstance(error, XenstoreError):
@@ -313,15 +310,15 @@ class Watches:
                 # The daemon may still have it: only the connection's end is sure to end it.
                 connection.close("a watch could not be removed")
 
-    async def _arm(self, watch: _Watch) -> None:
+    async def _arm(self, watch: _Watch, deadline: float) -> None:
         await self._remove_unwanted()
-        deadline = trio.current_time() + self._timeout
         connection = await self._reconnecting.get(deadline)
         watch.connection = connection
         for depth in dict.fromkeys((watch.depth, None)):  # None for a daemon that knows no depth
             request = protocol.watch(watch.path, watch.token, depth)
             requests = self._home.as_sent((request,))
             (reply,) = await connection.pipeline(requests, 0, deadline)
+            self._answered_at = trio.current_time()
             if isinstance(reply, bytes) or reply.name != "EINVAL":
                 break
         if isinstance(reply, XenstoreError):
@@ -383,7 +380,7 @@ class Watches:
         if watch.connection is not None and watch.connection.alive:
             return
         try:
-            await self._arm(watch)
+            await self._arm(watch, trio.current_time() + self._timeout)
         except XenstoreError as error:
             watch.connection = None
             if watch.refused:
