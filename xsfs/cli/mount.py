@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Final
 
 import pyfuse3
@@ -46,7 +47,7 @@ from xsfs.xenstore.event_reader import SWITCH_SECONDS
 from xsfs.xenstore.protocol import decode_names, directory, directory_part, read
 from xsfs.xenstore.reconnect import Connect
 from xsfs.xenstore.store import Store, open_store
-from xsfs.xenstore.transport import NO_STORE_HINT, SocketTransport, find_store
+from xsfs.xenstore.transport import NO_STORE_HINT, SocketTransport, find_store, open_transport
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +92,22 @@ def mount(options: Options) -> None:
         background.wait()
         return
     try:
-        if not trio.run(_serve, options, background):
-            raise MountError(EXIT_INTERRUPTED, "interrupted before the mount", "try again")
+        _run(options, background)
     except MountError as error:
         if background is None:
             raise
         background.failed(error.status, str(error))
+
+
+def _run(options: Options, background: Background | None) -> None:
+    try:
+        if not trio.run(_serve, options, background):
+            raise MountError(EXIT_INTERRUPTED, "interrupted before the mount", "try again")
+    except StoreUnavailable as error:
+        exit_status = EXIT_DENIED if error.denied else EXIT_NO_STORE
+        raise MountError(exit_status, str(error), error.hint) from error
+    except StoreError as error:
+        raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
 
 
 async def _serve(options: Options, background: Background | None) -> bool:
@@ -105,25 +116,30 @@ async def _serve(options: Options, background: Background | None) -> bool:
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     was_ready = False
+    source = _source(options)
     with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals, trio.CancelScope() as scope:
         # A signal cancels the last of these.  Once mounted this is the serving alone, because open
         # files need the connections for what they have not yet written.
         ended = [scope]
-        async with open_background() as background_tasks, _connect(options) as connect:
+        async with open_background() as background_tasks, _connect(options, source) as connect:
             background_tasks.start_soon(_obey_signals, signals, ended)
-            async with _store(options, connect) as store:
+            async with open_store(timeout=options.timeout, connect=connect) as store:
                 view = await _view(options, store)
                 async with _mirror(options, connect, view) as mirror:
-                    about = {"store": _source(options), "daemon": await _daemon(options, store)}
+                    about = {"store": source, "daemon": await _daemon(options, store)}
                     transactions = Transactions(background_tasks, view, options.tx_timeout)
                     operations = _operations(options, view, mirror, transactions, about)
                     _fuse_mount(operations, options)
+
+                    def description() -> str:
+                        return status(f"{view.root.decode()} of {source} at {options.mountpoint}")
+
                     if view.domid:
 
                         def on_move() -> None:
                             if mirror is not None:
                                 mirror.move_home(view.domid)
-                            notify(status(_description(options, view)))
+                            notify(description())
 
                         background_tasks.start_soon(
                             follow_home, view, operations, transactions, on_move
@@ -131,7 +147,7 @@ async def _serve(options: Options, background: Background | None) -> bool:
                     try:
                         if background is not None:
                             background.ready()
-                        notify(READY, status(_description(options, view)))
+                        notify(READY, description())
                         was_ready = True
                         sys.setswitchinterval(SWITCH_SECONDS)
                         with trio.CancelScope() as serving:
@@ -142,13 +158,8 @@ async def _serve(options: Options, background: Background | None) -> bool:
     return was_ready
 
 
-def _description(options: Options, view: View) -> str:
-    """The store, its path and the mountpoint, in words."""
-    return f"{view.root.decode()} of {_source(options)} at {options.mountpoint}"
-
-
 def _source(options: Options) -> str:
-    """The socket or device that is mounted, or `embedded`."""
+    """The socket or device that is mounted, the other host, or `embedded`."""
     if options.source is None or options.source in AUTOMATIC_SOURCES:
         return find_store(os.environ)
     return options.source
@@ -186,42 +197,19 @@ async def _obey_signals(signals: AsyncIterator[int], ended: Sequence[trio.Cancel
 
 
 @asynccontextmanager
-async def _store(options: Options, connect: Connect | None) -> AsyncIterator[Store]:
-    """The store to mount.  Raises MountError if it does not answer."""
-    try:
-        path = _source(options) if connect is None else None
-        async with open_store(path, timeout=options.timeout, connect=connect) as store:
-            yield store
-    except StoreUnavailable as error:
-        raise _unavailable(error) from error
-    except StoreError as error:
-        raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
-
-
-def _unavailable(error: StoreUnavailable) -> MountError:
-    status = EXIT_DENIED if error.denied else EXIT_NO_STORE
-    return MountError(status, str(error), error.hint)
-
-
-@asynccontextmanager
-async def _connect(options: Options) -> AsyncIterator[Connect | None]:
-    """Run what makes connections to the source, and give the function that does.
-
-    The embedded store, or ssh to another host.  None for a real store of this host.  Raises MountError.
-    """
+async def _connect(options: Options, source: str) -> AsyncIterator[Connect]:
+    """The function that connects to the source; the embedded store or ssh runs as long as the block."""
     if options.destination is not None:
         from xsfs.xenstore.ssh import open_forward
 
-        try:
-            async with open_forward(
-                options.destination, timeout=options.timeout, command=options.ssh_command
-            ) as forward:
-                yield forward.connect
-        except StoreUnavailable as error:
-            raise _unavailable(error) from error
+        async with open_forward(
+            options.destination, timeout=options.timeout, command=options.ssh_command
+        ) as forward:
+            yield forward.connect
         return
     if not options.embedded:
-        yield None
+        # xsfs connects later, too, and has changed its working directory by then.
+        yield partial(open_transport, os.path.abspath(source))
         return
     # A real store does not need it, and loading it is a thirtieth of the time until the mount.
     from xsfs.embedded.server import EmbeddedStore
@@ -279,9 +267,7 @@ async def _view(options: Options, store: Store) -> View:
 
 
 @asynccontextmanager
-async def _mirror(
-    options: Options, connect: Connect | None, view: View
-) -> AsyncIterator[Mirror | None]:
+async def _mirror(options: Options, connect: Connect, view: View) -> AsyncIterator[Mirror | None]:
     """The live mirror, complete; None without the option.  Raises MountError."""
     if options.mirror is None:
         yield None
@@ -295,7 +281,10 @@ async def _mirror(
     except MirrorPlaceError as error:
         raise MountError(EXIT_MIRROR, str(error), error.hint) from error
     try:
-        async with _store(options, connect) as store, open_background() as background_tasks:
+        async with (
+            open_store(timeout=options.timeout, connect=connect) as store,
+            open_background() as background_tasks,
+        ):
             if view.domid:
                 store.home.move(view.home)
             own = View(store, view.domid, view.root, view.content, view.sticky)

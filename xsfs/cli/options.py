@@ -326,30 +326,27 @@ def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
         option = OPTIONS.get(name)
         if text == "rw":
             found["ro"] = False  # the last of the two counts
-            continue
-        if text == REMOUNT:
+        elif text == REMOUNT:
             raise UsageError(
                 "only ro and rw can be changed by a remount: 'mount -i -o remount,bind,ro MOUNTPOINT'; "
                 "umount and mount again for other options"
             )
-        if option is None:
-            if sloppy or text in IGNORED or text.startswith(IGNORED_PREFIXES):
-                continue
-            raise UsageError(f"unknown option '{name}'")
-        if option.parse is None:
+        elif option is None:
+            if not (sloppy or text in IGNORED or text.startswith(IGNORED_PREFIXES)):
+                raise UsageError(f"unknown option '{name}'")
+        elif option.parse is None:
             if equals:
                 raise UsageError(f"the option '{name}' takes no value")
             found[name] = True
-            continue
-        if not equals and option.without_value is not None:
+        elif not equals and option.without_value is not None:
             found[name] = option.without_value
-            continue
-        if not value:
+        elif not value:
             raise UsageError(f"the option '{name}' requires a value: {usage(name)}")
-        try:
-            found[name] = option.parse(value)
-        except ValueError as error:
-            raise UsageError(f"the value of '{text}' {error}") from None
+        else:
+            try:
+                found[name] = option.parse(value)
+            except ValueError as error:
+                raise UsageError(f"the value of '{text}' {error}") from None
     return found
 
 
