@@ -159,7 +159,7 @@ def open_transport(path: str) -> Transport:
         # ENXIO, ENODEV: Xen does not run, or this is another device.
         if error.errno in (errno.ENXIO, errno.ENODEV):
             raise StoreUnavailable(f"{path}: {error.strerror}", NO_STORE_HINT) from error
-        # Of a path that is too long Python tells no errno, and of others no path.
+        # connect(2) does not name the path, and Python gives no errno if the path is too long.
         number = error.errno or errno.ENAMETOOLONG
         raise OSError(number, error.strerror or str(error), path) from error
     raise StoreUnavailable(
