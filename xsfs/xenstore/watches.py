@@ -170,7 +170,7 @@ class Watches:
         """Watches to be removed, in the order in which they were left."""
         self._last_token = 0
         self._answered_at = 0.0
-        """When the store last answered a WATCH."""
+        """When the store last answered a WATCH or UNWATCH."""
         self._first_watch = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
@@ -302,6 +302,7 @@ class Watches:
             (reply,) = await connection.pipeline(
                 self._home.as_sent((protocol.unwatch(watch.path, watch.token),)), 0, deadline
             )
+            self._answered_at = trio.current_time()
             is_removed = isinstance(reply, bytes) or reply.name == "ENOENT"
         except StoreError as error:
             log.info("a watch could not be removed: %s", error)
