@@ -18,7 +18,7 @@ PACKAGE = Path(xsfs.__file__).parent
 
 ROOMS = {
     "xenstore": {"xenstore"},
-    "embedded": {"embedded", "xenstore.protocol"},
+    "embedded": {"embedded", "xenstore.protocol", "xenstore.background"},
     "view": {"view", "xenstore"},
     "mirror": {"mirror", "view", "xenstore"},
     "fs": {"fs", "view", "xenstore"},

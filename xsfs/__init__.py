@@ -36,18 +36,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "errors": (
-        *("Conflict", "ConnectionLost", "NotFound", "NotSupported", "PermissionDenied"),
-        *("QuotaExceeded", "RequestTimeout", "StoreError", "StoreUnavailable"),
-        *("TransactionEnded", "XenstoreError"),
-    ),
-    "permissions": ("Permission", "Permissions", "format_permissions", "parse_permissions"),
-    "store": ("Store", "Transaction", "open_store"),
-    "watches": ("Subscription",),
-}
-"""The modules of xsfs.xenstore, and the names that come from each."""
-
 __all__ = [
     "Conflict",
     "ConnectionLost",
@@ -73,11 +61,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name when it is first used.  `xsfs --help` and xsfs-watch need none of them, and trio
-    takes a tenth of a second to load."""
-    for module, names in _MODULES.items():
-        if name in names:
-            found = getattr(import_module(f"xsfs.xenstore.{module}"), name)
-            globals()[name] = found
-            return found
+    """Import a name when it is used.  `xsfs --help` and xsfs-watch need none of them, and trio takes a
+    tenth of a second to load."""
+    if name in __all__:
+        for module in ("errors", "permissions", "store", "watches"):
+            contents = vars(import_module(f"xsfs.xenstore.{module}"))
+            if name in contents:
+                return contents[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -93,6 +95,19 @@ def test_no_xenstore(tmp_path: Path, mountpoint: Path) -> None:
     refused(xsfs(tmp_path / "file", mountpoint), 3, "neither a socket nor a device")
 
 
+def test_a_socket_s_path_may_be_too_long_for_the_kernel(
+    tmp_path: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    monkeypatch.chdir(deep)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        refused(xsfs(deep / "socket", mountpoint), 3, f"{deep}/socket: AF_UNIX path too long")
+    listen = f"listen={deep}/new"
+    refused(xsfs("-o", listen, "embedded", mountpoint), 3, f"{deep}/new: AF_UNIX path too long")
+
+
 def test_a_daemon_that_has_gone(mountpoint: Path) -> None:
     with RealXenstored("C") as daemon:
         daemon.kill()
@@ -106,6 +121,25 @@ def test_a_daemon_that_does_not_answer(mountpoint: Path) -> None:
         daemon.pause()
         refused(xsfs("-o", "timeout=1", daemon.socket, mountpoint), 3, "did not answer")
         daemon.resume()
+
+
+def test_ctrl_c_before_the_mount(tmp_path: Path, mountpoint: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "socket"))
+        silent.listen()
+        silent.settimeout(LIMIT)
+        with subprocess.Popen(
+            [sys.executable, "-m", "xsfs", tmp_path / "socket", mountpoint],
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as running:
+            connection, _ = silent.accept()
+            with connection:
+                os.killpg(running.pid, signal.SIGINT)
+                _, said = running.communicate(timeout=LIMIT)
+    assert said == "xsfs: ending: SIGINT\nxsfs: interrupted before the mount (try again)\n"
+    assert running.returncode == 8
 
 
 def test_no_right_to_connect(daemon: RealXenstored, mountpoint: Path) -> None:

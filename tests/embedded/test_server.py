@@ -10,14 +10,18 @@ import itertools
 import os
 import socket
 import stat
+import subprocess
+import sys
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import trio
+import trio.testing
 
 from tests.support.messages import Message, messages_of
 from xsfs.embedded import server
@@ -228,6 +232,52 @@ def test_clients_that_flood_leave_others_their_turns(monkeypatch: pytest.MonkeyP
     run(test)
 
 
+FLOOD = """
+import select, socket, sys
+sockets = {number: socket.socket(fileno=number) for number in map(int, sys.argv[2:])}
+poll = select.poll()
+for number in sockets:
+    poll.register(number)
+while True:
+    for number, ready in poll.poll():
+        if ready & select.POLLIN and not sockets[number].recv(1 << 20):
+            sys.exit()
+        if ready & select.POLLOUT:
+            sockets[number].send(bytes.fromhex(sys.argv[1]) * 100, socket.MSG_DONTWAIT)
+"""
+"""Sends a message over sockets, as often as the other ends allow, and reads the replies."""
+
+
+def test_four_floods_hold_up_other_tasks_for_two_milliseconds_at_most() -> None:
+    """By the clock of the thread, which other processes cannot make late."""
+    op, body = protocol.write(b"/flood", b"x")
+    message = protocol.encode(op, 5, 0, body)
+
+    async def test() -> None:
+        async with serving() as store:
+            sockets = [store.connect() for _ in range(4)]
+            descriptors = [str(sock.fileno()) for sock in sockets]
+            flood = subprocess.Popen(
+                [sys.executable, "-c", FLOOD, message.hex(), *descriptors],
+                pass_fds=[sock.fileno() for sock in sockets],
+            )
+            with flood, ExitStack() as stack:
+                stack.callback(flood.kill)
+                other = Client(store.connect())
+                while await other.ask(protocol.read(b"/flood")) != b"x":
+                    await trio.sleep(0.01)
+                times = []
+                for _ in range(200):
+                    assert await other.ask(protocol.read(b"/flood")) == b"x"
+                    start = time.thread_time()
+                    await trio.lowlevel.checkpoint()
+                    times.append(time.thread_time() - start)
+            times.sort()
+            assert times[190] < 0.002
+
+    run(test)
+
+
 def test_a_report_does_not_wait_for_a_reader_of_a_fifo(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving() as store:
@@ -266,6 +316,22 @@ def test_a_client_that_does_not_read_replies_is_not_served_further() -> None:
                 message = await slow.receive()
                 assert message is not None
                 assert message.payload == b"x" * 4000
+
+    run(test)
+
+
+def test_clients_that_do_not_read_replies_shorten_nobody_s_turn() -> None:
+    async def test() -> None:
+        async with serving() as store:
+            await Client(store.connect()).ask(protocol.write(b"/a", b"x" * 4000))
+            op, body = protocol.read(b"/a")
+            sockets = [store.connect() for _ in range(4)]
+            for sock in sockets:
+                sock.send(protocol.encode(op, 5, 0, body) * 2000)
+            await trio.testing.wait_all_tasks_blocked()
+            full = [connection for connection in store._requests.connections if connection.full]
+            assert len(full) == len(sockets)
+            assert not store._busy
 
     run(test)
 

@@ -17,6 +17,7 @@ from tests.support.mounting import Place, each_place
 from tests.support.xenstored.harness import XsClient, strings
 from xsfs.view import kinds
 from xsfs.view.names import RAW
+from xsfs.xenstore import watches
 
 ROOT = "/test"
 
@@ -384,8 +385,10 @@ def test_a_large_directory_that_changes_all_the_time(place: Place) -> None:
         store.rm("/large")
 
 
-def test_more_changes_than_can_be_remembered(alive: Live, store: XsClient) -> None:
-    alive.mirror._changes._events_max = 20
+def test_more_changes_than_can_be_remembered(
+    alive: Live, store: XsClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watches, "EVENTS_MAX", 20)
     store.pipeline(("WRITE", strings(f"/test/{n % 10}/{n}") + b"v") for n in range(1000))
     alive.settle()
     store.pipeline(("RM", strings(f"/test/{n % 10}/{n}")) for n in range(990))

@@ -93,6 +93,7 @@ OLDEST = ("pyfuse3==3.4.2", "trio==0.22.0")
 """Versions that are as old as those that distributions have, or nearly so."""
 
 TESTED_WITH_OLDEST = (
+    "tests/embedded/test_server.py",
     "tests/fs/test_watch_files.py",
     "tests/fs/test_transactions.py",
     "tests/fs/test_opening.py",

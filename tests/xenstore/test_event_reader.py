@@ -19,7 +19,6 @@ from tests.support.mounting import LIMIT, mounted
 from tests.support.programs import program
 from tests.support.xenstored.harness import RealXenstored, strings
 from xsfs.xenstore.event_reader import HELD_MAX, LATE_BYTES, EventReader
-from xsfs.xenstore.transport import SocketTransport
 
 HOME = "/local/domain/0"
 
@@ -28,7 +27,7 @@ HOME = "/local/domain/0"
 async def pair() -> AsyncIterator[tuple[EventReader, trio.SocketStream]]:
     """A reader, and the peer of its socket."""
     ours, theirs = socket.socketpair()
-    reader = EventReader(SocketTransport(ours))
+    reader = EventReader(ours)
     peer = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
     with trio.fail_after(LIMIT):
         async with peer:

@@ -105,7 +105,7 @@ async def test_a_restart(mortal: Mortal) -> None:
             "transaction": TransactionEnded,
             "watch": ConnectionLost,
         }
-        assert not tx.open
+        assert not tx.is_open
         for call in tx.commit, tx.rollback, lambda: tx.read(base):
             with pytest.raises(TransactionEnded):
                 await call()
@@ -384,6 +384,27 @@ async def test_only_a_whole_time_limit_opens_the_circuit_breaker() -> None:
         with pytest.raises(RequestTimeout):
             await breaker.check()
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("mortal", ["C", "ocaml guest"], indirect=True)
+@trio_test
+async def test_many_who_watch_wait_for_a_silent_daemon_together(mortal: Mortal) -> None:
+    """Not one time limit each."""
+    limit = 1.0
+    outcomes: Outcomes = {}
+    async with opened(mortal.place, timeout=limit) as (store, base), store.watch(base) as events:
+        await anext(events)
+        mortal.daemon.pause()
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for name in map(str, range(20)):
+                subscription = Subscription(f"{base}/{name}".encode())
+                nursery.start_soon(
+                    note, outcomes, name, partial(store.watches.subscribe, subscription)
+                )
+        assert trio.current_time() - start < 3 * limit
+        mortal.daemon.resume()
+    assert set(outcomes.values()) <= {RequestTimeout, ConnectionLost}
 
 
 @trio_test

@@ -39,8 +39,8 @@ async def test_a_transaction_is_seen_when_committed(place: Place) -> None:
             assert sorted(await tx.list(base)) == [b"a", b"b"]
             assert not await store.exists(f"{base}/a")
             assert await store.list(base) == []
-            assert tx.open
-        assert not tx.open
+            assert tx.is_open
+        assert not tx.is_open
         assert await store.read(f"{base}/a") == b"1"
         assert sorted(await store.list(base)) == [b"a", b"b"]
         assert store.transactions == 0
@@ -65,7 +65,7 @@ async def test_a_transaction_that_fails_changes_nothing(place: Place) -> None:
         async with store.transaction() as tx:
             await tx.write(f"{base}/a", "1")
             await tx.rollback()
-            assert not tx.open
+            assert not tx.is_open
         assert not await store.exists(f"{base}/a")
 
 

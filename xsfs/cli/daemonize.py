@@ -12,8 +12,11 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import os
+import signal
 import sys
 from contextlib import suppress
+
+from xsfs.cli.exit_statuses import EXIT_INTERRUPTED, MountError
 
 READY = b"\0"
 SYSLOG = "/dev/log"
@@ -26,6 +29,8 @@ class Background:
         reading, writing = os.pipe()
         self.in_foreground = os.fork() != 0
         if self.in_foreground:
+            # Ctrl-C interrupts the child, too, which reports it.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             os.close(writing)
             self._pipe = reading
         else:
@@ -41,8 +46,8 @@ class Background:
             sys.exit(status[0] if status else 1)
 
     def ready(self) -> None:
-        """In the child: leave the terminal, and release the parent.  Raises BrokenPipeError if the
-        parent has gone."""
+        """In the child: leave the terminal, and release the parent.  Raises MountError if the parent has
+        ended."""
         log_to_syslog()
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
@@ -51,7 +56,12 @@ class Background:
         if null > 2:
             os.close(null)
         os.chdir("/")
-        os.write(self._pipe, READY)
+        try:
+            os.write(self._pipe, READY)
+        except BrokenPipeError:
+            raise MountError(
+                EXIT_INTERRUPTED, "the process that waited for the mount has ended", "try again"
+            ) from None
         os.close(self._pipe)
 
     def failed(self, status: int, message: str) -> None:
@@ -63,12 +73,7 @@ class Background:
 
 
 def log_to_syslog() -> None:
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
+    handler: logging.Handler = logging.NullHandler()
     if os.path.exists(SYSLOG):
         handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
-        handler.setFormatter(logging.Formatter(f"xsfs[{os.getpid()}]: %(message)s"))
-        root.addHandler(handler)
-    else:
-        root.addHandler(logging.NullHandler())
+    logging.basicConfig(handlers=[handler], format=f"xsfs[{os.getpid()}]: %(message)s", force=True)

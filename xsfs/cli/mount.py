@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Final
 
 import pyfuse3
@@ -47,7 +47,7 @@ from xsfs.xenstore.event_reader import SWITCH_SECONDS
 from xsfs.xenstore.protocol import decode_names, directory, directory_part, read
 from xsfs.xenstore.reconnect import Connect
 from xsfs.xenstore.store import Store, open_store
-from xsfs.xenstore.transport import NO_STORE_HINT, SocketTransport, find_store
+from xsfs.xenstore.transport import NO_STORE_HINT, SocketTransport, find_store, open_transport
 
 log = logging.getLogger(__name__)
 
@@ -92,64 +92,62 @@ def mount(options: Options) -> None:
         background.wait()
         return
     try:
-        if not trio.run(_serve, options, _ready_of(background)):
-            raise MountError(EXIT_INTERRUPTED, "interrupted before the mount", "try again")
+        _run(options, background)
     except MountError as error:
         if background is None:
             raise
         background.failed(error.status, str(error))
 
 
-def _ready_of(background: Background | None) -> Callable[[], None]:
-    """The function to call when the tree is usable."""
-
-    def ready() -> None:
-        try:
-            if background is not None:
-                background.ready()
-        except BrokenPipeError:
-            raise MountError(
-                EXIT_INTERRUPTED, "the process that waited for the mount has ended", "try again"
-            ) from None
-
-    return ready
+def _run(options: Options, background: Background | None) -> None:
+    try:
+        if not trio.run(_serve, options, background):
+            raise MountError(EXIT_INTERRUPTED, "interrupted before the mount", "try again")
+    except StoreUnavailable as error:
+        exit_status = EXIT_DENIED if error.denied else EXIT_NO_STORE
+        raise MountError(exit_status, str(error), error.hint) from error
+    except StoreError as error:
+        raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
 
 
-async def _serve(options: Options, ready: Callable[[], None]) -> bool:
+async def _serve(options: Options, background: Background | None) -> bool:
     """Returns whether the tree was ever usable."""
     # The objects that exist by now stay: the collector need not look at them again.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     was_ready = False
-    with (
-        trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals,
-        trio.CancelScope() as scope,
-    ):
+    source = _source(options)
+    with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals, trio.CancelScope() as scope:
         # A signal cancels the last of these.  Once mounted this is the serving alone, because open
         # files need the connections for what they have not yet written.
         ended = [scope]
-        async with open_background() as background_tasks, _connect(options) as connect:
+        async with open_background() as background_tasks, _connect(options, source) as connect:
             background_tasks.start_soon(_obey_signals, signals, ended)
-            async with _store(options, connect) as store:
+            async with open_store(timeout=options.timeout, connect=connect) as store:
                 view = await _view(options, store)
                 async with _mirror(options, connect, view) as mirror:
-                    about = {"store": _source(options), "daemon": await _daemon(options, store)}
+                    about = {"store": source, "daemon": await _daemon(options, store)}
                     transactions = Transactions(background_tasks, view, options.tx_timeout)
                     operations = _operations(options, view, mirror, transactions, about)
                     _fuse_mount(operations, options)
+
+                    def description() -> str:
+                        return status(f"{view.root.decode()} of {source} at {options.mountpoint}")
+
                     if view.domid:
 
                         def on_move() -> None:
                             if mirror is not None:
                                 mirror.move_home(view.domid)
-                            notify(status(_description(options, view)))
+                            notify(description())
 
                         background_tasks.start_soon(
                             follow_home, view, operations, transactions, on_move
                         )
                     try:
-                        ready()
-                        notify(READY, status(_description(options, view)))
+                        if background is not None:
+                            background.ready()
+                        notify(READY, description())
                         was_ready = True
                         sys.setswitchinterval(SWITCH_SECONDS)
                         with trio.CancelScope() as serving:
@@ -160,13 +158,8 @@ async def _serve(options: Options, ready: Callable[[], None]) -> bool:
     return was_ready
 
 
-def _description(options: Options, view: View) -> str:
-    """The store, its path and the mountpoint, in words."""
-    return f"{view.root.decode()} of {_source(options)} at {options.mountpoint}"
-
-
 def _source(options: Options) -> str:
-    """The socket or device that is mounted, or `embedded`."""
+    """The socket or device that is mounted, the other host, or `embedded`."""
     if options.source is None or options.source in AUTOMATIC_SOURCES:
         return find_store(os.environ)
     return options.source
@@ -184,16 +177,10 @@ async def _answer_the_kernel() -> None:
     """Returns when the file system has been unmounted."""
     try:
         await pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
-    except* OSError as failures:
-        # The kernel reports ECONNABORTED if requests were still in its queue at the unmount: the
-        # RELEASEs of files just closed.  `Operations.end` releases their handles.
-        if failures.split(_is_abort)[1] is not None:
-            raise
+    except* ConnectionAbortedError:
+        # The kernel reports it if requests were still in its queue at the unmount: the RELEASEs of files
+        # just closed.  `Operations.end` releases their handles.
         log.info("unmounted with requests still in the kernel's queue")
-
-
-def _is_abort(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.ECONNABORTED
 
 
 async def _obey_signals(signals: AsyncIterator[int], ended: Sequence[trio.CancelScope]) -> None:
@@ -210,44 +197,19 @@ async def _obey_signals(signals: AsyncIterator[int], ended: Sequence[trio.Cancel
 
 
 @asynccontextmanager
-async def _store(options: Options, connect: Connect | None) -> AsyncIterator[Store]:
-    """The store to mount.  Raises MountError if it does not answer."""
-    path = options.source
-    if options.embedded or path in AUTOMATIC_SOURCES:
-        path = None
-    try:
-        async with open_store(path, timeout=options.timeout, connect=connect) as store:
-            yield store
-    except StoreUnavailable as error:
-        raise _unavailable(error) from error
-    except StoreError as error:
-        raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
-
-
-def _unavailable(error: StoreUnavailable) -> MountError:
-    status = EXIT_DENIED if error.denied else EXIT_NO_STORE
-    return MountError(status, str(error), error.hint)
-
-
-@asynccontextmanager
-async def _connect(options: Options) -> AsyncIterator[Connect | None]:
-    """Run what makes connections to the source, and give the function that does.
-
-    The embedded store, or ssh to another host.  None for a real store of this host.  Raises MountError.
-    """
+async def _connect(options: Options, source: str) -> AsyncIterator[Connect]:
+    """The function that connects to the source; the embedded store or ssh runs as long as the block."""
     if options.destination is not None:
         from xsfs.xenstore.ssh import open_forward
 
-        try:
-            async with open_forward(
-                options.destination, timeout=options.timeout, command=options.ssh_command
-            ) as forward:
-                yield forward.connect
-        except StoreUnavailable as error:
-            raise _unavailable(error) from error
+        async with open_forward(
+            options.destination, timeout=options.timeout, command=options.ssh_command
+        ) as forward:
+            yield forward.connect
         return
     if not options.embedded:
-        yield None
+        # xsfs connects later, too, and has changed its working directory by then.
+        yield partial(open_transport, os.path.abspath(source))
         return
     # A real store does not need it, and loading it is a thirtieth of the time until the mount.
     from xsfs.embedded.server import EmbeddedStore
@@ -261,7 +223,7 @@ async def _connect(options: Options) -> AsyncIterator[Connect | None]:
             except OSError as error:
                 raise MountError(
                     EXIT_NO_STORE,
-                    f"cannot listen at {options.listen}: {error.strerror}",
+                    f"cannot listen at {options.listen}: {error.strerror or error}",
                     "choose another path for the socket",
                 ) from None
         yield lambda: SocketTransport(embedded.connect(options.domid), same_loop=True)
@@ -305,9 +267,7 @@ async def _view(options: Options, store: Store) -> View:
 
 
 @asynccontextmanager
-async def _mirror(
-    options: Options, connect: Connect | None, view: View
-) -> AsyncIterator[Mirror | None]:
+async def _mirror(options: Options, connect: Connect, view: View) -> AsyncIterator[Mirror | None]:
     """The live mirror, complete; None without the option.  Raises MountError."""
     if options.mirror is None:
         yield None
@@ -321,7 +281,10 @@ async def _mirror(
     except MirrorPlaceError as error:
         raise MountError(EXIT_MIRROR, str(error), error.hint) from error
     try:
-        async with _store(options, connect) as store, open_background() as background_tasks:
+        async with (
+            open_store(timeout=options.timeout, connect=connect) as store,
+            open_background() as background_tasks,
+        ):
             if view.domid:
                 store.home.move(view.home)
             own = View(store, view.domid, view.root, view.content, view.sticky)

@@ -24,69 +24,54 @@ def check_mountpoint(path: str) -> None:
     """Raises MountError if xsfs cannot be mounted at `path`."""
     if path.startswith("/dev/fd/"):
         return  # mount.fuse3 has opened and mounted it already (drop_privileges)
+    if fault := _fault_of(path):
+        raise MountError(EXIT_MOUNTPOINT, *fault)
+
+
+def _fault_of(path: str) -> tuple[str, str] | None:
+    """Why xsfs cannot be mounted there, and a hint."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        raise MountError(
-            EXIT_MOUNTPOINT, f"the mountpoint {path} does not exist", f"mkdir -p {path}"
-        ) from None
+        return f"the mountpoint {path} does not exist", f"mkdir -p {path}"
     except OSError as error:
         hint = "choose another directory"
         if error.errno == errno.ENOTCONN:
             hint = f"the file system there has died: umount {path}"
         elif _is_mounted(path):  # another user's: stat(2) fails with EACCES
             hint = f"umount {path} first"
-        raise MountError(
-            EXIT_MOUNTPOINT, f"the mountpoint {path} is unusable: {error.strerror}", hint
-        ) from None
+        return f"the mountpoint {path} is unusable: {error.strerror}", hint
     if not stat.S_ISDIR(found.st_mode):
-        raise MountError(
-            EXIT_MOUNTPOINT, f"the mountpoint {path} is not a directory", "choose a directory"
-        )
+        return f"the mountpoint {path} is not a directory", "choose a directory"
     place = os.path.realpath(path)
     if place in SYSTEM_DIRECTORIES or place.startswith(KERNEL_TREES):
-        raise MountError(
-            EXIT_MOUNTPOINT,
-            f"the mountpoint {path} belongs to the system",
-            "choose another directory, such as /mnt/xenstore",
-        )
+        hint = "choose another directory, such as /mnt/xenstore"
+        return f"the mountpoint {path} belongs to the system", hint
     if _is_mounted(path):
-        raise MountError(EXIT_MOUNTPOINT, f"{path} is already an xsfs mount", "umount it first")
-    if os.geteuid() != 0:
-        _check_access(path, found)
-
-
-def _check_access(path: str, found: os.stat_result) -> None:
-    """fusermount3 demands this of a mountpoint if the user is not root."""
+        return f"{path} is already an xsfs mount", "umount it first"
+    if os.geteuid() == 0:
+        return None
+    # fusermount3 demands this if the user is not root.
     if not os.access(path, os.W_OK):
-        raise MountError(
-            EXIT_MOUNTPOINT,
-            f"no write access to the mountpoint {path}",
-            "choose a directory that you may write to, or run as root",
-        )
+        hint = "choose a directory that you may write to, or run as root"
+        return f"no write access to the mountpoint {path}", hint
     if found.st_mode & stat.S_ISVTX and found.st_uid != os.geteuid():
-        raise MountError(
-            EXIT_MOUNTPOINT,
-            f"the mountpoint {path} is sticky and belongs to another user",
-            "choose a directory that you own, or run as root",
-        )
+        hint = "choose a directory that you own, or run as root"
+        return f"the mountpoint {path} is sticky and belongs to another user", hint
+    return None
 
 
 def _is_mounted(path: str) -> bool:
-    return os.path.realpath(path) in _mounted("fuse.xsfs")
-
-
-def _mounted(kind: str) -> set[str]:
-    """The mountpoints of all file systems of this type: proc(5), mountinfo."""
-    found = set()
+    """Whether an xsfs is mounted there, by proc(5), mountinfo."""
+    path = os.path.realpath(path)
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
-            fields, _, rest = line.partition(" - ")
-            if rest.split(" ", 1)[0] == kind:
-                path = fields.split(" ")[4]
-                # The kernel writes blanks, tabs, newlines and backslashes as octal numbers.
-                found.add(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path))
-    return found
+            fields = line.split(" ")
+            # The kernel writes blanks, tabs, newlines and backslashes as octal numbers.
+            place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+            if place == path and fields[fields.index("-") + 1] == "fuse.xsfs":
+                return True
+    return False
 
 
 def check_fuse() -> None:

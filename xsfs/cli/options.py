@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from xsfs.view.ownership import Ownership
 from xsfs.xenstore.errors import DEFAULT_TIMEOUT
+from xsfs.xenstore.permissions import DOMID_FIRST_RESERVED
 from xsfs.xenstore.protocol import check_path
 from xsfs.xenstore.ssh_destination import (
     DEFAULT_SSH,
@@ -29,8 +30,6 @@ AUTOMATIC_SOURCES: Final = frozenset(("xenstore", "none", "auto"))
 DEFAULT_TX_TIMEOUT: Final = 60.0
 
 ID_LIMIT: Final = 0xFFFFFFFF
-DOMID_LIMIT: Final = 0x7FF0
-"""Xen reserves the numbers from here on."""
 
 HELP_WIDTH: Final = 80
 """Columns of a terminal."""
@@ -208,8 +207,8 @@ def _group(text: str) -> int:
 
 
 def _domid(text: str) -> int:
-    if not _is_below(text, DOMID_LIMIT):
-        raise ValueError(f"must be a number below {DOMID_LIMIT}")
+    if not _is_below(text, DOMID_FIRST_RESERVED):
+        raise ValueError(f"must be a number below {DOMID_FIRST_RESERVED}")
     return int(text)
 
 
@@ -220,11 +219,7 @@ OPTIONS: Final[dict[str, Option]] = {
         "mount the tree below PATH (default: the domain's home)",
         "PATH must begin with /. Its node need not exist.",
     ),
-    "raw": Option(
-        None,
-        "",
-        "exact values: do not add or strip a newline",
-    ),
+    "raw": Option(None, "", "exact values: do not add or strip a newline"),
     "ro": Option(
         None,
         "",
@@ -331,30 +326,27 @@ def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
         option = OPTIONS.get(name)
         if text == "rw":
             found["ro"] = False  # the last of the two counts
-            continue
-        if text == REMOUNT:
+        elif text == REMOUNT:
             raise UsageError(
                 "only ro and rw can be changed by a remount: 'mount -i -o remount,bind,ro MOUNTPOINT'; "
                 "umount and mount again for other options"
             )
-        if option is None:
-            if sloppy or text in IGNORED or text.startswith(IGNORED_PREFIXES):
-                continue
-            raise UsageError(f"unknown option '{name}'")
-        if option.parse is None:
+        elif option is None:
+            if not (sloppy or text in IGNORED or text.startswith(IGNORED_PREFIXES)):
+                raise UsageError(f"unknown option '{name}'")
+        elif option.parse is None:
             if equals:
                 raise UsageError(f"the option '{name}' takes no value")
             found[name] = True
-            continue
-        if not equals and option.without_value is not None:
+        elif not equals and option.without_value is not None:
             found[name] = option.without_value
-            continue
-        if not value:
+        elif not value:
             raise UsageError(f"the option '{name}' requires a value: {usage(name)}")
-        try:
-            found[name] = option.parse(value)
-        except ValueError as error:
-            raise UsageError(f"the value of '{text}' {error}") from None
+        else:
+            try:
+                found[name] = option.parse(value)
+            except ValueError as error:
+                raise UsageError(f"the value of '{text}' {error}") from None
     return found
 
 

@@ -44,7 +44,7 @@ def notify(*assignments: str) -> None:
             sock.connect(address)
             sock.send("\n".join(assignments).encode())
     except OSError as error:
-        log.warning("cannot notify the service manager: %s", error.strerror)
+        log.warning("cannot notify the service manager: %s", error)
 
 
 def in_journal(descriptor: int) -> bool:

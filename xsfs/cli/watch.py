@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NoReturn
 
 EXIT_COUNT: Final = 0
@@ -197,10 +197,7 @@ def value_of(path: bytes) -> bytes | None:
 
 _ESCAPES: Final = {
     **{code: f"\\x{code:02x}" for code in (*range(32), *range(127, 256))},
-    **{
-        ord(character): escape
-        for character, escape in (("\\", "\\\\"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t"))
-    },
+    **str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}),
 }
 
 
@@ -293,30 +290,30 @@ def changes(watches: Sequence[Watch], timeout: float | None) -> Iterator[tuple[W
                 os.kill(os.getpid(), signal.SIGPIPE)
                 return
             watch = by_descriptor[descriptor]
-            try:
-                for path in watch.read():
-                    yield watch, path
-            except OSError as error:
-                raise WatchError(f"{_text(watch.path)}: {error.strerror}") from None
-            except WatchError as error:
-                raise WatchError(f"{_text(watch.path)}: {error}") from None
+            with _failure_of(os.fsdecode(watch.path)):
+                paths = list(watch.read())
+            for path in paths:
+                yield watch, path
         if left <= 0:
             return
 
 
-def _text(path: bytes) -> str:
-    return os.fsdecode(path)
+@contextmanager
+def _failure_of(what: str) -> Iterator[None]:
+    """Raise each error as a WatchError that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise WatchError(f"{what}: {error.strerror}") from None
+    except WatchError as error:
+        raise WatchError(f"{what}: {error}") from None
 
 
 def opened(paths: Sequence[bytes]) -> list[Watch]:
     watches = []
     for path in paths:
-        try:
+        with _failure_of(f"cannot watch {os.fsdecode(path)}"):
             watches.append(Watch(path))
-        except OSError as error:
-            raise WatchError(f"cannot watch {_text(path)}: {error.strerror}") from None
-        except WatchError as error:
-            raise WatchError(f"cannot watch {_text(path)}: {error}") from None
     return watches
 
 

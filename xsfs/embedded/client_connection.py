@@ -40,8 +40,6 @@ class RegisteredWatch:
     `number` grows, because a connection gets events in the order of its watches.
     """
 
-    __slots__ = ("connection", "number", "path", "stripped", "token")
-
     def __init__(
         self, connection: ClientConnection, path: bytes, token: bytes, relative: bool
     ) -> None:
@@ -95,17 +93,16 @@ class ClientConnection:
         self._dirty = dirty
         """The connections whose new output no task has tried to send yet."""
         self._nursery = nursery
-        self._out = bytearray()
+        self.unsent = bytearray()
+        """The output that the socket has not accepted."""
         self._queued_events: set[bytes] = set()
         self._drained: trio.Event | None = None
         """Exists while a task sends the rest of the output."""
         self._closed = False
 
-    # -- output
-
     def queue_reply(self, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
         if not self._closed:
-            self._out += protocol.encode(op, req_id, tx_id, payload)
+            self.unsent += protocol.encode(op, req_id, tx_id, payload)
             self._dirty.add(self)
 
     def queue_event(self, path: bytes, token: bytes) -> None:
@@ -116,42 +113,37 @@ class ClientConnection:
             if payload in self._queued_events:
                 return
             self._queued_events.add(payload)
-        if len(self._out) > OUTPUT_MAX:
+        if len(self.unsent) > OUTPUT_MAX:
             self.close()
             return
         self.queue_reply(protocol.Op.WATCH_EVENT, 0, 0, payload)
 
     @property
-    def unsent(self) -> int:
-        """The bytes of output that the socket has not accepted."""
-        return len(self._out)
-
-    @property
     def full(self) -> bool:
-        return self.unsent >= OUTPUT_HIGH
+        return len(self.unsent) >= OUTPUT_HIGH
 
     def flush(self) -> None:
         """Send what the socket accepts without waiting, and let a task send the rest."""
         if self._drained is None and not self._closed:
             self._send()
-            if self._out and not self._closed:
+            if self.unsent and not self._closed:
                 self._drained = trio.Event()
                 self._nursery.start_soon(self._drain, self._drained)
 
     def _send(self) -> None:
         try:
-            sent = self.sock.send(self._out)
+            sent = self.sock.send(self.unsent)
         except BlockingIOError:
             return
         except OSError:
             self.close()
             return
-        del self._out[:sent]
+        del self.unsent[:sent]
         self._queued_events.clear()
 
     async def _drain(self, drained: trio.Event) -> None:
         try:
-            while self._out and not self._closed:
+            while self.unsent and not self._closed:
                 await trio.lowlevel.wait_writable(self.sock)
                 self._send()
         finally:
@@ -166,10 +158,8 @@ class ClientConnection:
     def close(self) -> None:
         """Discard the output and cancel the connection's tasks; its reading task cleans up."""
         self._closed = True
-        self._out.clear()
+        self.unsent.clear()
         self._nursery.cancel_scope.cancel()
-
-    # -- transactions
 
     def new_transaction_number(self) -> int:
         while True:

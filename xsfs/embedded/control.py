@@ -50,37 +50,37 @@ class MemoryReport(NamedTuple):
             file.write(self.text)
 
 
+Result = bytes | MemoryReport | None
+"""The payload of the reply, None for OK; or a report, and the reply is OK once the caller has written it."""
+
+
 def run(
     database: Database, connections: Collection[ClientConnection], strings: list[bytes]
-) -> bytes | MemoryReport:
-    """The payload of the reply; or a report, and the reply is OK once the caller has written it.
-
-    Refused (EINVAL) for an unknown command or wrong arguments, (ENOENT) for an unknown domain.
-    """
+) -> Result:
+    """Refused (EINVAL) for an unknown command or wrong arguments, (ENOENT) for an unknown domain."""
     match strings:
         case [b"help"]:
             return _HELP
         case [b"check"]:
-            return OK
+            pass
         case [b"print", text]:
             log.info("control: %s", text.decode("ascii", "backslashreplace"))
-            return OK
         case [b"quota"]:
             return _settings(database.quotas)
         case [b"quota", b"set", name, value]:
-            return _set_quota(database.quotas, name, signed(unsigned(value)))
+            _set_quota(database.quotas, name, signed(unsigned(value)))
         case [b"quota", domid] if domid != b"set":
             return _usage(database, unsigned(domid))
         case [b"memreport"]:
             # xenstored appends it to its trace file.
             for line in _memory(database, connections):
                 log.info("memreport: %s", line)
-            return OK
         case [b"memreport", path]:
             lines = _memory(database, connections)
             return MemoryReport(path, "".join(line + "\n" for line in lines))
         case _:
             raise Refused("EINVAL")
+    return None
 
 
 def _attribute(name: bytes) -> str:
@@ -88,28 +88,26 @@ def _attribute(name: bytes) -> str:
 
 
 def _settings(quotas: Quotas) -> bytes:
-    lines = [
-        f"{name.decode():<17}: {getattr(quotas, _attribute(name)):>8} {description}\n"
-        for name, description in _QUOTAS.items()
-    ]
-    return "".join(["Quota settings:\n", *lines, "\0"]).encode()
+    text = "Quota settings:\n"
+    for name, description in _QUOTAS.items():
+        text += f"{name.decode():<17}: {getattr(quotas, _attribute(name)):>8} {description}\n"
+    return text.encode() + b"\0"
 
 
-def _set_quota(quotas: Quotas, name: bytes, value: int) -> bytes:
+def _set_quota(quotas: Quotas, name: bytes, value: int) -> None:
     if value < 1 or name not in _QUOTAS:
         raise Refused("EINVAL")
     setattr(quotas, _attribute(name), value)
-    return OK
 
 
 def _usage(database: Database, domid: int) -> bytes:
     domain = database.domains.known.get(domid)
     if domain is None:
         raise Refused("ENOENT")
-    lines = [
-        f"{name:<16}: {getattr(domain, name):>8}\n" for name in ("nodes", "watches", "transactions")
-    ]
-    return "".join([f"Domain {domid}:\n", *lines, "\0"]).encode()
+    text = f"Domain {domid}:\n"
+    for name in ("nodes", "watches", "transactions"):
+        text += f"{name:<16}: {getattr(domain, name):>8}\n"
+    return text.encode() + b"\0"
 
 
 def _memory(database: Database, connections: Collection[ClientConnection]) -> list[str]:
@@ -118,7 +116,7 @@ def _memory(database: Database, connections: Collection[ClientConnection]) -> li
         f"nodes: {database.node_count}",
         *(
             f"connection of domain {connection.domid}: {len(connection.watches)} watches, "
-            f"{len(connection.transactions)} transactions, {connection.unsent} bytes unsent"
+            f"{len(connection.transactions)} transactions, {len(connection.unsent)} bytes unsent"
             for connection in connections
         ),
     ]

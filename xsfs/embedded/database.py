@@ -49,6 +49,9 @@ from xsfs.embedded.record import (
 )
 from xsfs.embedded.transaction import MISSING, DatabaseTransaction
 
+Tx = DatabaseTransaction | None
+"""The transaction of a request; None for a request outside of transactions."""
+
 
 class Database:
     def __init__(self, changed: Callable[[Change], None]) -> None:
@@ -67,7 +70,7 @@ class Database:
 
     # -- finding a node
 
-    def _lookup(self, path: bytes, tx: DatabaseTransaction | None) -> Record | None:
+    def _lookup(self, path: bytes, tx: Tx) -> Record | None:
         """The record that the request sees, whatever its permissions."""
         if tx is None:
             return self._records.get(path)
@@ -76,9 +79,7 @@ class Database:
             return accessed.record
         return tx.access(path, self._records.get(path))
 
-    def _find(
-        self, domid: int, path: bytes, needed: int, tx: DatabaseTransaction | None
-    ) -> Record | None:
+    def _find(self, domid: int, path: bytes, needed: int, tx: Tx) -> Record | None:
         """The record, if the domain has all the permissions `needed`.
 
         None if the node is missing and the domain may know that; otherwise Refused (EACCES).
@@ -88,20 +89,15 @@ class Database:
         record = self._lookup(path, tx)
         if record is not None and self.domains.access(domid, record.perms) & needed == needed:
             return record
-        ancestor = self._nearest(parent_of(path), tx)
+        ancestor = None
+        while ancestor is None:
+            path = parent_of(path)
+            ancestor = self._lookup(path, tx)
         if record is not None or not self.domains.access(domid, ancestor.perms) & needed:
             raise Refused("EACCES")
         return None
 
-    def _nearest(self, path: bytes, tx: DatabaseTransaction | None) -> Record:
-        """The record of `path`, or else of its nearest ancestor."""
-        while True:
-            record = self._lookup(path, tx)
-            if record is not None:
-                return record
-            path = parent_of(path)
-
-    def readable(self, domid: int, path: bytes, tx: DatabaseTransaction | None = None) -> Record:
+    def readable(self, domid: int, path: bytes, tx: Tx = None) -> Record:
         """The record for READ, DIRECTORY and GET_PERMS.  The caller must not keep it."""
         record = self._find(domid, path, READ, tx)
         if record is None:
@@ -110,28 +106,26 @@ class Database:
 
     # -- changing a node
 
-    def _modified(self, path: bytes, record: Record, tx: DatabaseTransaction | None) -> None:
+    def _modified(self, path: bytes, record: Record, tx: Tx) -> None:
         """The request has changed the record."""
         self._generation += 1
         record.generation = self._generation
         if tx is not None:
             tx.accessed[path].modified = True
 
-    def _check_size(self, domid: int, size: int, tx: DatabaseTransaction | None) -> None:
+    def _check_size(self, domid: int, size: int, tx: Tx) -> None:
         if domid != DOM0 and size >= self.quotas.node_size:
             if tx is not None:
                 tx.failed = True
             raise Refused("ENOSPC")
 
-    def _count(self, owner: int, difference: int, tx: DatabaseTransaction | None) -> None:
+    def _count(self, owner: int, difference: int, tx: Tx) -> None:
         if tx is not None:
             tx.count(owner, difference)
         elif domain := self.domains.find(owner):
             domain.nodes += difference
 
-    def _notify(
-        self, path: bytes, exact: bool, tx: DatabaseTransaction | None, perms: Perms, *old: Perms
-    ) -> None:
+    def _notify(self, path: bytes, exact: bool, tx: Tx, perms: Perms, *old: Perms) -> None:
         """Report a change of the node, whose permissions are now `perms`."""
         if tx is not None:
             tx.queue_event(path, exact)
@@ -142,9 +136,7 @@ class Database:
             readable_by += (parent.perms,)
         self._changed(Change(path, exact, readable_by))
 
-    def write(
-        self, domid: int, path: bytes, value: bytes, tx: DatabaseTransaction | None = None
-    ) -> None:
+    def write(self, domid: int, path: bytes, value: bytes, tx: Tx = None) -> None:
         record = self._find(domid, path, WRITE, tx)
         if record is None:
             record = self._create(domid, path, value, tx)
@@ -154,14 +146,12 @@ class Database:
             self._modified(path, record, tx)
         self._notify(path, False, tx, record.perms)
 
-    def mkdir(self, domid: int, path: bytes, tx: DatabaseTransaction | None = None) -> None:
+    def mkdir(self, domid: int, path: bytes, tx: Tx = None) -> None:
         if self._find(domid, path, WRITE, tx) is None:
             record = self._create(domid, path, b"", tx)
             self._notify(path, False, tx, record.perms)
 
-    def _create(
-        self, domid: int, path: bytes, value: bytes, tx: DatabaseTransaction | None
-    ) -> Record:
+    def _create(self, domid: int, path: bytes, value: bytes, tx: Tx) -> Record:
         """Create the node and all its missing ancestors."""
         missing = [path]
         while (parent := self._lookup(parent_of(missing[-1]), tx)) is None:
@@ -187,7 +177,7 @@ class Database:
         self._modified(parent_of(missing[-1]), parent, tx)
         return lowest
 
-    def _place(self, path: bytes, record: Record, tx: DatabaseTransaction | None) -> None:
+    def _place(self, path: bytes, record: Record, tx: Tx) -> None:
         if tx is None:
             self._records[path] = record
         else:
@@ -196,13 +186,7 @@ class Database:
         self._count(record.perms[0].domid, 1, tx)
 
     def _check_creation(
-        self,
-        domid: int,
-        missing: list[bytes],
-        parent: Record,
-        perms: Perms,
-        value: bytes,
-        tx: DatabaseTransaction | None,
+        self, domid: int, missing: list[bytes], parent: Record, perms: Perms, value: bytes, tx: Tx
     ) -> None:
         """Refused (ENOSPC) if the quotas do not allow the domain to create the missing nodes."""
         if domid == DOM0:
@@ -217,9 +201,7 @@ class Database:
         child_bytes = parent.child_bytes + len(name_of(missing[-1])) + 1
         self._check_size(domid, record_size(parent.value, parent.perms, child_bytes), tx)
 
-    def set_perms(
-        self, domid: int, path: bytes, texts: list[bytes], tx: DatabaseTransaction | None = None
-    ) -> None:
+    def set_perms(self, domid: int, path: bytes, texts: list[bytes], tx: Tx = None) -> None:
         if domid != DOM0 and len(texts) > self.quotas.permissions:
             raise Refused("ENOSPC")
         perms = self.domains.resolve(parse_perms(texts))
@@ -244,7 +226,7 @@ class Database:
 
     # -- removal
 
-    def rm(self, domid: int, path: bytes, tx: DatabaseTransaction | None = None) -> None:
+    def rm(self, domid: int, path: bytes, tx: Tx = None) -> None:
         if self._find(domid, path, WRITE, tx) is None:
             if self._lookup(parent_of(path), tx) is None:
                 raise Refused("ENOENT")
@@ -253,7 +235,7 @@ class Database:
             raise Refused("EINVAL")
         self._remove(path, tx)
 
-    def _remove(self, path: bytes, tx: DatabaseTransaction | None) -> None:
+    def _remove(self, path: bytes, tx: Tx) -> None:
         """Remove the tree at `path`, the deepest nodes first.  Events below `path` are exact."""
         parent = self._lookup(parent_of(path), tx)
         if parent is None:
@@ -270,7 +252,7 @@ class Database:
         parent.remove_child(name)
         self._modified(parent_of(path), parent, tx)
 
-    def _remove_tree(self, top: bytes, tx: DatabaseTransaction | None) -> None:
+    def _remove_tree(self, top: bytes, tx: Tx) -> None:
         record = self._lookup(top, tx)
         if record is None:
             raise Refused("ENOENT")
@@ -287,21 +269,16 @@ class Database:
                 stack.append((below, child, iter(tuple(child.children.values()))))
                 continue
             stack.pop()
-            self._remove_one(path, record, path != top, tx)
-            if stack and tx is not None:
-                # It shows if the database refuses the rest of the removal.
-                stack[-1][1].remove_child(name_of(path))
-
-    def _remove_one(
-        self, path: bytes, record: Record, exact: bool, tx: DatabaseTransaction | None
-    ) -> None:
-        self._notify(path, exact, tx, record.perms)
-        if tx is None:
-            del self._records[path]
-        else:
+            self._notify(path, path != top, tx, record.perms)
+            self._count(record.perms[0].domid, -1, tx)
+            if tx is None:
+                del self._records[path]
+                continue
             tx.accessed[path].record = None
             tx.accessed[path].modified = True
-        self._count(record.perms[0].domid, -1, tx)
+            if stack:
+                # It shows if the database refuses the rest of the removal.
+                stack[-1][1].remove_child(name_of(path))
 
     # -- transactions
 
@@ -368,9 +345,9 @@ class Database:
         ValueError if no guest can have this domid.
         """
         earlier = self.domains.known.get(domid)
-        if earlier is not None and earlier.ended:
+        if earlier is not None and domid not in self.domains.existing:
             # xenstored crashes here.
-            self._forget(earlier)
+            self.forget(earlier)
         return self.domains.create(domid)
 
     def introduce(self, domid: int) -> None:
@@ -380,27 +357,21 @@ class Database:
             domain.introduced = True
             self._changed(self.domains.special(INTRODUCE_DOMAIN))
 
-    def release(self, domid: int) -> None:
-        """Forget the domain, which may still exist."""
-        self._forget(self.domains.known[domid])
-
     def destroy(self, domid: int) -> None:
         """The domain no longer exists.  The store forgets it when no other domain holds it."""
-        self.domains.destroy(domid)
+        self.domains.existing.discard(domid)
         domain = self.domains.known.get(domid)
-        if domain is None or domid == DOM0:
-            return
-        if domain.holders:
-            domain.ended = True
-        else:
-            self._forget(domain)
+        if domain is not None and not domain.holders:
+            self.forget(domain)
 
-    def _forget(self, domain: Domain) -> None:
-        """Remove the domain's nodes and void its permissions; so for all it was the last to hold."""
-        domain.ended = False
+    def forget(self, domain: Domain) -> None:
+        """Remove the domain's nodes and void its permissions; so for all it was the last to hold.
+
+        The domain may still exist.
+        """
         ending = [domain]
         for one in ending:
-            ending += self.domains.drop_holds(one)
+            ending += [other for other in self.domains.drop_holds(one) if other not in ending]
         # As in xenstored, a target ends before the domain that held it.
         for one in reversed(ending):
             self._remove_owned(one)

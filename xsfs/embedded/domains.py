@@ -13,16 +13,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from xsfs.embedded.record import (
-    ALL,
-    OWNER,
-    PATH_MAX,
-    READ,
-    WRITE,
-    PermissionEntry,
-    Perms,
-    Refused,
-)
+from xsfs.embedded.record import ALL, OWNER, PATH_MAX, READ, WRITE, PermissionEntry, Perms, Refused
 
 DOM0: Final = 0
 DOMID_LIMIT: Final = 0x7FF0
@@ -70,7 +61,6 @@ class Domain:
     target   the domain whose permissions it has, too
     holders  the domains that have had this one as their target, in the order of SET_TARGET.  As in
              xenstored, a domain that ends stays known until the last of them ends.
-    ended    it no longer exists, and only its holders keep it known
     """
 
     domid: int
@@ -78,7 +68,6 @@ class Domain:
     introduced: bool = False
     target: Domain | None = None
     holders: dict[Domain, None] = field(default_factory=dict)
-    ended: bool = False
     nodes: int = 0
     watches: int = 0
     transactions: int = 0
@@ -86,7 +75,9 @@ class Domain:
 
 class Domains:
     def __init__(self) -> None:
-        self._existing = {DOM0}
+        self.existing = {DOM0}
+        """The domids of the domains that exist.  If a known domain is not among them, it has ended, and only
+        its holders keep it known."""
         self._incarnations = itertools.count()
         self.known: dict[int, Domain] = {}
         dom0 = self._add(DOM0)
@@ -99,23 +90,19 @@ class Domains:
         domain = self.known[domid] = Domain(domid, next(self._incarnations))
         return domain
 
-    # -- permissions
-
     def access(self, domid: int, perms: Perms) -> int:
         """READ, WRITE and OWNER, as far as `perms` give them to the domain or to its target."""
         if domid == DOM0:
             return ALL
         domain = self.known[domid]
-        target = domain.target
-        owner, others, _ = perms[0]
-        if owner == domid or (target is not None and owner == target.domid):
+        actors = [domain] if domain.target is None else [domain, domain.target]
+        owner = perms[0]
+        if any(owner.domid == actor.domid for actor in actors):
             return ALL
-        for _, bits, incarnation in perms[1:]:
-            if incarnation == domain.incarnation or (
-                target is not None and incarnation == target.incarnation
-            ):
-                return bits
-        return others
+        for entry in perms[1:]:
+            if any(entry.incarnation == actor.incarnation for actor in actors):
+                return entry.bits
+        return owner.bits
 
     def may_read(self, domid: int, change: Change) -> bool:
         """Whether the domain gets the event of the change."""
@@ -129,12 +116,10 @@ class Domains:
             found.append(PermissionEntry(domid, bits, domain.incarnation if domain else None))
         return tuple(found)
 
-    # -- the domains
-
     def find(self, domid: int) -> Domain | None:
         """The domain, which the store knows from now on; None if it does not exist."""
         domain = self.known.get(domid)
-        if domain is None and domid in self._existing:
+        if domain is None and domid in self.existing:
             domain = self._add(domid)
         return domain
 
@@ -142,7 +127,7 @@ class Domains:
         """For `Database.create`."""
         if not 0 < domid < DOMID_LIMIT:
             raise ValueError(f"not the domid of a guest: {domid}")
-        self._existing.add(domid)
+        self.existing.add(domid)
         return self.known.get(domid) or self._add(domid)
 
     def is_introduced(self, domid: int) -> bool:
@@ -151,13 +136,13 @@ class Domains:
 
     def is_connected(self, domid: int) -> bool:
         """Whether the domain is introduced and exists."""
-        return self.is_introduced(domid) and not self.known[domid].ended
+        return self.is_introduced(domid) and domid in self.existing
 
     def connected(self, domid: int) -> Domain:
         """The domain; Refused if it is not introduced (ENOENT) or has ended (EINVAL)."""
         if not self.is_introduced(domid):
             raise Refused("ENOENT")
-        if self.known[domid].ended:
+        if domid not in self.existing:
             raise Refused("EINVAL")
         return self.known[domid]
 
@@ -166,10 +151,6 @@ class Domains:
         domain.target = target
         target.holders.pop(domain, None)
         target.holders[domain] = None
-
-    def destroy(self, domid: int) -> None:
-        """The domain no longer exists; the store knows it until `forget`."""
-        self._existing.discard(domid)
 
     def drop_holds(self, domain: Domain) -> list[Domain]:
         """The domain no longer holds any other.
@@ -181,8 +162,7 @@ class Domains:
         for other in self.known.values():
             if domain in other.holders:
                 del other.holders[domain]
-                if other.ended and not other.holders:
-                    other.ended = False
+                if other.domid not in self.existing and not other.holders:
                     unheld.append(other)
         return unheld
 
@@ -196,8 +176,6 @@ class Domains:
         for other in self.known.values():
             if other.target is forgotten:
                 other.target = None
-
-    # -- special watches
 
     def set_special_perms(self, domid: int, name: bytes, perms: Perms) -> None:
         if name not in self._special:

@@ -7,6 +7,7 @@ in the order of their creation, because xenstored lists them in that order.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 ROOT: Final = b"/"
@@ -121,20 +122,21 @@ class PermissionEntry(NamedTuple):
 Perms = tuple[PermissionEntry, ...]
 """The first entry is the owner and what all other domains may do."""
 
-_LETTERS: Final = {b"n"[0]: 0, b"r"[0]: READ, b"w"[0]: WRITE, b"b"[0]: READ | WRITE}
-_BY_BITS: Final = {bits: chr(letter) for letter, bits in _LETTERS.items()}
+_BITS: Final = {b"n": 0, b"r": READ, b"w": WRITE, b"b": READ | WRITE}
+_LETTERS: Final = {bits: letter for letter, bits in _BITS.items()}
 # strtol() with base 0 accepts white space, a sign, hexadecimal and octal numbers.
-_DOMID = re.compile(rb"[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9A-Fa-f]+)|(0[0-7]*)|([1-9][0-9]*))")
+_ENTRY = re.compile(
+    rb"([nrwb])[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9A-Fa-f]+)|(0[0-7]*)|([1-9][0-9]*))"
+)
 
 
 def _parse_entry(text: bytes) -> PermissionEntry:
-    bits = _LETTERS.get(text[0]) if text else None
-    number = _DOMID.fullmatch(text, 1)
-    if bits is None or number is None:
+    match = _ENTRY.fullmatch(text)
+    if match is None:
         raise Refused("EINVAL")
-    sign, hexadecimal, octal, decimal = number.groups()
+    letter, sign, hexadecimal, octal, decimal = match.groups()
     domid = int(hexadecimal, 16) if hexadecimal else int(octal, 8) if octal else int(decimal)
-    return PermissionEntry(_from_long(-domid if sign == b"-" else domid), bits)
+    return PermissionEntry(_from_long(-domid if sign == b"-" else domid), _BITS[letter])
 
 
 def parse_perms(texts: list[bytes]) -> Perms:
@@ -144,14 +146,13 @@ def parse_perms(texts: list[bytes]) -> Perms:
 
 def format_perms(perms: Perms) -> bytes:
     """The payload of a GET_PERMS reply, which shows domids as signed numbers."""
-    return b"".join(
-        b"%b%d\0" % (_BY_BITS[entry.bits].encode(), signed(entry.domid)) for entry in perms
-    )
+    return b"".join(b"%b%d\0" % (_LETTERS[entry.bits], signed(entry.domid)) for entry in perms)
 
 
 # ------------------------------------------------------------------------------------- the record
 
 
+@dataclass(slots=True, eq=False)
 class Record:
     """The value, permissions and children of one node.
 
@@ -165,25 +166,18 @@ class Record:
     child and the transaction creates it.  (Such a transaction cannot succeed.)
     """
 
-    __slots__ = ("_listing", "_shared", "child_bytes", "children", "generation", "perms", "value")
-
-    def __init__(self, value: bytes, perms: Perms) -> None:
-        self.value = value
-        self.perms = perms
-        self.generation = 0
-        self.children: dict[bytes, bytes] = {}
-        self.child_bytes = 0
-        self._shared = False
-        self._listing: bytes | None = b""
+    value: bytes
+    perms: Perms
+    generation: int = 0
+    children: dict[bytes, bytes] = field(default_factory=dict)
+    child_bytes: int = 0
+    _shared: bool = False
+    _listing: bytes | None = b""
 
     def copy(self) -> Record:
-        copied = Record(self.value, self.perms)
-        copied.generation = self.generation
-        copied.children = self.children
-        copied.child_bytes = self.child_bytes
-        copied._listing = self._listing
-        copied._shared = self._shared = True
-        return copied
+        self._shared = True
+        listed = self.children, self.child_bytes, self._shared, self._listing
+        return Record(self.value, self.perms, self.generation, *listed)
 
     def add_child(self, name: bytes) -> None:
         self._own_children()

@@ -13,9 +13,9 @@ from typing import Final, NamedTuple
 
 from xsfs.embedded import control
 from xsfs.embedded.client_connection import ClientConnection, RegisteredWatch, WatchTable
-from xsfs.embedded.control import OK, MemoryReport
+from xsfs.embedded.control import OK, MemoryReport, Result
 from xsfs.embedded.database import Database
-from xsfs.embedded.domains import DOM0, DOMID_LIMIT, Change
+from xsfs.embedded.domains import DOM0, DOMID_LIMIT, Change, Domain
 from xsfs.embedded.record import (
     PATH_MAX,
     Record,
@@ -57,7 +57,10 @@ class _Request(NamedTuple):
 
     @property
     def path(self) -> bytes:
-        return absolute(self.string, self.domid)
+        return self.absolute(self.string)
+
+    def absolute(self, path: bytes) -> bytes:
+        return absolute(path, self.domid)
 
     @property
     def strings(self) -> list[bytes]:
@@ -85,9 +88,10 @@ class Requests:
         """
         op, req_id, tx_id, payload = request
         try:
-            reply = self._handle(connection, op, tx_id, payload)
-            if isinstance(reply, MemoryReport):
-                return reply
+            result = self._handle(connection, op, tx_id, payload)
+            if isinstance(result, MemoryReport):
+                return result
+            reply = OK if result is None else result
             if len(reply) > protocol.PAYLOAD_MAX:
                 raise Refused("E2BIG")
         except Refused as refused:
@@ -103,9 +107,7 @@ class Requests:
             watch.fire(watch.path)
         return None
 
-    def _handle(
-        self, connection: ClientConnection, op: int, tx_id: int, payload: bytes
-    ) -> bytes | MemoryReport:
+    def _handle(self, connection: ClientConnection, op: int, tx_id: int, payload: bytes) -> Result:
         found = _HANDLERS.get(op)
         if found is None:
             raise Refused("ENOSYS")
@@ -163,8 +165,7 @@ class Requests:
 
     def _directory_part(self, request: _Request) -> bytes:
         path, offset_text = request.strings_of(2, 2)
-        domid = request.domid
-        node = self.database.readable(domid, absolute(path, domid), request.tx)
+        node = self.database.readable(request.domid, request.absolute(path), request.tx)
         offset = unsigned(offset_text)
         generation = b"%d\0" % node.generation
         listing = node.listing
@@ -178,34 +179,28 @@ class Requests:
     def _get_perms(self, request: _Request) -> bytes:
         return format_perms(self._readable(request).perms)
 
-    def _write(self, request: _Request) -> bytes:
+    def _write(self, request: _Request) -> None:
         path, nul, value = request.payload.partition(b"\0")
         if not nul:
             raise Refused("EINVAL")
-        domid = request.domid
-        self.database.write(domid, absolute(path, domid), value, request.tx)
-        return OK
+        self.database.write(request.domid, request.absolute(path), value, request.tx)
 
-    def _mkdir(self, request: _Request) -> bytes:
+    def _mkdir(self, request: _Request) -> None:
         self.database.mkdir(request.domid, request.path, request.tx)
-        return OK
 
-    def _rm(self, request: _Request) -> bytes:
+    def _rm(self, request: _Request) -> None:
         self.database.rm(request.domid, request.path, request.tx)
-        return OK
 
-    def _set_perms(self, request: _Request) -> bytes:
+    def _set_perms(self, request: _Request) -> None:
         path, *perms = request.strings_of(2)
-        domid = request.domid
-        self.database.set_perms(domid, absolute(path, domid), perms, request.tx)
-        return OK
+        self.database.set_perms(request.domid, request.absolute(path), perms, request.tx)
 
     # -- watches
 
-    def _watch(self, request: _Request) -> bytes:
+    def _watch(self, request: _Request) -> None:
         client, quotas = request.client, self.database.quotas
         given_path, token = request.strings_of(2, 2)
-        path = absolute(given_path, client.domid)
+        path = request.absolute(given_path)
         special = path.startswith(b"@")
         if not (len(path) <= PATH_MAX if special else is_path(path, quotas.path_max)):
             raise Refused("EINVAL")
@@ -218,21 +213,18 @@ class Requests:
         watch = RegisteredWatch(client, path, token, relative=path != given_path)
         client.watches[path, token] = watch
         self._watches.add(watch)
-        return OK
 
-    def _unwatch(self, request: _Request) -> bytes:
+    def _unwatch(self, request: _Request) -> None:
         client = request.client
         path, token = request.strings_of(2, 2)
-        watch = client.watches.pop((absolute(path, client.domid), token), None)
+        watch = client.watches.pop((request.absolute(path), token), None)
         if watch is None:
             raise Refused("ENOENT")
         self._watches.remove(watch)
         self.database.domains.known[client.domid].watches -= 1
-        return OK
 
-    def _reset_watches(self, request: _Request) -> bytes:
+    def _reset_watches(self, request: _Request) -> None:
         self.reset(request.client)
-        return OK
 
     # -- transactions
 
@@ -245,7 +237,7 @@ class Requests:
         client.transactions[started.number] = started
         return b"%d\0" % started.number
 
-    def _transaction_end(self, request: _Request) -> bytes:
+    def _transaction_end(self, request: _Request) -> None:
         if request.payload not in (b"T\0", b"F\0"):
             raise Refused("EINVAL")
         tx = request.tx
@@ -256,11 +248,10 @@ class Requests:
             self.database.commit(tx)
         else:
             self.database.abort(tx)
-        return OK
 
     # -- domains
 
-    def _introduce(self, request: _Request) -> bytes:
+    def _introduce(self, request: _Request) -> None:
         domid, _, port, *_ = map(unsigned, request.strings_of(3))
         if port == 0 or domid >= DOMID_LIMIT:
             raise Refused("EINVAL")
@@ -269,34 +260,28 @@ class Requests:
             for connection in self.connections:
                 if connection.domid == domid:
                     self.reset(connection)
-        return OK
 
-    def _connected_domid(self, request: _Request) -> int:
+    def _connected_guest(self, request: _Request) -> Domain:
         domid = unsigned(request.string)
         if domid == DOM0:
             raise Refused("EINVAL")
-        self.database.domains.connected(domid)
-        return domid
+        return self.database.domains.connected(domid)
 
-    def _release(self, request: _Request) -> bytes:
-        domid = self._connected_domid(request)
-        holders = self.database.domains.known[domid].holders
-        if holders:
+    def _release(self, request: _Request) -> None:
+        domain = self._connected_guest(request)
+        if domain.holders:
             # As in xenstored, RELEASE of a target only undoes the newest SET_TARGET's hold on it.
-            holders.popitem()
+            domain.holders.popitem()
         else:
-            self.drop_connections(domid)
-            self.database.release(domid)
-        return OK
+            self.drop_connections(domain.domid)
+            self.database.forget(domain)
 
-    def _resume(self, request: _Request) -> bytes:
-        self._connected_domid(request)
-        return OK
+    def _resume(self, request: _Request) -> None:
+        self._connected_guest(request)
 
-    def _set_target(self, request: _Request) -> bytes:
+    def _set_target(self, request: _Request) -> None:
         domid, target, *_ = map(unsigned, request.strings_of(2))
         self.database.domains.set_target(domid, target)
-        return OK
 
     def _get_domain_path(self, request: _Request) -> bytes:
         return home_of(unsigned(request.string)) + b"\0"
@@ -304,15 +289,14 @@ class Requests:
     def _is_domain_introduced(self, request: _Request) -> bytes:
         domid = unsigned(request.string)
         # xenstored always reports DOMID_SELF as introduced.
-        return (
-            b"T\0" if domid == DOMID_LIMIT or self.database.domains.is_introduced(domid) else b"F\0"
-        )
+        introduced = domid == DOMID_LIMIT or self.database.domains.is_introduced(domid)
+        return b"T\0" if introduced else b"F\0"
 
-    def _control(self, request: _Request) -> bytes | MemoryReport:
+    def _control(self, request: _Request) -> Result:
         return control.run(self.database, self.connections, request.strings)
 
 
-_Handler = Callable[[Requests, _Request], bytes | MemoryReport]
+_Handler = Callable[[Requests, _Request], Result]
 
 _PRIVILEGED: Final = 1
 _NO_TRANSACTION: Final = 2

@@ -19,6 +19,7 @@ import os
 import socket
 import stat
 import time
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -29,6 +30,7 @@ from xsfs.embedded.control import OK, MemoryReport
 from xsfs.embedded.domains import DOM0
 from xsfs.embedded.requests import Requests
 from xsfs.xenstore import protocol
+from xsfs.xenstore.background import run_in_thread
 from xsfs.xenstore.protocol import Op
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,8 @@ class EmbeddedStore:
         self._database = self._requests.database
         self._dirty: set[ClientConnection] = set()
         """The connections whose new output no task has tried to send yet."""
-        self._busy = 0
-        """The number of connections whose tasks handle received requests."""
+        self._busy: set[ClientConnection] = set()
+        """The connections whose tasks handle received requests, or wait for their next turn."""
         self._nursery: trio.Nursery | None = None
         if populate:
             create_nodes(self._database, dom0_nodes())
@@ -95,34 +97,23 @@ class EmbeddedStore:
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             _bind(listener, path)
-            identity = _identity(path)
+            bound = os.stat(path)
             try:
                 self._welcome(domid)
-                async with trio.open_nursery() as nursery:
-                    task_status.started()
-                    await self._accept(listener, domid, nursery)
+
+                async def serve_stream(stream: trio.SocketStream) -> None:
+                    sock = socket.socket(fileno=stream.socket.detach())
+                    sock.setblocking(False)
+                    await self._serve_socket(sock, domid)
+
+                task_status.started()
+                wrapped = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+                await trio.serve_listeners(serve_stream, [wrapped])
             finally:
-                # Another process may have replaced the file.
-                if identity is not None and _identity(path) == identity:
-                    os.unlink(path)
-
-    async def _accept(self, listener: socket.socket, domid: int, nursery: trio.Nursery) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(listener)
-            try:
-                sock, _ = listener.accept()
-            except (BlockingIOError, ConnectionError):
-                continue
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                log.warning("cannot accept a connection: %s", error)
-                await trio.sleep(0.1)
-                continue
-            sock.setblocking(False)
-            nursery.start_soon(self._serve_socket, sock, domid)
-
-    # -- domains
+                with suppress(FileNotFoundError):
+                    # Another process may have replaced the file.
+                    if os.path.samestat(os.stat(path), bound):
+                        os.unlink(path)
 
     def introduce(self, domid: int) -> None:
         """The domain exists from now on, and is introduced."""
@@ -146,8 +137,6 @@ class EmbeddedStore:
             if self._populate:
                 create_nodes(self._database, guest_nodes(domid))
             self.introduce(domid)
-
-    # -- serving one connection
 
     async def _serve_socket(self, sock: socket.socket, domid: int) -> None:
         with sock:
@@ -188,28 +177,30 @@ class EmbeddedStore:
                 return
 
     async def _serve_requests(self, connection: ClientConnection, parser: protocol.Parser) -> None:
-        self._busy += 1
-        turn_end = self._turn_end()
+        turn_end = self._start_turn(connection)
         try:
             for request in parser.messages():
                 report = self._requests.serve(connection, request)
-                if report is not None:
-                    await self._write_report(connection, request, report)
-                if connection.full:
-                    self._flush()
-                    await connection.drain()
-                elif time.perf_counter() < turn_end:
+                if report is None and not connection.full and time.perf_counter() < turn_end:
                     continue
+                self._flush()
+                if report is not None:
+                    self._busy.discard(connection)
+                    await self._write_report(connection, request, report)
+                elif connection.full:
+                    self._busy.discard(connection)
+                    await connection.drain()
                 else:
-                    self._flush()
                     await trio.lowlevel.checkpoint()
-                turn_end = self._turn_end()
+                turn_end = self._start_turn(connection)
         finally:
-            self._busy -= 1
+            self._busy.discard(connection)
             self._flush()
 
-    def _turn_end(self) -> float:
-        return time.perf_counter() + TURN / self._busy
+    def _start_turn(self, connection: ClientConnection) -> float:
+        """Returns when its turn is to end."""
+        self._busy.add(connection)
+        return time.perf_counter() + TURN / len(self._busy)
 
     @staticmethod
     async def _write_report(
@@ -222,7 +213,7 @@ class EmbeddedStore:
         op, req_id, tx_id, _ = request
         payload = OK
         try:
-            await trio.to_thread.run_sync(report.write, abandon_on_cancel=True)
+            await run_in_thread(report.write)
         except OSError as error:
             log.warning("cannot write a memory report: %s", error)
             op, payload = Op.ERROR, b"EINVAL\0"
@@ -231,9 +222,6 @@ class EmbeddedStore:
     def _flush(self) -> None:
         while self._dirty:
             self._dirty.pop().flush()
-
-
-# ------------------------------------------------------------------------------- the socket file
 
 
 def _bind(listener: socket.socket, path: str) -> None:
@@ -257,11 +245,3 @@ def _is_stale(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         return probe.connect_ex(path) == errno.ECONNREFUSED
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino

@@ -116,7 +116,7 @@ class TransactionView(View):
     def report(self) -> bytes:
         """The content of `.control`."""
         idle = trio.current_time() - self.commands.used_at
-        state = "open" if self.commands.transaction.open else "lost"
+        state = "open" if self.commands.transaction.is_open else "lost"
         return (
             f"started {self.started.isoformat(timespec='seconds')}\n"
             f"idle {math.floor(idle)}\n"
@@ -221,7 +221,7 @@ class Transactions:
                 break
         if view.ended:
             return
-        is_open = view.commands.transaction.open
+        is_open = view.commands.transaction.is_open
         why = f"idle for {self._idle_seconds:g} s" if is_open else "its connection was closed"
         log.warning("rolled back transaction %s: %s", _text(name), why)
         with suppress(TransactionEnded):  # somebody else came first

@@ -1,15 +1,21 @@
-"""A nursery for background tasks that serve the body of an `async with`, and end with it; and a call that
-such a task makes."""
+"""Background work: a nursery whose tasks end with a block, a call made by a task, a call made by a thread."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import trio
 
 Result = TypeVar("Result")
+
+# trio 0.22 has another name for the parameter, and from 0.35 on there is the new name alone.
+_PARAMETERS: Final = inspect.signature(trio.to_thread.run_sync).parameters
+_ABANDON: Final[dict[str, Any]] = {
+    "abandon_on_cancel" if "abandon_on_cancel" in _PARAMETERS else "cancellable": True
+}
 
 
 @asynccontextmanager
@@ -50,3 +56,8 @@ class BackgroundCall(Generic[Result]):
         if self._error is not None:
             raise self._error
         return self._result
+
+
+async def run_in_thread(function: Callable[[], Result]) -> Result:
+    """Call a function that blocks.  A cancelled caller leaves the thread to itself."""
+    return await trio.to_thread.run_sync(function, **_ABANDON)

@@ -143,29 +143,31 @@ class Commands(ABC):
 
     async def _list_parts(self, path: bytes, too_big: XenstoreError) -> Names:
         for _ in range(LISTING_RESTARTS):
-            listing = bytearray()
-            first_generation = None
-            for _ in range(PARTS_MAX):
-                try:
-                    reply = await self.call(protocol.directory_part(path, len(listing)))
-                except XenstoreError as error:
-                    # oxenstored has no DIRECTORY_PART: its reply to DIRECTORY is the error then.
-                    if error.name in ("ENOSYS", "EINVAL"):
-                        raise too_big from error
-                    raise
-                generation, part, last = protocol.decode_part(reply)
-                if first_generation is None:
-                    first_generation = generation
-                elif generation != first_generation:
-                    break
-                listing += part
-                if last:
-                    return protocol.decode_names(bytes(listing))
-                if len(listing) > protocol.REPLY_MAX:
-                    raise protocol.WireError("a listing that never ends")
-            else:
-                raise protocol.WireError("a listing that never ends")
+            try:
+                names = await self._list_parts_once(path)
+            except XenstoreError as error:
+                # oxenstored has no DIRECTORY_PART: its reply to DIRECTORY is the error then.
+                raise too_big if error.name in ("ENOSYS", "EINVAL") else error from None
+            if names is not None:
+                return names
         raise XenstoreError("EAGAIN", protocol.directory(path))
+
+    async def _list_parts_once(self, path: bytes) -> Names | None:
+        """The names; None if the node has changed meanwhile."""
+        listing = bytearray()
+        generations = set()
+        for _ in range(PARTS_MAX):
+            reply = await self.call(protocol.directory_part(path, len(listing)))
+            generation, part, last = protocol.decode_part(reply)
+            generations.add(generation)
+            listing += part
+            if len(generations) > 1:
+                return None
+            if last:
+                return protocol.decode_names(bytes(listing))
+            if len(listing) > protocol.REPLY_MAX:
+                break
+        raise protocol.WireError("a listing that never ends")
 
     async def walk(self, path: Path) -> AsyncIterator[WalkedNode]:
         """The node and all below it, each before its children: (path, value, names of the children).

@@ -34,7 +34,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -51,7 +51,7 @@ SWITCH_SECONDS: Final = 0.001
 LATE_BYTES: Final = 1024
 """If one read returns so many bytes, the loop was late."""
 
-CALM_SECONDS: Final = 0.1
+CALM_MICROSECONDS: Final = 100_000
 """The thread ends when it has not received so many bytes at once for this time."""
 
 CHUNK_SIZE: Final = 1 << 18
@@ -59,15 +59,12 @@ CHUNK_MICROSECONDS: Final = 20_000
 """How much the thread asks for at once, and how long it waits for that."""
 
 
-class EventReader:
-    """A `Transport`; see the module's docstring."""
+class EventReader(SocketTransport):
+    """See the module's docstring."""
 
-    can_poll = False
-
-    def __init__(self, inner: SocketTransport) -> None:
-        self._inner = inner
-        self._socket = inner.socket
-        self.payload_max = inner.payload_max
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.can_poll = False
         self._token = trio.lowlevel.current_trio_token()
         self._chunks: deque[bytes] = deque()
         self._arrived = trio.lowlevel.ParkingLot()
@@ -77,18 +74,6 @@ class EventReader:
         self._failure: OSError | None = None
         self.has_thread = False
         self._closed = False
-
-    def send(self, messages: Sequence[bytes]) -> bytes:
-        return self._inner.send(messages)
-
-    async def send_watch(self, messages: Sequence[bytes]) -> bytes:
-        return self._inner.send(messages)
-
-    async def send_rest(self, rest: bytes) -> bytes:
-        return await self._inner.send_rest(rest)
-
-    def receive_soon(self) -> bytes | None:
-        return None
 
     async def receive(self) -> bytes:
         while not self._closed:
@@ -102,7 +87,7 @@ class EventReader:
             if self.has_thread:
                 await self._arrived.park()
                 continue
-            data = await self._inner.receive()
+            data = await super().receive()
             if len(data) >= LATE_BYTES:
                 self._start_thread()
             return data
@@ -112,15 +97,15 @@ class EventReader:
         self._closed = True
         self._arrived.unpark_all()
         if not self.has_thread:
-            self._inner.close()
+            super().close()
             return
-        trio.lowlevel.notify_closing(self._socket)  # the writer may wait for room
+        trio.lowlevel.notify_closing(self.socket)  # the writer may wait for room
         self._hang_up()
 
     def _hang_up(self) -> None:
         """End the connection, which wakes the thread."""
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     # ----------------------------------------------------------------------------- the thread
 
@@ -135,29 +120,26 @@ class EventReader:
     def _read(self) -> None:
         buffer = memoryview(bytearray(CHUNK_SIZE))
         late_at = time.monotonic()
-        timeout, flags = CHUNK_MICROSECONDS, int(socket.MSG_WAITALL)
-        while True:
-            chunk = self._receive_chunk(buffer, timeout, flags)
+        is_late = True
+        while is_late or time.monotonic() < late_at + CALM_MICROSECONDS / 1e6:
+            chunk = self._receive_chunk(buffer, is_late)
             if chunk is not None and not self._deliver(chunk):
                 break
-            if chunk is not None and len(chunk) >= LATE_BYTES:
+            is_late = chunk is not None and len(chunk) >= LATE_BYTES
+            if is_late:
                 late_at = time.monotonic()
-                timeout, flags = CHUNK_MICROSECONDS, int(socket.MSG_WAITALL)
-            elif time.monotonic() - late_at > CALM_SECONDS:
-                break
-            else:
-                timeout, flags = int(CALM_SECONDS * 1e6), 0
         try:
             self._token.run_sync_soon(self._thread_ended)
         except trio.RunFinishedError:
-            self._socket.close()
+            self.socket.close()
 
-    def _receive_chunk(self, buffer: memoryview, timeout: int, flags: int) -> bytes | None:
-        """The bytes that come within `timeout` microseconds.  None if none do; b"" at the end."""
-        limit = struct.pack("ll", 0, timeout)
+    def _receive_chunk(self, buffer: memoryview, is_late: bool) -> bytes | None:
+        """The bytes that come in time.  None if none do; b"" at the end."""
+        limit = struct.pack("ll", 0, CHUNK_MICROSECONDS if is_late else CALM_MICROSECONDS)
+        flags = socket.MSG_WAITALL if is_late else 0
         try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            return bytes(buffer[: self._socket.recv_into(buffer, 0, flags)])
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            return bytes(buffer[: self.socket.recv_into(buffer, 0, flags)])
         except BlockingIOError:
             return None
         except OSError as error:
@@ -183,7 +165,7 @@ class EventReader:
         self.has_thread = False
         self._arrived.unpark_all()
         if self._closed:
-            self._socket.close()
+            self.socket.close()
 
 
 def with_event_reader(connect: Callable[[], Transport]) -> Callable[[], Transport]:
@@ -196,7 +178,7 @@ def with_event_reader(connect: Callable[[], Transport]) -> Callable[[], Transpor
     def connect_reader() -> Transport:
         transport = connect()
         if isinstance(transport, SocketTransport) and not transport.same_loop:
-            return EventReader(transport)
+            return EventReader(transport.socket)
         return transport
 
     return connect_reader

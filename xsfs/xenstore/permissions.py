@@ -40,12 +40,7 @@ class Permission(NamedTuple):
         return not 0 <= self.domid < DOMID_FIRST_RESERVED
 
 
-_LETTERS: Final = {
-    (False, False): "n",
-    (True, False): "r",
-    (False, True): "w",
-    (True, True): "b",
-}
+_LETTERS: Final = {(False, False): "n", (True, False): "r", (False, True): "w", (True, True): "b"}
 _ACCESS: Final = {letter: access for access, letter in _LETTERS.items()}
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _PERMISSION = re.compile(r"([nrwb])(-?[0-9]+)")

@@ -33,7 +33,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -90,22 +90,6 @@ _LIBC: Final = ctypes.PyDLL(None)
 """Its functions keep the interpreter's lock, as a child must between fork(2) and execve(2)."""
 
 
-def forwarding(local: str, remote: str) -> str:
-    """The argument of -L for two paths of sockets with any characters but NUL."""
-    return f"{_escaped(local)}:{_escaped(remote)}"
-
-
-def _escaped(path: str) -> str:
-    for special, instead in (
-        ("\\", "\\\\"),
-        (":", "\\:"),
-        ("%", "%%"),
-        ("${", f"${{{DOLLAR}}}{{"),
-    ):
-        path = path.replace(special, instead)
-    return path
-
-
 @asynccontextmanager
 async def open_forward(
     destination: SshDestination, *, timeout: float, command: Sequence[str] = (DEFAULT_SSH,)
@@ -118,27 +102,29 @@ async def open_forward(
     Raises StoreUnavailable.
     """
     with private_directory() as place:
-        forward = SshForward(destination, timeout, command, os.path.join(place, SOCKET_NAME))
+        local = os.path.join(place, SOCKET_NAME)
+        forward = SshForward(SshSettings(command, destination, timeout, local))
         async with open_background() as nursery:
             nursery.start_soon(forward.run)
             await forward.open()
             yield forward
 
 
+class SshSettings(NamedTuple):
+    """How to run ssh: as for `open_forward`, and `local`, the path of the local end of the socket."""
+
+    command: Sequence[str]
+    destination: SshDestination
+    timeout: float
+    local: str
+
+
 class SshForward:
-    """See the module's text.  `run` must be running while `open` and `connect` are used.
+    """See the module's text.  `run` must be running while `open` and `connect` are used."""
 
-    timeout     seconds, as for `open_forward`
-    local       the path of the local end of the socket
-    """
-
-    def __init__(
-        self, destination: SshDestination, timeout: float, command: Sequence[str], local: str
-    ) -> None:
-        self._destination = destination
-        self._timeout = timeout
-        self._command = command
-        self._local = local
+    def __init__(self, settings: SshSettings) -> None:
+        self._settings = settings
+        self._destination = settings.destination
         self._process: SshProcess | None = None
         self._wanted = trio.Event()
         """Set when `connect` has found no ssh that listens."""
@@ -155,7 +141,7 @@ class SshForward:
         connects, ConnectionRefusedError if the last ssh has failed.
         """
         try:
-            return open_transport(self._local)
+            return open_transport(self._settings.local)
         except (FileNotFoundError, ConnectionRefusedError):
             self._wanted.set()
         name = str(self._destination)
@@ -170,7 +156,7 @@ class SshForward:
                 await trio.sleep(POLL_SECONDS)
         except ConnectionRefusedError as error:
             reason = error.strerror or ""
-            command = shlex.join((*self._command, self._destination.account, "true"))
+            command = shlex.join((*self._settings.command, self._destination.account, "true"))
             raise StoreUnavailable(
                 f"cannot reach {self._destination} by ssh: {reason}",
                 f"see what '{command}' does",
@@ -194,7 +180,7 @@ class SshForward:
         try:
             request = directory(b"/")
             transport.send((encode(request.op, 1, 0, request.payload),))
-            with trio.fail_after(self._timeout):
+            with trio.fail_after(self._settings.timeout):
                 if await transport.receive():
                     return True
         except trio.TooSlowError:
@@ -237,15 +223,12 @@ class SshForward:
     async def _run_ssh(self, session: bool) -> bool:
         """Run ssh once, to its end.  Whether the next one is to run `cat`."""
         with suppress(FileNotFoundError):
-            os.unlink(self._local)
+            os.unlink(self._settings.local)
         try:
-            process = SshProcess(
-                *(self._command, self._destination, self._timeout, self._local),
-                session=session,
-                may_ask=not self._opened,
-            )
+            process = SshProcess(self._settings, session=session, may_ask=not self._opened)
         except (OSError, subprocess.SubprocessError) as error:
-            self._failure = f"cannot run {self._command[0]}: {getattr(error, 'strerror', error)}"
+            reason = getattr(error, "strerror", error)
+            self._failure = f"cannot run {self._settings.command[0]}: {reason}"
             return True
         self._process = process
         await process.run()
@@ -265,18 +248,9 @@ class SshProcess:
     The start raises OSError, subprocess.SubprocessError.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        destination: SshDestination,
-        timeout: float,
-        local: str,
-        *,
-        session: bool,
-        may_ask: bool,
-    ) -> None:
-        self._local = local
-        self._seconds = START_TIMEOUTS * timeout
+    def __init__(self, settings: SshSettings, *, session: bool, may_ask: bool) -> None:
+        self._local = settings.local
+        self._seconds = START_TIMEOUTS * settings.timeout
         self._mark = secrets.token_hex(8).encode() + b"\n"
         self._echoed = False
         self._session = session
@@ -288,12 +262,10 @@ class SshProcess:
         self.reason = ""
         """Why ssh ended."""
         self._terminal = _own_terminal() if may_ask else None
-        arguments = _arguments(
-            destination, timeout, local, session=session, batch=self._terminal is None
-        )
+        arguments = _arguments(settings, session=session, batch=self._terminal is None)
         try:
             self._process = subprocess.Popen(
-                (*command, *arguments),
+                (*settings.command, *arguments),
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -349,16 +321,16 @@ class SshProcess:
                 with trio.CancelScope(shield=True):
                     await self._end()
                 os.close(self._pidfd)
-            self._read_rest(process.stdout.fileno())
+            with suppress(BlockingIOError):  # once: a program that ssh has started may still write
+                self._read_some(process.stdout.fileno())
         self.reason = self.reason or self._last_words()
         self._settled.set()
 
     async def _read(self, output: int) -> None:
         """Read the messages of ssh, and the answer of `cat`."""
-        while True:
+        await trio.lowlevel.wait_readable(output)
+        while self._read_some(output):
             await trio.lowlevel.wait_readable(output)
-            if not self._read_some(output):
-                return
 
     def _read_some(self, output: int) -> bool:
         """Read once.  False at the end.  Raises BlockingIOError."""
@@ -372,11 +344,6 @@ class SshProcess:
                 self._signal(signal.SIGTERM)
         self._messages = self._messages[-2 * MESSAGES_MAX :]
         return bool(data)
-
-    def _read_rest(self, output: int) -> None:
-        """Read the last messages, once: a program that ssh has started may still write."""
-        with suppress(BlockingIOError):
-            self._read_some(output)
 
     async def _limit_start(self) -> None:
         await trio.sleep(self._seconds)
@@ -420,11 +387,10 @@ class SshProcess:
             self._terminal = None
 
 
-def _arguments(
-    destination: SshDestination, timeout: float, local: str, *, session: bool, batch: bool
-) -> list[str]:
+def _arguments(settings: SshSettings, *, session: bool, batch: bool) -> list[str]:
     """The arguments of ssh.  For each option ssh takes the first value that it finds: in the user's
     command, then here, then in ssh_config(5)."""
+    _, destination, timeout, local = settings
     options = {
         "BatchMode": "yes" if batch else "no",
         "ConnectTimeout": str(math.ceil(timeout)),
@@ -445,10 +411,16 @@ def _arguments(
         "RequestTTY": "no",
     }
     arguments = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    arguments += ["-L", forwarding(local, destination.socket)]
+    arguments += ["-L", f"{_escaped(local)}:{_escaped(destination.socket)}"]
     if session:
         return [*arguments, "--", destination.account, "cat"]
     return [*arguments, "-N", "--", destination.account]
+
+
+def _escaped(path: str) -> str:
+    """A path of a socket, with any characters but NUL, in the argument of -L."""
+    path = path.replace("\\", "\\\\").replace(":", "\\:").replace("%", "%%")
+    return path.replace("${", f"${{{DOLLAR}}}{{")
 
 
 # ------------------------------------------------------------------------------------- the terminal
@@ -499,7 +471,6 @@ def private_directory() -> Iterator[str]:
         yield path
     finally:
         _remove(path, lock)
-        os.close(lock)
 
 
 def _make_directory() -> tuple[str, int]:
@@ -521,7 +492,6 @@ def _make_directory() -> tuple[str, int]:
         if len(os.fsencode(os.path.join(path, SOCKET_NAME))) <= SOCKET_PATH_MAX:
             return path, lock
         _remove(path, lock)
-        os.close(lock)
     raise StoreUnavailable(f"no place for the socket of ssh: {failure}", "set XDG_RUNTIME_DIR")
 
 
@@ -550,6 +520,7 @@ def _remove(path: str, lock: int) -> None:
         os.unlink(SOCKET_NAME, dir_fd=lock)
     with suppress(OSError):
         os.rmdir(path)
+    os.close(lock)
 
 
 def _remove_stale(above: str) -> None:
@@ -561,4 +532,3 @@ def _remove_stale(above: str) -> None:
         with suppress(OSError):
             if (lock := _lock(path)) is not None:
                 _remove(path, lock)
-                os.close(lock)

@@ -105,7 +105,7 @@ class Transaction(Commands):
         return self.connection.payload_max
 
     @property
-    def open(self) -> bool:
+    def is_open(self) -> bool:
         """Whether it has not ended yet."""
         return self._tx_id is not None and self.connection.alive
 
@@ -293,7 +293,7 @@ class Store(Commands):
         transaction = await self.begin()
         try:
             yield transaction
-            if transaction.open:
+            if transaction.is_open:
                 await transaction.commit()
         finally:
             await self.roll_back(transaction)
@@ -322,7 +322,7 @@ class Store(Commands):
             trio.CancelScope(deadline=trio.current_time() + CLEANUP_SECONDS, shield=True),
             suppress(StoreError),
         ):
-            if transaction.open:
+            if transaction.is_open:
                 await transaction.rollback()
         self.abandon(transaction)
 
@@ -377,7 +377,7 @@ class Store(Commands):
         async with self._short_transaction(deadline) as transaction:
             try:
                 result = await work(transaction)
-                if transaction.open:
+                if transaction.is_open:
                     await transaction.commit()
                 return result
             except Exception as error:
@@ -394,7 +394,7 @@ class Store(Commands):
         """
         if isinstance(error, XenstoreError) and error.name == "EAGAIN":
             return True
-        if not transaction.open:
+        if not transaction.is_open:
             return False
         if transaction.has_written:
             return isinstance(error, XenstoreError) and error.name in _MAYBE_CONFLICTS
@@ -414,7 +414,7 @@ class Store(Commands):
         try:
             yield transaction
         finally:
-            if transaction.open:
+            if transaction.is_open:
                 with (
                     trio.CancelScope(deadline=trio.current_time() + CLEANUP_SECONDS, shield=True),
                     suppress(StoreError),

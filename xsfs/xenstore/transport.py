@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
 import stat
 import struct
-import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Final, Protocol
 
 import trio
@@ -67,20 +66,6 @@ class Transport(Protocol):
         """Close it, and end the waits of `receive` and `send_rest` with trio.ClosedResourceError."""
 
 
-class _Buffer(threading.local):
-    """The memory into which a thread receives.
-
-    recv(2) into a fresh object of RECEIVE_SIZE, which is then cut to what came, leaves a hole of almost
-    that size behind each object: the heap grew to three times its content.
-    """
-
-    def __init__(self) -> None:
-        self.view = memoryview(bytearray(RECEIVE_SIZE))
-
-
-_buffer: Final = _Buffer()
-
-
 class SocketTransport:
     """A connected Unix socket."""
 
@@ -96,6 +81,8 @@ class SocketTransport:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self.socket = sock
         self._busy_poll = BusyPoll(sock.fileno())
+        # Receiving into objects of this size, which are cut to what came, leaves holes in the heap.
+        self._room = memoryview(bytearray(RECEIVE_SIZE))
 
     def send(self, messages: Sequence[bytes]) -> bytes:
         data = b"".join(messages)
@@ -116,18 +103,17 @@ class SocketTransport:
         if not self.can_poll:
             return None
         self._busy_poll.is_readable(BUSY_POLL_SECONDS)
-        view = _buffer.view
         try:
-            return bytes(view[: self.socket.recv_into(view)])
+            return bytes(self._room[: self.socket.recv_into(self._room)])
         except BlockingIOError:
             return None
 
     async def receive(self) -> bytes:
-        view = _buffer.view
+        room = self._room
         while True:
             await trio.lowlevel.wait_readable(self.socket)
             try:
-                return bytes(view[: self.socket.recv_into(view, 0, socket.MSG_DONTWAIT)])
+                return bytes(room[: self.socket.recv_into(room, 0, socket.MSG_DONTWAIT)])
             except BlockingIOError:
                 continue  # receive_soon has taken it
 
@@ -163,44 +149,22 @@ def open_transport(path: str) -> Transport:
         if stat.S_ISSOCK(mode):
             return _connect(path)
         if stat.S_ISCHR(mode):
-            return _open_device(path)
-    except StoreUnavailable:
-        raise
+            flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+            return DeviceTransport(partial(os.open, path, flags))
     except PermissionError as error:
         raise StoreUnavailable(
-            f"permission denied: {path}",
-            "Xenstore is restricted to root; run as root",
-            denied=True,
+            f"permission denied: {path}", "Xenstore is restricted to root; run as root", denied=True
         ) from error
     except OSError as error:
-        # ENXIO, ENODEV: the device exists, but Xen does not run.
+        # ENXIO, ENODEV: Xen does not run, or this is another device.
         if error.errno in (errno.ENXIO, errno.ENODEV):
             raise StoreUnavailable(f"{path}: {error.strerror}", NO_STORE_HINT) from error
-        error.filename = path  # connect(2) leaves it out
-        raise
+        # connect(2) does not name the path, and Python gives no errno if the path is too long.
+        number = error.errno or errno.ENAMETOOLONG
+        raise OSError(number, error.strerror or str(error), path) from error
     raise StoreUnavailable(
         f"{path} is neither a socket nor a device", "SOURCE must be xenstored's socket or xenbus"
     )
-
-
-def _open_device(path: str) -> DeviceTransport:
-    def open_device() -> int:
-        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not _can_be_polled(descriptor):
-            os.close(descriptor)
-            raise StoreUnavailable(f"{path} is not Xenstore's device", NO_STORE_HINT)
-        return descriptor
-
-    return DeviceTransport(open_device)
-
-
-def _can_be_polled(descriptor: int) -> bool:
-    with select.epoll() as poll:
-        try:
-            poll.register(descriptor)
-        except PermissionError:
-            return False
-    return True
 
 
 def _connect(path: str) -> SocketTransport:

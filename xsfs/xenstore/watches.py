@@ -23,6 +23,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -32,13 +33,7 @@ import trio
 
 from xsfs.xenstore import protocol
 from xsfs.xenstore.connection import Connection
-from xsfs.xenstore.errors import (
-    ConnectionLost,
-    RequestTimeout,
-    StoreError,
-    StoreUnavailable,
-    XenstoreError,
-)
+from xsfs.xenstore.errors import RequestTimeout, StoreError, XenstoreError
 from xsfs.xenstore.event_reader import with_event_reader
 from xsfs.xenstore.home import Home, moved
 from xsfs.xenstore.reconnect import BACKOFF_MAX, CircuitBreaker, Connect, ReconnectingConnection
@@ -55,15 +50,19 @@ REMOVE_SECONDS: Final = 1.0
 """How long an UNWATCH may take before the connection is closed instead."""
 
 
+def _add(events: dict[bytes, None], path: bytes, watched: bytes) -> None:
+    """Add an event to a backlog, or replace a backlog that is full by an event for the watched path."""
+    if len(events) >= EVENTS_MAX and path not in events:
+        events.clear()
+        path = watched
+    events[path] = None
+
+
 class Subscription:
     """The events of one path for one subscriber.  Iterate over it, or use `take` and `wait`."""
 
     def __init__(
-        self,
-        path: bytes,
-        on_event: Callable[[], object] | None = None,
-        events_max: int = EVENTS_MAX,
-        depth: int | None = None,
+        self, path: bytes, on_event: Callable[[], object] | None = None, depth: int | None = None
     ) -> None:
         """The connection's reader calls `on_event` at each event, and when the watch was lost, set again, or
         ended.  It must not wait, nor take longer than a few microseconds.
@@ -76,17 +75,13 @@ class Subscription:
         self.interruptions = 0
         """How often the watch was lost with its connection, and events may have been missed."""
         self._events: dict[bytes, None] = {}
-        self._events_max = events_max
         self._on_event = on_event
         self.ended = False
         """Whether the block of the watch has ended."""
         self._arrived = trio.lowlevel.ParkingLot()
 
     def put(self, path: bytes) -> None:
-        if len(self._events) >= self._events_max and path not in self._events:
-            self._events = {self.path: None}
-        else:
-            self._events[path] = None
+        _add(self._events, path, self.path)
         self._arrived.unpark_all()
         self.alert()
 
@@ -148,12 +143,6 @@ class _Watch:
         """Events that not all subscriptions have yet."""
         self.spreading = False
 
-    def put(self, path: bytes) -> None:
-        if len(self.unspread) >= EVENTS_MAX and path not in self.unspread:
-            self.unspread = {self.path: None}
-        else:
-            self.unspread[path] = None
-
 
 class Watches:
     """See the module's docstring.  `run` must be running."""
@@ -180,6 +169,8 @@ class Watches:
         self._unwanted: deque[_Watch] = deque()
         """Watches to be removed, in the order in which they were left."""
         self._last_token = 0
+        self._answered_at = 0.0
+        """When the store last answered a WATCH or UNWATCH."""
         self._first_watch = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
@@ -202,7 +193,7 @@ class Watches:
         if len(watch.subscriptions) == 1 and not watch.spreading:
             next(iter(watch.subscriptions)).put(path)
             return
-        watch.put(path)
+        _add(watch.unspread, path, watch.path)
         if not watch.spreading:
             watch.spreading = True
             self._nursery.start_soon(self._spread, watch)
@@ -226,30 +217,36 @@ class Watches:
 
         The first event comes at once, as Xenstore's do.
         """
+        start = trio.current_time()
+        key = subscription.path, subscription.depth
+        if key not in self._by_path:
+            await self._breaker.check()
         async with self._lock:
-            watch = self._by_path.get((subscription.path, subscription.depth))
-            if watch is not None:
-                watch.subscriptions[subscription] = None
-                subscription.put(subscription.path)
+            if key not in self._by_path:
+                # Tasks that waited for the lock together fail together, if no watch was answered meanwhile.
+                await self._set_first(subscription, max(start, self._answered_at) + self._timeout)
                 return
-            self._last_token += 1
-            watch = _Watch(subscription.path, subscription.depth, b"%x" % self._last_token)
-            watch.subscriptions[subscription] = None
-            self._by_token[watch.token] = watch
-            try:
-                await self._breaker.check()
-                await self._arm(watch)
-            except XenstoreError:
-                del self._by_token[watch.token]
-                raise
-            except BaseException:
+            self._by_path[key].subscriptions[subscription] = None
+            subscription.put(subscription.path)
+
+    async def _set_first(self, subscription: Subscription, deadline: float) -> None:
+        if trio.current_time() >= deadline:
+            raise RequestTimeout("Xenstore did not answer the requests of other watches in time")
+        self._last_token += 1
+        watch = _Watch(subscription.path, subscription.depth, b"%x" % self._last_token)
+        watch.subscriptions[subscription] = None
+        self._by_token[watch.token] = watch
+        try:
+            await self._arm(watch, deadline)
+        except BaseException as error:
+            del self._by_token[watch.token]
+            if not isinstance(error, XenstoreError):
                 # Cancelled, or without a reply: the store may have it, or set it later.
-                del self._by_token[watch.token]
                 self._unwanted.append(watch)
                 self._nursery.start_soon(self._clear)
-                raise
-            self._by_path[watch.path, watch.depth] = watch
-            self._first_watch.unpark_all()
+            raise
+        self._by_path[watch.path, watch.depth] = watch
+        self._first_watch.unpark_all()
 
     def is_armed(self, subscription: Subscription) -> bool:
         """Whether its watch is set at the store now."""
@@ -305,6 +302,7 @@ class Watches:
             (reply,) = await connection.pipeline(
                 self._home.as_sent((protocol.unwatch(watch.path, watch.token),)), 0, deadline
             )
+            self._answered_at = trio.current_time()
             is_removed = isinstance(reply, bytes) or reply.name == "ENOENT"
         except StoreError as error:
             log.info("a watch could not be removed: %s", error)
@@ -313,19 +311,18 @@ class Watches:
                 # The daemon may still have it: only the connection's end is sure to end it.
                 connection.close("a watch could not be removed")
 
-    async def _arm(self, watch: _Watch) -> None:
+    async def _arm(self, watch: _Watch, deadline: float) -> None:
         await self._remove_unwanted()
-        deadline = trio.current_time() + self._timeout
         connection = await self._reconnecting.get(deadline)
         watch.connection = connection
         for depth in dict.fromkeys((watch.depth, None)):  # None for a daemon that knows no depth
             request = protocol.watch(watch.path, watch.token, depth)
             requests = self._home.as_sent((request,))
             (reply,) = await connection.pipeline(requests, 0, deadline)
+            self._answered_at = trio.current_time()
             if isinstance(reply, bytes) or reply.name != "EINVAL":
                 break
         if isinstance(reply, XenstoreError):
-            watch.connection = None
             raise reply
         watch.armed = True
 
@@ -333,7 +330,7 @@ class Watches:
 
     async def run(self) -> None:
         """Set the watches again whenever their connection has been lost."""
-        patience = REFUSED_FIRST
+        patience = 0.0
         while True:
             connection = self._reconnecting.current
             if not self._by_path or connection is None:
@@ -341,14 +338,11 @@ class Watches:
             elif connection.alive and all(
                 watch.connection in (None, connection) for watch in self._by_path.values()
             ):
-                if not any(watch.refused for watch in self._by_path.values()):
-                    patience = REFUSED_FIRST
-                    await connection.wait_ended()
-                    continue
-                with trio.move_on_after(patience):
+                is_refused = any(watch.refused for watch in self._by_path.values())
+                patience = min(2 * patience or REFUSED_FIRST, REFUSED_MAX) if is_refused else 0.0
+                with trio.move_on_after(patience or math.inf):
                     await connection.wait_ended()
                 if connection.alive:
-                    patience = min(2 * patience, REFUSED_MAX)
                     await self._rearm()
             else:
                 self._interrupt()
@@ -377,7 +371,7 @@ class Watches:
             try:
                 async with self._lock:
                     await self._rearm_one(watch)
-            except (ConnectionLost, RequestTimeout, StoreUnavailable):
+            except StoreError:
                 await trio.sleep(BACKOFF_MAX)
                 return
 
@@ -387,10 +381,8 @@ class Watches:
         if watch.connection is not None and watch.connection.alive:
             return
         try:
-            await self._arm(watch)
-        except (ConnectionLost, RequestTimeout, StoreUnavailable):
-            raise
-        except StoreError as error:
+            await self._arm(watch, trio.current_time() + self._timeout)
+        except XenstoreError as error:
             watch.connection = None
             if watch.refused:
                 return  # the log has it already

@@ -24,15 +24,16 @@ Invariants:
 from __future__ import annotations
 
 import errno
-import inspect
 import os
 import select
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import trio
 
+from xsfs.xenstore.background import run_in_thread
 from xsfs.xenstore.protocol import DEVICE_PAYLOAD_MAX, HEADER, Op
 
 DESCRIPTORS_MAX: Final = 16
@@ -41,12 +42,6 @@ RECEIVE_SIZE: Final = 8192
 """Room for a reply and some events."""
 
 _FIRST_ONLY: Final = frozenset((Op.TRANSACTION_START, Op.TRANSACTION_END))
-
-# trio 0.22 has another name for the parameter, and from 0.35 on there is the new name alone.
-_PARAMETERS: Final = inspect.signature(trio.to_thread.run_sync).parameters
-_ABANDON: Final[dict[str, Any]] = {
-    "abandon_on_cancel" if "abandon_on_cancel" in _PARAMETERS else "cancellable": True
-}
 
 
 class WatchRefused(Exception):
@@ -108,9 +103,9 @@ class DeviceTransport:
         descriptor = _Descriptor(self._open_device())
         try:
             self._poll.register(descriptor.number, select.EPOLLIN)
-        except OSError:
+        except PermissionError:  # it cannot be polled
             os.close(descriptor.number)
-            raise
+            raise OSError(errno.ENODEV, "not Xenstore's device") from None
         self._descriptors[descriptor.number] = descriptor
         return descriptor
 
@@ -128,7 +123,7 @@ class DeviceTransport:
         A cancelled caller leaves the thread to itself.  Raises WatchRefused.
         """
         try:
-            await trio.to_thread.run_sync(self._write_watch, messages, **_ABANDON)
+            await run_in_thread(partial(self._write_watch, messages))
         except OSError as error:
             raise WatchRefused(errno.errorcode.get(error.errno or errno.EIO, "EIO")) from error
         return b""
