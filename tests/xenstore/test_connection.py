@@ -270,18 +270,43 @@ async def test_requests_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -
     async with connected() as (connection, peer, nursery):
         outcome = Outcome(nursery, connection, requests(9))
         await wait_all_tasks_blocked()
-        with pytest.raises(RequestTimeout, match="too many"):
-            await connection.pipeline(requests(2))
+        others = [Outcome(nursery, connection, requests(count)) for count in (2, 2, 2)]
+        await wait_all_tasks_blocked()
         came = peer.requests()
         assert len(came) == 9, "nothing was sent of what is over the limit"
         for message in came:
             peer.reply(message, b"")
         await wait_all_tasks_blocked()
         assert outcome.replies == [b""] * 9
+        came = peer.requests()
+        assert len(came) == 6, "they had waited for room"
+        for message in came:
+            peer.reply(message, b"")
+        await wait_all_tasks_blocked()
+        assert [other.replies for other in others] == [[b""] * 2] * 3
+
+
+@trio_test
+async def test_a_wait_for_room_ends_at_the_deadline_or_with_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "IN_FLIGHT_MAX", 10)
+    async with connected() as (connection, peer, nursery):
+        Outcome(nursery, connection, requests(9))
+        await wait_all_tasks_blocked()
         other = Outcome(nursery, connection, requests(2))
         await wait_all_tasks_blocked()
-        assert len(peer.requests()) == 2
-        assert other.error is None
+        deadline = trio.current_time() + 0.05
+        with pytest.raises(RequestTimeout, match="too many"):
+            await connection.pipeline(requests(2), deadline=deadline)
+        assert trio.current_time() >= deadline
+        with trio.move_on_after(0.05) as scope:
+            await connection.pipeline(requests(2))
+        assert scope.cancelled_caught
+        assert len(peer.requests()) == 9
+        connection.close()
+        await wait_all_tasks_blocked()
+        assert other.error is ConnectionLost
 
 
 @trio_test
