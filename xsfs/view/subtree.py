@@ -372,7 +372,9 @@ class Walk:
 
     def _windows_max(self) -> int:
         store = self._view.store
-        return WINDOWS if store.round_trip < FAR_SECONDS else max(WINDOWS, FAR_WINDOWS // store.walks)
+        return (
+            WINDOWS if store.round_trip < FAR_SECONDS else max(WINDOWS, FAR_WINDOWS // store.walks)
+        )
 
     def _next_window(self) -> _Window:
         window = _Window()
