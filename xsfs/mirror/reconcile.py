@@ -55,8 +55,6 @@ class Reconciler:
         self._queue = queue
         self.nodes = 0
         """How many files and directories there are, `.value` and the root not counted."""
-        self._moves = False
-        """Whether the copy is on its way to where readers see it."""
         self._nodeless: set[bytes] = set()
         """The directories that are always shown whose node was missing, or hidden, when last fetched."""
 
@@ -66,14 +64,6 @@ class Reconciler:
         self._queue[self._view.root] = False
         self._nodeless.clear()
         self.nodes = 0
-
-    def publish(self) -> Steps:
-        """Show the whole copy to readers."""
-        self._moves = True
-        try:
-            yield from self._files.publish()
-        finally:
-            self._moves = False
 
     def place(self, path: bytes) -> bytes:
         """The path of a node's file, relative to the mirror's directory."""
@@ -86,7 +76,7 @@ class Reconciler:
     def contradicts(self, path: bytes) -> bool:
         """Whether the files may contradict what the sticky directories say of a node by now: that it is a
         directory, or that its `.value` was made."""
-        if self._moves:
+        if self._files.moves:
             return True
         place = self.place(path)
         kind = self._files.kind(place)
@@ -237,9 +227,7 @@ class Reconciler:
                 self._show_file(value_place, kind, content, perms, renew=renew)
             elif kind:
                 self._files.remove_file(value_place)
-            yield from self._queue_children(path, node.names)
-            if not is_new:
-                yield from self._remove_others(path, place, node.names)
+            yield from self._queue_children(path, place, node.names, is_new=is_new)
         if self._wanted(path, state) != wanted:
             # That was learned when the files did not contradict it yet.
             self._queue.setdefault(path, False)
@@ -250,20 +238,19 @@ class Reconciler:
         if not kind or renew or self._files.read(place) != (content, perms):
             self._files.put(place, content, perms)
 
-    def _queue_children(self, path: bytes, names: Iterable[bytes]) -> Steps:
+    def _queue_children(
+        self, path: bytes, place: bytes, names: Iterable[bytes], *, is_new: bool
+    ) -> Steps:
+        """Queue the children of a directory, and remove the files of all others if it is not new."""
         above = join(path, b"")
-        for number, name in enumerate(chain(names, self._view.always_there_below(path)), 1):
-            self._queue.setdefault(above + name, False)
-            if number % CHUNK == 0:
-                yield b""
-
-    def _remove_others(self, path: bytes, place: bytes, names: Iterable[bytes]) -> Steps:
-        """Remove all files in a directory but those of the children of these names."""
         shown = {VALUE_NAME}
         for number, name in enumerate(chain(names, self._view.always_there_below(path)), 1):
+            self._queue.setdefault(above + name, False)
             shown.add(file_name(name))
             if number % CHUNK == 0:
                 yield b""
+        if is_new:
+            return
         with closing(self._files.names(place)) as found:
             for number, name in enumerate(found, 1):
                 if name not in shown:
