@@ -98,19 +98,6 @@ class Reconciler:
         with closing(self._files.names(place)) as names:
             return any(name != VALUE_NAME for name in names)
 
-    def is_within_reach(self, path: bytes) -> bool:
-        """Whether a node that an event named can be shown.  If not, its highest missing ancestor is queued
-        instead: it may be one for many nodes, and the store walks up the path of each missing node.
-        """
-        for directory in self._nodeless:
-            # It may have been made implicitly with this node, and has no event of its own.
-            if path.startswith(directory + b"/"):
-                self._queue.setdefault(directory, False)
-        missing = self._first_missing(path)
-        if missing is not None:
-            self._queue.setdefault(missing, False)
-        return missing is None
-
     def queue_nodes_of(self, domids: Collection[bytes]) -> Steps:
         """Queue the nodes whose permissions, as the mirror shows them, name one of these domains."""
 
@@ -156,10 +143,19 @@ class Reconciler:
         if state is None and self._view.is_always_there(path):
             state = EMPTY_NODE
             self._nodeless.add(path)
-        if (missing := self._first_missing(path)) is not None:
-            self._queue.setdefault(missing, False)
-            return
+        if renew:
+            for directory in self._nodeless:
+                # It may have been made implicitly with this node, and has no event of its own.
+                if path.startswith(directory + b"/"):
+                    self._queue.setdefault(directory, False)
         place = self.place(path)
+        missing = self._files.first_missing(place.rpartition(b"/")[0])
+        if missing is not None:
+            # The way down from there leads to this node.
+            depth = missing.count(b"/") + 1
+            names = path[len(self._view.root) :].lstrip(b"/").split(b"/")
+            self._queue.setdefault(join(self._view.root, b"/".join(names[:depth])), False)
+            return
         kind = self._files.kind(place)
         if state is not None:
             yield from self._show(path, place, kind, state, node, renew=renew)
@@ -168,18 +164,6 @@ class Reconciler:
             yield from self._remove(place, kind)
         if kind or renew:
             self._queue_parent(path)
-
-    def _first_missing(self, path: bytes) -> bytes | None:
-        """The highest ancestor that is no directory in the mirror.  The way down from there leads to the
-        node."""
-        root = self._view.root
-        if path == root:
-            return None
-        missing = self._files.first_missing(self.place(parent_path(path)))
-        if missing is None:
-            return None
-        names = path[len(root) :].lstrip(b"/").split(b"/")
-        return join(root, b"/".join(names[: missing.count(b"/") + 1]))
 
     def _queue_parent(self, path: bytes) -> None:
         """A node is gone: without children, its parent may be a file."""
