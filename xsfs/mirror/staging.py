@@ -386,21 +386,15 @@ class MirrorDirectory:
                         with suppress(OSError):
                             self._staging.remove()
                     raise
+                self._copy = self._published = self._directories(self._fd, self._directory_mode)
+                undo.pop_all()
+                undo.callback(self.close)
+                self._clear_now()
+                self._finish(self._fd, self._directory_mode, b"")
                 undo.pop_all()
         except OSError as error:
             raise MirrorPlaceError(
                 f"cannot keep a mirror in {shown}: {error.strerror}", _OTHER
-            ) from error
-        self._copy = self._published = self._directories(self._fd, self._directory_mode)
-        try:
-            self._clear_now()
-            os.fchmod(self._fd, self._directory_mode)
-            if self._chown:
-                os.fchown(self._fd, self.ownership.uid, self.ownership.gid)
-        except OSError as error:
-            self.close()
-            raise MirrorPlaceError(
-                f"cannot use {shown}: {error.strerror}", "look what is in it"
             ) from error
         try:
             os.setxattr(self._staging.fd, PERMS_ATTRIBUTE, b"n0")
