@@ -171,10 +171,8 @@ class Reconciler:
         if self._view.root not in (path, parent) and not self._has_children(self.place(parent)):
             self._queue.setdefault(parent, False)
 
-    def _wanted(self, path: bytes, state: NodeState) -> int:
-        if path == self._view.root or self._view.is_directory(path, state):
-            return stat.S_IFDIR
-        return stat.S_IFREG
+    def _is_directory(self, path: bytes, state: NodeState) -> bool:
+        return path == self._view.root or self._view.is_directory(path, state)
 
     def _show(
         self,
@@ -186,33 +184,34 @@ class Reconciler:
         *,
         renew: bool,
     ) -> Steps:
-        wanted = self._wanted(path, state)
-        if kind not in (0, wanted):
+        is_directory = self._is_directory(path, state)
+        if kind not in (0, stat.S_IFDIR if is_directory else stat.S_IFREG):
             yield from self._remove(place, kind)
             kind = 0
+            is_directory = self._is_directory(path, state)  # by what was learned meanwhile
         content = self._view.content.render(state.value or b"")
         perms = node.perms.rstrip(b"\0").replace(b"\0", b",") if self._files.has_perms else b""
-        if wanted == stat.S_IFREG:
+        is_new = not kind
+        if not is_directory:
             self._show_file(place, kind, content, perms, renew=renew)
-            self.nodes += not kind
+            self.nodes += is_new
+            return
+        if is_new:
+            self._files.make_directory(place, perms)
+            self.nodes += 1
         else:
-            if kind:
-                self._files.set_perms(place, perms)
-            else:
-                self._files.make_directory(place, perms)
-                self.nodes += 1
-            is_new = not kind
-            value_place = self._in(place, VALUE_NAME)
-            kind = 0 if is_new else self._files.kind(value_place)
-            if kind == stat.S_IFDIR:  # the files' owner has made it
-                yield from self._files.removing(value_place)
-                kind = 0
-            if state is not EMPTY_NODE and self._view.has_dot_value(path, state):
-                self._show_file(value_place, kind, content, perms, renew=renew)
-            elif kind:
-                self._files.remove_file(value_place)
-            yield from self._queue_children(path, place, node.names, is_new=is_new)
-        if self._wanted(path, state) != wanted:
+            self._files.set_perms(place, perms)
+        value_place = self._in(place, VALUE_NAME)
+        kind = 0 if is_new else self._files.kind(value_place)
+        if kind == stat.S_IFDIR:  # the files' owner has made it
+            yield from self._files.removing(value_place)
+            kind = 0
+        if state is not EMPTY_NODE and self._view.has_dot_value(path, state):
+            self._show_file(value_place, kind, content, perms, renew=renew)
+        elif kind:
+            self._files.remove_file(value_place)
+        yield from self._queue_children(path, place, node.names, is_new=is_new)
+        if not self._is_directory(path, state):
             # That was learned when the files did not contradict it yet.
             self._queue.setdefault(path, False)
 
