@@ -328,10 +328,13 @@ class Mirror:
 
     def _next_batch(self) -> Batch:
         batch: Batch = {}
-        for _ in range(min(BATCH, len(self._queue))):
+        until = time.perf_counter() + SLICE_SECONDS
+        while self._queue and len(batch) < BATCH:
             path, renew = self._queue.popitem(last=False)
-            if not renew or self._is_inside(path):
+            if not renew or (self._is_inside(path) and self._reconciler.is_within_reach(path)):
                 batch[path] = renew
+            if time.perf_counter() > until:
+                break
         self._in_flight.update(batch)
         return batch
 

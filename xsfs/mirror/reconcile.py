@@ -98,6 +98,26 @@ class Reconciler:
         with closing(self._files.names(place)) as names:
             return any(name != VALUE_NAME for name in names)
 
+    def is_within_reach(self, path: bytes) -> bool:
+        """Whether a node that an event named can be shown.  If not, it need not be fetched: the ancestor that
+        is queued instead may be one for many nodes, and the store walks up the path of each missing node."""
+        for directory in self._nodeless:
+            # It may have been made implicitly with this node, and has no event of its own.
+            if path.startswith(directory + b"/"):
+                self._queue.setdefault(directory, False)
+        return self._has_parent(path)
+
+    def _has_parent(self, path: bytes) -> bool:
+        """Whether the mirror has the directory of this node.  If not, its highest missing ancestor is queued,
+        from which the way down leads to the node."""
+        missing = self._files.first_missing(self.place(path).rpartition(b"/")[0])
+        if missing is None:
+            return True
+        names = path[len(self._view.root) :].lstrip(b"/").split(b"/")
+        ancestor = b"/".join(names[: missing.count(b"/") + 1])
+        self._queue.setdefault(join(self._view.root, ancestor), False)
+        return False
+
     def queue_nodes_of(self, domids: Collection[bytes]) -> Steps:
         """Queue the nodes whose permissions, as the mirror shows them, name one of these domains."""
 
@@ -143,19 +163,9 @@ class Reconciler:
         if state is None and self._view.is_always_there(path):
             state = EMPTY_NODE
             self._nodeless.add(path)
-        if renew:
-            for directory in self._nodeless:
-                # It may have been made implicitly with this node, and has no event of its own.
-                if path.startswith(directory + b"/"):
-                    self._queue.setdefault(directory, False)
-        place = self.place(path)
-        missing = self._files.first_missing(place.rpartition(b"/")[0])
-        if missing is not None:
-            # The way down from there leads to this node.
-            depth = missing.count(b"/") + 1
-            names = path[len(self._view.root) :].lstrip(b"/").split(b"/")
-            self._queue.setdefault(join(self._view.root, b"/".join(names[:depth])), False)
+        if not self._has_parent(path):
             return
+        place = self.place(path)
         kind = self._files.kind(place)
         if state is not None:
             yield from self._show(path, place, kind, state, node, renew=renew)
