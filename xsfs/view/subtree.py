@@ -56,7 +56,7 @@ round trip."""
 TURN_SECONDS: Final = 0.0005
 """After so long other tasks get a turn."""
 
-_ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
+ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 """EINVAL: the path is longer than the store accepts, so there can be no such node."""
 
 
@@ -455,7 +455,7 @@ class Walk:
             run.segment = after
             return _Run(join(path, b""), names, inner, not value)
         failure = next(each for each in (value, perms, listing) if isinstance(each, XenstoreError))
-        if failure.name in _ABSENT:
+        if failure.name in ABSENT:
             return None
         text = self._format.unreadable(path)
         if failure.name != "EACCES":
