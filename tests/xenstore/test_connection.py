@@ -30,7 +30,7 @@ LIMIT = 60.0
 
 
 class CountingTransport(SocketTransport):
-    """A socket that counts how often it is told to send."""
+    """A socket that counts its sends."""
 
     sends = 0
 
@@ -85,7 +85,7 @@ def requests(count: int) -> list[Request]:
 
 
 class Outcome:
-    """What came of one pipeline."""
+    """The outcome of one pipeline."""
 
     def __init__(self, nursery: trio.Nursery, connection: Connection, asked: list[Request]) -> None:
         self.replies: list[Reply] | None = None
@@ -481,7 +481,7 @@ async def test_a_slow_store_is_waited_for_more_and_more_rarely(
                 skips.append(connection._poll_skips)
             most = module.POLL_SKIPS_MAX
             assert skips == [1, 2, 4, 8, 16, 32, 64, most, most, most, most, most]
-            # While it is skipped, nothing is waited for, and each pipeline counts.
+            # While pipelines skip it, none waits in it, and each counts.
             monkeypatch.setattr(transport, "receive_soon", lambda: pytest.fail("it waits"))
             Outcome(nursery, connection, requests(1))
             await wait_all_tasks_blocked()
