@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,23 @@ def test_a_subtree(mount: Mount, distant: DistantStore, name: str) -> None:
         open(os.open(name, os.O_RDONLY, dir_fd=directory), "rb") as file,
     ):
         assert file.read().count(b"v") >= 4000
+
+
+def test_many_subtrees_at_once_and_a_value(mount: Mount, distant: DistantStore) -> None:
+    """In step, their windows would be more requests than one connection may have in flight."""
+    with ExitStack() as stack, trips_at_most(40, distant):
+        paths = []
+        for name in (".ls", ".dump"):
+            # The kernel looks up one name after the other, but opens files together.
+            descriptor = os.open(mount.path / "data/deep" / name, os.O_PATH)
+            stack.callback(os.close, descriptor)
+            paths += [Path(f"/proc/self/fd/{descriptor}")] * 3
+        threads = stack.enter_context(ThreadPoolExecutor(len(paths)))
+        reads = [threads.submit(path.read_bytes) for path in paths]
+        while wait(reads, 0).not_done:
+            assert (mount.path / "name").read_text() == "Domain-0\n"
+    for each in reads:
+        assert each.result().count(b"v") >= 4000
 
 
 def test_a_mirror(distant: DistantStore, daemon: RealXenstored, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class History:
         self.mirror._reconciler.begin()
         while self.mirror._queue:
             await self.mirror._work()
-        await self.mirror._carry_out(self.mirror._reconciler.publish())
+        await self.mirror._carry_out(self.files.publish())
         self.mirror._copy_of = self.mirror._interruptions
         await self.mirror._follow()
 

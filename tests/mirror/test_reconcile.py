@@ -237,7 +237,7 @@ def test_what_is_learned_of_a_node_while_its_children_go(
 def test_what_is_learned_while_the_copy_moves_to_its_place(moment: int, shm: Path) -> None:
     with copied(shm / "mirror") as it:
         it.apply(NODE, EMPTY)
-        steps = it.copy.publish()
+        steps = it.files.publish()
         for _ in range(moment):
             next(steps, None)
         it.copy._view.sticky.add(NODE)

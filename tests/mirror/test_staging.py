@@ -263,7 +263,6 @@ def test_nothing_is_begun_where_there_is_no_room(shm: Path) -> None:
         (small / "others").write_bytes(bytes(7 * 1024 * 1024 + 100_000))
         with pytest.raises(OSError, match="No space left on device"):
             files.begin()
-        assert files.staged is False
         (small / "others").unlink()
         files.begin()
 
@@ -306,5 +305,11 @@ def test_permissions_that_are_too_long_for_the_file_system_are_left_out(tmp_path
             files.make_directory(b"d", b"n0," * 1300)
             files.put(b"d/f", b"v", b"n0," * 1300)
             assert files.read(b"d/f") == (b"v", b"")
+            assert files.perms(b"d") == b""
+            files.set_perms(b"d", b"n0,r1")
+            assert files.perms(b"d") == b"n0,r1"
+            for _ in range(2):
+                files.set_perms(b"d", b"n0," * 1300)
+                assert files.perms(b"d") == b"", "none rather than old ones"
     finally:
         subprocess.run(["umount", tmp_path / "ext4"], check=True)

@@ -120,6 +120,21 @@ async def test_over_a_long_way_a_walk_takes_a_round_trip_a_level(w: World) -> No
 
 
 @in_world
+async def test_walks_at_once_share_the_windows_in_flight(w: World) -> None:
+    for number in range(500):
+        await w.store.write(b"%s/%d" % (TOP, number), b"x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subtree, "FAR_SECONDS", 0.0)  # any store is far away
+        patch.setattr(subtree, "FAR_WINDOWS", 5 * WINDOWS)
+        recorder = Recorder(w, patch)
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(text_of, w, LsFormat)
+    assert recorder.most == 5 * WINDOWS * 3 * WINDOW
+    assert w.store.walks == 0
+
+
+@in_world
 async def test_one_fast_reply_shows_that_the_way_is_short(w: World) -> None:
     assert 0 < w.store.round_trip < float("inf"), "the first request was timed"
     await w.store.write(TOP + b"/x", b"x")

@@ -30,7 +30,7 @@ LIMIT = 60.0
 
 
 class CountingTransport(SocketTransport):
-    """A socket that counts how often it is told to send."""
+    """A socket that counts its sends."""
 
     sends = 0
 
@@ -85,7 +85,7 @@ def requests(count: int) -> list[Request]:
 
 
 class Outcome:
-    """What came of one pipeline."""
+    """The outcome of one pipeline."""
 
     def __init__(self, nursery: trio.Nursery, connection: Connection, asked: list[Request]) -> None:
         self.replies: list[Reply] | None = None
@@ -270,18 +270,43 @@ async def test_requests_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -
     async with connected() as (connection, peer, nursery):
         outcome = Outcome(nursery, connection, requests(9))
         await wait_all_tasks_blocked()
-        with pytest.raises(RequestTimeout, match="too many"):
-            await connection.pipeline(requests(2))
+        others = [Outcome(nursery, connection, requests(count)) for count in (2, 2, 2)]
+        await wait_all_tasks_blocked()
         came = peer.requests()
         assert len(came) == 9, "nothing was sent of what is over the limit"
         for message in came:
             peer.reply(message, b"")
         await wait_all_tasks_blocked()
         assert outcome.replies == [b""] * 9
+        came = peer.requests()
+        assert len(came) == 6, "they had waited for room"
+        for message in came:
+            peer.reply(message, b"")
+        await wait_all_tasks_blocked()
+        assert [other.replies for other in others] == [[b""] * 2] * 3
+
+
+@trio_test
+async def test_a_wait_for_room_ends_at_the_deadline_or_with_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "IN_FLIGHT_MAX", 10)
+    async with connected() as (connection, peer, nursery):
+        Outcome(nursery, connection, requests(9))
+        await wait_all_tasks_blocked()
         other = Outcome(nursery, connection, requests(2))
         await wait_all_tasks_blocked()
-        assert len(peer.requests()) == 2
-        assert other.error is None
+        deadline = trio.current_time() + 0.05
+        with pytest.raises(RequestTimeout, match="too many"):
+            await connection.pipeline(requests(2), deadline=deadline)
+        assert trio.current_time() >= deadline
+        with trio.move_on_after(0.05) as scope:
+            await connection.pipeline(requests(2))
+        assert scope.cancelled_caught
+        assert len(peer.requests()) == 9
+        connection.close()
+        await wait_all_tasks_blocked()
+        assert other.error is ConnectionLost
 
 
 @trio_test
@@ -456,7 +481,7 @@ async def test_a_slow_store_is_waited_for_more_and_more_rarely(
                 skips.append(connection._poll_skips)
             most = module.POLL_SKIPS_MAX
             assert skips == [1, 2, 4, 8, 16, 32, 64, most, most, most, most, most]
-            # While it is skipped, nothing is waited for, and each pipeline counts.
+            # While pipelines skip it, none waits in it, and each counts.
             monkeypatch.setattr(transport, "receive_soon", lambda: pytest.fail("it waits"))
             Outcome(nursery, connection, requests(1))
             await wait_all_tasks_blocked()

@@ -230,7 +230,7 @@ class Mirror:
         await self._copy_all()
         if self._interruptions != interruptions:
             raise _Lost("the connection was lost while the copy was made")
-        await self._carry_out(self._reconciler.publish())
+        await self._carry_out(self._files.publish())
         self._copy_of = interruptions
 
     async def _copy_all(self) -> None:
@@ -331,10 +331,7 @@ class Mirror:
         until = time.perf_counter() + SLICE_SECONDS
         while self._queue and len(batch) < BATCH:
             path, renew = self._queue.popitem(last=False)
-            if not renew:
-                batch[path] = renew
-                continue
-            if self._is_inside(path) and self._reconciler.is_within_reach(path):
+            if not renew or (self._is_inside(path) and self._reconciler.is_within_reach(path)):
                 batch[path] = renew
             if time.perf_counter() > until:
                 break
@@ -374,8 +371,7 @@ class Mirror:
         nodes = []
         for index, path in enumerate(paths):
             try:
-                own = replies[index * each : (index + 1) * each]
-                node = self._interpret(path, *own) or await self._list_long(path, *own)
+                node = await self._interpret(path, *replies[index * each : (index + 1) * each])
             except (XenstoreError, WireError) as error:
                 if path == self._view.root:
                     raise StoreError(f"the root makes no sense: {error}") from error
@@ -385,10 +381,10 @@ class Mirror:
         self.fetched += len(paths)
         return nodes
 
-    def _interpret(
+    async def _interpret(
         self, path: bytes, value: Reply, listing: Reply, perms: Reply = b""
-    ) -> FetchedNode | None:
-        """The node, according to the replies; None if it has too many children for one reply."""
+    ) -> FetchedNode:
+        """The node, according to the replies."""
         # Domain 0 may do everything, whatever a guest has made of the permissions.
         domid = self._view.domid
         state = interpret(value, listing, perms if domid else None, domid)
@@ -398,21 +394,15 @@ class Mirror:
         if state.has_children:
             self._view.sticky.add(path)
             if not isinstance(listing, bytes):
-                return None
+                # Too many for one reply.
+                try:
+                    listing = b"".join([b"%s\0" % name for name in await self.store.list(path)])
+                except XenstoreError as error:
+                    if error.name in ("ENOENT", "EACCES"):
+                        return GONE  # since its value was read
+                    raise
             names = shown_names(path, listing)
         return FetchedNode(state, names, perms if isinstance(perms, bytes) else b"")
-
-    async def _list_long(
-        self, path: bytes, value: Reply, _: Reply, perms: Reply = b""
-    ) -> FetchedNode:
-        try:
-            names = await self.store.list(path)
-        except XenstoreError as error:
-            if error.name in ("ENOENT", "EACCES"):
-                return GONE  # since its value was read
-            raise
-        listing = b"".join([b"%s\0" % name for name in names])
-        return self._interpret(path, value, listing, perms) or GONE
 
     def _leave_out(self, path: bytes, error: Exception) -> None:
         if path not in self._left_out and len(self._left_out) < LEFT_OUT_MAX:

@@ -55,8 +55,6 @@ class Reconciler:
         self._queue = queue
         self.nodes = 0
         """How many files and directories there are, `.value` and the root not counted."""
-        self._moves = False
-        """Whether the copy is on its way to where readers see it."""
         self._nodeless: set[bytes] = set()
         """The directories that are always shown whose node was missing, or hidden, when last fetched."""
 
@@ -66,14 +64,6 @@ class Reconciler:
         self._queue[self._view.root] = False
         self._nodeless.clear()
         self.nodes = 0
-
-    def publish(self) -> Steps:
-        """Show the whole copy to readers."""
-        self._moves = True
-        try:
-            yield from self._files.publish()
-        finally:
-            self._moves = False
 
     def place(self, path: bytes) -> bytes:
         """The path of a node's file, relative to the mirror's directory."""
@@ -86,7 +76,7 @@ class Reconciler:
     def contradicts(self, path: bytes) -> bool:
         """Whether the files may contradict what the sticky directories say of a node by now: that it is a
         directory, or that its `.value` was made."""
-        if self._moves:
+        if self._files.moves:
             return True
         place = self.place(path)
         kind = self._files.kind(place)
@@ -109,17 +99,24 @@ class Reconciler:
             return any(name != VALUE_NAME for name in names)
 
     def is_within_reach(self, path: bytes) -> bool:
-        """Whether a node that an event named can be shown.  If not, its highest missing ancestor is queued
-        instead: it may be one for many nodes, and the store walks up the path of each missing node.
-        """
+        """Whether a node that an event named can be shown.  If not, it need not be fetched: the ancestor that
+        is queued instead may be one for many nodes, and the store walks up the path of each missing node."""
         for directory in self._nodeless:
             # It may have been made implicitly with this node, and has no event of its own.
             if path.startswith(directory + b"/"):
                 self._queue.setdefault(directory, False)
-        missing = self._first_missing(path)
-        if missing is not None:
-            self._queue.setdefault(missing, False)
-        return missing is None
+        return self._has_parent(path)
+
+    def _has_parent(self, path: bytes) -> bool:
+        """Whether the mirror has the directory of this node.  If not, its highest missing ancestor is queued,
+        from which the way down leads to the node."""
+        missing = self._files.first_missing(self.place(path).rpartition(b"/")[0])
+        if missing is None:
+            return True
+        names = path[len(self._view.root) :].lstrip(b"/").split(b"/")
+        ancestor = b"/".join(names[: missing.count(b"/") + 1])
+        self._queue.setdefault(join(self._view.root, ancestor), False)
+        return False
 
     def queue_nodes_of(self, domids: Collection[bytes]) -> Steps:
         """Queue the nodes whose permissions, as the mirror shows them, name one of these domains."""
@@ -166,8 +163,7 @@ class Reconciler:
         if state is None and self._view.is_always_there(path):
             state = EMPTY_NODE
             self._nodeless.add(path)
-        if (missing := self._first_missing(path)) is not None:
-            self._queue.setdefault(missing, False)
+        if not self._has_parent(path):
             return
         place = self.place(path)
         kind = self._files.kind(place)
@@ -179,28 +175,14 @@ class Reconciler:
         if kind or renew:
             self._queue_parent(path)
 
-    def _first_missing(self, path: bytes) -> bytes | None:
-        """The highest ancestor that is no directory in the mirror.  The way down from there leads to the
-        node."""
-        root = self._view.root
-        if path == root:
-            return None
-        missing = self._files.first_missing(self.place(parent_path(path)))
-        if missing is None:
-            return None
-        names = path[len(root) :].lstrip(b"/").split(b"/")
-        return join(root, b"/".join(names[: missing.count(b"/") + 1]))
-
     def _queue_parent(self, path: bytes) -> None:
         """A node is gone: without children, its parent may be a file."""
         parent = parent_path(path)
         if self._view.root not in (path, parent) and not self._has_children(self.place(parent)):
             self._queue.setdefault(parent, False)
 
-    def _wanted(self, path: bytes, state: NodeState) -> int:
-        if path == self._view.root or self._view.is_directory(path, state):
-            return stat.S_IFDIR
-        return stat.S_IFREG
+    def _is_directory(self, path: bytes, state: NodeState) -> bool:
+        return path == self._view.root or self._view.is_directory(path, state)
 
     def _show(
         self,
@@ -212,35 +194,34 @@ class Reconciler:
         *,
         renew: bool,
     ) -> Steps:
-        wanted = self._wanted(path, state)
-        if kind not in (0, wanted):
+        is_directory = self._is_directory(path, state)
+        if kind not in (0, stat.S_IFDIR if is_directory else stat.S_IFREG):
             yield from self._remove(place, kind)
             kind = 0
+            is_directory = self._is_directory(path, state)  # by what was learned meanwhile
         content = self._view.content.render(state.value or b"")
         perms = node.perms.rstrip(b"\0").replace(b"\0", b",") if self._files.has_perms else b""
-        if wanted == stat.S_IFREG:
+        is_new = not kind
+        if not is_directory:
             self._show_file(place, kind, content, perms, renew=renew)
-            self.nodes += not kind
+            self.nodes += is_new
+            return
+        if is_new:
+            self._files.make_directory(place, perms)
+            self.nodes += 1
         else:
-            if kind:
-                self._files.set_perms(place, perms)
-            else:
-                self._files.make_directory(place, perms)
-                self.nodes += 1
-            is_new = not kind
-            value_place = self._in(place, VALUE_NAME)
-            kind = 0 if is_new else self._files.kind(value_place)
-            if kind == stat.S_IFDIR:  # the files' owner has made it
-                yield from self._files.removing(value_place)
-                kind = 0
-            if state is not EMPTY_NODE and self._view.has_dot_value(path, state):
-                self._show_file(value_place, kind, content, perms, renew=renew)
-            elif kind:
-                self._files.remove_file(value_place)
-            yield from self._queue_children(path, node.names)
-            if not is_new:
-                yield from self._remove_others(path, place, node.names)
-        if self._wanted(path, state) != wanted:
+            self._files.set_perms(place, perms)
+        value_place = self._in(place, VALUE_NAME)
+        kind = 0 if is_new else self._files.kind(value_place)
+        if kind == stat.S_IFDIR:  # the files' owner has made it
+            yield from self._files.removing(value_place)
+            kind = 0
+        if state is not EMPTY_NODE and self._view.has_dot_value(path, state):
+            self._show_file(value_place, kind, content, perms, renew=renew)
+        elif kind:
+            self._files.remove_file(value_place)
+        yield from self._queue_children(path, place, node.names, is_new=is_new)
+        if not self._is_directory(path, state):
             # That was learned when the files did not contradict it yet.
             self._queue.setdefault(path, False)
 
@@ -250,20 +231,19 @@ class Reconciler:
         if not kind or renew or self._files.read(place) != (content, perms):
             self._files.put(place, content, perms)
 
-    def _queue_children(self, path: bytes, names: Iterable[bytes]) -> Steps:
+    def _queue_children(
+        self, path: bytes, place: bytes, names: Iterable[bytes], *, is_new: bool
+    ) -> Steps:
+        """Queue the children of a directory, and remove the files of all others if it is not new."""
         above = join(path, b"")
-        for number, name in enumerate(chain(names, self._view.always_there_below(path)), 1):
-            self._queue.setdefault(above + name, False)
-            if number % CHUNK == 0:
-                yield b""
-
-    def _remove_others(self, path: bytes, place: bytes, names: Iterable[bytes]) -> Steps:
-        """Remove all files in a directory but those of the children of these names."""
         shown = {VALUE_NAME}
         for number, name in enumerate(chain(names, self._view.always_there_below(path)), 1):
+            self._queue.setdefault(above + name, False)
             shown.add(file_name(name))
             if number % CHUNK == 0:
                 yield b""
+        if is_new:
+            return
         with closing(self._files.names(place)) as found:
             for number, name in enumerate(found, 1):
                 if name not in shown:

@@ -227,14 +227,14 @@ class StagingDirectory:
 class _OpenDirectories:
     """The directories below an open one, opened on the way down and kept for the next operation.
 
-    top         an open directory, which stays open
-    modes       the modes of the directory itself and of those below it, if they deny writing to this
-                user; xsfs then permits it for the time of a change.  None for root
+    top     an open directory, which stays open
+    mode    the mode of all of them, which may deny writing to this user; xsfs then permits it for the time
+            of a change.  None for root
     """
 
-    def __init__(self, top: int, modes: tuple[int, int] | None = None) -> None:
+    def __init__(self, top: int, mode: int | None) -> None:
         self.top = top
-        self._modes = modes
+        self._mode = mode
         self._open: dict[bytes, int] = {}
         self._writable: set[bytes] = set()
 
@@ -248,7 +248,7 @@ class _OpenDirectories:
         fd = self._open.get(path, -1) if path else self.top
         if fd < 0:
             fd = self._walk(path)
-        if change and self._modes is not None and path not in self._writable:
+        if change and self._mode is not None and path not in self._writable:
             os.fchmod(fd, 0o700)
             self._writable.add(path)
         return fd
@@ -288,9 +288,9 @@ class _OpenDirectories:
 
     def _protect(self, path: bytes, fd: int) -> None:
         if path in self._writable:
-            assert self._modes is not None
+            assert self._mode is not None
             self._writable.discard(path)
-            os.fchmod(fd, self._modes[1] if path else self._modes[0])
+            os.fchmod(fd, self._mode)
 
     def forget(self, path: bytes) -> None:
         """This directory has been removed."""
@@ -352,21 +352,14 @@ class MirrorDirectory:
         self._name = os.path.basename(self.directory)
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
-        mask = os.umask(0o077)
-        os.umask(mask)
-        is_root = os.geteuid() == 0
-        # Others than root may neither write to a directory without write permission, nor give an
-        # attribute to a file without it.
-        self._modes = None if is_root else (self._directory_mode, self._directory_mode)
-        self._new_file_mode = self._file_mode if is_root else 0o600
-        self._chmod = not is_root or bool(mask & (self._file_mode | self._directory_mode))
+        self._is_root = os.geteuid() == 0
         self._chown = (ownership.uid, ownership.gid) != (os.geteuid(), os.getegid())
         self._made = 0
         self._unique = os.urandom(8).hex().encode()
         self.has_perms = False
         """Whether files can have user attributes here: tmpfs has them since Linux 6.6."""
-        self.staged = False
-        """Whether what is changed is the copy in the staging directory."""
+        self.moves = False
+        """Whether the copy is on its way from the staging directory to DIR."""
 
     def is_inside(self, directory: str) -> bool:
         above = os.fsencode(os.path.realpath(directory))
@@ -393,21 +386,15 @@ class MirrorDirectory:
                         with suppress(OSError):
                             self._staging.remove()
                     raise
+                self._copy = self._published = self._directories(self._fd, self._directory_mode)
+                undo.pop_all()
+                undo.callback(self.close)
+                self._clear_now()
+                self._finish(self._fd, self._directory_mode, b"")
                 undo.pop_all()
         except OSError as error:
             raise MirrorPlaceError(
                 f"cannot keep a mirror in {shown}: {error.strerror}", _OTHER
-            ) from error
-        self._copy = self._published = _OpenDirectories(self._fd, self._modes)
-        try:
-            self._clear_now()
-            os.fchmod(self._fd, self._directory_mode)
-            if self._chown:
-                os.fchown(self._fd, self.ownership.uid, self.ownership.gid)
-        except OSError as error:
-            self.close()
-            raise MirrorPlaceError(
-                f"cannot use {shown}: {error.strerror}", "look what is in it"
             ) from error
         try:
             os.setxattr(self._staging.fd, PERMS_ATTRIBUTE, b"n0")
@@ -487,6 +474,9 @@ class MirrorDirectory:
         to do: the next change finds the directories that are in place then."""
         self._copy.close()
 
+    def _directories(self, top: int, mode: int) -> _OpenDirectories:
+        return _OpenDirectories(top, None if self._is_root else mode)
+
     def _clear_now(self) -> None:
         for _ in self.clear():
             pass
@@ -494,10 +484,11 @@ class MirrorDirectory:
     def clear(self) -> Steps:
         """Remove all copies, finished or not.  The one that readers see goes first."""
         self.close_directories()
-        if self.staged:
+        self.moves = False
+        if self._copy is not self._published:
             os.close(self._copy.top)
-            self._copy, self.staged = self._published, False
-        staging = _OpenDirectories(self._staging.fd, self._modes and (0o700, 0o700))
+            self._copy = self._published
+        staging = self._directories(self._staging.fd, 0o700)
         try:
             if staging.first_missing(_OLD) is None:
                 yield from self._move_all(self._published, staging.enter(_OLD), renamed=True)
@@ -519,17 +510,17 @@ class MirrorDirectory:
         for name in (_OLD, _TREE):
             os.mkdir(name, 0o700, dir_fd=self._staging.fd)
         top = os.open(_TREE, _DIRECTORY, dir_fd=self._staging.fd)
-        self._copy = _OpenDirectories(top, self._modes and (0o700, self._directory_mode))
-        self.staged = True
+        self._copy = self._directories(top, self._directory_mode)
 
     def publish(self) -> Steps:
         """Let all that was made be seen."""
         copy, perms = self._copy, self.perms(b"")
         self.close_directories()
+        self.moves = True
         yield from self._move_all(copy, self._published.enter(b"", change=True))
         os.rmdir(_TREE, dir_fd=self._staging.fd)
         os.close(copy.top)
-        self._copy, self.staged = self._published, False
+        self._copy, self.moves = self._published, False
         self.set_perms(b"", perms)
         self.close_directories()
 
@@ -541,16 +532,11 @@ class MirrorDirectory:
         with closing(source.scan(b"")) as entries:
             names = list(entries)
         for number, (name, is_directory) in enumerate(names):
-            directory = source.enter(b"", change=True)
+            if is_directory and not self._is_root:
+                source.enter(name, change=True)  # a move changes what `..` is in it
             new_name = b"%s-%d" % (self._unique, number) if renamed else name
-            with ExitStack() as after:
-                if is_directory and self._modes is not None:
-                    # To move a directory is to change what `..` is in it.
-                    fd = os.open(name, _DIRECTORY, dir_fd=directory)
-                    after.callback(os.close, fd)
-                    os.fchmod(fd, 0o700)
-                    after.callback(os.fchmod, fd, self._directory_mode)
-                os.rename(name, new_name, src_dir_fd=directory, dst_dir_fd=target)
+            directory = source.enter(b"", change=True)
+            os.rename(name, new_name, src_dir_fd=directory, dst_dir_fd=target)
             yield name
         source.close()
 
@@ -625,7 +611,7 @@ class MirrorDirectory:
         directory, name = self._place(path, change=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            fd = os.open(_NEW, flags, self._new_file_mode, dir_fd=self._staging.fd)
+            fd = os.open(_NEW, flags, 0o600, dir_fd=self._staging.fd)
             try:
                 if content and os.write(fd, content) != len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -640,41 +626,37 @@ class MirrorDirectory:
 
     def _finish(self, fd: int, mode: int, perms: bytes) -> None:
         """Give a new file or directory its attributes."""
-        if perms:
+        if perms and self.has_perms:
             self._set_attribute(fd, perms)
-        if self._chmod:
-            os.fchmod(fd, mode)
+        os.fchmod(fd, mode)
         if self._chown:
             os.fchown(fd, self.ownership.uid, self.ownership.gid)
 
-    def _set_attribute(self, fd: int, perms: bytes) -> None:
-        if not self.has_perms:
-            return
+    def _set_attribute(self, fd: int, perms: bytes) -> bool:
+        """Whether the file system can store the permissions: a guest can make them too long."""
         try:
             os.setxattr(fd, PERMS_ATTRIBUTE, perms)
         except OSError as error:
-            # A guest can make permissions that are longer than the file system can store.
             if error.errno not in _UNSUITABLE:
                 raise
             log.debug("permissions of %d bytes are left out: %s", len(perms), error.strerror)
+            return False
+        return True
 
     def make_directory(self, path: bytes, perms: bytes) -> None:
         """Make the directory, which is missing.  Raises OSError."""
         self._count()
         directory, name = self._place(path, change=True)
-        os.mkdir(name, 0o700 if self._modes else self._directory_mode, dir_fd=directory)
-        if self._chmod or self._chown or perms:
-            # By a descriptor: the owner of the directory above may have put something else there.
-            self._finish(self._copy.enter(path), self._directory_mode, perms)
+        os.mkdir(name, 0o700, dir_fd=directory)
+        # By a descriptor: the owner of the directory above may have put something else there.
+        self._finish(self._copy.enter(path), self._directory_mode, perms)
 
     def set_perms(self, path: bytes, perms: bytes) -> None:
         """Set a directory's permissions, if they are others; b"" removes them."""
-        if not self.has_perms or self.perms(path) == perms:
+        if not self.has_perms or (old := self.perms(path)) == perms:
             return
         fd = self._copy.enter(path, change=True)
-        if perms:
-            self._set_attribute(fd, perms)
-        else:
+        if not (perms and self._set_attribute(fd, perms)) and old:
             os.removexattr(fd, PERMS_ATTRIBUTE)
 
     def remove_file(self, path: bytes) -> None:

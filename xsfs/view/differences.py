@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from xsfs.view.names import join, parent_path
-from xsfs.view.subtree import TextFormat, Walk
+from xsfs.view.subtree import ABSENT, TextFormat, Walk
 from xsfs.view.view import View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -24,8 +24,6 @@ TOUCHED_MAX: Final = 65_536
 
 COMPARE_WINDOW: Final = 128
 """How many nodes one pipeline asks about."""
-
-_ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 
 
 class TouchedPaths:
@@ -134,7 +132,7 @@ async def _contents(commands: Commands, paths: Sequence[bytes]) -> list[_Content
 def _content(*replies: Reply) -> _Content | None:
     for reply in replies:
         if isinstance(reply, XenstoreError) and reply.name != "EACCES":
-            if reply.name in _ABSENT:
+            if reply.name in ABSENT:
                 return None
             raise reply
     value, perms = (reply if isinstance(reply, bytes) else None for reply in replies)

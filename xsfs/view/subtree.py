@@ -50,12 +50,13 @@ of other tasks wait half a millisecond behind them."""
 
 FAR_SECONDS: Final = 0.002
 FAR_WINDOWS: Final = 640
-"""How many windows are in flight if no pipeline was faster than FAR_SECONDS: 10,000 nodes in a round trip."""
+"""How many windows of all walks are in flight if no pipeline was faster than FAR_SECONDS: 10,000 nodes in a
+round trip."""
 
 TURN_SECONDS: Final = 0.0005
 """After so long other tasks get a turn."""
 
-_ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
+ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 """EINVAL: the path is longer than the store accepts, so there can be no such node."""
 
 
@@ -341,6 +342,13 @@ class Walk:
         Raises XenstoreError for an error reply that speaks of more than one node, and if the first node may
         not be read.
         """
+        self._view.store.walks += 1
+        try:
+            return await self._walk()
+        finally:
+            self._view.store.walks -= 1
+
+    async def _walk(self) -> SubtreeText | None:
         assert self._first is not None
         top = _Run(b"", (self._format.top,), self._first, True)
         self._runs.append(top)
@@ -363,7 +371,10 @@ class Walk:
         return SubtreeText(self._text, self._error)
 
     def _windows_max(self) -> int:
-        return WINDOWS if self._view.store.round_trip < FAR_SECONDS else FAR_WINDOWS
+        store = self._view.store
+        return (
+            WINDOWS if store.round_trip < FAR_SECONDS else max(WINDOWS, FAR_WINDOWS // store.walks)
+        )
 
     def _next_window(self) -> _Window:
         window = _Window()
@@ -444,7 +455,7 @@ class Walk:
             run.segment = after
             return _Run(join(path, b""), names, inner, not value)
         failure = next(each for each in (value, perms, listing) if isinstance(each, XenstoreError))
-        if failure.name in _ABSENT:
+        if failure.name in ABSENT:
             return None
         text = self._format.unreadable(path)
         if failure.name != "EACCES":

@@ -9,7 +9,8 @@ Invariants:
 - No other task can hold up the reader, because an oxenstored whose events are not read stops answering other
   clients.  So `on_event` must not wait, nor take longer than a few microseconds.
 - Each request in flight is known by its req_id until its reply has come.  A task that is cancelled leaves
-  its requests in flight, so that late replies are recognised and dropped.  At most IN_FLIGHT_MAX are.
+  its requests in flight, so that late replies are recognised and dropped.  At most IN_FLIGHT_MAX are; a
+  pipeline waits until there is room for its requests.
 - A task that waits for replies is woken when the last one has come, when its deadline has passed, or when
   the connection has ended.  A request that is unanswered at its deadline ends the connection, even if the
   task that sent it was cancelled.
@@ -122,6 +123,8 @@ class Connection:
         """Messages that the writer is to send."""
         self._unsent = b""
         """The rest of messages for which the peer had no room."""
+        self._room = trio.lowlevel.ParkingLot()
+        """Tasks that wait until fewer requests are in flight."""
         self._writer_parked = trio.lowlevel.ParkingLot()
         self._watchdog_parked = trio.lowlevel.ParkingLot()
         self._watched_deadline = 0.0
@@ -168,6 +171,8 @@ class Connection:
         if not requests:
             await trio.lowlevel.cancel_shielded_checkpoint()
             return []
+        if len(self._in_flight) + len(requests) > IN_FLIGHT_MAX:
+            deadline = await self._wait_for_room(len(requests), deadline)
         if requests[0].op in _WATCH_OPS:
             return await self._pipeline_watches(requests, deadline)
         is_crowd = self._is_crowd()
@@ -185,6 +190,18 @@ class Connection:
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._streak_end = 0.0
         return batch.replies
+
+    async def _wait_for_room(self, count: int, deadline: float | None) -> float:
+        """Wait until so many more requests may be in flight.  Returns the deadline."""
+        if deadline is None:
+            deadline = trio.current_time() + self._timeout
+        with trio.move_on_at(deadline) as scope:
+            while self.alive and len(self._in_flight) + count > IN_FLIGHT_MAX:
+                await self._room.park()
+        if scope.cancelled_caught:
+            raise RequestTimeout("Xenstore does not answer, and too many requests wait for it")
+        self._room.unpark()  # there may be room for the next one, too
+        return deadline
 
     def _is_crowd(self) -> bool:
         """Whether requests of other tasks are under way, or about to be."""
@@ -205,8 +222,6 @@ class Connection:
         if not self.alive:
             raise ConnectionLost(self._closed_because)
         in_flight = self._in_flight
-        if len(in_flight) + len(requests) > IN_FLIGHT_MAX:
-            raise RequestTimeout("Xenstore does not answer, and too many requests wait for it")
         batch = _Batch(requests)
         messages = []
         req_id = self._next_id
@@ -339,6 +354,7 @@ class Connection:
             batch.wake(outcome.Error(error(reason)))
         self._waiting.clear()
         self._in_flight.clear()
+        self._room.unpark_all()
         self._transport.close()
 
     async def _read(self) -> None:
@@ -385,6 +401,8 @@ class Connection:
                 if not batch.missing and batch.deadline:
                     del self._waiting[batch]
                     batch.wake(outcome.Value(batch.replies))
+            if self._room:
+                self._room.unpark()
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)
             self.close(f"Xenstore broke the protocol: {error}")

@@ -201,6 +201,8 @@ class Store(Commands):
         """How many requests were sent, apart from those of transactions and watches."""
         self.round_trip = float("inf")
         """The shortest time in seconds that a pipeline is known to have taken."""
+        self.walks = 0
+        """How many walks over subtrees run, which share what may be in flight."""
         self.transactions = 0
         """How many transactions that `begin` started are open."""
 
