@@ -1,4 +1,4 @@
-"""A C xenstored that is replaced while it runs, by xenstore-control live-update: nobody notices."""
+"""A xenstored that is replaced while it runs, by xenstore-control live-update: nobody notices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.programs import program
 from tests.support.xenstored.harness import XENSTORE_CONTROL, RealXenstored
 
 
-@pytest.fixture(params=["C", "C-guest"])
+@pytest.fixture(params=["C", "ocaml", "C-guest", "ocaml-guest"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """A store of its own for each test."""
     with open_place(request.param, tmp_path) as place:
