@@ -473,11 +473,10 @@ def test_xenstore_control(kind: str, tmp_path: Path) -> None:
         # Since 4.20 C xenstored has other quotas between them, and adds the most that was used.
         used = {tuple(line.split()[:3]) for line in usage}
         assert {(name, ":", "1") for name in ("nodes", "watches", "transactions")} <= used
-        lines = xenstore_control(path, "help").splitlines()
-        assert {
-            *("check\t", "print\t<string>", "memreport\t[<file>]", "help\t"),
-            "quota\t[set <name> <val>|<domid>]",
-        } < set(lines)
+        # Since 4.20 with spaces instead of the tab, and more for quota.
+        helps = {tuple(line.split()[:2]) for line in xenstore_control(path, "help").splitlines()}
+        assert {("check",), ("print", "<string>"), ("memreport", "[<file>]"), ("help",)} < helps
+        assert ("quota", "[set") in helps
         report = tmp_path / "report"
         for _ in range(2):
             size = report.stat().st_size if report.exists() else 0
