@@ -32,7 +32,7 @@ apt-get install -y -qq --no-install-recommends \
     bsdextrautils rust-coreutils \
     vim nano emacs-nox ed patch perl git make cpio jq ripgrep nodejs sqlite3 zip unzip less \
     restic borgbackup ansible-core \
-    debootstrap dpkg-dev lintian pipx rpm \
+    debootstrap dpkg-dev lintian pipx rpm rpmlint \
     qemu-system-x86 kmod e2fsprogs >/dev/null
 
 venv=${XSFS_VENV:-.venv}

@@ -60,6 +60,7 @@ NEEDED = {
     "ssh": "openssh-client",
     "/usr/sbin/sshd": "openssh-server",
     "rpmbuild": "rpm",
+    "rpmlint": "rpmlint",
 }
 
 

@@ -9,7 +9,6 @@ import resource
 import select
 import selectors
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -692,20 +691,20 @@ def test_the_same_as_xenstore_watch(
             assert list(dict.fromkeys(ours.until(f"end{number}"))) == list(expected)
 
 
-def times_of_cat(mount: Mount, count: int = 60) -> float:
-    """The median, in seconds."""
+def time_of_cat(mount: Mount, count: int = 60) -> float:
+    """The shortest of them in seconds: other processes only add to it."""
     times = []
     for _ in range(count):
         start = time.perf_counter()
         subprocess.run(["cat", mount.path / "name"], stdout=subprocess.DEVNULL, check=True)
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def test_hundreds_of_blocked_readers_slow_nobody_down(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:
-    before = times_of_cat(mount)
+    alone = time_of_cat(mount)
     with ExitStack() as stack:
         readers = [stack.enter_context(program("cat", box / ".watch")) for _ in range(250)]
         for reader in readers:
@@ -713,7 +712,7 @@ def test_hundreds_of_blocked_readers_slow_nobody_down(
         for reader in readers:
             reader.wait_blocked()
         assert mount.counter("readers") == 250
-        assert times_of_cat(mount) < 2 * before + 0.002
+        in_company = time_of_cat(mount)
         witness.write(f"{node(place, box)}/x", b"")
         for reader in readers:
             reader.lines.until("x")
@@ -725,6 +724,8 @@ def test_hundreds_of_blocked_readers_slow_nobody_down(
         for reader in readers:
             reader.process.terminate()
     wait_for(mount, "readers", 0)
+    # The rest of the machine may have become busier meanwhile.
+    assert in_company < 2 * max(alone, time_of_cat(mount)) + 0.002
 
 
 def test_more_readers_than_there_may_be(mount: Mount, box: Path) -> None:

@@ -15,8 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
-PAUSE: Final = 0.005
-"""Seconds between two looks at the processes."""
+PAUSE: Final = 0.01
+"""Seconds between two looks at the processes.  Longer than xsfs sleeps for a reply before it sends more
+requests: two ticks of the kernel."""
 
 SIZE: Final = 1 << 16
 
@@ -86,8 +87,11 @@ class DistantStore:
         return readable + writable
 
     def _all_sleep(self) -> bool:
-        # What was sent before they fell asleep is there by now.
-        return all(each.sleeps() for each in self._connections) and not self._ready(0.0)
+        # Two looks: see PAUSE.  What was sent before they fell asleep is there by the second one.
+        for seconds in (PAUSE, 0.0):
+            if not all(each.sleeps() for each in self._connections) or self._ready(seconds):
+                return False
+        return True
 
     def _relay(self, ready: list[int | socket.socket]) -> None:
         if self._listener in ready:

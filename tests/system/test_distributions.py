@@ -54,6 +54,7 @@ SUITE = {
         "tests/fs/test_watch_files.py",
         "tests/fs/test_transactions.py",
         "tests/fs/test_transaction_ends.py",
+        "tests/fs/test_live_update.py",
         "tests/mirror/test_inotify.py",
         "tests/mirror/test_places.py::test_an_unprivileged_user",
     ],

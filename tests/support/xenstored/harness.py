@@ -28,11 +28,12 @@ from .bridge import GuestBridge
 from .client import OPS, XsClient, XsEOF, XsError, XsTimeout, encode, strings
 from .daemon import RealXenstored
 from .population import dom0_nodes, domain_uuid, guest_nodes, populate
-from .shim import DAEMONS, MissingProgramError
+from .shim import DAEMONS, XENSTORE_CONTROL, MissingProgramError
 
 __all__ = [
     "DAEMONS",
     "OPS",
+    "XENSTORE_CONTROL",
     "GuestBridge",
     "MissingProgramError",
     "RealXenstored",

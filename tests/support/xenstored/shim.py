@@ -62,6 +62,9 @@ DAEMONS: Final = {
     "ocaml": find_daemon("oxenstored", os.environ.get("XSFS_TEST_OCAML")),
 }
 
+XENSTORE_CONTROL: Final = max(glob.glob("/usr/lib/xen-*/bin/xenstore-control"), default="")
+"""Debian's command of that name refuses to run without Xen."""
+
 
 def installed_daemon(kind: str) -> Daemon:
     daemon = DAEMONS[kind]
