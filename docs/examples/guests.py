@@ -2,8 +2,8 @@
 """Two guests for the embedded store: plays the toolstack and the drivers of guest-7 and guest-9.
 
 It creates the nodes of both guests, and prints a line when they exist.  If you tell a guest to power off, it
-removes that guest's nodes.  It ends with the last guest.  A real daemon rejects domains that do not exist, so run
-it on the embedded store.
+removes that guest's nodes.  It ends with the last guest.  Run it on the embedded store, because a real daemon
+rejects domains that do not exist.
 """
 
 import sys
