@@ -110,6 +110,8 @@ def test_a_tool_that_changes_a_value(
     assert (box / "x").read_text() == "2\n"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(("command", "left"), named(PRIVATE_FILES))
 def test_a_tool_that_copies_a_private_file(
     mount: Mount, setting: tuple[str, str], box: Path, disk: Path, command: str, left: str
@@ -120,9 +122,8 @@ def test_a_tool_that_copies_a_private_file(
     if setting[1] == SHARED:
         assert done.returncode != 0
         assert re.search("not permitted|EPERM", done.stderr + done.stdout)
-        assert (
-            (box / "x").read_text().strip() if (box / "x").exists() else "missing"
-        ) == left.split(":")[0]
+        value = (box / "x").read_text().strip() if (box / "x").exists() else "missing"
+        assert left.startswith(value)
     else:
         assert done.returncode == 0, done.stderr + done.stdout
         assert (box / "x").read_text() == "2\n"

@@ -36,7 +36,7 @@ from pyfuse3 import (
 from xsfs.fs.errnos import translate
 from xsfs.fs.fuse_loop import install
 from xsfs.fs.inodes import InodeTable
-from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.open_files import open_files_of
 from xsfs.view.names import NAME_MAX
 from xsfs.view.view import View
