@@ -34,7 +34,7 @@ DEVICES = {
     ("vbd", 51728): {"dev": "xvdb", "params": "/dev/vg0/guest-{domid}-xvdb"},
     ("vif", 0): {"mac": "00:16:3e:00:00:{domid:02x}"},
 }
-"""What the toolstack writes for each device, besides the states."""
+"""The values that the toolstack writes for each device."""
 
 
 def create(store: SyncStore, domid: int) -> None:
