@@ -51,11 +51,15 @@ if [ "${1-}" = --uninstall ]; then
 fi
 mountpoint=${1:-/mnt/xenstore}
 
+# Each step takes a minute or more on a slow machine.
+step() { echo "install.sh: $*"; }
+
 packages() {
     apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
 export DEBIAN_FRONTEND=noninteractive
+step "installing packages"
 apt-get update -qq
 packages python3-venv python3-trio python3-setuptools python3-wheel fuse3 mount attr
 # Debian 13's pyfuse3 serves.  For Debian 12, whose pyfuse3 is older, pip compiles a newer one.
@@ -74,6 +78,7 @@ cp -R LICENSE README.md pyproject.toml setup.cfg docs systemd xsfs "$copy"
 
 /usr/bin/python3 -m venv --system-site-packages "$prefix"
 pip() { "$prefix/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+step "building xsfs"
 pip install "pyfuse3>=$needed"
 pip install --no-build-isolation --no-index --upgrade "$copy"
 ln -sf "$prefix/bin/xsfs" /usr/local/bin/xsfs

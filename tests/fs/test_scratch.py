@@ -381,6 +381,38 @@ def test_renaming_to_a_node_is_one_write(place: Place, box: Path, witness: XsCli
     assert value(place, witness, box / "e") == b""
 
 
+@pytest.mark.parametrize("options", ["umask=077", "allow_other,umask=022"])
+def test_modes_are_kept_until_the_rename(
+    place: Place, box: Path, tmp_path: Path, witness: XsClient, options: str
+) -> None:
+    """The rename fails if it would let other users in.  Then both files stay."""
+    (box / "child").write_text("or the other mount takes it for a file\n")
+    witness.write(f"{node(place, box)}/f", b"old")
+    umask = int(options[-3:], 8)
+    with mounted(["-o", options, place.socket], tmp_path / "m") as mount:
+        directory = mount.path / "data" / box.name
+        scratch, file = directory / ".f.Qw3k1Z", directory / "f"
+
+        def mode() -> int:
+            return stat.S_IMODE(scratch.stat().st_mode)
+
+        scratch.write_text("new\n")
+        assert mode() == 0o666 & ~umask
+        for wanted in (0o600, 0o755, 0o400):
+            scratch.chmod(wanted)
+            assert mode() == wanted & ~umask
+            with pytest.raises(OSError, match=os.strerror(errno.EPERM)):
+                scratch.chmod(0o4755)
+        if "allow_other" in options:
+            with pytest.raises(OSError, match=os.strerror(errno.EPERM)):
+                scratch.rename(file)
+            assert (mode(), scratch.read_text(), file.read_text()) == (0o400, "new\n", "old\n")
+            scratch.chmod(0o644)
+        scratch.rename(file)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
+        assert witness.read(f"{node(place, box)}/f") == b"new"
+
+
 def test_too_large_a_content_stays(place: Place, box: Path, witness: XsClient) -> None:
     (box / "f").write_text("old\n")
     (box / ".x").write_bytes(b"x" * 5000)

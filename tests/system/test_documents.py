@@ -126,6 +126,24 @@ def test_the_tutorial(daemon: RealXenstored, dom0: Host) -> None:
         done.result(LIMIT)
 
 
+def test_the_tutorial_without_xen() -> None:
+    """An example plays the guests, on the embedded store."""
+    text = (REPOSITORY / "docs" / "tutorial.md").read_text()
+    mount, guests = re.findall(r"^    ((?:xsfs embedded|XENSTORED_PATH=).*)$", text, re.MULTILINE)
+    guests = guests.removesuffix(" &").replace("/opt/xsfs/bin/python", "/mnt/.python/bin/python")
+    # It prints a line when the guests exist.
+    before = f"""\
+{mount}
+exec 4< <(cd {REPOSITORY_THERE} && PYTHONPATH=. exec env {guests} 2> /run/guests.log)
+echo $! > /run/guests.pid
+read -r line <&4"""
+    with open_host() as host:
+        try:
+            check_session("docs/tutorial.md", host, before, omit=[MOUNTED])
+        finally:
+            host.sh('kill "$(cat /run/guests.pid)"')
+
+
 def test_the_commands(dom0: Host) -> None:
     check_session("docs/commands.md", dom0)
 

@@ -6,16 +6,50 @@ The rows are the parameters.  A row that promises too much fails, and so does on
 from __future__ import annotations
 
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.host import REPOSITORY
-from tests.support.mounting import Mount, each_place
+from tests.support.mounting import Mount, Place, mounted, open_place
 
 DOCUMENT = (REPOSITORY / "docs" / "tools.md").read_text()
 
-place = each_place("C", "ocaml")
+PRIVATE, READABLE, SHARED = "", "umask=022", "allow_other,umask=022"
+"""The options of mounts."""
+
+slow = [pytest.mark.slow, pytest.mark.ci]
+
+SETTINGS = [
+    pytest.param(("C", PRIVATE), id="C"),
+    pytest.param(("ocaml", PRIVATE), id="ocaml", marks=slow),
+    pytest.param(("C", READABLE), id="C-umask", marks=slow),
+    pytest.param(("C", SHARED), id="C-allow_other", marks=slow),
+]
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def setting(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A store, and the options of the mount."""
+    chosen: tuple[str, str] = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def place(setting: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with open_place(setting[0], tmp_path_factory.mktemp("place")) as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def mount(
+    place: Place, setting: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mount]:
+    options = ["-o", setting[1]] if setting[1] else []
+    with mounted([*options, place.socket], tmp_path_factory.mktemp("mount") / "m") as mount:
+        yield mount
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -35,6 +69,7 @@ CHANGING = rows("Tools that change values")
 READING = rows("Tools that read")
 NEEDING_CAT = rows("Tools that need cat")
 FAILING = rows("Tools that fail")
+PRIVATE_FILES = rows("Private files with allow_other")
 
 
 def test_the_tables_were_found() -> None:
@@ -42,6 +77,7 @@ def test_the_tables_were_found() -> None:
     assert len(READING) > 20
     assert len(NEEDING_CAT) > 4
     assert len(FAILING) > 12
+    assert len(PRIVATE_FILES) > 5
 
 
 def named(table: list[list[str]]) -> list[object]:
@@ -56,12 +92,41 @@ def disk(tmp_path: Path, box: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", named(CHANGING))
-def test_a_tool_that_changes_a_value(mount: Mount, box: Path, disk: Path, command: str) -> None:
+def run(mount: Mount, box: Path, disk: Path, command: str) -> subprocess.CompletedProcess[str]:
     script = f"set -e; cd {box}\n{command}"
     # Ansible wants UTF-8.
-    mount.bash(script, B=str(disk), HOME=str(disk.parent), LC_ALL="C.UTF-8")
+    return mount.run(script, B=str(disk), HOME=str(disk.parent), LC_ALL="C.UTF-8")
+
+
+@pytest.mark.parametrize(("tool", "command"), [pytest.param(*row, id=row[0]) for row in CHANGING])
+def test_a_tool_that_changes_a_value(
+    mount: Mount, setting: tuple[str, str], box: Path, disk: Path, tool: str, command: str
+) -> None:
+    done = run(mount, box, disk, command)
+    if setting[1] == SHARED and tool in {row[0] for row in PRIVATE_FILES}:
+        assert done.returncode != 0
+        return
+    assert done.returncode == 0, done.stderr + done.stdout
     assert (box / "x").read_text() == "2\n"
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize(("command", "left"), named(PRIVATE_FILES))
+def test_a_tool_that_copies_a_private_file(
+    mount: Mount, setting: tuple[str, str], box: Path, disk: Path, command: str, left: str
+) -> None:
+    (disk / "x").write_text("2\n")
+    (disk / "x").chmod(0o600)
+    done = run(mount, box, disk, command)
+    if setting[1] == SHARED:
+        assert done.returncode != 0
+        assert re.search("not permitted|EPERM", done.stderr + done.stdout)
+        value = (box / "x").read_text().strip() if (box / "x").exists() else "missing"
+        assert left.startswith(value)
+    else:
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert (box / "x").read_text() == "2\n"
 
 
 @pytest.mark.parametrize(("command", "printed"), named(READING))

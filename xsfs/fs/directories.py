@@ -539,12 +539,14 @@ class Directory(XenstoreNode):
     ) -> None:
         """Rename a scratch file to a node: one WRITE of its content."""
         path = await target._target_path(target_name)
-        content = self.scratch.get(self.path, name)
-        if content is None:
+        scratch = self.scratch_file(name)
+        if scratch is None:
             refuse(errno.ENOENT)
+        content = scratch.content
         async with content.lock:
             if content.place is None:
                 refuse(errno.ENOENT)
+            scratch.require_mode_of_node()
             value = self.view.content.parse(bytes(content.data))
             if len(value) > protocol.value_max(path, self.view.commands.payload_max):
                 refuse(errno.EFBIG)

@@ -168,6 +168,23 @@ class Node(ABC):
         """The attributes for the LOOKUP of one of xsfs's own names by thread `pid`."""
         return await self.getattr()
 
+    def require_mode(self, wanted: int, present: int) -> None:
+        """Fail with EPERM if the wanted mode, cut as at creation (by umask, and `x` of files), grants what
+        `present` does not."""
+        if wanted & (stat.S_ISUID | stat.S_ISGID):
+            refuse(errno.EPERM)
+        wanted &= ~self.table.ownership.umask & 0o777
+        if self.kind != stat.S_IFDIR:
+            wanted &= ~0o111
+        # If there are other users, their bits must be exact, because a program may rely on them.
+        differing = (wanted ^ present) & 0o077 if self.table.allow_other else 0
+        if wanted & 0o700 & ~present or differing:
+            refuse(errno.EPERM)
+
+    def set_mode(self, wanted: int, present: int) -> None:
+        """chmod(2).  Most files have the mode that Xenstore's permissions give them, and keep it."""
+        self.require_mode(wanted, present)
+
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
         """Set the times that are given, in nanoseconds since the epoch.  Most files forget them."""
         return

@@ -36,7 +36,7 @@ from pyfuse3 import (
 from xsfs.fs.errnos import translate
 from xsfs.fs.fuse_loop import install
 from xsfs.fs.inodes import InodeTable
-from xsfs.fs.nodes import Caller, Handle, Node, refuse
+from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.open_files import open_files_of
 from xsfs.view.names import NAME_MAX
 from xsfs.view.view import View
@@ -295,16 +295,16 @@ class Operations(pyfuse3.Operations):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        """Truncates.  Only scratch files keep times that are set; modes and owners cannot change."""
+        """Truncates.  Only scratch files keep modes and times that are set; owners cannot change."""
         node = self.table.get(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             present = await node.getattr()
-            if (
-                (fields.update_mode and not self._is_granted(node, attr.st_mode, present.st_mode))
-                or (fields.update_uid and attr.st_uid != present.st_uid)
-                or (fields.update_gid and attr.st_gid != present.st_gid)
+            if (fields.update_uid and attr.st_uid != present.st_uid) or (
+                fields.update_gid and attr.st_gid != present.st_gid
             ):
                 refuse(errno.EPERM)
+            if fields.update_mode:
+                node.set_mode(attr.st_mode, present.st_mode)
         if fields.update_size:
             if fh is not None:
                 await self._handle(fh).truncate(attr.st_size)
@@ -316,19 +316,6 @@ class Operations(pyfuse3.Operations):
                 attr.st_mtime_ns if fields.update_mtime else None,
             )
         return await node.getattr()
-
-    def _is_granted(self, node: Node, wanted: int, present: int) -> bool:
-        """Whether chmod can succeed without a change: the wanted mode, cut as at creation (by umask, and
-        `x` of files), grants nothing that is not granted now."""
-        if wanted & (stat.S_ISUID | stat.S_ISGID):
-            return False
-        wanted &= ~self.table.ownership.umask & 0o777
-        if node.kind != stat.S_IFDIR:
-            wanted &= ~0o111
-        if self.table.allow_other:
-            # The bits of other users must be exact, because a program may rely on them.
-            return not wanted & 0o700 & ~present and (wanted ^ present) & 0o077 == 0
-        return not wanted & 0o700 & ~present
 
     @handler
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -70,12 +71,14 @@ class ScratchContent:
     place       its directory and its name; None if it has none
     perms       what `user.xs.perms` was set to, in the form of a reply to GET_PERMS; None if it was not
     became      the node's file to which it was renamed
+    mode        the permission bits that chmod(2) has set; None before
     """
 
     owner: int | None
     place: tuple[bytes, bytes] | None = None
     data: bytearray = field(default_factory=bytearray)
     perms: bytes | None = None
+    mode: int | None = None
     atime_ns: int = field(default_factory=time.time_ns)
     mtime_ns: int = field(default_factory=time.time_ns)
     ctime_ns: int = field(default_factory=time.time_ns)
@@ -243,6 +246,8 @@ class ScratchFile(Node):
     def attributes(self) -> EntryAttributes:
         content = self.content
         entry = self.entry(len(content.data), mtime_ns=content.mtime_ns)
+        if content.mode is not None:
+            entry.st_mode = stat.S_IFREG | content.mode
         entry.st_atime_ns = content.atime_ns
         entry.st_ctime_ns = content.ctime_ns
         entry.st_nlink = int(content.place is not None)
@@ -254,6 +259,20 @@ class ScratchFile(Node):
             entry.st_ino = self.inode
             return entry
         return self.attributes()
+
+    def set_mode(self, wanted: int, present: int) -> None:
+        content = self.content
+        if content.became is not None or wanted & (stat.S_ISUID | stat.S_ISGID):
+            self.require_mode(wanted, present)
+        else:
+            content.mode = wanted & 0o777 & ~self.table.ownership.umask
+            content.ctime_ns = time.time_ns()
+
+    def require_mode_of_node(self) -> None:
+        """Fail with EPERM if chmod has set a mode that a node cannot have: a rename would drop it."""
+        if self.content.mode is not None:
+            mode_of_node = self.table.ownership.mode(stat.S_IFREG, read=True, write=True)
+            self.require_mode(self.content.mode, mode_of_node)
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
         content = self.content
