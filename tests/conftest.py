@@ -75,6 +75,17 @@ def pytest_sessionstart() -> None:
             pytest.exit(f"{program} is missing: apt-get install {package}", returncode=3)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Obey `quick_if`: of a large matrix the quick set runs a part, and CI everything."""
+    for item in items:
+        for marker in item.iter_markers("quick_if"):
+            assert isinstance(item, pytest.Function)
+            if any(item.callspec.params[name] not in quick for name, quick in marker.kwargs.items()):
+                item.add_marker("slow")
+                item.add_marker("ci")
+
+
 place = each_place(*PLACES)
 
 

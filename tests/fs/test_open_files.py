@@ -26,6 +26,9 @@ from tests.support.xenstored.harness import XsClient, XsError
 
 place = each_place("C", "ocaml", "C-guest", "embedded")
 
+quick_on_c = pytest.mark.quick_if(place=["C"])
+"""For large matrices of what xsfs itself remembers of open files, on whatever store."""
+
 Outcome = object
 
 
@@ -187,6 +190,7 @@ def history(
     return seen
 
 
+@quick_on_c
 @pytest.mark.parametrize(
     ("way", "name"),
     [*((way, "own") for way in WAYS), ("unlinked", ".root"), ("replaced", ".root")],
@@ -224,6 +228,7 @@ def raw_mount(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield mount
 
 
+@quick_on_c
 @pytest.mark.parametrize("name", ["own", ".root"])
 @pytest.mark.parametrize("way", RENAMES)
 @pytest.mark.parametrize("state", ["opened", "emptied", "created"])
@@ -300,6 +305,7 @@ def other_mount(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield mount
 
 
+@quick_on_c
 @pytest.mark.parametrize("by", ["another client", "another mount"])
 @pytest.mark.parametrize("with_directory", [False, True])
 @pytest.mark.parametrize("state", ["opened", "opened to append", "emptied", "created exclusively"])
@@ -340,6 +346,7 @@ def test_a_file_that_others_remove_is_stale_and_stays_away(
         assert value_of(witness, path) is None, operation
 
 
+@quick_on_c
 @pytest.mark.parametrize("by", ["another client", "another mount"])
 @pytest.mark.parametrize("state", ["opened", "emptied", "created"])
 def test_a_value_that_others_put_there_meanwhile_stays(
@@ -381,6 +388,7 @@ def make_exclusively(file: Path) -> None:
     os.close(os.open(file, os.O_CREAT | os.O_EXCL))
 
 
+@quick_on_c
 @pytest.mark.parametrize("make", [replaced, mknod, make_exclusively])
 @pytest.mark.parametrize("state", ["opened", "opened to append", "emptied"])
 def test_a_handle_never_reaches_the_file_after_the_one_that_another_client_removed(
