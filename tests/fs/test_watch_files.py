@@ -89,6 +89,7 @@ def test_a_line_an_event(place: Place, box: Path, witness: XsClient) -> None:
             assert lines.next() == line
 
 
+@pytest.mark.quick_if(place=["C", "ocaml-guest"])
 def test_each_change_is_one_line(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
     """The reader waits for each change, however it is made.  The next line belongs to the next change."""
     top = node(place, box)
@@ -575,6 +576,7 @@ def test_what_cannot_be_watched(place: Place, mount: Mount, box: Path) -> None:
     assert "Invalid argument" in done.stderr
 
 
+@pytest.mark.quick_if(place=["C", "ocaml-guest"])
 def test_the_verdict_of_the_store_is_the_error(place: Place, mount: Mount, box: Path) -> None:
     """A guest may have about a hundred watches; all others as many as a file takes."""
     verdict = errno.ENOSPC
@@ -697,6 +699,7 @@ def times_of_cat(mount: Mount, count: int = 60) -> float:
     return statistics.median(times)
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_hundreds_of_blocked_readers_slow_nobody_down(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:
@@ -722,6 +725,7 @@ def test_hundreds_of_blocked_readers_slow_nobody_down(
     wait_for(mount, "readers", 0)
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_more_readers_than_there_may_be(mount: Mount, box: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     wait_for(mount, "readers", 0)
@@ -770,6 +774,7 @@ def flood(witness: XsClient, top: str, names: int, count: int) -> float:
     return time.monotonic() - start
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_a_reader_that_sleeps_hurts_nobody(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:

@@ -56,6 +56,10 @@ def disk(tmp_path: Path, box: Path) -> Path:
     return path
 
 
+quick_on_c = pytest.mark.quick_if(place=["C"])
+
+
+@quick_on_c
 @pytest.mark.parametrize("command", named(CHANGING))
 def test_a_tool_that_changes_a_value(mount: Mount, box: Path, disk: Path, command: str) -> None:
     script = f"set -e; cd {box}\n{command}"
@@ -64,6 +68,7 @@ def test_a_tool_that_changes_a_value(mount: Mount, box: Path, disk: Path, comman
     assert (box / "x").read_text() == "2\n"
 
 
+@quick_on_c
 @pytest.mark.parametrize(("command", "printed"), named(READING))
 def test_a_tool_that_reads(mount: Mount, box: Path, disk: Path, command: str, printed: str) -> None:
     assert mount.bash(f"cd {box}\n{command}", B=str(disk)).split() == printed.split()
