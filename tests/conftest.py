@@ -86,7 +86,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("ci")
 
 
-place = each_place(*PLACES)
+place = each_place(*PLACES, quick=("C", "ocaml-guest", "embedded"))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import pytest
 from tests.support.mounting import LIMIT, Mount, Place, each_place, mounted
 from tests.support.xenstored.harness import XsClient, XsError
 
-place = each_place("C", "ocaml", "C-guest", "embedded")
+place = each_place("C", "ocaml", "C-guest", "embedded", quick=("C", "ocaml"))
 
 quick_on_c = pytest.mark.quick_if(place=["C"])
 """For large matrices of what xsfs itself remembers of open files, on whatever store."""

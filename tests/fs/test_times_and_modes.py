@@ -23,7 +23,7 @@ from tests.support.mounting import LIMIT, Mount, Place, each_place, mounted
 from tests.support.programs import await_screen, on_terminal
 from tests.support.xenstored.harness import XsClient
 
-place = each_place("C", "ocaml", "C-guest", "embedded")
+place = each_place("C", "ocaml", "C-guest", "embedded", quick=("C-guest", "embedded"))
 
 
 def node(place: Place, path: Path) -> str:
@@ -452,6 +452,7 @@ TREE_COPIES = [
 ]
 
 
+@pytest.mark.quick_if(place=["C-guest"])
 @pytest.mark.parametrize("copy", TREE_COPIES)
 @pytest.mark.parametrize(("file_mode", "directory_mode"), [(0o644, 0o755), (0o600, 0o700)])
 def test_ordinary_trees_are_copied_onto_the_mount(
