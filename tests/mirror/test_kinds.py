@@ -21,7 +21,7 @@ from xsfs.view.names import RAW
 ROOT = "/test"
 
 
-place = each_place("C", "ocaml", "embedded")
+place = each_place("C", "ocaml", "embedded", quick=("C", "ocaml"))
 
 
 @pytest.fixture(scope="module")
