@@ -31,7 +31,7 @@ WATCHES = 60
 TRANSACTIONS = 6
 
 
-place = each_place("C-guest", "ocaml-guest")
+place = each_place("C-guest", "ocaml-guest", quick=("ocaml-guest",))
 
 
 def watches_at_once(witness: XsClient) -> int:
