@@ -81,7 +81,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in item.iter_markers("quick_if"):
             assert isinstance(item, pytest.Function)
-            if any(item.callspec.params[name] not in quick for name, quick in marker.kwargs.items()):
+            if any(
+                item.callspec.params[name] not in quick for name, quick in marker.kwargs.items()
+            ):
                 item.add_marker("slow")
                 item.add_marker("ci")
 
