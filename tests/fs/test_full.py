@@ -132,6 +132,7 @@ def test_values(mount: Mount, how: str) -> None:
 # -------------------------------------------------------------------------------- descriptors
 
 
+@pytest.mark.quick_if(kind=["C"])
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_file_descriptors_of_the_mount(tmp_path: Path, kind: str) -> None:
     """Each transaction takes one.  Without any it says so, and works again when there are some."""
@@ -176,6 +177,7 @@ def resident(mount: Mount) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
+@pytest.mark.quick_if(kind=["C"])
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_memory_is_bounded(tmp_path: Path, kind: str) -> None:
     """The same, over and over, costs no more than once; and the first time not much."""
