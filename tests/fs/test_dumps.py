@@ -142,6 +142,7 @@ def test_permissions_of_every_kind_are_as_xenstore_ls_prints_them(
 
 
 @of_dom0
+@pytest.mark.quick_if(place=["C"])
 def test_a_listing_of_many_parts(place: Place, witness: XsClient, box: Path) -> None:
     top = node_of(place, box)
     for start in range(0, 3000, 100):
@@ -237,6 +238,7 @@ def test_inside_a_transaction_they_are_of_the_transaction(box: Path, tx: Path) -
     assert json.loads((box / ".json").read_bytes()) == {"x": "outside"}
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_nodes_come_and_go_during_the_walk(place: Place, witness: XsClient, box: Path) -> None:
     top = node_of(place, box)
     for number in range(200):

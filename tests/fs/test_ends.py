@@ -253,6 +253,7 @@ def test_a_copy_in_another_mount_namespace_goes_on(place: Place, tmp_path: Path)
         mount.clear()
 
 
+@pytest.mark.quick_if(name=["ocaml"])
 @pytest.mark.parametrize("how", ["commit", "rollback", "rmdir", "idle"])
 @pytest.mark.parametrize("name", ["C", "ocaml"])
 def test_killed_while_one_transaction_begins_and_another_ends(

@@ -43,6 +43,7 @@ def until_full(attempt: Callable[[int], object], most: int = 5000) -> tuple[int,
     return most, 0
 
 
+@pytest.mark.quick_if(place=["C-guest"])
 def test_nodes(mount: Mount) -> None:
     top = mount.path / "data" / "full"
     top.mkdir()

@@ -27,7 +27,6 @@ from tests.support.xenstored.harness import XsClient
 from xsfs.fs import scratch
 from xsfs.view.names import is_scratch_name
 
-
 on_one_store = pytest.mark.quick_if(place=["C"])
 """Temporary files never reach the store."""
 
