@@ -527,6 +527,8 @@ def status_of(mount: Mount, field: str) -> int:
     raise KeyError(field)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_walk_takes_at_most_three_times_the_memory_of_its_text(large: Mount) -> None:
     (large.path / "data" / "one").read_text()
     Path(f"/proc/{large.process.pid}/clear_refs").write_text("5")

@@ -178,7 +178,8 @@ def resident(mount: Mount) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
-@pytest.mark.quick_if(kind=["C"])
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_memory_is_bounded(tmp_path: Path, kind: str) -> None:
     """The same, over and over, costs no more than once; and the first time not much."""
