@@ -75,9 +75,19 @@ def pytest_sessionstart() -> None:
             pytest.exit(f"{program} is missing: apt-get install {package}", returncode=3)
 
 
+LONGEST = {
+    "fs/test_watch_files.py",
+    "fs/test_open_files.py",
+    "system/test_ssh_mount.py",
+    "xenstore/test_ssh.py",
+}
+"""The files of which each takes more than 30 seconds."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Obey `quick_if`: of a large matrix the quick set runs a part, and CI everything."""
+    """Obey `quick_if`: of a large matrix the quick set runs a part, and CI everything.  The longest files
+    come first: if one process were still busy with one of them at the end, the others would wait."""
     for item in items:
         for marker in item.iter_markers("quick_if"):
             assert isinstance(item, pytest.Function)
@@ -86,6 +96,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             ):
                 item.add_marker("slow")
                 item.add_marker("ci")
+    items.sort(key=lambda item: f"{item.path.parent.name}/{item.path.name}" not in LONGEST)
 
 
 place = each_place(*PLACES, quick=("C", "ocaml-guest", "embedded"))
