@@ -300,6 +300,7 @@ def test_long_names_have_aliases(alive: Live, store: XsClient) -> None:
     assert len(os.listdir(alive.directory)) == 4
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_the_longest_path(alive: Live, store: XsClient) -> None:
     store.write("/test" + "/d" * 1015, "v")
     await_true(alive.path("d/" * 1014 + "d").exists)
@@ -351,6 +352,7 @@ def test_permissions(alive: Live, store: XsClient) -> None:
 # ------------------------------------------------------------------------------- one or many
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_a_large_directory_that_changes_all_the_time(place: Place) -> None:
     """A listing that is never the same twice is taken in a transaction in the end."""
     with place.witness() as store:
@@ -384,6 +386,7 @@ def test_a_large_directory_that_changes_all_the_time(place: Place) -> None:
         store.rm("/large")
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_more_changes_than_can_be_remembered(alive: Live, store: XsClient) -> None:
     alive.mirror._changes._events_max = 20
     store.pipeline(("WRITE", strings(f"/test/{n % 10}/{n}") + b"v") for n in range(1000))
