@@ -132,7 +132,8 @@ def check_command(command: Path, mountpoint: Path) -> None:
         run("umount", mountpoint, limit=LIMIT)
 
 
-@pytest.mark.quick_if(kind=["wheel"])
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["wheel", "source"])
 def test_pip_installs_it(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
