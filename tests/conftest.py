@@ -76,12 +76,22 @@ def pytest_sessionstart() -> None:
 
 
 LONGEST = {
-    "fs/test_watch_files.py",
+    "fs/test_dumps.py",
     "fs/test_open_files.py",
+    "fs/test_readers.py",
+    "fs/test_restarts.py",
+    "fs/test_tree.py",
+    "fs/test_watch_files.py",
+    "system/test_documents.py",
+    "system/test_recipes.py",
     "system/test_ssh_mount.py",
+    "system/test_subtree_copies.py",
+    "xenstore/test_event_reader.py",
+    "xenstore/test_lying_store.py",
+    "xenstore/test_outages.py",
     "xenstore/test_ssh.py",
 }
-"""The files of which each takes more than 30 seconds."""
+"""The files of which each takes more than 20 seconds."""
 
 
 @pytest.hookimpl(tryfirst=True)

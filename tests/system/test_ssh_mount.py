@@ -477,6 +477,8 @@ def dom0() -> Iterator[Host]:
         yield here
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_document(dom0: Host) -> None:
     check_dialogue("docs/other-hosts.md", dom0)
 
