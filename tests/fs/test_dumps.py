@@ -542,6 +542,8 @@ def test_a_walk_takes_at_most_three_times_the_memory_of_its_text(large: Mount) -
     assert (peak - before) * 1024 < 3 * size
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_killed_reader_ends_the_walk(large: Mount) -> None:
     path = large.path / "data" / "large" / ".ls"
     reader = subprocess.Popen(["cat", path], stdout=subprocess.DEVNULL)
@@ -566,6 +568,8 @@ def p99_of_reads(path: Path, goes_on: Callable[[], bool]) -> float:
     return waits[-1 - len(waits) // 100]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_reader_beside_a_walk_hardly_waits(large: Mount) -> None:
     """p99 is at most 5 ms more than without a walk, on a machine that has nothing else to do.  If it is
     busy, each of the processes that work together may wait for a processor, so a lot more is granted."""
