@@ -45,8 +45,8 @@ venv=${XSFS_VENV:-.venv}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-# Four files at a time on two processors: the tests wait longer than they work.  The order is that of
-# tests/conftest.py.
+# Four files at a time on two processors, since tests also wait.  tests/conftest.py puts the longest files
+# first.
 parallel() { "$venv/bin/python" -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder "$@"; }
 case ${1-} in
 --all)
