@@ -219,6 +219,8 @@ def heap(mount: Mount) -> float:
     return int(maps.split("[heap]")[1].split("Rss:")[1].split()[0]) / 1024
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_heap_has_no_holes(tmp_path: Path) -> None:
     """Objects that are made large and cut to what came leave some, however few they are at a time."""
     with RealXenstored("ocaml") as daemon, mounted([daemon.socket], tmp_path / "m") as mount:
