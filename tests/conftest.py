@@ -76,7 +76,41 @@ def pytest_sessionstart() -> None:
             pytest.exit(f"{program} is missing: apt-get install {package}", returncode=3)
 
 
-place = each_place(*PLACES)
+LONGEST = {
+    "fs/test_dumps.py",
+    "fs/test_open_files.py",
+    "fs/test_readers.py",
+    "fs/test_restarts.py",
+    "fs/test_tree.py",
+    "fs/test_watch_files.py",
+    "system/test_documents.py",
+    "system/test_recipes.py",
+    "system/test_ssh_mount.py",
+    "system/test_subtree_copies.py",
+    "xenstore/test_event_reader.py",
+    "xenstore/test_lying_store.py",
+    "xenstore/test_outages.py",
+    "xenstore/test_ssh.py",
+}
+"""The files of which each takes more than 20 seconds."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Obey `quick_if`: of a large matrix the quick set runs a part, and CI everything.  The longest files
+    come first: if one process were still busy with one of them at the end, the others would wait."""
+    for item in items:
+        for marker in item.iter_markers("quick_if"):
+            assert isinstance(item, pytest.Function)
+            if any(
+                item.callspec.params[name] not in quick for name, quick in marker.kwargs.items()
+            ):
+                item.add_marker("slow")
+                item.add_marker("ci")
+    items.sort(key=lambda item: f"{item.path.parent.name}/{item.path.name}" not in LONGEST)
+
+
+place = each_place(*PLACES, quick=("C", "ocaml-guest", "embedded"))
 
 
 @pytest.fixture(scope="module")

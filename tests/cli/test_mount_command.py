@@ -89,6 +89,7 @@ def test_the_source_is_shown(host: Host, daemon: RealXenstored) -> None:
     assert shown(host)[0] == "xenstore"
 
 
+@pytest.mark.quick_if(kind=["fuse.xsfs"])
 @pytest.mark.parametrize("kind", ["fuse.xsfs", "xsfs"])
 @pytest.mark.parametrize("source", ["xenstore", "none", "/run/xenstored/socket", "embedded"])
 def test_a_line_in_fstab(host: Host, kind: str, source: str) -> None:

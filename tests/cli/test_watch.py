@@ -17,12 +17,10 @@ import pytest
 
 import xsfs.cli.watch
 from tests.fs.test_values import node
-from tests.support.mounting import LIMIT, Mount, Place, each_place, mounted
+from tests.support.mounting import LIMIT, Mount, Place, mounted
 from tests.support.programs import Program, program
 from tests.support.xenstored.harness import XsClient
 from xsfs.cli.watch import EXIT_COUNT, EXIT_FAILED, EXIT_TIME, EXIT_USAGE, STATUSES
-
-place = each_place("C", "ocaml", "C-guest", "ocaml-guest", "embedded")
 
 # As a file, without site-packages: it may need nothing but the standard library.
 COMMAND = (sys.executable, "-I", "-S", xsfs.cli.watch.__file__)

@@ -495,7 +495,6 @@ def test_xenstore_control(kind: str, tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------- random requests, twice
 
-EXAMPLES = 200
 STEPS = 60
 
 NODES = (
@@ -652,9 +651,15 @@ class Side:
 @pytest.mark.skipif(
     DAEMONS["C"].version != MODEL, reason="the embedded store does what C xenstored 4.17 does"
 )
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(steps=st.lists(STEP, min_size=STEPS // 2, max_size=STEPS))
-def test_random_requests(steps: list[Random | LifeOrDeath]) -> None:
+@pytest.mark.quick_if(examples=[20])
+@pytest.mark.parametrize("examples", [20, 200])
+def test_random_requests(examples: int) -> None:
+    run = given(steps=st.lists(STEP, min_size=STEPS // 2, max_size=STEPS))(take_both)
+    settings(max_examples=examples, deadline=None)(run)()
+
+
+def take_both(steps: list[Random | LifeOrDeath]) -> None:
+    """The embedded store and C xenstored take the same steps."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sides = []

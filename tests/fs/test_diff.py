@@ -150,6 +150,7 @@ def test_it_ends_with_the_transaction(box: Path, tx: Path) -> None:
     assert refusal(lambda: os.stat(tx / ".diff")) == errno.ENOENT
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_a_thousand_changes(place: Place, mount: Mount, witness: XsClient, box: Path) -> None:
     """Of `.root/`, and as many made outside meanwhile."""
     count = 60 if place.guest else 1000  # a guest's transaction may not have as many changes

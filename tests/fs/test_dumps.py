@@ -142,6 +142,7 @@ def test_permissions_of_every_kind_are_as_xenstore_ls_prints_them(
 
 
 @of_dom0
+@pytest.mark.quick_if(place=["C"])
 def test_a_listing_of_many_parts(place: Place, witness: XsClient, box: Path) -> None:
     top = node_of(place, box)
     for start in range(0, 3000, 100):
@@ -237,6 +238,7 @@ def test_inside_a_transaction_they_are_of_the_transaction(box: Path, tx: Path) -
     assert json.loads((box / ".json").read_bytes()) == {"x": "outside"}
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_nodes_come_and_go_during_the_walk(place: Place, witness: XsClient, box: Path) -> None:
     top = node_of(place, box)
     for number in range(200):
@@ -525,6 +527,8 @@ def status_of(mount: Mount, field: str) -> int:
     raise KeyError(field)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_walk_takes_at_most_three_times_the_memory_of_its_text(large: Mount) -> None:
     (large.path / "data" / "one").read_text()
     Path(f"/proc/{large.process.pid}/clear_refs").write_text("5")
@@ -538,6 +542,8 @@ def test_a_walk_takes_at_most_three_times_the_memory_of_its_text(large: Mount) -
     assert (peak - before) * 1024 < 3 * size
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_killed_reader_ends_the_walk(large: Mount) -> None:
     path = large.path / "data" / "large" / ".ls"
     reader = subprocess.Popen(["cat", path], stdout=subprocess.DEVNULL)
@@ -562,6 +568,8 @@ def p99_of_reads(path: Path, goes_on: Callable[[], bool]) -> float:
     return waits[-1 - len(waits) // 100]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_reader_beside_a_walk_hardly_waits(large: Mount) -> None:
     """p99 is at most 5 ms more than without a walk, on a machine that has nothing else to do.  If it is
     busy, each of the processes that work together may wait for a processor, so a lot more is granted."""

@@ -31,7 +31,7 @@ WATCHES = 60
 TRANSACTIONS = 6
 
 
-place = each_place("C-guest", "ocaml-guest")
+place = each_place("C-guest", "ocaml-guest", quick=("ocaml-guest",))
 
 
 def watches_at_once(witness: XsClient) -> int:
@@ -253,6 +253,7 @@ def test_a_copy_in_another_mount_namespace_goes_on(place: Place, tmp_path: Path)
         mount.clear()
 
 
+@pytest.mark.quick_if(name=["ocaml"])
 @pytest.mark.parametrize("how", ["commit", "rollback", "rmdir", "idle"])
 @pytest.mark.parametrize("name", ["C", "ocaml"])
 def test_killed_while_one_transaction_begins_and_another_ends(

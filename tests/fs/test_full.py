@@ -43,6 +43,7 @@ def until_full(attempt: Callable[[int], object], most: int = 5000) -> tuple[int,
     return most, 0
 
 
+@pytest.mark.quick_if(place=["C-guest"])
 def test_nodes(mount: Mount) -> None:
     top = mount.path / "data" / "full"
     top.mkdir()
@@ -132,6 +133,7 @@ def test_values(mount: Mount, how: str) -> None:
 # -------------------------------------------------------------------------------- descriptors
 
 
+@pytest.mark.quick_if(kind=["C"])
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_file_descriptors_of_the_mount(tmp_path: Path, kind: str) -> None:
     """Each transaction takes one.  Without any it says so, and works again when there are some."""
@@ -176,6 +178,8 @@ def resident(mount: Mount) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_memory_is_bounded(tmp_path: Path, kind: str) -> None:
     """The same, over and over, costs no more than once; and the first time not much."""
@@ -215,6 +219,8 @@ def heap(mount: Mount) -> float:
     return int(maps.split("[heap]")[1].split("Rss:")[1].split()[0]) / 1024
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_heap_has_no_holes(tmp_path: Path) -> None:
     """Objects that are made large and cut to what came leave some, however few they are at a time."""
     with RealXenstored("ocaml") as daemon, mounted([daemon.socket], tmp_path / "m") as mount:

@@ -150,6 +150,7 @@ def test_long_names(daemon: RealXenstored, mount: Mount, guest: XsClient, evil: 
     still_works(mount)
 
 
+@pytest.mark.quick_if(daemon=["ocaml"])
 def test_a_thousand_children(mount: Mount, guest: XsClient, evil: Path, tmp_path: Path) -> None:
     """Each in a directory of its own, as C limits what one node's names may take together."""
     names = [f"{number % 40}/{'y' * 30}{number}" for number in range(1000)]
@@ -299,6 +300,7 @@ def look_at_it(evil: Path, archive: Path) -> None:
     tool("ls", "-lR", evil)
 
 
+@pytest.mark.quick_if(daemon=["C"])
 def test_flapping_between_file_and_directory(
     daemon: RealXenstored,
     mount: Mount,
@@ -351,6 +353,7 @@ def test_revoking_permissions_in_the_middle(
         daemon.destroy_domain(8)
 
 
+@pytest.mark.quick_if(daemon=["ocaml"])
 def test_a_storm_of_events(
     daemon: RealXenstored, mount: Mount, guest: XsClient, evil: Path
 ) -> None:

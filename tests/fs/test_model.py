@@ -91,6 +91,7 @@ def tree_of(root: Path) -> dict[str, str | None]:
     }
 
 
+@pytest.mark.quick_if(place=["C", "embedded"], seed=[0])
 @pytest.mark.parametrize("seed", range(3))
 def test_it_behaves_as_an_ordinary_file_system(
     mount: Mount, box: Path, tmp_path: Path, seed: int

@@ -24,7 +24,8 @@ import pytest
 from tests.support.mounting import LIMIT, Mount, Place, each_place, mounted
 from tests.support.xenstored.harness import XsClient, XsError
 
-place = each_place("C", "ocaml", "C-guest", "embedded")
+# What xsfs remembers of open files is no matter of the store.
+place = each_place("C", "ocaml", "C-guest", "embedded", quick=("C",))
 
 Outcome = object
 
@@ -766,7 +767,7 @@ def test_a_file_that_is_replaced_all_the_time_can_always_be_read(mount: Mount, b
     mover = threading.Thread(target=replace)
     mover.start()
     try:
-        for number in range(2000):
+        for number in range(500):
             with open(file, "rb", buffering=0) as reader:
                 assert reader.read() == b"value\n", number
                 assert os.fstat(reader.fileno()).st_size == len(b"value\n")

@@ -27,6 +27,9 @@ from tests.support.xenstored.harness import XsClient
 from xsfs.fs import scratch
 from xsfs.view.names import is_scratch_name
 
+on_one_store = pytest.mark.quick_if(place=["C"])
+"""Temporary files never reach the store."""
+
 
 def value(place: Place, witness: XsClient, path: Path) -> bytes:
     return witness.read(node(place, path))
@@ -39,6 +42,7 @@ def perms(place: Place, witness: XsClient, path: Path) -> str:
 # ------------------------------------------------------------------------------------- programs
 
 
+@on_one_store
 def test_vim_with_backups(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
     (box / "f").write_text("one\n")
     # By its default vim makes no backups below /tmp, which contains the mount.
@@ -50,6 +54,7 @@ def test_vim_with_backups(place: Place, mount: Mount, box: Path, witness: XsClie
     assert witness.ls(node(place, box)) == ["f"]
 
 
+@on_one_store
 def test_vim_with_its_defaults(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
     (box / "f").write_text("one\n")
     script = "-c 'set backupskip=' -c s/one/two/ -c preserve -c '!ls -A' -c wq"
@@ -59,6 +64,7 @@ def test_vim_with_its_defaults(place: Place, mount: Mount, box: Path, witness: X
     assert os.listdir(box) == ["f"]
 
 
+@on_one_store
 def test_nano(place: Place, box: Path, witness: XsClient) -> None:
     (box / "f").write_text("one\n")
     with on_terminal("nano", "-I", "--backup", "--locking", box / "f") as terminal:
@@ -74,6 +80,7 @@ def test_nano(place: Place, box: Path, witness: XsClient) -> None:
     assert sorted(os.listdir(box)) == ["f", "f~"]
 
 
+@on_one_store
 def test_emacs(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
     (box / "f").write_text("one\n")
     # By its default emacs makes no backups below /tmp, which contains the mount.
@@ -596,6 +603,7 @@ def test_the_mirror_has_none(place: Place, tmp_path: Path, witness: XsClient) ->
 # ----------------------------------------------------------------------------- limits and the end
 
 
+@on_one_store
 def test_the_log_says_how_many_were_left(place: Place, tmp_path: Path) -> None:
     with mounted(["-d", place.socket], tmp_path / "m") as mount:
         data = mount.path / "data"
@@ -626,6 +634,7 @@ def fill(directory: Path, data: bytes) -> tuple[int, int]:
     raise AssertionError
 
 
+@on_one_store
 def test_number_and_bytes_are_bounded(place: Place, tmp_path: Path, witness: XsClient) -> None:
     with mounted([place.socket], tmp_path / "m") as mount:
         full = mount.path / "data" / "full"
@@ -660,6 +669,7 @@ for number in itertools.count():
 """
 
 
+@on_one_store
 @pytest.mark.parametrize(
     ("size", "count"),
     [

@@ -15,6 +15,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tests.support.mounting import LIMIT, Mount, Place, each_place, mounted
 from tests.support.programs import await_screen, on_terminal
 from tests.support.xenstored.harness import XsClient
 
-place = each_place("C", "ocaml", "C-guest", "embedded")
+place = each_place("C", "ocaml", "C-guest", "embedded", quick=("C-guest", "embedded"))
 
 
 def node(place: Place, path: Path) -> str:
@@ -44,6 +45,23 @@ def disk(tmp_path: Path) -> Path:
     path = tmp_path / "disk"
     path.mkdir()
     return path
+
+
+@pytest.fixture(scope="module")
+def mount_with(
+    place: Place, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Mount]]:
+    """The mount of a combination of options, which all tests of a place share."""
+    mounts: dict[str, Mount] = {}
+    with ExitStack() as stack:
+
+        def mount(options: str) -> Mount:
+            if options not in mounts:
+                path = tmp_path_factory.mktemp("with") / "m"
+                mounts[options] = stack.enter_context(mounted(["-o", options, place.socket], path))
+            return mounts[options]
+
+        yield mount
 
 
 def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
@@ -298,6 +316,7 @@ def test_tar_makes_incremental_backups(
 
 
 @few_places
+@pytest.mark.quick_if(place=["C-guest"])
 def test_restic_backs_up_and_restores(
     place: Place, box: Path, disk: Path, witness: XsClient
 ) -> None:
@@ -320,6 +339,8 @@ def test_restic_backs_up_and_restores(
 
 
 @few_places
+@pytest.mark.slow
+@pytest.mark.ci
 def test_borg_backs_up_and_restores(place: Place, box: Path, disk: Path, witness: XsClient) -> None:
     top = filled(box)
 
@@ -452,6 +473,7 @@ TREE_COPIES = [
 ]
 
 
+@pytest.mark.quick_if(place=["C-guest"])
 @pytest.mark.parametrize("copy", TREE_COPIES)
 @pytest.mark.parametrize(("file_mode", "directory_mode"), [(0o644, 0o755), (0o600, 0o700)])
 def test_ordinary_trees_are_copied_onto_the_mount(
@@ -541,7 +563,7 @@ def test_trees_are_copied_onto_mounts_of_other_modes(
     place: Place,
     box: Path,
     disk: Path,
-    tmp_path: Path,
+    mount_with: Callable[[str], Mount],
     witness: XsClient,
     copy: str,
     options: str,
@@ -552,68 +574,72 @@ def test_trees_are_copied_onto_mounts_of_other_modes(
     """A mode that others would get in by is never pretended.  Then the program fails, and nothing is lost."""
     fill_disk(disk, file_mode, directory_mode)
     (box / "child").write_text("or the other mount takes it for a file\n")
-    with mounted(["-o", options, place.socket], tmp_path / "m") as mount:
-        target = mount.path / "data" / box.name / "target"
-        target.mkdir()
-        (target / "old").write_text("old\n")
-        done = mount.run(copy.format(disk, target))
-        if succeeds:
-            assert (done.returncode, done.stderr) == (0, "")
-        else:
-            assert done.returncode != 0
-            assert "not permitted" in done.stderr
-        assert witness.read(node(place, target / "old")) == b"old"
-        if succeeds:
-            assert witness.read(node(place, target / "a")) == b"a"
-            assert witness.read(node(place, target / "inner" / "b")) == b"inner/b"
-        assert (disk / "a").read_text() == "a\n"
+    mount = mount_with(options)
+    target = mount.path / "data" / box.name / "target"
+    target.mkdir()
+    (target / "old").write_text("old\n")
+    done = mount.run(copy.format(disk, target))
+    if succeeds:
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode != 0
+        assert "not permitted" in done.stderr
+    assert witness.read(node(place, target / "old")) == b"old"
+    if succeeds:
+        assert witness.read(node(place, target / "a")) == b"a"
+        assert witness.read(node(place, target / "inner" / "b")) == b"inner/b"
+    assert (disk / "a").read_text() == "a\n"
 
 
 @only_embedded
 @pytest.mark.parametrize("options", ["umask=022", "allow_other,umask=022"])
 @pytest.mark.parametrize("mode", [0o644, 0o755])
 def test_single_files_are_copied_onto_mounts_of_other_modes(
-    place: Place, disk: Path, tmp_path: Path, witness: XsClient, options: str, mode: int
+    place: Place,
+    disk: Path,
+    mount_with: Callable[[str], Mount],
+    witness: XsClient,
+    options: str,
+    mode: int,
 ) -> None:
-    with mounted(["-o", options, place.socket], tmp_path / "m") as mount:
-        data = mount.path / "data"
-        for number, copy in enumerate((*COPIES, *PROGRAM_COPIES)):
-            text = "x" * (2 * number + 1)  # rsync takes files of one second and one size for equal
-            source = disk / str(number)
-            source.write_text(text)
-            source.chmod(mode)
-            copy(source, data / "f")
-            assert witness.read(node(place, data / "f")) == text.encode()
-        (data / "f").unlink()
+    data = mount_with(options).path / "data"
+    for number, copy in enumerate((*COPIES, *PROGRAM_COPIES)):
+        text = "x" * (2 * number + 1)  # rsync takes files of one second and one size for equal
+        source = disk / str(number)
+        source.write_text(text)
+        source.chmod(mode)
+        copy(source, data / "f")
+        assert witness.read(node(place, data / "f")) == text.encode()
+    (data / "f").unlink()
 
 
 @only_embedded
 def test_node_removes_its_target_if_it_cannot_set_the_mode(
-    place: Place, disk: Path, tmp_path: Path
+    place: Place, disk: Path, mount_with: Callable[[str], Mount]
 ) -> None:
     (disk / "f").write_text("new\n")
     (disk / "f").chmod(0o600)
-    with mounted(["-o", "allow_other,umask=022", place.socket], tmp_path / "m") as mount:
-        (mount.path / "data" / "f").write_text("old\n")
-        done = mount.run(f'node -e "{NODE_COPY}" {disk}/f data/f')
-        assert done.returncode == 1
-        assert "EPERM" in done.stderr
-        assert not (mount.path / "data" / "f").exists()
+    mount = mount_with("allow_other,umask=022")
+    (mount.path / "data" / "f").write_text("old\n")
+    done = mount.run(f'node -e "{NODE_COPY}" {disk}/f data/f')
+    assert done.returncode == 1
+    assert "EPERM" in done.stderr
+    assert not (mount.path / "data" / "f").exists()
 
 
 @only_embedded
 def test_install_makes_files_private_at_first(
-    place: Place, disk: Path, tmp_path: Path, witness: XsClient
+    place: Place, disk: Path, mount_with: Callable[[str], Mount], witness: XsClient
 ) -> None:
     """It asks for the mode 0600 before the one that it is to set.  On a mount that others may read this
     fails, after the content was written."""
     (disk / "f").write_text("1\n")
-    with mounted(["-o", "allow_other,umask=022", place.socket], tmp_path / "m") as mount:
-        done = mount.run(f"install -m 644 {disk}/f data/f")
-        assert done.returncode == 1
-        assert "not permitted" in done.stderr
-        assert witness.read(node(place, mount.path / "data" / "f")) == b"1"
-        mount.bash("rm data/f")
+    mount = mount_with("allow_other,umask=022")
+    done = mount.run(f"install -m 644 {disk}/f data/f")
+    assert done.returncode == 1
+    assert "not permitted" in done.stderr
+    assert witness.read(node(place, mount.path / "data" / "f")) == b"1"
+    mount.bash("rm data/f")
 
 
 def test_chmod_never_pretends_rights(mount: Mount, box: Path) -> None:
@@ -631,14 +657,10 @@ def test_chmod_never_pretends_rights(mount: Mount, box: Path) -> None:
         os.chown(file, 12345, -1)
 
 
-@pytest.fixture
-def open_mount(place: Place, tmp_path: Path) -> Iterator[Mount]:
-    with mounted(["-o", "allow_other,umask=022", place.socket], tmp_path / "open") as mount:
-        yield mount
-
-
-def test_chmod_never_pretends_what_others_may(place: Place, open_mount: Mount, box: Path) -> None:
-    file = open_mount.path / "data" / box.name / "f"
+def test_chmod_never_pretends_what_others_may(
+    box: Path, mount_with: Callable[[str], Mount]
+) -> None:
+    file = mount_with("allow_other,umask=022").path / "data" / box.name / "f"
     (box / "x").write_text("a directory for this mount, too\n")
     file.write_text("1\n")
     assert stat.S_IMODE(file.stat().st_mode) == 0o644

@@ -62,6 +62,7 @@ def run_many(script: Path, name: str, mounts: list[Mount], key: str, times: int)
     assert len(set(printed)) == len(mounts) * times
 
 
+@pytest.mark.quick_if(place=["C"], name=["dash"])
 @pytest.mark.parametrize("name", SHELLS)
 def test_the_script_loses_no_increment(
     place: Place, mount: Mount, box: Path, witness: XsClient, script: Path, name: str
@@ -72,6 +73,7 @@ def test_the_script_loses_no_increment(
     assert os.listdir(mount.path / ".transaction") == []
 
 
+@pytest.mark.quick_if(place=["ocaml-guest"])
 def test_two_mounts_and_another_program_lose_no_increment(
     place: Place, mount: Mount, box: Path, witness: XsClient, script: Path, tmp_path: Path
 ) -> None:

@@ -188,6 +188,7 @@ def test_one_in_use_stays(place: Place, box: Path, witness: XsClient, tmp_path: 
 # ----------------------------------------------------------------------------- ends of all kinds
 
 
+@pytest.mark.quick_if(name=["ocaml-guest"])
 @pytest.mark.parametrize("how", ["umount", "SIGTERM", "SIGKILL"])
 @pytest.mark.parametrize("name", ["C-guest", "ocaml-guest"])
 def test_the_end_of_the_mount_leaves_none_behind(tmp_path: Path, name: str, how: str) -> None:
@@ -211,6 +212,7 @@ def test_the_end_of_the_mount_leaves_none_behind(tmp_path: Path, name: str, how:
             mount.clear()
 
 
+@pytest.mark.quick_if(how=["commit"], name=["ocaml-guest"])
 @pytest.mark.parametrize("how", ["commit", "rollback", "rmdir"])
 @pytest.mark.parametrize("name", ["C-guest", "ocaml-guest"])
 def test_one_that_has_grown_too_big(tmp_path: Path, name: str, how: str) -> None:

@@ -462,6 +462,7 @@ def test_a_name_that_was_a_directory_is_one_for_a_second_at_most(
     assert (box / "0" / "X").read_text() == "1\n"
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_a_directory_is_renamed_while_others_make_and_remove_nodes_in_it(
     place: Place, box: Path, witness: XsClient
 ) -> None:
@@ -575,6 +576,7 @@ def test_statfs(place: Place, mount: Mount) -> None:
 # ----------------------------------------------------------------------------------------- quotas
 
 
+@pytest.mark.quick_if(place=["ocaml-guest"])
 def test_a_full_quota_is_a_clear_error(place: Place, mount: Mount, box: Path) -> None:
     if not place.guest:
         # Dom0 has no quota of nodes; what it has is the size of a message.
@@ -629,6 +631,7 @@ def test_sizes_are_those_of_the_moment_whatever_a_listing_knew(
     assert witness.read(f"{node(place, box)}/n0") == b"v\nw"
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_a_directory_of_5000_children(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:

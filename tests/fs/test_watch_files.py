@@ -93,6 +93,7 @@ def test_a_line_an_event(place: Place, box: Path, witness: XsClient) -> None:
             assert lines.next() == line
 
 
+@pytest.mark.quick_if(place=["C", "ocaml-guest"])
 def test_each_change_is_one_line(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:
     """The reader waits for each change, however it is made.  The next line belongs to the next change."""
     top = node(place, box)
@@ -579,6 +580,7 @@ def test_what_cannot_be_watched(place: Place, mount: Mount, box: Path) -> None:
     assert "Invalid argument" in done.stderr
 
 
+@pytest.mark.quick_if(place=["C", "ocaml-guest"])
 def test_the_verdict_of_the_store_is_the_error(place: Place, mount: Mount, box: Path) -> None:
     """A guest may have about a hundred watches; all others as many as a file takes."""
     verdict = errno.ENOSPC
@@ -701,6 +703,7 @@ def time_of_cat(mount: Mount, count: int = 60) -> float:
     return min(times)
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_hundreds_of_blocked_readers_slow_nobody_down(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:
@@ -728,6 +731,7 @@ def test_hundreds_of_blocked_readers_slow_nobody_down(
     assert in_company < 2 * max(alone, time_of_cat(mount)) + 0.002
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_more_readers_than_there_may_be(mount: Mount, box: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     wait_for(mount, "readers", 0)
@@ -776,6 +780,7 @@ def flood(witness: XsClient, top: str, names: int, count: int) -> float:
     return time.monotonic() - start
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_a_reader_that_sleeps_hurts_nobody(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:

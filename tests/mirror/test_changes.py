@@ -149,6 +149,7 @@ with XsClient(sys.argv[1]) as client:
 """
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_a_flood_takes_half_a_processor(alive: Live, place: Place) -> None:
     """Of what the mirror's thread gets: it sleeps as long as it works.  The client's own part, which
     takes the events, comes on top."""
@@ -199,6 +200,7 @@ def gaps(alive: Live) -> Iterator[list[float]]:
 LEVELS = 900
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_deep_paths_hold_nobody_up(alive: Live, gaps: list[float]) -> None:
     """A guest that writes and removes them, again and again: each event is of a node whose parents are
     missing."""
@@ -225,6 +227,7 @@ def test_deep_paths_hold_nobody_up(alive: Live, gaps: list[float]) -> None:
     assert max(gaps) < 20 * SLICE_SECONDS * busy(), "a slice, and what cannot be divided"
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_a_directory_of_many_children_holds_nobody_up(alive: Live, gaps: list[float]) -> None:
     count = 4000
     for start in range(0, count, 1000):

@@ -30,7 +30,7 @@ from tests.support.mounting import LIMIT, Place, each_place, mounted
 from tests.support.xenstored.harness import XsClient, strings
 from xsfs.xenstore.protocol import Op
 
-place = each_place("C", "ocaml")
+place = each_place("C", "ocaml", quick=("ocaml",))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.support.mounting import LIMIT, Place, each_place
 from tests.support.user_systemd import user_systemd
 from tests.support.xenstored.harness import strings
 
-place = each_place("C", "ocaml", "embedded")
+place = each_place("C", "ocaml", "embedded", quick=("C", "ocaml"))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from xsfs.xenstore import watches
 ROOT = "/test"
 
 
-place = each_place("C", "ocaml", "embedded")
+place = each_place("C", "ocaml", "embedded", quick=("C", "ocaml"))
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +301,7 @@ def test_long_names_have_aliases(alive: Live, store: XsClient) -> None:
     assert len(os.listdir(alive.directory)) == 4
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_the_longest_path(alive: Live, store: XsClient) -> None:
     store.write("/test" + "/d" * 1015, "v")
     await_true(alive.path("d/" * 1014 + "d").exists)
@@ -352,6 +353,7 @@ def test_permissions(alive: Live, store: XsClient) -> None:
 # ------------------------------------------------------------------------------- one or many
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_a_large_directory_that_changes_all_the_time(place: Place) -> None:
     """A listing that is never the same twice is taken in a transaction in the end."""
     with place.witness() as store:
@@ -385,6 +387,7 @@ def test_a_large_directory_that_changes_all_the_time(place: Place) -> None:
         store.rm("/large")
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_more_changes_than_can_be_remembered(
     alive: Live, store: XsClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

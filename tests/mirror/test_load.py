@@ -52,7 +52,7 @@ with XsClient(sys.argv[1]) as client:
 """
 
 
-place = each_place("C", "ocaml", "embedded")
+place = each_place("C", "ocaml", "embedded", quick=("C", "ocaml"))
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,7 @@ def reading(alive: Mirrored) -> Iterator[list[float]]:
         assert not thread.is_alive()
 
 
+@pytest.mark.quick_if(place=["C"])
 def test_a_flood(place: Place, alive: Mirrored) -> None:
     """Readers are served, memory stays, nobody hangs, and the mirror is true when it is over."""
     memory, processor = status(alive, "VmRSS"), processor_seconds(alive)

@@ -29,7 +29,7 @@ SEEDS = int(os.environ.get("XSFS_TEST_SEEDS", "2"))
 """How many runs of random changes there are.  More of them find more."""
 
 
-place = each_place(*STORES)
+place = each_place(*STORES, quick=("C", "ocaml"))
 
 
 # --------------------------------------------------------------------------------- at once
@@ -122,6 +122,7 @@ class Chance:
                 self.step(client)
 
 
+@pytest.mark.quick_if(place=["ocaml"])
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_random_changes(place: Place, seed: int) -> None:
     """In each other round the mirror sleeps meanwhile, and finds all events at once: it goes through
@@ -240,6 +241,7 @@ def test_a_reply_older_than_an_event(place: Place, tmp_path: Path, case: str) ->
         alive.settle()
 
 
+@pytest.mark.quick_if(place=["ocaml"])
 def test_a_subtree_removed_and_made_again_while_it_is_read(place: Place, tmp_path: Path) -> None:
     with behind(place, "/late", tmp_path) as (liar, alive):
         store = alive.witness

@@ -175,6 +175,7 @@ def wait(seconds: float, broken: Callable[[], object] = lambda: None) -> None:
         broken()
 
 
+@pytest.mark.quick_if(name=["C"])
 @pytest.mark.parametrize("name", ["C", "ocaml", "embedded"])
 def test_a_storm(name: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
@@ -196,6 +197,7 @@ def test_a_storm(name: str, tmp_path: Path) -> None:
         assert first.mount.counter("mirror_looks") > 100
 
 
+@pytest.mark.quick_if(kind=["ocaml"])
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_a_storm_in_which_the_daemon_restarts(kind: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
@@ -220,6 +222,7 @@ def test_a_storm_in_which_the_daemon_restarts(kind: str, tmp_path: Path) -> None
         assert alive.mount.counter("reconnects") > 0
 
 
+@pytest.mark.quick_if(kind=["C"])
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_a_storm_in_which_domains_come_and_go(kind: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
@@ -249,6 +252,7 @@ def test_a_storm_in_which_domains_come_and_go(kind: str, tmp_path: Path) -> None
         true_at_rest(alive)
 
 
+@pytest.mark.quick_if(kind=["C"])
 @pytest.mark.parametrize("kind", ["C", "embedded"])
 def test_a_value_is_never_torn(kind: str, tmp_path: Path) -> None:
     """Nor empty in between: one node whose values are long, and written as fast as can be."""

@@ -14,7 +14,7 @@ from xsfs.mirror.mirror import RELEASE
 
 ROOT = "/test"
 
-place = each_place("C", "ocaml", "embedded")
+place = each_place("C", "ocaml", "embedded", quick=("C", "ocaml"))
 
 
 @pytest.fixture(scope="module")

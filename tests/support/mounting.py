@@ -187,10 +187,19 @@ of_guests = pytest.mark.parametrize(
 """For a test of what domain 0 is not refused: it runs in the places of a guest."""
 
 
-def each_place(*names: str) -> Any:
-    """A fixture: each of these stores in turn, for a whole file of tests."""
+def quick_params(quick: Sequence[str], names: Sequence[str]) -> list[Any]:
+    """The params of a fixture: with those that are not among the quick ones, tests are slow, and ci."""
+    marks = (pytest.mark.slow, pytest.mark.ci)
+    return [pytest.param(name, marks=() if name in quick else marks) for name in names]
 
-    @pytest.fixture(scope="module", params=names)
+
+def each_place(*names: str, quick: Sequence[str] = PLACES) -> Any:
+    """A fixture: each of these stores in turn, for a whole file of tests.
+
+    The tests at a place that is not among the quick ones are slow, and CI runs them.
+    """
+
+    @pytest.fixture(scope="module", params=quick_params(quick, names))
     def place(
         request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ) -> Iterator[Place]:

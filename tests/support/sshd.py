@@ -67,6 +67,8 @@ class Sshd:
             "PasswordAuthentication no",
             "KbdInteractiveAuthentication no",
             "MaxStartups 100",
+            # Debian's bash reads .bashrc for each session of ssh.  The machine's may do anything.
+            f"SetEnv HOME={directory}",
         ]
         self._enter = enter
         self.process: subprocess.Popen[bytes] | None = None

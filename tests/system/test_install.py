@@ -48,8 +48,12 @@ class Machine:
                 *("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--wdns=/"),
                 *("chroot", str(self._root), "sh", "-c", f"cd /tmp/xsfs\n{script}"),
             ],
-            # The installed xsfs must not find the sources under test.
-            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            # The installed xsfs must not find the sources under test, nor the machine another's TMPDIR.
+            env={
+                name: value
+                for name, value in os.environ.items()
+                if name not in ("PYTHONPATH", "TMPDIR")
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -88,6 +92,8 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
             holder.wait(INSTALL_LIMIT)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_install_upgrade_and_uninstall(machine: Machine) -> None:
     before = machine.sh("find . | sort")
     assert machine.sh("./install.sh").endswith("to unmount: umount /mnt/xenstore\n")

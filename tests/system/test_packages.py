@@ -94,6 +94,8 @@ def test_the_licence_is_in_the_metadata(wheel: Path) -> None:
     assert re.search("^License(-Expression)?: MIT$", metadata, re.MULTILINE)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_newest_setuptools_has_no_complaint(
     project: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -130,6 +132,8 @@ def check_command(command: Path, mountpoint: Path) -> None:
         run("umount", mountpoint, limit=LIMIT)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["wheel", "source"])
 def test_pip_installs_it(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
@@ -143,6 +147,8 @@ def test_pip_installs_it(kind: str, request: pytest.FixtureRequest, tmp_path: Pa
         assert (environment / "share" / name).is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_pipx_installs_it(wheel: Path, tmp_path: Path) -> None:
     places = [f"PIPX_HOME={tmp_path}/pipx", f"PIPX_BIN_DIR={tmp_path}/bin"]
     run("env", *places, "pipx", "install", "--python", "/usr/bin/python3", wheel)

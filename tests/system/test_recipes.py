@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.documents import check_session, install_scripts
 from tests.support.host import Host, open_host
-from tests.support.mounting import LIMIT
+from tests.support.mounting import LIMIT, quick_params
 from tests.support.sshd import reachable
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsError
 
@@ -22,7 +22,7 @@ RECIPES = "docs/recipes.md"
 GUEST = 7
 
 
-@pytest.fixture(scope="module", params=["C", "ocaml"])
+@pytest.fixture(scope="module", params=quick_params(["C"], ["C", "ocaml"]))
 def daemon(request: pytest.FixtureRequest) -> Iterator[RealXenstored]:
     with RealXenstored(request.param, guests=(GUEST,)) as daemon:
         daemon.populate(introduce=True)
@@ -80,6 +80,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.quick_if(kind=["C"])
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_what_the_recipes_show(kind: str) -> None:
     guests = (GUEST, GUEST + 2)

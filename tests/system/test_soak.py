@@ -12,6 +12,8 @@ import pytest
 from tests.support.soak import Soak, soak
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_a_minute(kind: str) -> None:
     check(soak(kind, 1.0))

@@ -276,6 +276,7 @@ def test_a_killed_xsfs(daemon: RealXenstored, server: Sshd, tmp_path: Path) -> N
     assert directories_of_ssh() == []
 
 
+@pytest.mark.quick_if(option=["PermitTTY yes"])
 @pytest.mark.parametrize("option", ["PermitTTY yes", "ForceCommand /usr/sbin/nologin"])
 def test_the_server_ends_its_sessions(option: str, daemon: RealXenstored, tmp_path: Path) -> None:
     with running_sshd(tmp_path / "sshd", option) as server:
@@ -476,6 +477,8 @@ def dom0() -> Iterator[Host]:
         yield here
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_document(dom0: Host) -> None:
     check_dialogue("docs/other-hosts.md", dom0)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.host import REPOSITORY, Host, open_host
+from tests.support.mounting import quick_params
 from tests.support.sshd import running_sshd
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsError
 
@@ -28,7 +29,7 @@ Nodes = dict[str, tuple[bytes, list[str]]]
 """The value and the permissions of each node, by its path relative to a directory."""
 
 
-@pytest.fixture(params=["C", "ocaml"])
+@pytest.fixture(params=quick_params(["C"], ["C", "ocaml"]))
 def daemons(request: pytest.FixtureRequest) -> Iterator[tuple[RealXenstored, RealXenstored]]:
     """That of host1, and that of this host."""
     other = {"C": "ocaml", "ocaml": "C"}[request.param]

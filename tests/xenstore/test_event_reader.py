@@ -178,6 +178,7 @@ def test_nothing_is_left_of_it() -> None:
     wait_until(lambda: not threads() and descriptors() == before)
 
 
+@pytest.mark.quick_if(kind=["ocaml"])
 @pytest.mark.parametrize("kind", ["C", "ocaml"])
 def test_a_flood_of_pipelined_writes_stops_nobody(kind: str, tmp_path: Path) -> None:
     """Under oxenstored one whose watcher is too slow never gets another reply."""

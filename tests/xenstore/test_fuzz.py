@@ -8,8 +8,10 @@ from tests.support import fuzz
 from xsfs.xenstore import protocol
 
 
-def test_a_bounded_run() -> None:
-    assert fuzz.fuzz(100_000, 20.0) >= 5000
+@pytest.mark.quick_if(inputs=[10_000])
+@pytest.mark.parametrize("inputs", [10_000, 100_000])
+def test_a_bounded_run(inputs: int) -> None:
+    assert fuzz.fuzz(inputs, 60.0) >= 5000
 
 
 def test_it_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
