@@ -227,8 +227,7 @@ def test_reads_of_any_size_give_whole_lines_or_pieces_of_one(
         received: list[str] = []
         buffer = b""
         while "last" not in received:
-            assert select.select([lines.descriptor], [], [], LIMIT)[0]
-            data = os.read(lines.descriptor, size)
+            data = lines.read(size)
             assert 0 < len(data) <= size
             # Either whole lines, or no more than the piece of a single one.
             assert data.endswith(b"\n") or data.count(b"\n") == 0

@@ -30,20 +30,24 @@ class Lines:
         self.descriptor = descriptor
         self._received = b""
 
-    def next(self) -> str:
+    def read(self, size: int) -> bytes:
+        """The bytes of one read(2) of that size, or the end."""
         deadline = time.monotonic() + LIMIT
-        while b"\n" not in self._received:
-            poll = select.poll()
-            poll.register(self.descriptor, select.POLLIN)
+        poll = select.poll()
+        poll.register(self.descriptor, select.POLLIN)
+        while True:
             assert poll.poll(LIMIT * 1000), "no line came"
             try:
-                data = os.read(self.descriptor, 65536)
+                return os.read(self.descriptor, size)
             except BlockingIOError:
                 # With pyfuse3 older than 3.5 a watch file is always ready.
                 assert not HAS_POLL
                 assert time.monotonic() < deadline, "no line came"
                 time.sleep(0.005)
-                continue
+
+    def next(self) -> str:
+        while b"\n" not in self._received:
+            data = self.read(65536)
             assert data, f"the end, after {self._received!r}"
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
