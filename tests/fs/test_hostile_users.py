@@ -204,16 +204,18 @@ def test_blocked_readers_of_another_user_block_nobody(mount: Mount) -> None:
     with subprocess.Popen(
         [*NOBODY, "sh", "-c", command], cwd=mount.path, stdout=subprocess.PIPE, process_group=0
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"begun\n"
-        deadline = time.monotonic() + LIMIT
-        while mount.counter("readers") < 200:
-            assert time.monotonic() < deadline
-        start = time.monotonic()
-        for _ in range(20):
-            assert (mount.path / "name").read_text() == "Domain-0\n"
-        assert time.monotonic() - start < 5
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"begun\n"
+            deadline = time.monotonic() + LIMIT
+            while mount.counter("readers") < 200:
+                assert time.monotonic() < deadline
+            start = time.monotonic()
+            for _ in range(20):
+                assert (mount.path / "name").read_text() == "Domain-0\n"
+            assert time.monotonic() - start < 5
+        finally:  # or the end of the block would wait for them
+            os.killpg(process.pid, signal.SIGKILL)
         wait_for(mount, "readers", 0)
 
 
