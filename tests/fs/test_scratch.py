@@ -564,6 +564,19 @@ def test_rm_and_cp_and_tar(place: Place, mount: Mount, box: Path, witness: XsCli
     assert witness.ls(node(place, box / "t" / "e")) == ["f"]
 
 
+def test_a_file_that_is_open_and_moved_aside(place: Place, mount: Mount, box: Path) -> None:
+    """What was written to the open file would not reach the file under its new name."""
+    (box / "f").write_text("1\n")
+    with open(box / "f", "r+b", buffering=0) as file:
+        mount.bash(f"cd {box}; mv f f~")
+        assert file.read() == b"1\n"
+        with fails(errno.ESTALE):
+            file.write(b"2\n")
+        with fails(errno.ESTALE):
+            file.truncate(0)
+    assert (box / "f~").read_text() == "1\n"
+
+
 # --------------------------------------------------------------------------------- transactions
 
 

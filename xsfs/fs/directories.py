@@ -602,7 +602,10 @@ class Directory(XenstoreNode):
             async with self.open_files.changing_below(path):
                 await self.view.atomically(work)
                 assert taken is not None
+                file = self.open_files.get(path)
                 self._was_removed(ValueFile, path, taken)
+                if file is not None and file.orphan is not None:
+                    file.orphan.became_scratch = True
             self.scratch.link(content, target.path, target_name)
         except (ConnectionLost, RequestTimeout):
             if taken is not None:

@@ -337,10 +337,13 @@ class ValueHandle(ReadHandle):
         node.was_written()
 
     def _change_orphan(self, change: Change) -> None:
-        assert self.file.orphan is not None
-        result = change(self.file.orphan.content)
+        orphan = self.file.orphan
+        assert orphan is not None
+        if orphan.became_scratch:
+            refuse(errno.ESTALE)
+        result = change(orphan.content)
         self._value_of(result)
-        self.file.orphan.content = result
+        orphan.content = result
 
     def _value_of(self, content: bytes) -> bytes:
         """The value of a content that is to be written.  Fails with EFBIG if it does not fit."""

@@ -95,13 +95,17 @@ class Debt:
 
 
 class Orphan:
-    """The last content of a file that was removed or replaced while it was open, and its attributes."""
+    """The last content of a file that was removed or replaced while it was open, and its attributes.
 
-    __slots__ = ("content", "perms")
+    became_scratch  whether it was renamed to a scratch file, which has a content of its own
+    """
+
+    __slots__ = ("became_scratch", "content", "perms")
 
     def __init__(self, content: bytes, perms: bytes) -> None:
         self.content = content
         self.perms = perms
+        self.became_scratch = False
 
 
 class _Changing(AbstractAsyncContextManager[None]):
