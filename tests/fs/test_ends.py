@@ -315,3 +315,14 @@ def test_killed_while_one_transaction_begins_and_another_ends(
                 with suppress(OSError):
                     (connection / "abort").write_text("1")
             mount.clear()
+
+
+def test_the_end_while_the_home_is_not_watched_yet(tmp_path: Path) -> None:
+    """A guest's mount watches its domid.  The wait for that ends before its store does."""
+    with (
+        open_place("C-guest", tmp_path) as place,
+        LyingStore(tmp_path / "liar.sock", place.socket) as liar,
+    ):
+        liar.lie = on(Op.WATCH, silence)
+        with mounted([liar.path], tmp_path / "m") as mount:
+            assert (mount.path / ".domid").read_text() == f"{place.domid}\n"

@@ -123,11 +123,14 @@ async def _serve(options: Options, background: Background | None) -> bool:
         ended = [scope]
         async with open_background() as background_tasks, _connect(options, source) as connect:
             background_tasks.start_soon(_obey_signals, signals, ended)
-            async with open_store(timeout=options.timeout, connect=connect) as store:
+            async with (
+                open_store(timeout=options.timeout, connect=connect) as store,
+                open_background() as users_of_store,
+            ):
                 view = await _view(options, store)
                 async with _mirror(options, connect, view) as mirror:
                     about = {"store": source, "daemon": await _daemon(options, store)}
-                    transactions = Transactions(background_tasks, view, options.tx_timeout)
+                    transactions = Transactions(users_of_store, view, options.tx_timeout)
                     operations = _operations(options, view, mirror, transactions, about)
                     _fuse_mount(operations, options)
 
@@ -141,7 +144,7 @@ async def _serve(options: Options, background: Background | None) -> bool:
                                 mirror.move_home(view.domid)
                             notify(description())
 
-                        background_tasks.start_soon(
+                        users_of_store.start_soon(
                             follow_home, view, operations, transactions, on_move
                         )
                     try:
