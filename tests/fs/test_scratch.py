@@ -21,11 +21,13 @@ from tests.fs.test_hostile_users import NOBODY
 from tests.fs.test_tree import RENAME_NOREPLACE, renameat2
 from tests.fs.test_values import fails, node
 from tests.support.commands import let_others_reach
-from tests.support.mounting import LIMIT, Mount, Place, mounted
+from tests.support.lying_store import LyingStore, on, says
+from tests.support.mounting import LIMIT, Mount, Place, mounted, open_place
 from tests.support.programs import await_screen, on_terminal
 from tests.support.xenstored.harness import XsClient
 from xsfs.fs import scratch
 from xsfs.view.names import is_scratch_name
+from xsfs.xenstore.protocol import Op
 
 on_one_store = pytest.mark.quick_if(place=["C"])
 """Temporary files never reach the store."""
@@ -575,6 +577,21 @@ def test_a_file_that_is_open_and_moved_aside(place: Place, mount: Mount, box: Pa
         with fails(errno.ESTALE):
             file.truncate(0)
     assert (box / "f~").read_text() == "1\n"
+
+
+def test_permissions_that_cannot_be_taken_along(tmp_path: Path) -> None:
+    with (
+        open_place("C", tmp_path) as place,
+        LyingStore(tmp_path / "liar", place.socket) as liar,
+        mounted([liar.path], tmp_path / "m") as mount,
+    ):
+        file = mount.path / "data" / "kept"
+        file.write_text("1\n")
+        liar.lie = on(Op.GET_PERMS, says(b"ENOMEM\0", Op.ERROR))
+        with fails(errno.ENOMEM):
+            file.rename(mount.path / "data" / "kept~")
+        liar.behave()
+        assert file.read_text() == "1\n"
 
 
 # --------------------------------------------------------------------------------- transactions

@@ -56,6 +56,8 @@ async def make(
 
 async def _removed(commands: Commands, path: bytes, state: NodeState) -> Removed:
     (reply,) = await commands.pipeline((protocol.get_perms(path),))
+    if isinstance(reply, XenstoreError) and reply.name != "EACCES":
+        raise reply
     perms = reply if isinstance(reply, bytes) else b""
     perms_text(perms)  # WireError, if it makes no sense, before anything is changed
     return Removed(state.value or b"", perms)
