@@ -11,9 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from tests.support.clock import LeapingClock
 from tests.support.mounting import PLACES, Mount, Place, each_place, mounted
 from tests.support.xenstored.harness import XsClient
+
+# A busy machine may take long for an example, and long to make one.
+settings.register_profile("xsfs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("xsfs")
 
 NEEDED = {
     "fusermount3": "fuse3",
@@ -150,6 +156,11 @@ def tx(mount: Mount, box: Path) -> Iterator[Path]:
     if path.exists():
         path.rmdir()
     assert os.listdir(mount.path / ".transaction") == []
+
+
+@pytest.fixture
+def clock() -> LeapingClock:
+    return LeapingClock()
 
 
 @pytest.fixture

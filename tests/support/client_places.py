@@ -29,9 +29,6 @@ SECRET = "/secret"
 WATCHES = 100
 """What each store lets a guest have; it stops short of twice as many."""
 
-SHORT = 0.3
-"""A time limit that is meant to pass."""
-
 
 class Embedded:
     """The embedded store, in a thread of its own, listening for dom0 and the guest."""

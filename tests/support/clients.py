@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import trio
@@ -14,9 +14,12 @@ from xsfs.xenstore.watches import Subscription
 
 GUEST = 7
 HOME = f"/local/domain/{GUEST}"
-LIMIT = 60.0
+LIMIT = 120.0
 """Seconds a test may take, over which something hangs."""
-TIMEOUT = 8.0
+TIMEOUT = 60.0
+"""The time limit of a store that answers, however busy the machine is."""
+SOON = TIMEOUT / 2
+"""What does not wait for the time limit ends within this time."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,29 @@ async def furnish(path: str) -> None:
         for name, value, perms in (("domid", GUEST, f"n0,r{GUEST}"), ("data", "", f"n{GUEST}")):
             await dom0.write(f"{HOME}/{name}", value)
             await dom0.set_perms(f"{HOME}/{name}", perms)
+
+
+def set_time_limit(store: Store, seconds: float) -> None:
+    store.timeout = store.breaker._timeout = store.watches._timeout = seconds
+    connections = list(store._idle)
+    for reconnecting in store._main, store.watches._reconnecting:
+        reconnecting._timeout = seconds
+        if reconnecting.current is not None:
+            connections.append(reconnecting.current)
+    for connection in connections:
+        connection._timeout = seconds
+
+
+@contextlib.contextmanager
+def time_limit(store: Store, seconds: float) -> Iterator[None]:
+    """In the block the store is given so little time, which is meant to pass.  Before and after it a busy
+    machine has time enough."""
+    before = store.timeout
+    set_time_limit(store, seconds)
+    try:
+        yield
+    finally:
+        set_time_limit(store, before)
 
 
 _numbers = itertools.count()

@@ -25,7 +25,7 @@ from typing import Final, Self
 from tests.support.messages import Message, messages_of
 from xsfs.xenstore.protocol import Op, Parser, WireError, encode
 
-TIMEOUT: Final = 20.0
+TIMEOUT: Final = 60.0
 """For waits that only a broken test makes long."""
 
 

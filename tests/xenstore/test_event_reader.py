@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -18,6 +19,7 @@ from trio.testing import trio_test, wait_all_tasks_blocked
 from tests.support.mounting import LIMIT, mounted
 from tests.support.programs import program
 from tests.support.xenstored.harness import RealXenstored, strings
+from xsfs.xenstore import event_reader
 from xsfs.xenstore.event_reader import HELD_MAX, LATE_BYTES, EventReader
 
 HOME = "/local/domain/0"
@@ -58,7 +60,6 @@ async def fall_behind(reader: EventReader, peer: trio.SocketStream) -> None:
     await peer.send_all(bytes(LATE_BYTES))
     assert len(await reader.receive()) == LATE_BYTES
     assert reader.has_thread
-    assert threads()
 
 
 def threads() -> int:
@@ -80,11 +81,19 @@ async def test_little_is_read_by_the_loop() -> None:
         reader.close()
 
 
+@pytest.fixture
+def never_calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread goes on until the connection ends, however long the test takes to send more."""
+    monkeypatch.setattr(event_reader, "time", SimpleNamespace(monotonic=lambda: 0.0))
+
+
+@pytest.mark.usefixtures("never_calm")
 @trio_test
 async def test_what_is_sent_comes_in_order_while_nobody_takes_it() -> None:
     sent = b"".join(b"%07d\n" % number for number in range(100_000))
     async with pair() as (reader, peer):
         await fall_behind(reader, peer)
+        assert threads()
         # Several times what a socket holds: the peer does not wait for the one who takes.
         await peer.send_all(sent)
         found = bytearray()
@@ -113,6 +122,7 @@ async def test_the_loop_reads_again_when_little_comes() -> None:
         reader.close()
 
 
+@pytest.mark.usefixtures("never_calm")
 @pytest.mark.parametrize("by_thread", [False, True])
 @trio_test
 async def test_the_end_of_the_peer_is_the_end(by_thread: bool) -> None:
@@ -126,6 +136,7 @@ async def test_the_end_of_the_peer_is_the_end(by_thread: bool) -> None:
         reader.close()
 
 
+@pytest.mark.usefixtures("never_calm")
 @trio_test
 async def test_more_than_can_be_held_is_the_end() -> None:
     async with pair() as (reader, peer):
@@ -138,6 +149,7 @@ async def test_more_than_can_be_held_is_the_end() -> None:
         reader.close()
 
 
+@pytest.mark.usefixtures("never_calm")
 @pytest.mark.parametrize("by_thread", [False, True])
 @trio_test
 async def test_whoever_waits_is_woken_when_it_is_closed(by_thread: bool) -> None:
@@ -158,6 +170,7 @@ async def test_whoever_waits_is_woken_when_it_is_closed(by_thread: bool) -> None
         assert ended == [True]
 
 
+@pytest.mark.usefixtures("never_calm")
 def test_nothing_is_left_of_it() -> None:
     wait_until(lambda: not threads())  # of the tests before
     gc.collect()

@@ -20,8 +20,8 @@ import pytest
 import trio
 from trio.testing import trio_test, wait_all_tasks_blocked
 
+from tests.support.clients import LIMIT, SOON, TIMEOUT, time_limit
 from tests.support.lying_store import (
-    TIMEOUT,
     Gate,
     HangUp,
     Lie,
@@ -51,12 +51,8 @@ from xsfs.xenstore.store import Store, Transaction, open_store
 from xsfs.xenstore.transport import SocketTransport, Transport
 from xsfs.xenstore.watches import Subscription
 
-LIMIT = 60.0
-"""Seconds a test may take, over which something hangs."""
 SHORT = 0.3
-"""The time limit of requests where it is meant to pass."""
-LONG = 4.0
-"""The time limit of requests where it is not."""
+"""A time limit that is meant to pass."""
 
 NODE = "/test/node"
 
@@ -76,9 +72,9 @@ def liar(daemon: RealXenstored, tmp_path: Path) -> Iterator[LyingStore]:
 
 
 @contextlib.asynccontextmanager
-async def opened(liar: LyingStore, timeout: float = LONG) -> AsyncIterator[Store]:
+async def opened(liar: LyingStore) -> AsyncIterator[Store]:
     with trio.fail_after(LIMIT):
-        async with open_store(liar.path, timeout=timeout) as store:
+        async with open_store(liar.path, timeout=TIMEOUT) as store:
             yield store
 
 
@@ -205,7 +201,7 @@ async def test_a_change_whose_reply_is_a_lie(liar: LyingStore, name: str, late: 
     async with opened(liar) as store:
 
         async def write() -> None:
-            with trio.fail_after(LONG / 2), pytest.raises(ConnectionLost):
+            with trio.fail_after(SOON), pytest.raises(ConnectionLost):
                 await store.write("/test/x", "1")
 
         await told(liar, FATAL[name], late, write)
@@ -227,7 +223,7 @@ async def test_what_only_reads_is_asked_again(liar: LyingStore, name: str, late:
     async with opened(liar) as store:
 
         async def read() -> None:
-            with trio.fail_after(LONG / 2):
+            with trio.fail_after(SOON):
                 assert await store.read(NODE) == b"truth"
 
         await told(liar, once, late, read)
@@ -238,12 +234,12 @@ async def test_what_only_reads_is_asked_again(liar: LyingStore, name: str, late:
 @pytest.mark.parametrize("name", FATAL)
 @trio_test
 async def test_a_store_that_never_stops_lying(liar: LyingStore, name: str) -> None:
-    async with opened(liar, SHORT) as store:
+    async with opened(liar) as store:
         liar.lie = FATAL[name]
-        with trio.fail_after(SHORT + 1), pytest.raises(StoreError):
+        with time_limit(store, SHORT), trio.fail_after(SOON), pytest.raises(StoreError):
             await store.read(NODE)
         liar.behave()
-        with trio.fail_after(LONG):
+        with trio.fail_after(LIMIT):
             await comes_back(store)
         await works(store)
 
@@ -273,7 +269,7 @@ async def test_every_waiter_is_woken(liar: LyingStore, name: str, late: bool) ->
         def last(talk: Talk, request: Message) -> bool:
             return next(asked) < waiters or FATAL[name](talk, request)
 
-        with trio.fail_after(LONG / 2):
+        with trio.fail_after(SOON):
             await told(liar, last, late, everybody)
         assert outcomes == [ConnectionLost] * waiters
         liar.behave()
@@ -292,7 +288,7 @@ async def test_the_last_reply_of_a_burst_is_a_lie(liar: LyingStore, name: str) -
 
     async with opened(liar) as store:
         liar.lie = last
-        with trio.fail_after(LONG / 2), pytest.raises(ConnectionLost):
+        with trio.fail_after(SOON), pytest.raises(ConnectionLost):
             await store.pipeline([protocol.write(b"/test/x", b"")] * count)
         liar.behave()
         await works(store)
@@ -302,17 +298,18 @@ async def test_the_last_reply_of_a_burst_is_a_lie(liar: LyingStore, name: str) -
 @pytest.mark.parametrize("name", MUTE)
 @trio_test
 async def test_no_reply(liar: LyingStore, name: str, late: bool) -> None:
-    async with opened(liar, SHORT) as store:
+    async with opened(liar) as store:
 
         async def ask() -> None:
             started = trio.current_time()
             for request in protocol.read(NODE.encode()), protocol.mkdir(b"/test/x"):
-                with trio.fail_after(SHORT + 1), pytest.raises(RequestTimeout):
+                with trio.fail_after(SOON), pytest.raises(RequestTimeout):
                     await store.call(request)
             # Of the first; with the second it is known already.
             assert trio.current_time() - started >= SHORT
 
-        await told(liar, MUTE[name], late, ask)
+        with time_limit(store, SHORT):
+            await told(liar, MUTE[name], late, ask)
         liar.behave()
         if name == "silence in the middle of a reply":
             liar.hang_up()  # nobody can tell where the next message would begin
@@ -392,9 +389,9 @@ async def test_replies_in_another_order(liar: LyingStore) -> None:
 async def test_late_replies_are_dropped(liar: LyingStore) -> None:
     """The reply to a request that has timed out is not the next one's."""
     gate = Gate()
-    async with opened(liar, SHORT) as store:
+    async with opened(liar) as store:
         liar.lie = gate.before(says(b"late"))
-        with pytest.raises(RequestTimeout):
+        with time_limit(store, SHORT), pytest.raises(RequestTimeout):
             await store.read(NODE)
         liar.behave()
         gate.open()
@@ -437,7 +434,7 @@ async def test_a_reply_that_makes_no_sense(liar: LyingStore, name: str) -> None:
     op, payload, call = NONSENSE[name]
     async with opened(liar) as store:
         liar.lie = on(op, says(payload))
-        with trio.fail_after(LONG / 2), pytest.raises(WireError):
+        with trio.fail_after(SOON), pytest.raises(WireError):
             await call(store)
         liar.behave()
         await works(store)
@@ -483,7 +480,7 @@ class Failure(Exception):
 @trio_test
 async def test_work_that_fails_keeps_its_own_error(liar: LyingStore) -> None:
     """Also where the transaction cannot be undone: then its connection goes, and it with it."""
-    async with opened(liar, SHORT) as store:
+    async with opened(liar) as store:
         liar.lie = on(Op.TRANSACTION_END, silence)
 
         async def work(tx: Transaction) -> None:
@@ -593,7 +590,7 @@ async def test_closed_after_accept(liar: LyingStore) -> None:
     def goodbye(_: Talk) -> None:
         raise HangUp
 
-    async with opened(liar, SHORT) as store:
+    async with opened(liar) as store:
         liar.welcome = goodbye
         liar.hang_up()
         calls: list[Callable[[], Awaitable[object]]] = [
@@ -604,22 +601,26 @@ async def test_closed_after_accept(liar: LyingStore) -> None:
             lambda: store.watches.subscribe(Subscription(b"/test")),
         ]
         for call in calls:
-            with trio.fail_after(SHORT + 1), pytest.raises(ConnectionLost):
+            with (
+                time_limit(store, SHORT),
+                trio.fail_after(SOON),
+                pytest.raises(ConnectionLost),
+            ):
                 await call()
-        with trio.fail_after(SHORT + 1), pytest.raises(ConnectionLost):
+        with trio.fail_after(SOON), pytest.raises(ConnectionLost):
             async with open_store(liar.path, timeout=SHORT):
                 pass
         liar.behave()
-        with trio.fail_after(LONG):
+        with trio.fail_after(LIMIT):
             await comes_back(store)
         await works(store)
 
 
 @trio_test
 async def test_a_store_that_hangs_up_is_not_stormed(liar: LyingStore) -> None:
-    async with opened(liar, timeout=1.0) as store:
+    async with opened(liar) as store:
         liar.lie = hang_up
-        with pytest.raises(StoreError):
+        with time_limit(store, 1.0), pytest.raises(StoreError):
             await store.read(NODE)
         # With back-off from 5 ms on there are some ten.
         assert liar.connections < 50
@@ -627,7 +628,7 @@ async def test_a_store_that_hangs_up_is_not_stormed(liar: LyingStore) -> None:
 
 @trio_test
 async def test_a_store_that_hangs_up_on_watches_is_not_stormed(liar: LyingStore) -> None:
-    async with opened(liar, timeout=1.0) as store, store.watch(NODE) as events:
+    async with opened(liar) as store, store.watch(NODE) as events:
         await anext(events)
 
         def watch_and_go(talk: Talk, request: Message) -> bool:
@@ -649,13 +650,14 @@ async def test_a_store_that_hangs_up_on_watches_is_not_stormed(liar: LyingStore)
 @pytest.mark.parametrize("name", [*FATAL, *MUTE])
 @trio_test
 async def test_a_watch_that_is_a_lie(liar: LyingStore, name: str, late: bool) -> None:
-    async with opened(liar, SHORT) as store:
+    async with opened(liar) as store:
 
         async def watch() -> None:
-            with trio.fail_after(SHORT + 1), pytest.raises((ConnectionLost, RequestTimeout)):
+            with trio.fail_after(SOON), pytest.raises((ConnectionLost, RequestTimeout)):
                 await store.watches.subscribe(Subscription(b"/test"))
 
-        await told(liar, {**FATAL, **MUTE}[name], late, watch)
+        with time_limit(store, SHORT):
+            await told(liar, {**FATAL, **MUTE}[name], late, watch)
         liar.behave()
         liar.hang_up()
         await works(store)
@@ -674,7 +676,7 @@ async def test_events_that_are_no_events(liar: LyingStore) -> None:
             return False
 
         liar.lie = broken_event
-        with trio.fail_after(LONG), pytest.raises(ConnectionLost):
+        with trio.fail_after(SOON), pytest.raises(ConnectionLost):
             await store.watches.subscribe(Subscription(b"/test"))
         liar.behave()
         assert await anext(events) == NODE.encode()
@@ -703,7 +705,7 @@ async def test_a_connection_lost_between_two_watches(liar: LyingStore) -> None:
             await anext(events)
         liar.lie = one_each
         liar.hang_up()
-        with trio.fail_after(LONG):
+        with trio.fail_after(SOON):
             # The liar sends no event for a watch that it takes itself: these are the daemon's.
             for events in watches:
                 assert await anext(events) == events.path
@@ -722,7 +724,7 @@ async def test_a_store_that_refuses_the_client_later_is_not_asked_all_the_time(
         await anext(events)
         liar.close()
         Path(liar.path).write_bytes(b"")
-        with trio.fail_after(LONG / 2):
+        with trio.fail_after(SOON):
             await wait_all_tasks_blocked()
 
 
@@ -746,14 +748,15 @@ async def test_a_watch_sent_by_a_thread(liar: LyingStore, name: str, late: bool)
         return LikeTheDevice(sock)
 
     with trio.fail_after(LIMIT):
-        async with open_store(connect=connect, timeout=SHORT) as store:
+        async with open_store(connect=connect, timeout=TIMEOUT) as store:
             await works(store)
 
             async def watch() -> None:
-                with trio.fail_after(SHORT + 1), pytest.raises((ConnectionLost, RequestTimeout)):
+                with trio.fail_after(SOON), pytest.raises((ConnectionLost, RequestTimeout)):
                     await store.watches.subscribe(Subscription(b"/test"))
 
-            await told(liar, {**FATAL, **MUTE}[name], late, watch)
+            with time_limit(store, SHORT):
+                await told(liar, {**FATAL, **MUTE}[name], late, watch)
             liar.behave()
             liar.hang_up()
             await works(store)
@@ -772,16 +775,17 @@ def test_a_flood_does_not_stop_the_clock(liar: LyingStore) -> None:
             talk.send(event)
 
     async def ask() -> None:
-        async with open_store(liar.path, timeout=SHORT) as store:
+        async with open_store(liar.path, timeout=TIMEOUT) as store:
             liar.lie = flood
             try:
-                await store.read(NODE)
+                with time_limit(store, SHORT):
+                    await store.read(NODE)
             except StoreError as error:
                 outcome.append(type(error))
 
     thread = threading.Thread(target=trio.run, args=(ask,))
     thread.start()
-    thread.join(SHORT + 3)
+    thread.join(SOON)
     in_time = not thread.is_alive()
     liar.hang_up()
     liar.behave()

@@ -4,10 +4,8 @@ guest of each, and the embedded store.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from statistics import median
 from typing import Any
 
 import pytest
@@ -23,8 +21,8 @@ from tests.support.client_places import (
     only_dom0s,
     only_guests,
 )
-from tests.support.clients import GUEST, HOME, Place, opened
-from xsfs.xenstore import protocol
+from tests.support.clients import GUEST, HOME, LIMIT, Place, opened
+from xsfs.xenstore import connection, protocol
 from xsfs.xenstore.commands import Commands, Value
 from xsfs.xenstore.connection import WINDOW
 from xsfs.xenstore.errors import XenstoreError
@@ -437,41 +435,39 @@ async def test_a_cancelled_operation_sends_nothing(
 async def test_a_loop_of_reads_can_be_cancelled(place: Place) -> None:
     async with opened(place) as (store, base):
         count = 0
-        start = time.perf_counter()
-        with trio.move_on_after(0.2) as scope:
-            while True:
+        with trio.CancelScope() as scope:
+            while count < MANY_READS:
                 await store.read(base)
                 count += 1
+                if count == 10:
+                    scope.deadline = trio.current_time()
         assert scope.cancelled_caught
-        assert time.perf_counter() - start < 0.25 + SLOW_MACHINE
-        assert count > 10
+        assert count < MANY_READS
 
 
-SLOW_MACHINE = 0.05
-"""Seconds for other processes."""
+MANY_READS = 20_000
+"""Far more than one task reads in the millisecond that it may keep the event loop."""
 
 
 @trio_test
 async def test_other_tasks_have_their_turn_beside_a_loop_of_reads(place: Place) -> None:
     """A task that reads, each time a reply is there, must not keep the event loop to itself."""
     async with opened(place) as (store, base):
-        late = []
+        turns = count = 0
 
         async def tick() -> None:
-            for _ in range(60):
-                due = time.perf_counter() + 0.005
-                await trio.sleep(0.005)
-                late.append(time.perf_counter() - due)
-            nursery.cancel_scope.cancel()
+            nonlocal turns
+            while True:
+                await trio.sleep(0.001)
+                turns += 1
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tick)
-            while True:
+            while turns < 20 and count < MANY_READS:
                 await store.read(base)
-        late.sort()
-        print(f"late: median {late[30] * 1e3:.1f} ms, at most {late[-1] * 1e3:.1f} ms")
-        assert late[30] < 0.005 + SLOW_MACHINE / 5
-        assert late[-1] < SLOW_MACHINE
+                count += 1
+            nursery.cancel_scope.cancel()
+        assert turns == 20
 
 
 @pytest.mark.parametrize("place", ["C", "ocaml"], indirect=True)
@@ -495,23 +491,11 @@ async def test_many_tasks_that_read_send_together(
         async def read() -> None:
             await store.read(base)
 
-        async def by_tasks() -> float:
-            start = time.perf_counter()
+        # However slowly it comes to the next task, all belong together.
+        monkeypatch.setattr(connection, "STREAK_SECONDS", LIMIT)
+        for _ in range(30):
+            sends = 0
             async with trio.open_nursery() as nursery:
                 for _ in range(tasks):
                     nursery.start_soon(read)
-            return time.perf_counter() - start
-
-        async def by_pipeline() -> float:
-            start = time.perf_counter()
-            await store.pipeline([protocol.read(base.encode())] * tasks)
-            return time.perf_counter() - start
-
-        together, alone = [], []
-        for _ in range(30):
-            sends = 0
-            together.append(await by_tasks())
             assert sends <= 5
-            alone.append(await by_pipeline())
-        ratio = median(together) / median(alone)
-        print(f"{tasks} tasks: {ratio:.2f} times a pipeline of {tasks}")

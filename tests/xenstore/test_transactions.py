@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,11 +12,9 @@ import trio
 from trio.testing import trio_test
 
 from tests.support import client_places
-from tests.support.client_places import (
-    SHORT,
-    fails_with,
-)
-from tests.support.clients import LIMIT, TIMEOUT, Place, opened
+from tests.support.client_places import fails_with
+from tests.support.clients import LIMIT, SOON, Place, opened, time_limit
+from tests.support.clock import LeapingClock
 from tests.support.lying_store import Lie, LyingStore, Talk, on, says, silence
 from tests.support.messages import Message
 from xsfs.xenstore import protocol
@@ -188,13 +186,29 @@ async def test_atomically_undoes_work_that_fails(place: Place) -> None:
         assert store.reconnects == 0
 
 
+LONG = 400.0
+"""A time limit that passes when the clock leaps."""
+LONG_LIMIT = 2 * LONG + LIMIT
+ATTEMPTS = 4
+
+
+def leap_in(attempt: int) -> float:
+    """The last attempt but one begins early, and ends with a tenth of the time left, the last one within the
+    quarter of the time that it has in any case."""
+    return {ATTEMPTS - 1: 0.9 * LONG, ATTEMPTS: 0.125 * LONG}.get(attempt, 0.0)
+
+
 @trio_test
-async def test_atomically_gives_up_in_time(place: Place) -> None:
-    async with opened(place, timeout=SHORT) as (store, base):
+async def test_atomically_gives_up_in_time(place: Place, clock: LeapingClock) -> None:
+    async with opened(place, timeout=LONG, limit=LONG_LIMIT) as (store, base):
         node = f"{base}/n"
         await store.write(node, 0)
+        attempts = 0
 
         async def work(tx: Transaction) -> None:
+            nonlocal attempts
+            attempts += 1
+            clock.leap(leap_in(attempts))
             found = await tx.read_integer(node)
             await store.write(node, found + 1)
             await tx.write(node, found + 1)
@@ -202,7 +216,7 @@ async def test_atomically_gives_up_in_time(place: Place) -> None:
 
         with fails_with("EAGAIN"):
             await store.atomically(work)
-        assert await store.read_integer(node) > 0
+        assert await store.read_integer(node) == attempts == ATTEMPTS
 
 
 @trio_test
@@ -264,7 +278,7 @@ async def test_an_error_without_a_conflict_is_raised(place: Place) -> None:
         for work in (read, write_and_read):
             with fails_with("ENOENT"):
                 await store.atomically(work)
-        assert trio.current_time() - start < TIMEOUT / 2
+        assert trio.current_time() - start < SOON
         assert not await store.exists(f"{base}/a")
 
 
@@ -330,16 +344,22 @@ async def test_an_uncertain_end_leaves_the_guest_no_transaction(
 
     with LyingStore(tmp_path / "sock", place.path) as liar:
         lying = Place(place.kind, place.domid, liar.path)
-        async with opened(lying, timeout=TIMEOUT if is_cancelled else timeout) as (store, _):
+        async with opened(lying) as (store, _):
             op, lie = UNCERTAIN[name]
             for _ in range(12):
                 liar.lie = on(op, lie)
                 before = liar.connections
-                with trio.move_on_after(timeout if is_cancelled else TIMEOUT):
-                    await try_it(store)
+                if is_cancelled:
+                    with trio.move_on_after(timeout):
+                        await try_it(store)
+                else:
+                    with time_limit(store, timeout):
+                        await try_it(store)
                 liar.behave()
                 assert store._idle == []
-                assert liar.connections > before
+                with trio.fail_after(LIMIT):
+                    while liar.connections <= before:
+                        await trio.sleep(0.005)
                 await works_again(store)
             assert store._idle == []
             async with opened(place) as (direct, base):
@@ -350,6 +370,12 @@ async def test_an_uncertain_end_leaves_the_guest_no_transaction(
 
 
 GUEST_TRANSACTIONS = 10
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(LIMIT):
+        while not condition():
+            await trio.sleep(0.005)
 
 
 async def works_again(store: Store) -> None:
@@ -370,35 +396,53 @@ SILENT: dict[str, Lie] = {
 @pytest.mark.parametrize("name", SILENT)
 @pytest.mark.parametrize("place", ["C"], indirect=True)
 @trio_test
-async def test_the_time_limit_counts_once(place: Place, name: str, tmp_path: Path) -> None:
+async def test_the_time_limit_counts_once(
+    place: Place, name: str, tmp_path: Path, clock: LeapingClock
+) -> None:
     """However many wait for one of the few places: not once for each request, nor once for each task."""
-    timeout = 2.0
     with LyingStore(tmp_path / "sock", place.path) as liar:
-        async with opened(Place("C", 0, liar.path), timeout=timeout) as (store, base):
-            took: list[float] = []
+        lying = Place("C", 0, liar.path)
+        async with opened(lying, timeout=LONG, limit=LONG_LIMIT) as (store, base):
+            running, silent, ended = [], [], []
 
             async def read(tx: Transaction) -> bytes:
+                running.append(tx)
                 if name == "late":
-                    await trio.sleep(0.75 * timeout)
+                    await trio.sleep(0.75 * LONG)
                 return await tx.read(base)
 
             async def try_it() -> None:
-                start = trio.current_time()
                 with pytest.raises((RequestTimeout, ConnectionLost)):
                     await store.atomically(read)
-                took.append(trio.current_time() - start)
+                ended.append(True)
 
-            liar.lie = SILENT[name]
-            async with trio.open_nursery() as nursery:
-                for _ in range(SHORT_MAX + 2):
-                    nursery.start_soon(try_it)
-            assert timeout - 0.01 <= max(took) < 1.5 * timeout
+            def lie(talk: Talk, request: Message) -> bool:
+                is_silent = SILENT[name](talk, request)
+                if is_silent:
+                    silent.append(request)
+                return is_silent
+
+            liar.lie = lie
+            left = LONG
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    for _ in range(SHORT_MAX + 2):
+                        nursery.start_soon(try_it)
+                    if name == "late":
+                        await until(lambda: len(running) == SHORT_MAX)
+                        clock.leap(0.75 * LONG)
+                        left -= 0.75 * LONG
+                    await until(lambda: len(silent) == SHORT_MAX)
+                    assert not ended
+                    clock.leap(left)
+                    scope.deadline = trio.current_time() + SOON
+            assert len(ended) == SHORT_MAX + 2
             liar.behave()
             liar.hang_up()
             with trio.fail_after(LIMIT):
                 while True:
                     with suppress(RequestTimeout, ConnectionLost):
-                        assert await store.atomically(read) == b""
+                        assert await store.atomically(lambda tx: tx.read(base)) == b""
                         break
             # The connection for requests was closed, too.  A read connects again, a removal would fail.
             assert await store.read(base) == b""
@@ -406,15 +450,20 @@ async def test_the_time_limit_counts_once(place: Place, name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("place", ["C"], indirect=True)
 @trio_test
-async def test_conflicts_are_no_outage(place: Place) -> None:
+async def test_conflicts_are_no_outage(place: Place, clock: LeapingClock) -> None:
     """The last attempt has little time left: that it did not suffice is not the store's silence."""
-    async with opened(place, timeout=SHORT) as (store, base):
+    async with opened(place, timeout=LONG, limit=5 * LONG_LIMIT) as (store, base):
+        attempts = 0
 
         async def conflict(tx: Transaction) -> None:
+            nonlocal attempts
+            attempts += 1
+            clock.leap(leap_in(attempts))
             await tx.read(base)
             await store.write(base, "")
 
         for _ in range(5):
+            attempts = 0
             with fails_with("EAGAIN"):
                 await store.atomically(conflict)
             assert store.breaker.error is None

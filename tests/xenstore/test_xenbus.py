@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import trio_test, wait_all_tasks_blocked
 
+from tests.support.clock import LeapingClock
 from tests.support.messages import Message, messages_of
 from xsfs.xenstore import protocol
 from xsfs.xenstore.connection import Connection, Reply
@@ -217,22 +218,32 @@ async def test_an_event_is_no_answer(device: Device) -> None:
 
 
 @trio_test
-async def test_a_watch_has_one_time_limit(device: Device) -> None:
+async def test_a_watch_has_one_time_limit(device: Device, clock: LeapingClock) -> None:
     """Whatever part of it the kernel takes to carry it out."""
 
     class Slow(DeviceTransport):
         async def send_watch(self, messages: Sequence[bytes]) -> bytes:
-            await trio.sleep(0.8)
+            clock.leap(0.8 * LIMIT)
             return await super().send_watch(messages)
 
-    connection = Connection(Slow(device.open), timeout=1.0)
-    with trio.fail_after(LIMIT):
+    connection = Connection(Slow(device.open), LIMIT)
+    with trio.fail_after(3 * LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.run)
-            start = trio.current_time()
-            with pytest.raises(RequestTimeout):
-                await connection.pipeline([watch(b"/", b"token")])
-            assert trio.current_time() - start < 1.6
+            outcomes: list[type[BaseException]] = []
+
+            async def set_watch() -> None:
+                with pytest.raises(RequestTimeout) as caught:
+                    await connection.pipeline([watch(b"/", b"token")])
+                outcomes.append(caught.type)
+
+            nursery.start_soon(set_watch)
+            await wait_all_tasks_blocked()
+            assert not outcomes
+            clock.leap(0.3 * LIMIT)
+            with trio.fail_after(LIMIT / 2):
+                while not outcomes:
+                    await trio.sleep(0.001)
             connection.close()
 
 

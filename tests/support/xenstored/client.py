@@ -60,7 +60,7 @@ def strings(*args: str | bytes) -> bytes:
 class XsClient:
     """One connection, by the path of a Unix socket.  `timeout` bounds each wait, in seconds."""
 
-    def __init__(self, path: str, timeout: float = 10.0) -> None:
+    def __init__(self, path: str, timeout: float = 60.0) -> None:
         self.path = path
         self.timeout = timeout
         self.events: deque[tuple[str, str]] = deque()
@@ -156,7 +156,7 @@ class XsClient:
         except XsError as err:
             raise XsError(err.name, f"{op} {payload[:80]!r}") from None
 
-    def event(self, timeout: float = 5.0) -> tuple[str, str]:
+    def event(self, timeout: float = 60.0) -> tuple[str, str]:
         """The next watch event: (path, token)."""
         while not self.events:
             op, _, _, payload = self.receive(timeout)

@@ -24,7 +24,7 @@ from .shim import installed_daemon
 VIRQ_DOMID: Final = 0x7FF0
 VIRQ_DOM_EXC: Final = 3
 
-VIRQ_TIMEOUT: Final = 10.0
+VIRQ_TIMEOUT: Final = 60.0
 
 
 class RealXenstored:
@@ -101,7 +101,7 @@ class RealXenstored:
             raise KeyError(f"domain {domid} has no bridge")
         return self._bridges[domid].path
 
-    def client(self, domid: int | None = None, timeout: float = 10.0) -> XsClient:
+    def client(self, domid: int | None = None, timeout: float = 60.0) -> XsClient:
         """A new XsClient, by the plain socket or as that guest."""
         return XsClient(self.socket if domid is None else self.guest_socket(domid), timeout)
 
@@ -185,7 +185,7 @@ class RealXenstored:
             for domid in self._bridged:
                 self._bridges[domid] = GuestBridge(self.dir, domid)
 
-    def kill(self, sig: int = signal.SIGKILL, timeout: float = 5.0) -> None:
+    def kill(self, sig: int = signal.SIGKILL, timeout: float = 60.0) -> None:
         """End the daemon alone, paused or not.  Guests and their clients stay, and hang."""
         if self._daemon:
             self._daemon.kill(sig, timeout)

@@ -13,7 +13,7 @@ from typing import Final
 from .client import XsClient, XsEOF, XsError, XsTimeout
 from .shim import build_shim
 
-START_TIMEOUT: Final = 20.0
+START_TIMEOUT: Final = 60.0
 
 
 class DaemonProcess:
