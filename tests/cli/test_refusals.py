@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -111,9 +110,9 @@ def test_a_socket_s_path_may_be_too_long_for_the_kernel(
 def test_a_daemon_that_has_gone(mountpoint: Path) -> None:
     with RealXenstored("C") as daemon:
         daemon.kill()
-        start = time.monotonic()
-        refused(xsfs(daemon.socket, mountpoint), 3, f"at {daemon.socket}: Connection refused")
-        assert time.monotonic() - start < 5  # xsfs does not wait for it
+        # xsfs does not wait for it.
+        attempt = xsfs("-o", f"timeout={10 * LIMIT}", daemon.socket, mountpoint)
+        refused(attempt, 3, f"at {daemon.socket}: Connection refused")
 
 
 def test_a_daemon_that_does_not_answer(mountpoint: Path) -> None:

@@ -195,9 +195,9 @@ def test_count_and_time(box: Path) -> None:
     done = run("-n", "1", box)
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_COUNT, f"{box}\n", "")
     start = time.monotonic()
-    done = run("-t", "0.5", "-n", "2", box)
+    done = run("-t", "3", "-n", "2", box)
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_TIME, f"{box}\n", "")
-    assert time.monotonic() - start >= 0.5
+    assert time.monotonic() - start >= 3
     assert len(STATUSES) == 4
 
 
@@ -316,7 +316,7 @@ def test_a_mount_without_poll(tmp_path: Path) -> None:
                 assert running.lines.next() == f"{path}/data/x"
             (path / "name").write_text("1\n")
             assert running.lines.next() == f"{path}/name"
-            assert running.signal(signal.SIGTERM) < 2
+            assert running.signal(signal.SIGTERM) < LIMIT / 2
     finally:
         subprocess.run(["umount", path], check=True, timeout=LIMIT)
         process.wait(LIMIT)

@@ -70,7 +70,7 @@ from xsfs.embedded.server import EmbeddedStore
 from xsfs.xenstore import protocol
 from xsfs.xenstore.protocol import HEADER, Op
 
-TIMEOUT = 10.0
+TIMEOUT = 60.0
 KINDS = ("embedded", "C", "ocaml")
 MODEL = (4, 17)
 """The version of Xen whose C xenstored is the embedded store's model."""

@@ -30,7 +30,7 @@ from xsfs.embedded.server import EmbeddedStore
 from xsfs.xenstore import protocol
 from xsfs.xenstore.protocol import Op, Request
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:

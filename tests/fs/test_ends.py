@@ -221,7 +221,7 @@ def test_the_end_does_not_wait_for_a_daemon_that_stands_still(tmp_path: Path) ->
                 place.daemon.pause()
                 start = time.monotonic()
                 assert mount.end(signal.SIGTERM) == 0
-                assert time.monotonic() - start < 10
+                assert time.monotonic() - start < LIMIT / 2
                 assert os.listdir(mount.path) == []
             finally:
                 place.daemon.resume()
@@ -266,7 +266,7 @@ def test_killed_while_one_transaction_begins_and_another_ends(
         open_place(name, tmp_path) as place,
         LyingStore(tmp_path / "liar.sock", place.socket) as liar,
     ):
-        idle = 0.5 if how == "idle" else 60
+        idle = 3 if how == "idle" else 60
         mount = Mount(["-o", f"timeout={LIMIT},tx_timeout={idle}", liar.path], tmp_path / "m")
         transactions = mount.path / ".transaction"
         connection = Path()

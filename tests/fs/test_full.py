@@ -139,7 +139,7 @@ def test_file_descriptors_of_the_mount(tmp_path: Path, kind: str) -> None:
     """Each transaction takes one.  Without any it says so, and works again when there are some."""
     with RealXenstored(kind) as daemon:
         daemon.populate()
-        with mounted(["-o", "timeout=2", daemon.socket], tmp_path / "m") as mount:
+        with mounted(["-o", "timeout=5", daemon.socket], tmp_path / "m") as mount:
             pid = mount.process.pid
             used = len(os.listdir(f"/proc/{pid}/fd"))
             soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)

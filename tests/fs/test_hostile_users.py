@@ -138,7 +138,7 @@ def test_ten_thousand_open_files(mount: Mount) -> None:
         for _ in range(50):
             assert (mount.path / "name").read_text() == "Domain-0\n"
         (mount.path / "data" / "x").write_text("1\n")
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < LIMIT / 2
         status = Path(f"/proc/{mount.process.pid}/status").read_text()
         assert int(status.split("VmRSS:")[1].split()[0]) / 1024 < 100, "MiB"
 
@@ -213,7 +213,7 @@ def test_blocked_readers_of_another_user_block_nobody(mount: Mount) -> None:
             start = time.monotonic()
             for _ in range(20):
                 assert (mount.path / "name").read_text() == "Domain-0\n"
-            assert time.monotonic() - start < 5
+            assert time.monotonic() - start < LIMIT / 2
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # or a failure would wait for it
     wait_for(mount, "readers", 0)

@@ -14,6 +14,7 @@ import pytest
 import trio
 from trio.testing import trio_test
 
+from tests.support.clients import time_limit
 from tests.support.lying_store import LyingStore, Talk, honest, silence
 from tests.support.messages import Message
 from tests.support.mounting import Mount, mounted
@@ -236,7 +237,7 @@ async def test_a_domid_that_cannot_be_read_at_first(tmp_path: Path) -> None:
             return silence(talk, request)
 
         with trio.fail_after(LIMIT):
-            async with open_store(liar.path, timeout=0.5) as store, open_background() as nursery:
+            async with open_store(liar.path, timeout=LIMIT) as store, open_background() as nursery:
                 liar.lie = silent_at_first
                 view = View(store, OLD, b"/local/domain/%d" % OLD, TEXT, StickyDirectories())
                 operations = operations_on(view, nursery)
@@ -244,6 +245,7 @@ async def test_a_domid_that_cannot_be_read_at_first(tmp_path: Path) -> None:
                 assert isinstance(root, MountRoot)
                 has_moved = trio.Event()
                 nursery.start_soon(follow_home, view, operations, root.transactions, has_moved.set)
-                await asked.wait()
+                with time_limit(store, 3.0):
+                    await asked.wait()
                 await has_moved.wait()
                 assert view.domid == NEW

@@ -27,8 +27,9 @@ place = each_place("embedded")
 WAITED = 2.0
 """Seconds in which xsfs looks at a blocked reader several times."""
 
-SOON = 2.0
-"""Seconds in which a signal acts: half a second, and what a busy machine adds."""
+SOON = 20.0
+"""Seconds in which a signal acts: half a second, and what a busy machine adds.  Less than CENSUS_SECONDS, in
+which xsfs would find it out in any case."""
 
 READERS: Mapping[str, Sequence[str]] = {
     "cat": ("cat",),
@@ -130,7 +131,7 @@ def has_ended(pid: int) -> bool:
 
 
 def all_wait(readers: Sequence[Blocked]) -> bool:
-    assert failing(readers, lambda reader: until(lambda: waits(reader), 3)) == []
+    assert failing(readers, lambda reader: until(lambda: waits(reader))) == []
     return True
 
 
@@ -302,7 +303,7 @@ def test_a_write_is_let_in_while_a_thread_reads(place: Place, box: Path) -> None
         assert until(lambda: "request_wait" in Path(tasks).read_text())
         start = time.monotonic()
         assert os.write(descriptor, b"x\n") == 2
-        assert time.monotonic() - start < 2 * SOON
+        assert time.monotonic() - start < SOON
         reader.join(LIMIT)
         assert received == [b"x\n"]
     finally:

@@ -23,7 +23,8 @@ from tests.support.programs import Lines, program
 from tests.support.xenstored.harness import RealXenstored
 from xsfs.xenstore.protocol import Op
 
-TIMEOUT = 1.0
+TIMEOUT = 3.0
+"""Of a request of xsfs: enough on a busy machine."""
 HOME = "/local/domain/0"
 
 CLEAR = {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.ENOENT, errno.EEXIST}
@@ -121,7 +122,7 @@ class InFlight:
     def check(self) -> None:
         assert set(self.outcomes) <= {"ok", "clear"}, self.outcomes
         # An operation may take several requests, each of which has the limit.
-        assert self.slowest < 5 * TIMEOUT, self.slowest
+        assert self.slowest < LIMIT / 2, self.slowest
 
 
 # ---------------------------------------------------------------------- killed, and begun anew
@@ -163,8 +164,11 @@ def test_stopped_with_fifty_operations_in_flight(daemon: RealXenstored, mount: M
     work.check()
 
 
-def test_a_short_stop_is_no_error(daemon: RealXenstored, mount: Mount) -> None:
-    with InFlight(mount) as work:
+def test_a_short_stop_is_no_error(daemon: RealXenstored, tmp_path: Path) -> None:
+    with (
+        mounted(["-o", f"timeout={LIMIT}", daemon.socket], tmp_path / "m") as mount,
+        InFlight(mount) as work,
+    ):
         for _ in range(5):
             daemon.pause()
             time.sleep(0.1)
@@ -213,14 +217,15 @@ def test_a_crowd_waits_for_one_time_limit_and_not_each_in_turn(
             errors, seconds = crowd(attempt)
             assert errors <= {errno.ETIMEDOUT, errno.EIO}, errors
             # The first who ask find out; later ones know it.
-            assert seconds < (3 if number == 0 else 1.5) * TIMEOUT, (number, seconds)
+            assert seconds < CROWD * TIMEOUT / 2, (number, seconds)
     finally:
-        daemon.resume() if how == "stopped" else daemon.start()
-    if how == "gone":
-        furnish(daemon)
-    start = time.monotonic()
-    while refusal(lambda: os.stat(data / "d0" / "n")):
-        assert time.monotonic() - start < 2 * TIMEOUT, mount.stderr
+        comes_back = threading.Thread(target=daemon.resume if how == "stopped" else daemon.start)
+        comes_back.start()
+        start = time.monotonic()
+        # Without a pause, or xsfs would forget that nothing was answered.
+        while refusal(lambda: os.stat(data / "d0" / "n")) in (errno.ETIMEDOUT, errno.EIO):
+            assert time.monotonic() - start < LIMIT, mount.stderr
+        comes_back.join(LIMIT)
     assert mount.stderr.count("has not answered") == 1
     assert mount.stderr.count("answers again") == 1
 
@@ -253,7 +258,7 @@ def test_a_silent_daemon_is_not_asked_while_nobody_asks(
         assert time.monotonic() - start > TIMEOUT / 2
         liar.behave()
         while refusal(lambda: os.stat(mount.path / "name")):
-            assert time.monotonic() - start < 3 * TIMEOUT
+            assert time.monotonic() - start < LIMIT
 
 
 def test_a_known_file_costs_the_time_limit_once(daemon: RealXenstored, mount: Mount) -> None:
@@ -266,7 +271,7 @@ def test_a_known_file_costs_the_time_limit_once(daemon: RealXenstored, mount: Mo
         start = time.monotonic()
         with fails(errno.ETIMEDOUT):
             path.read_text()
-        assert TIMEOUT * 0.9 < time.monotonic() - start < 1.8 * TIMEOUT
+        assert TIMEOUT * 0.9 < time.monotonic() - start < 1.9 * TIMEOUT
     finally:
         daemon.resume()
     assert path.read_text() == "0\n"
@@ -469,7 +474,7 @@ def test_watches_that_are_not_answered_when_they_are_set_again(
 ) -> None:
     with (
         LyingStore(tmp_path / "liar.sock", daemon.socket) as liar,
-        mounted(["-o", f"timeout={TIMEOUT / 4}", liar.path], tmp_path / "m") as mount,
+        mounted(["-o", "timeout=2", liar.path], tmp_path / "m") as mount,
         program("cat", mount.path / "data" / ".watch") as reader,
     ):
         assert reader.lines.next() == "."

@@ -157,7 +157,7 @@ def test_idle_ones_are_rolled_back(
     place: Place, box: Path, witness: XsClient, tmp_path: Path
 ) -> None:
     (box / "old").write_text("1\n")
-    with mounted(["-o", "tx_timeout=0.5", place.socket], tmp_path / "m") as mount:
+    with mounted(["-o", "tx_timeout=3", place.socket], tmp_path / "m") as mount:
         path = start(mount, "idle")
         (inside(path, box) / "x").write_text("1\n")
         held = os.open(inside(path, box), os.O_RDONLY)
@@ -168,19 +168,19 @@ def test_idle_ones_are_rolled_back(
             os.stat("x", dir_fd=held)
         os.close(held)
         assert mount.counter("transactions") == 0
-        assert "rolled back transaction idle: idle for 0.5 s" in mount.stderr
+        assert "rolled back transaction idle: idle for 3 s" in mount.stderr
         assert witness.ls(node(place, box)) == ["old"]
 
 
 def test_one_in_use_stays(place: Place, box: Path, witness: XsClient, tmp_path: Path) -> None:
     (box / "old").write_text("1\n")
-    with mounted(["-o", "tx_timeout=1", place.socket], tmp_path / "m") as mount:
+    with mounted(["-o", "tx_timeout=8", place.socket], tmp_path / "m") as mount:
         path = start(mount, "used")
         (inside(path, box) / "x").write_text("1\n")
-        end = time.monotonic() + 3
+        end = time.monotonic() + 9
         while time.monotonic() < end:
             assert (inside(path, box) / "x").read_text() == "1\n"
-            witness.drain_events(0.2)
+            time.sleep(0.2)
         control(path, "commit")
         assert witness.read(node(place, box) + "/x") == b"1"
 
@@ -307,7 +307,7 @@ def test_a_commit_whose_outcome_is_unknown_is_not_tried_again(
 
     with RealXenstored(kind) as daemon, LyingStore(tmp_path / "liar.sock", daemon.socket) as liar:
         daemon.populate()
-        with mounted(["-o", "timeout=0.5", liar.path], tmp_path / "m") as mount:
+        with mounted(["-o", "timeout=3", liar.path], tmp_path / "m") as mount:
             path = start(mount, "t1")
             (path / "data" / "x").write_text("1\n")
             liar.lie = at_the_end

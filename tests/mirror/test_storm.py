@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mirroring import Mirrored, await_true, crowd, mirrored
+from tests.support.mirroring import Mirrored, await_true, mirrored
 from tests.support.mounting import LIMIT, Mount, Place, open_place
 from tests.support.storming import is_whole, storming, whole
 from tests.support.xenstored.harness import RealXenstored, XsError, domain_uuid
@@ -143,14 +143,8 @@ def of_domain(domid: int) -> list[str]:
 
 
 def true_at_rest(*mirrors: Mirrored) -> None:
-    """They are true QUIET seconds from now, of which what else runs on this machine takes its share."""
-    left = QUIET
-    while left > 0:
-        time.sleep(QUIET / 20)
-        left -= QUIET / 20 / crowd()
-    found = [mirror.found() for mirror in mirrors]
-    for mirror, tree in zip(mirrors, found, strict=True):
-        assert mirror.differences(tree) == []
+    for mirror in mirrors:
+        mirror.settle()
         shown_alike(mirror)
 
 
@@ -190,11 +184,10 @@ def test_a_storm(name: str, tmp_path: Path) -> None:
             storming(place.socket, ROOT, range(3)),
         ):
             wait(SECONDS)
+            await_true(lambda: readers.read > 100 and programs.changes > 10)
+            await_true(lambda: first.mount.counter("mirror_looks") > 100)
         true_at_rest(first, second)
         assert readers.torn == []
-        assert readers.read > 100
-        assert programs.changes > 10
-        assert first.mount.counter("mirror_looks") > 100
 
 
 @pytest.mark.quick_if(kind=["ocaml"])
@@ -233,7 +226,7 @@ def test_a_storm_in_which_domains_come_and_go(kind: str, tmp_path: Path) -> None
         with storming(place.socket, ROOT, range(2)):
             end = time.monotonic() + SECONDS
             domid = 20
-            while time.monotonic() < end:
+            while time.monotonic() < end or domid < 22:
                 domid += 1
                 daemon.add_guest(domid)
                 daemon.populate([domid], small=True)
@@ -248,7 +241,6 @@ def test_a_storm_in_which_domains_come_and_go(kind: str, tmp_path: Path) -> None
                 for path in of_domain(domid - 1):
                     with suppress(XsError):
                         store.rm(path)
-        assert domid > 21
         true_at_rest(alive)
 
 
@@ -275,12 +267,12 @@ def test_a_value_is_never_torn(kind: str, tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         end = time.monotonic() + SECONDS / 2
-        while time.monotonic() < end:
+        while time.monotonic() < end or min(map(len, seen)) <= 10:
+            assert time.monotonic() < end + LIMIT
             alive.witness.write(f"{ROOT}/a", chance.choice(values))
         stop.set()
         for thread in threads:
             thread.join(LIMIT)
             assert not thread.is_alive()
     for found in seen:
-        assert len(found) > 10
         assert found <= {value + b"\n" for value in values}

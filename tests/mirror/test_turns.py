@@ -61,7 +61,7 @@ def test_one_who_writes_without_end_does_not_keep_new_directories_out(
     with without_end(alive, changes(alive, b"/test/counter")):
         for number in range(5):
             store.write(f"/test/new/{number}/a/b", "v")
-            await_true(alive.path(f"new/{number}/a/b").exists, 5)
+            await_true(alive.path(f"new/{number}/a/b").exists)
 
 
 @pytest.mark.parametrize("many", [50, 100, 300])
@@ -87,7 +87,7 @@ def test_nor_is_the_rest_kept_from_being_looked_at(alive: Live, store: XsClient,
             for file in files:
                 file.write_bytes(b"what no event tells of")
             alive.tell(demand)
-            await_true(are_right, 5)
+            await_true(are_right)
 
 
 def test_domains_that_end_without_end_do_not_keep_the_depth_from_being_looked_at(
@@ -105,4 +105,4 @@ def test_domains_that_end_without_end_do_not_keep_the_depth_from_being_looked_at
         for _ in range(3):
             for file in files:
                 file.write_bytes(b"what no event tells of")
-            await_true(are_right, 5)
+            await_true(are_right)

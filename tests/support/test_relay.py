@@ -9,7 +9,7 @@ from tests.support.lying_store import LyingStore, on, says
 from tests.support.messages import Message, messages_of
 from xsfs.xenstore.protocol import HEADER_SIZE, Op, Parser, encode
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 def receive(sock: socket.socket, count: int) -> list[Message]:

@@ -34,7 +34,7 @@ from xsfs.xenstore.protocol import Op
 GUEST = 7
 NOBODY = 65534
 
-LONG_WAY = 0.020
+LONG_WAY = 0.1
 """Seconds of a round trip."""
 
 SLOWER = 5
@@ -121,6 +121,7 @@ def test_the_tree(each_daemon: RealXenstored, server: Sshd, tmp_path: Path) -> N
     assert directories_of_ssh() == []
 
 
+@pytest.mark.slow
 def test_a_value_takes_a_few_times_what_the_socket_takes(
     daemon: RealXenstored, server: Sshd, tmp_path: Path
 ) -> None:
@@ -149,8 +150,10 @@ def test_a_value_over_a_long_way_takes_one_round_trip(
             start = time.perf_counter()
             (mount.path / "name").read_bytes()
             times.append(time.perf_counter() - start)
-    # A busy machine only adds to it, and a second round trip would double it.
-    assert LONG_WAY <= min(times) <= 1.2 * LONG_WAY
+            if times[-1] < 2 * LONG_WAY:  # a busy machine only adds to it
+                break
+    # A second round trip would double it.
+    assert LONG_WAY <= min(times) < 2 * LONG_WAY
 
 
 def test_two_mounts_of_one_host(
@@ -280,7 +283,7 @@ def test_a_killed_xsfs(daemon: RealXenstored, server: Sshd, tmp_path: Path) -> N
 @pytest.mark.parametrize("option", ["PermitTTY yes", "ForceCommand /usr/sbin/nologin"])
 def test_the_server_ends_its_sessions(option: str, daemon: RealXenstored, tmp_path: Path) -> None:
     with running_sshd(tmp_path / "sshd", option) as server:
-        options = arguments(server, daemon.socket, "timeout=2")
+        options = arguments(server, daemon.socket, "timeout=5")
         with mounted(options, tmp_path / "m") as mount:
             name = mount.path / "name"
             server.stop()

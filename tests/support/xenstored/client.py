@@ -164,12 +164,15 @@ class XsClient:
                 self._event(payload)
         return self.events.popleft()
 
-    def drain_events(self, quiet: float = 0.3) -> list[tuple[str, str]]:
-        """All watch events which come until there are none for `quiet` seconds."""
+    def events_so_far(self) -> list[tuple[str, str]]:
+        """The watch events of all changes that the daemon has carried out: the first event of another watch
+        comes behind them."""
+        last = "domid", "events so far"
+        self.watch(*last)
         found = []
-        with contextlib.suppress(XsTimeout):
-            while True:
-                found.append(self.event(quiet))
+        while (event := self.event()) != last:
+            found.append(event)
+        self.unwatch(*last)
         return found
 
     def pipeline(self, requests: Iterable[Outgoing], window: int = 65536) -> list[bytes | XsError]:
