@@ -199,12 +199,6 @@ def busy() -> float:
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def crowd() -> float:
-    """The same at this very moment: how many want each processor."""
-    running = Path("/proc/loadavg").read_text().split()[3].partition("/")[0]
-    return max(1.0, int(running) / (os.cpu_count() or 1))
-
-
 def await_true(check: Callable[[], object], seconds: float = LIMIT) -> None:
     """Ask until what comes is true; what comes must be so in time."""
     deadline = time.monotonic() + seconds

@@ -261,8 +261,10 @@ async def test_one_late_reply_ends_the_wait_of_all(clock: LeapingClock) -> None:
         await wait_all_tasks_blocked()
         assert connection.alive
         clock.leap(LIMIT / 2)
+        start = trio.current_time()
         await wait_all_tasks_blocked()
         assert not connection.alive
+        assert trio.current_time() - start < LIMIT / 4, "it waited for the second one, too"
         assert [outcome.error for outcome in outcomes] == [RequestTimeout] * 2
 
 
