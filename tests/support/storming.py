@@ -115,7 +115,7 @@ def storming(socket: str, root: str, seeds: range, pace: float = 0) -> Iterator[
         for client in clients:
             assert client.stdin is not None
             client.stdin.close()
-        statuses = [client.wait(20) for client in clients]
+        statuses = [client.wait(60) for client in clients]
     assert statuses == [0] * len(clients)
 
 

@@ -327,7 +327,7 @@ def test_who_never_reads_events_is_dropped_in_the_end(xs: RealXenstored) -> None
             other.write(path, "")
             if gone.poll(0):
                 break
-        assert gone.poll(0)
+        assert gone.poll(60_000)
         assert other.read(path) == b""
         read_to_the_end(mute)
 
@@ -453,7 +453,7 @@ def test_wake_ups_are_not_lost_while_others_are_slow(kind: str) -> None:
             for _ in range(20):
                 assert guest.read("data") == b""
         for domain in deaf:
-            assert select.select([domain.evtchn], [], [], 5.0)[0]
+            assert select.select([domain.evtchn], [], [], 60.0)[0]
 
 
 class DeafDomain:
@@ -463,7 +463,7 @@ class DeafDomain:
         self._directory, self._domid = daemon.dir, domid
         self._ring = Ring(f"{daemon.dir}/ring.{domid}")
         self.evtchn = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.evtchn.settimeout(10.0)
+        self.evtchn.settimeout(60.0)
         self.evtchn.bind(f"{daemon.dir}/evtchn.{domid}")
 
     def __enter__(self) -> Self:
