@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -61,13 +62,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory above the private directories of the test.  ssh gets no terminal."""
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory above the private directories of the test.  ssh gets no terminal.
+
+    Not below `tmp_path`, which is too long for the address of a socket after a hundred runs.
+    """
     monkeypatch.setattr(ssh, "_own_terminal", lambda: None)
-    path = tmp_path / "run"
-    path.mkdir()
-    monkeypatch.setattr(ssh, "RUN_DIRECTORY", str(path))
-    return path
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "run"
+        path.mkdir()
+        monkeypatch.setattr(ssh, "RUN_DIRECTORY", str(path))
+        yield path
 
 
 @pytest.fixture

@@ -467,7 +467,7 @@ async def test_other_tasks_have_their_turn_beside_a_loop_of_reads(place: Place) 
                 await store.read(base)
                 count += 1
             nursery.cancel_scope.cancel()
-        assert turns == 20
+        assert turns >= 20
 
 
 @pytest.mark.parametrize("place", ["C", "ocaml"], indirect=True)
