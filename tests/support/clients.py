@@ -1,4 +1,4 @@
-"""What the client's tests share: a store to ask, as whom, and a node of one's own in it."""
+"""For the client's tests: a store to ask, as whom, and a node of one's own in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT = 120.0
 TIMEOUT = 60.0
 """The time limit of a store that answers, however busy the machine is."""
 SOON = TIMEOUT / 2
-"""What does not wait for the time limit ends within this time."""
+"""A call that does not wait for the time limit ends within this time."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Place:
 
 
 async def furnish(path: str) -> None:
-    """What a toolstack would write: the guest's home."""
+    """The guest's home, as a toolstack would write it."""
     async with open_store(path, timeout=TIMEOUT) as dom0:
         for name, value, perms in (("domid", GUEST, f"n0,r{GUEST}"), ("data", "", f"n{GUEST}")):
             await dom0.write(f"{HOME}/{name}", value)
