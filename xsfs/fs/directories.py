@@ -19,12 +19,12 @@ from pyfuse3 import EntryAttributes
 from xsfs.fs import posix
 from xsfs.fs.domain_links import DomainsDirectory
 from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
-from xsfs.fs.files import DotValue, ValueFile, ValueHandle
+from xsfs.fs.files import DotValue, ScratchFile, ValueFile, ValueHandle
 from xsfs.fs.listing import DirectoryHandle
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
 from xsfs.fs.posix import Removed
-from xsfs.fs.scratch import ScratchFile, ScratchFiles, ScratchHandle
+from xsfs.fs.scratch import MemoryContent
 from xsfs.fs.special import DomidFile, StatsFile
 from xsfs.fs.watch_files import WatchFile
 from xsfs.fs.xattrs import XenstoreNode
@@ -33,7 +33,6 @@ from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout
-from xsfs.xenstore.permissions import perms_text
 from xsfs.xenstore.protocol import Request
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class Directory(XenstoreNode):
         if state is None and self.always_there:
             return EMPTY_NODE
         if state is None:
-            self.scratch.drop_below(self.path)
+            self.open_files.drop_below(self.path)
         if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         return state
@@ -100,7 +99,7 @@ class Directory(XenstoreNode):
             return True
         (reply,) = await self.view.commands.pipeline((protocol.read(self.path),))
         if is_missing(reply):
-            self.scratch.drop_below(self.path)
+            self.open_files.drop_below(self.path)
             return False
         return True
 
@@ -135,7 +134,7 @@ class Directory(XenstoreNode):
             return self._lookup_child(name, pid)
         if (forced := forced_name(name)) is not None:
             return self._lookup_forced(forced)
-        if self.scratch.takes(name):
+        if self.is_scratch(name):
             return self._lookup_scratch(name)
         return self._lookup_alias(name, pid)
 
@@ -159,7 +158,7 @@ class Directory(XenstoreNode):
         if state is None and self.view.is_always_there(path):
             state = EMPTY_NODE
         if state is None:
-            self.scratch.drop_below(path)
+            self.open_files.drop_below(path)
             # A cached entry may have led here, and a write would create the directory again.
             self.was_missing = not await self._is_present()
             refuse(errno.ENOENT)
@@ -241,12 +240,14 @@ class Directory(XenstoreNode):
             entry = await self._make_dot_value()
             dot_value = self.table.node(DotValue, self, name)
             return self._opened(dot_value, flags), entry
-        if self.scratch.takes(name):
+        if self.is_scratch(name):
             await self.require_present()
             scratch = await self._make_scratch(
                 name, caller, present=errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
             )
-            return ScratchHandle(scratch, flags), self._found(scratch, scratch.attributes())
+            return self._opened(scratch, flags), self._found(
+                scratch, scratch.attributes_in_memory()
+            )
         path = self._new_path(name)
         is_exclusive = bool(flags & os.O_EXCL)
         if is_exclusive:
@@ -276,10 +277,10 @@ class Directory(XenstoreNode):
     async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
         if name == VALUE_NAME:
             return await self._make_dot_value()
-        if self.scratch.takes(name):
+        if self.is_scratch(name):
             await self._require_existing()
             scratch = await self._make_scratch(name, caller, present=errno.EEXIST)
-            return self._found(scratch, scratch.attributes())
+            return self._found(scratch, scratch.attributes_in_memory())
         path = self._new_path(name)
         await self._make(path, directory=False, missing_parent=errno.ENOENT)
         file = self.table.node(ValueFile, self, name)
@@ -334,11 +335,9 @@ class Directory(XenstoreNode):
         if name == VALUE_NAME:
             await self._unlink_dot_value()
             return
-        if self.scratch.takes(name):
-            content = self.scratch.get(self.path, name)
-            if content is None:
-                refuse(errno.ENOENT)
-            self.scratch.unlink(content)
+        if self.is_scratch(name):
+            node, scratch = self._present_scratch(name)
+            self.open_files.unlink(scratch, node)
             return
         path = await self._path_of_present(name)
         file = self.open_files.get(path)
@@ -366,7 +365,7 @@ class Directory(XenstoreNode):
             self.view.sticky.discard_value(path)
             self.was_written()
             node = self.table.find(DotValue, self, VALUE_NAME)
-            self.open_files.orphan(path, node, self.view.content.render(value), b"")
+            self.open_files.orphan(path, node, self._content(path, Removed(value, b"")))
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
@@ -376,7 +375,7 @@ class Directory(XenstoreNode):
         async def work(commands: Commands) -> Request:
             nonlocal removed
             removed = await posix.removed_directory(self.view, commands, path)
-            if self.scratch.names(path):
+            if self.open_files.scratch_names(path):
                 refuse(errno.ENOTEMPTY)
             return protocol.rm(path)
 
@@ -392,12 +391,21 @@ class Directory(XenstoreNode):
     def _was_removed(
         self, kind: type[Directory] | type[ValueFile], path: bytes, removed: Removed
     ) -> None:
-        self.view.sticky.discard(path)
-        self.scratch.drop_below(path)
-        self.was_written()
+        self._forget_names(path)
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
-        content, perms = self.view.content.render(removed.value), perms_text(removed.perms)
-        self.open_files.orphan(path, node, content, perms)
+        self.open_files.orphan(path, node, self._content(path, removed))
+
+    def _forget_names(self, path: bytes) -> None:
+        """The node at this path was removed."""
+        self.view.sticky.discard(path)
+        self.open_files.drop_below(path)
+        self.was_written()
+
+    def _content(self, path: bytes, removed: Removed) -> MemoryContent:
+        """The content of an orphan: as large as that of a node at most, and a newline."""
+        size_max = protocol.value_max(path, self.view.commands.payload_max) + 1
+        data = self.view.content.render(removed.value)
+        return MemoryContent(data, removed.perms or None, size_max)
 
     # --------------------------------------------------------------------------------- rename
 
@@ -412,14 +420,14 @@ class Directory(XenstoreNode):
             refuse(errno.EXDEV)
         self.require()
         replace = not flags & pyfuse3.RENAME_NOREPLACE
-        if self.scratch.takes(name) and target.scratch.takes(target_name):
+        if self.is_scratch(name) and target.is_scratch(target_name):
             await self._rename_scratch(name, target, target_name, replace=replace)
             return
-        if self.scratch.takes(name):
-            await self._write_scratch(name, target, target_name, replace=replace)
+        if self.is_scratch(name):
+            await self._rename_to_node(name, target, target_name, replace=replace)
             return
-        if target.scratch.takes(target_name):
-            await self._take_into_scratch(name, target, target_name, caller, replace=replace)
+        if target.is_scratch(target_name):
+            await self._rename_to_scratch(name, target, target_name, caller, replace=replace)
             return
         source_path = await self._path_of_present(name)
         target_path = await target._target_path(target_name)
@@ -439,7 +447,7 @@ class Directory(XenstoreNode):
                 needs_parent=not target.always_there,
             )
             is_replaced = done.is_directory and done.replaced is not None
-            if is_replaced and self.scratch.names(target_path):
+            if is_replaced and self.open_files.scratch_names(target_path):
                 refuse(errno.ENOTEMPTY)
 
         async with self.open_files.changing_below(source_path, target_path):
@@ -467,7 +475,6 @@ class Directory(XenstoreNode):
                 self.table.move(node, target, new_name)
         self.was_written()
         self.open_files.move(source_path, target_path)
-        self.scratch.move_below(source_path, target_path)
         self.view.sticky.move(source_path, target_path)
         if done.is_directory:
             # The old name may have made it a directory by convention, and the new one does not.
@@ -479,75 +486,62 @@ class Directory(XenstoreNode):
 
     # --------------------------------------------------------------------------- scratch files
 
-    @property
-    def scratch(self) -> ScratchFiles:
-        """The scratch files of the mount; an empty table in a transaction."""
-        return self.table.scratch_of(self.view)
+    def is_scratch(self, name: bytes) -> bool:
+        return self.table.is_scratch(self.view, name)
 
-    def scratch_names(self) -> list[bytes]:
-        """The names of the scratch files in it."""
-        return self.scratch.names(self.path)
+    def scratch_file(self, name: bytes) -> tuple[ScratchFile, OpenFile] | None:
+        """The scratch file of this name, if there is one."""
+        file = self.open_files.get(join(self.path, name))
+        return None if file is None else (self.table.node(ScratchFile, self, name), file)
 
-    def scratch_file(self, name: bytes) -> ScratchFile | None:
-        """The node for the scratch file of this name, if there is one."""
-        content = self.scratch.get(self.path, name)
-        if content is None:
-            return None
-        node = self.table.find(ScratchFile, self, name)
-        if node is not None and node.content is not content:
-            node.gone = True  # another file has its name by now
-        return self.table.node(ScratchFile, self, name)
+    def _present_scratch(self, name: bytes) -> tuple[ScratchFile, OpenFile]:
+        if (found := self.scratch_file(name)) is None:
+            refuse(errno.ENOENT)
+        return found
 
     async def _lookup_scratch(self, name: bytes) -> EntryAttributes:
-        if self.scratch.get(self.path, name) is not None:
+        if self.scratch_file(name) is not None:
             await self._require_existing()
-        if (node := self.scratch_file(name)) is None:
-            refuse(errno.ENOENT)
-        return self._found(node, node.attributes())
+        node, _ = self._present_scratch(name)
+        return self._found(node, node.attributes_in_memory())
 
     async def _make_scratch(self, name: bytes, caller: Caller, *, present: int) -> ScratchFile:
         """Create a scratch file.  Fails with the errno `present` if there is one of this name."""
-        content = await self.scratch.new(self.view, caller)
-        path = self.path
-        if self.scratch.get(path, name) is not None:
-            self.scratch.release(content)
+        file = await self.open_files.new_scratch(caller)
+        if self.scratch_file(name) is not None:
+            self.open_files.release(file)
             refuse(present)
-        self.scratch.link(content, path, name)
-        node = self.scratch_file(name)
-        assert node is not None
-        return node
+        self.open_files.link(file, join(self.path, name))
+        return self.table.node(ScratchFile, self, name)
 
     async def _rename_scratch(
         self, name: bytes, target: Directory, target_name: bytes, *, replace: bool
     ) -> None:
         await target.require_present()
-        node, replaced = self.scratch_file(name), target.scratch_file(target_name)
-        if node is None:
-            refuse(errno.ENOENT)
-        if replaced is not None:
+        node, file = self._present_scratch(name)
+        source_path, target_path = file.path, join(target.path, target_name)
+        if (present := target.scratch_file(target_name)) is not None:
+            replaced_node, replaced = present
             if not replace:
                 refuse(errno.EEXIST)
-            if replaced.content is node.content:
+            if replaced is file:
                 return
-            replaced.gone = True
-        self.scratch.link(node.content, target.path, target_name)
+            self.open_files.unlink(replaced, replaced_node)
         if node.lookups:
             self.table.move(node, target, target_name)
+        self.open_files.move(source_path, target_path)
 
-    async def _write_scratch(
+    async def _rename_to_node(
         self, name: bytes, target: Directory, target_name: bytes, *, replace: bool
     ) -> None:
         """Rename a scratch file to a node: one WRITE of its content."""
         path = await target._target_path(target_name)
-        scratch = self.scratch_file(name)
-        if scratch is None:
-            refuse(errno.ENOENT)
-        content = scratch.content
-        async with content.lock:
-            if content.place is None:
+        scratch, file = self._present_scratch(name)
+        async with self.open_files.changing_below(file.path, path):
+            if self.open_files.get(file.path) is not file or file.memory is None:
                 refuse(errno.ENOENT)
             scratch.require_mode_of_node()
-            value = self.view.content.parse(bytes(content.data))
+            perms, value = file.memory.perms, self.view.content.parse(file.memory.data)
             if len(value) > protocol.value_max(path, self.view.commands.payload_max):
                 refuse(errno.EFBIG)
             replaced: Removed | None = None
@@ -561,18 +555,19 @@ class Directory(XenstoreNode):
                     replace=replace,
                     needs_parent=not target.always_there,
                 )
-                return await posix.write_with_perms(commands, path, value, content.perms)
+                return await posix.write_with_perms(commands, path, value, perms)
 
-            async with self.open_files.changing_below(path):
-                await self.view.atomically(work)
-                self.scratch.unlink(content)
-                if replaced is not None:
-                    target._was_removed(ValueFile, path, replaced)
+            before = self.open_files.get(path)
+            await self.view.atomically(work)
+            if replaced is not None:
+                target._was_removed(ValueFile, path, replaced)
+            else:
+                self.open_files.retire(before)
             self.view.sticky.discard(path)
             self.was_written()
-            content.become(self.table.node(ValueFile, target, path.rpartition(b"/")[2]))
+            self.open_files.move_to_store(file, scratch, path)
 
-    async def _take_into_scratch(
+    async def _rename_to_scratch(
         self,
         name: bytes,
         target: Directory,
@@ -581,39 +576,42 @@ class Directory(XenstoreNode):
         *,
         replace: bool,
     ) -> None:
-        """Rename a file's node to a scratch name: its value and permissions are taken along."""
+        """Rename a file's node to a scratch name, with its value and permissions."""
         path = await self._path_of_present(name)
-        if join(target.path, b"").startswith(join(path, b"")):
+        target_path = join(target.path, target_name)
+        if target_path.startswith(join(path, b"")):
             refuse(errno.EINVAL)
         await target.require_present()
         if not replace and target.scratch_file(target_name) is not None:
             refuse(errno.EEXIST)
-        content = await self.scratch.new(self.view, caller)
-        taken: Removed | None = None
+        file = await self.open_files.new_scratch(caller)
+        content = file.memory
+        assert content is not None
+        is_taken = False
 
         async def work(commands: Commands) -> Request:
-            nonlocal taken
+            nonlocal is_taken
             taken = await posix.removed_file(self.view, commands, path, if_directory=errno.EINVAL)
+            if not taken.perms:
+                refuse(errno.EACCES)  # not readable, so its value would be lost
             content.perms = taken.perms
-            await self.scratch.replace(self.view, content, self.view.content.render(taken.value))
+            await self.open_files.set_data(file, content, self.view.content.render(taken.value))
+            is_taken = True
             return protocol.rm(path)
 
         try:
             async with self.open_files.changing_below(path):
                 await self.view.atomically(work)
-                assert taken is not None
-                file = self.open_files.get(path)
-                self._was_removed(ValueFile, path, taken)
-                if file is not None and file.orphan is not None:
-                    file.orphan.became_scratch = True
-            self.scratch.link(content, target.path, target_name)
+                node = self.table.find(ValueFile, self, path.rpartition(b"/")[2])
+                self._forget_names(path)
+                self.open_files.move_to_scratch(path, node, target_path, file)
         except (ConnectionLost, RequestTimeout):
-            if taken is not None:
+            if is_taken:
                 # If the transaction was committed after all, the value is nowhere else.
-                self.scratch.link(content, target.path, target_name)
+                self.open_files.link(file, target_path)
             raise
         finally:
-            self.scratch.release(content)
+            self.open_files.release(file)
 
 
 class ForcedDirectory(Directory):

@@ -33,11 +33,11 @@ import pyfuse3
 
 from xsfs.fs.dumps import TEXTS_MAX
 from xsfs.fs.nodes import Node, refuse
+from xsfs.fs.open_files import OpenFiles
 from xsfs.fs.quotas import Quota
-from xsfs.fs.scratch import ScratchFiles
 from xsfs.fs.watch_files import READERS_MAX
 from xsfs.view.bounded import Bounded
-from xsfs.view.names import NAME_MAX, file_name, join
+from xsfs.view.names import NAME_MAX, file_name, is_scratch_name, join
 from xsfs.view.ownership import Ownership
 from xsfs.view.view import View
 
@@ -56,8 +56,6 @@ HANDOVERS_MAX: Final = 64
 
 LISTING_BYTES_MAX: Final = 64 << 20
 """The memory of all open listings."""
-
-_NO_SCRATCH: Final = ScratchFiles(is_enabled=False)
 
 N = TypeVar("N", bound=Node)
 
@@ -123,7 +121,6 @@ class InodeTable:
         self.visible = visible
         self.mounted_ns = time.time_ns()
         self.handover = Handover()
-        self.scratch = ScratchFiles()
         self._aliases: Bounded[bytes, bytes] = Bounded(ALIASES_MAX)
         self.mirror: LiveMirror | None = None
         self.readers = Quota(READERS_MAX, errno.EMFILE)
@@ -132,8 +129,7 @@ class InodeTable:
         """The memory of all open listings."""
         self.text_bytes = Quota(TEXTS_MAX, errno.ENFILE)
         """The memory of all open texts of subtrees."""
-        self.per_view: dict[View, object] = {}
-        """An object of another module for each view, dropped when the view ends."""
+        self._open_files: dict[View, OpenFiles] = {}
         self._nodes: dict[int, Node] = {}
         self._view: View | None = None
         """The root's."""
@@ -177,9 +173,15 @@ class InodeTable:
         self._view = root.view
         self._nodes[root.inode] = root
 
-    def scratch_of(self, view: View) -> ScratchFiles:
-        """The scratch files that this view shows: a transaction has none."""
-        return self.scratch if view is self._view else _NO_SCRATCH
+    def open_files_of(self, view: View) -> OpenFiles:
+        found = self._open_files.get(view)
+        if found is None:
+            found = self._open_files[view] = OpenFiles(view)
+        return found
+
+    def is_scratch(self, view: View, name: bytes) -> bool:
+        """Whether a file of this name in this view is a scratch file: never one in a transaction."""
+        return view is self._view and is_scratch_name(name)
 
     def get(self, inode: int) -> Node:
         """The node with this number.  Fails with ESTALE if there is none any more."""
@@ -269,7 +271,7 @@ class InodeTable:
 
     def _drop(self, view: View) -> None:
         self.paths.clear()
-        self.per_view.pop(view, None)
+        self._open_files.pop(view, None)
         for inode in self._inside.pop(view):
             self._unmove(self._nodes.pop(inode))
 

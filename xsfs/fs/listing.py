@@ -56,7 +56,7 @@ class DirectoryHandle(Handle):
         own = node.listed_own()
         if node.view.has_dot_value(path, state):
             own[VALUE_NAME] = node.own[VALUE_NAME]
-        scratch = node.scratch_names()
+        scratch = node.open_files.scratch_names(path)
         existing = dict.fromkeys((*own, *scratch, *listing.names))
         missing = [name for name in self._always_shown(path) if name not in existing]
         # A creation that was carried out meanwhile may be too late for the listing.
@@ -121,7 +121,7 @@ class DirectoryHandle(Handle):
             return node, entry
         if name in self._scratch:
             scratch = directory.scratch_file(name)
-            return None if scratch is None else (scratch, scratch.attributes())
+            return None if scratch is None else (scratch[0], scratch[0].attributes_in_memory())
         if name not in self._kinds:
             await self._fetch_kinds(position)
         state = self._kinds[name]
