@@ -23,7 +23,6 @@ from xsfs.fs.files import DotValue, ScratchFile, ValueFile, ValueHandle
 from xsfs.fs.listing import DirectoryHandle
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
-from xsfs.fs.posix import Removed
 from xsfs.fs.scratch import MemoryContent
 from xsfs.fs.special import DomidFile, StatsFile
 from xsfs.fs.watch_files import WatchFile
@@ -88,20 +87,23 @@ class Directory(XenstoreNode):
             return await self.getattr()
         return self.attributes(self.require_directory(state))
 
-    async def require_present(self) -> None:
-        """Fail with ESTALE if the node does not exist: the kernel then looks its path up again."""
+    async def require_present(self, missing: int = errno.ESTALE) -> None:
+        """Fail with this errno if the node does not exist.
+
+        After ESTALE the kernel looks the directory up again at a CREATE, but not at a MKNOD or SYMLINK.
+        """
         if not await self._is_present():
-            refuse(errno.ESTALE)
+            refuse(missing)
 
     async def _is_present(self) -> bool:
-        self.require()
+        if self.gone or self.view.ended:
+            return False
         if self.always_there:
             return True
         (reply,) = await self.view.commands.pipeline((protocol.read(self.path),))
         if is_missing(reply):
             self.open_files.drop_below(self.path)
-            return False
-        return True
+        return not is_missing(reply)
 
     def value_was_written(self) -> None:
         self.view.sticky.add(self.path, with_value=True)
@@ -160,6 +162,7 @@ class Directory(XenstoreNode):
         if state is None:
             self.open_files.drop_below(path)
             # A cached entry may have led here, and a write would create the directory again.
+            self.require()
             self.was_missing = not await self._is_present()
             refuse(errno.ENOENT)
         child = self.child(name, state, path)
@@ -278,7 +281,7 @@ class Directory(XenstoreNode):
         if name == VALUE_NAME:
             return await self._make_dot_value()
         if self.is_scratch(name):
-            await self._require_existing()
+            await self.require_present(errno.ENOENT)
             scratch = await self._make_scratch(name, caller, present=errno.EEXIST)
             return self._found(scratch, scratch.attributes_in_memory())
         path = self._new_path(name)
@@ -294,18 +297,8 @@ class Directory(XenstoreNode):
         return self._found(directory, directory.attributes(EMPTY_NODE))
 
     async def make_symlink(self, name: bytes) -> EntryAttributes:
-        await self._require_existing()
+        await self.require_present(errno.ENOENT)
         refuse(errno.EPERM)
-
-    async def _require_existing(self) -> None:
-        """Fail with ENOENT if the node does not exist.
-
-        After ESTALE the kernel looks the directory up again at a CREATE, but not at a MKNOD or SYMLINK.
-        """
-        try:
-            await self.require_present()
-        except pyfuse3.FUSEError:
-            refuse(errno.ENOENT)
 
     async def _make(self, path: bytes, *, directory: bool, missing_parent: int) -> None:
         """Create a node.
@@ -341,7 +334,7 @@ class Directory(XenstoreNode):
             return
         path = await self._path_of_present(name)
         file = self.open_files.get(path)
-        removed = Removed(b"", b"")
+        removed = MemoryContent()
 
         async def work(commands: Commands) -> Request | None:
             nonlocal removed
@@ -349,7 +342,9 @@ class Directory(XenstoreNode):
                 (state,) = await self.view.fetch((path,), commands)
                 if state is None:
                     return None  # its creation is still owed
-            removed = await posix.removed_file(self.view, commands, path)
+            removed = await posix.removed(
+                self.view, commands, path, directory=False, wrong_kind=errno.EISDIR
+            )
             return protocol.rm(path)
 
         async with self.open_files.changing(path):
@@ -365,16 +360,19 @@ class Directory(XenstoreNode):
             self.view.sticky.discard_value(path)
             self.was_written()
             node = self.table.find(DotValue, self, VALUE_NAME)
-            self.open_files.orphan(path, node, self._content(path, Removed(value, b"")))
+            content = posix.orphan_content(self.view, path, value, None)
+            self.open_files.orphan(path, node, content)
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
         path = await self._path_of_present(name)
-        removed = Removed(b"", b"")
+        removed = MemoryContent()
 
         async def work(commands: Commands) -> Request:
             nonlocal removed
-            removed = await posix.removed_directory(self.view, commands, path)
+            removed = await posix.removed(
+                self.view, commands, path, directory=True, wrong_kind=errno.ENOTDIR
+            )
             if self.open_files.scratch_names(path):
                 refuse(errno.ENOTEMPTY)
             return protocol.rm(path)
@@ -389,23 +387,17 @@ class Directory(XenstoreNode):
         return join(self.path, await self._child_name(name))
 
     def _was_removed(
-        self, kind: type[Directory] | type[ValueFile], path: bytes, removed: Removed
+        self, kind: type[Directory] | type[ValueFile], path: bytes, removed: MemoryContent
     ) -> None:
         self._forget_names(path)
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
-        self.open_files.orphan(path, node, self._content(path, removed))
+        self.open_files.orphan(path, node, removed)
 
     def _forget_names(self, path: bytes) -> None:
         """The node at this path was removed."""
         self.view.sticky.discard(path)
         self.open_files.drop_below(path)
         self.was_written()
-
-    def _content(self, path: bytes, removed: Removed) -> MemoryContent:
-        """The content of an orphan: as large as that of a node at most, and a newline."""
-        size_max = protocol.value_max(path, self.view.commands.payload_max) + 1
-        data = self.view.content.render(removed.value)
-        return MemoryContent(data, removed.perms or None, size_max)
 
     # --------------------------------------------------------------------------------- rename
 
@@ -501,7 +493,7 @@ class Directory(XenstoreNode):
 
     async def _lookup_scratch(self, name: bytes) -> EntryAttributes:
         if self.scratch_file(name) is not None:
-            await self._require_existing()
+            await self.require_present(errno.ENOENT)
         node, _ = self._present_scratch(name)
         return self._found(node, node.attributes_in_memory())
 
@@ -540,11 +532,14 @@ class Directory(XenstoreNode):
         async with self.open_files.changing_below(file.path, path):
             if self.open_files.get(file.path) is not file or file.memory is None:
                 refuse(errno.ENOENT)
-            scratch.require_mode_of_node()
+            if (mode := file.memory.mode) is not None:
+                # The node cannot have any other mode, and to drop this one could let other users in.
+                of_node = self.table.ownership.mode(stat.S_IFREG, True, True)
+                scratch.require_mode(mode, of_node)
             perms, value = file.memory.perms, self.view.content.parse(file.memory.data)
             if len(value) > protocol.value_max(path, self.view.commands.payload_max):
                 refuse(errno.EFBIG)
-            replaced: Removed | None = None
+            replaced: MemoryContent | None = None
 
             async def work(commands: Commands) -> Request | None:
                 nonlocal replaced
@@ -591,11 +586,13 @@ class Directory(XenstoreNode):
 
         async def work(commands: Commands) -> Request:
             nonlocal is_taken
-            taken = await posix.removed_file(self.view, commands, path, if_directory=errno.EINVAL)
-            if not taken.perms:
+            taken = await posix.removed(
+                self.view, commands, path, directory=False, wrong_kind=errno.EINVAL
+            )
+            if taken.perms is None:
                 refuse(errno.EACCES)  # not readable, so its value would be lost
             content.perms = taken.perms
-            await self.open_files.set_data(file, content, self.view.content.render(taken.value))
+            await self.open_files.set_data(file, content, taken.data)
             is_taken = True
             return protocol.rm(path)
 

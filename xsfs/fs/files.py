@@ -96,7 +96,9 @@ class ValueFile(XenstoreNode):
             return self._checked(self.open_files.as_seen(path, await self.view.fetch_one(path)))
 
     def attributes_in_memory(self) -> EntryAttributes:
-        file, content = self._memory()
+        if (found := self.in_memory) is None:
+            refuse(errno.ESTALE)
+        file, content = found
         entry = self.entry(len(content.data), mtime_ns=content.mtime_ns)
         if content.mode is not None:
             entry.st_mode = stat.S_IFREG | content.mode
@@ -105,35 +107,15 @@ class ValueFile(XenstoreNode):
         entry.st_nlink = int(self.open_files.get(file.path) is file)
         return entry
 
-    def _memory(self) -> tuple[OpenFile, MemoryContent]:
-        file = self.in_memory
-        if file is None or file.memory is None:
-            refuse(errno.ESTALE)
-        return file, file.memory
-
     def set_mode(self, wanted: int, present: int) -> None:
-        if self.in_memory is None or wanted & (stat.S_ISUID | stat.S_ISGID):
+        if (found := self.in_memory) is None or wanted & (stat.S_ISUID | stat.S_ISGID):
             self.require_mode(wanted, present)
-            return
-        _, content = self._memory()
-        content.mode = wanted & 0o777 & ~self.table.ownership.umask
-        content.ctime_ns = time.time_ns()
-
-    def require_mode_of_node(self) -> None:
-        """Fail with EPERM if chmod has set a mode that a node cannot have: a rename would drop it."""
-        _, content = self._memory()
-        if content.mode is not None:
-            self.require_mode(content.mode, self.table.ownership.mode(stat.S_IFREG, True, True))
+        else:
+            found[1].set_mode(wanted & 0o777 & ~self.table.ownership.umask)
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
-        if self.in_memory is None:
-            return
-        _, content = self._memory()
-        if atime_ns is not None:
-            content.atime_ns = atime_ns
-        if mtime_ns is not None:
-            content.mtime_ns = mtime_ns
-        content.ctime_ns = time.time_ns()
+        if (found := self.in_memory) is not None:
+            found[1].set_times(atime_ns, mtime_ns)
 
     async def truncate(self, size: int) -> None:
         handle = ValueHandle(self, self._open_file(), os.O_WRONLY)
@@ -144,7 +126,8 @@ class ValueFile(XenstoreNode):
 
     def _open_file(self) -> OpenFile:
         """The open file, with one more handle."""
-        if (file := self.in_memory) is not None:
+        if (found := self.in_memory) is not None:
+            file, _ = found
             file.handles += 1
             file.nodes.add(self)
             return file
@@ -223,9 +206,9 @@ class ScratchFile(ValueFile):
     __slots__ = ()
 
     @property
-    def in_memory(self) -> OpenFile | None:
+    def in_memory(self) -> tuple[OpenFile, MemoryContent] | None:
         file = self.detached or self.open_files.get(self.path)
-        return None if file is None or file.memory is None else file
+        return None if file is None or file.memory is None else (file, file.memory)
 
     def require(self) -> None:
         super().require()

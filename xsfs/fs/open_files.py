@@ -41,9 +41,9 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -56,19 +56,11 @@ from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.protocol import Request
 
+if TYPE_CHECKING:
+    from xsfs.fs.xattrs import XenstoreNode
+
 FRESH_SECONDS: Final = 0.005
 """For so long xsfs relies on the state of a node that it has fetched."""
-
-
-class OpenableNode(Protocol):
-    """The part of a node that its open file needs."""
-
-    gone: bool
-    detached: OpenFile | None
-    mtime_ns: int
-
-    @property
-    def path(self) -> bytes: ...
 
 
 class Debt:
@@ -143,7 +135,7 @@ class OpenFile:
     def __init__(self, path: bytes) -> None:
         self.path = path
         self.handles = 0
-        self.nodes: set[OpenableNode] = set()
+        self.nodes: set[XenstoreNode] = set()
         self.debt: Debt | None = None
         self.memory: MemoryContent | None = None
         self.is_pinned = False
@@ -154,9 +146,6 @@ class OpenFile:
         if self.debt is None:
             self.debt = Debt(found, is_blind=is_blind)
         self.debt.holders.add(handle)
-
-    def as_seen(self, state: NodeState | None) -> NodeState | None:
-        return state if self.debt is None else self.debt.as_seen(state)
 
     def changing(self) -> AbstractAsyncContextManager[None]:
         """No other task changes the file within the block."""
@@ -181,9 +170,9 @@ class OpenFiles:
     def as_seen(self, path: bytes, state: NodeState | None) -> NodeState | None:
         """The state that the mount shows, for this state in the store."""
         file = self._by_path.get(path)
-        return state if file is None else file.as_seen(state)
+        return state if file is None or file.debt is None else file.debt.as_seen(state)
 
-    def open(self, path: bytes, node: OpenableNode) -> OpenFile:
+    def open(self, path: bytes, node: XenstoreNode) -> OpenFile:
         """One more handle."""
         file = self._by_path.get(path)
         if file is None:
@@ -234,16 +223,20 @@ class OpenFiles:
 
     async def wait_closed_below(self, top: bytes) -> None:
         """Wait until the debts of files at and below a path are settled whose last handle was closed."""
-        for file in self._debtors():
-            is_below = file.path == top or file.path.startswith(join(top, b""))
-            if is_below and file.debt is not None and file.debt.is_closing:
+        for file in self._at_and_below(top):
+            if file.debt is not None and file.debt.is_closing:
                 async with file.changing():
                     pass
 
+    def _at_and_below(self, *tops: bytes) -> list[OpenFile]:
+        below = tuple(join(top, b"") for top in tops)
+        return [
+            file for path, file in self._by_path.items() if path in tops or path.startswith(below)
+        ]
+
     async def settle(self, path: bytes) -> None:
         """Carry out what the file at this path owes, if it is open and owes anything."""
-        file = self._by_path.get(path)
-        if file is not None and file.debt is not None:
+        if (file := self._by_path.get(path)) is not None:
             await self.settle_file(file)
 
     def changing(self, path: bytes) -> AbstractAsyncContextManager[None]:
@@ -254,10 +247,7 @@ class OpenFiles:
     @asynccontextmanager
     async def changing_below(self, *tops: bytes) -> AsyncIterator[None]:
         """No other task changes a file at or below these paths within the block, and none owes anything."""
-        below = tuple(join(top, b"") for top in tops)
-        files = [
-            file for path, file in self._by_path.items() if path in tops or path.startswith(below)
-        ]
+        files = self._at_and_below(*tops)
         async with AsyncExitStack() as stack:
             # In an order that no rename changes, or two tasks could wait for each other.
             for file in sorted(files, key=id):
@@ -267,15 +257,13 @@ class OpenFiles:
             yield
 
     async def settle_all(self) -> None:
-        for file in self._debtors():
+        for file in list(self._by_path.values()):
             await self.settle_file(file)
 
-    def _debtors(self) -> Iterator[OpenFile]:
-        return iter([file for file in self._by_path.values() if file.debt is not None])
-
     async def settle_file(self, file: OpenFile) -> None:
-        async with file.changing():
-            await self._settle(file)
+        if file.debt is not None:
+            async with file.changing():
+                await self._settle(file)
 
     async def _settle(self, file: OpenFile) -> None:
         debt = file.debt
@@ -308,7 +296,7 @@ class OpenFiles:
 
     # -------------------------------------------------------------------- removal and renaming
 
-    def orphan(self, path: bytes, node: OpenableNode | None, content: MemoryContent) -> OpenFile:
+    def orphan(self, path: bytes, node: XenstoreNode | None, content: MemoryContent) -> OpenFile:
         """The file at this path was removed or replaced.
 
         node    the inode of the removed file, if the kernel knows it
@@ -325,7 +313,7 @@ class OpenFiles:
         )
         return file
 
-    def _detach(self, file: OpenFile, node: OpenableNode | None) -> None:
+    def _detach(self, file: OpenFile, node: XenstoreNode | None) -> None:
         """Its path does not lead to the file any more.  Its inodes do."""
         if self._by_path.get(file.path) is file:
             del self._by_path[file.path]
@@ -353,16 +341,13 @@ class OpenFiles:
 
     def move(self, source: bytes, target: bytes) -> None:
         """A subtree was renamed, and the node by whose name that was done knows it."""
-        below = join(source, b"")
-        for path in list(self._by_path):
-            if path == source or path.startswith(below):
-                file = self._by_path.pop(path)
-                file.path = target + path[len(source) :]
-                self._by_path[file.path] = file
-                for node in file.nodes:
-                    if node.path != file.path:
-                        node.gone = True
-                        node.detached = file
+        for file in self._at_and_below(source):
+            del self._by_path[file.path]
+            self._attach(file, target + file.path[len(source) :])
+            for node in file.nodes:
+                if node.path != file.path:
+                    node.gone = True
+                    node.detached = file
 
     # --------------------------------------------------------------------------- scratch files
 
@@ -428,7 +413,7 @@ class OpenFiles:
             self.unlink(present)
         self._attach(file, path)
 
-    def unlink(self, file: OpenFile, node: OpenableNode | None = None) -> None:
+    def unlink(self, file: OpenFile, node: XenstoreNode | None = None) -> None:
         """Remove the name of a scratch file.
 
         node    its inode, if the kernel knows it
@@ -442,7 +427,7 @@ class OpenFiles:
             self._forget(file)
 
     def move_to_scratch(
-        self, source: bytes, node: OpenableNode | None, target: bytes, scratch: OpenFile
+        self, source: bytes, node: XenstoreNode | None, target: bytes, scratch: OpenFile
     ) -> None:
         """The node at `source` was renamed to a temporary name.
 
@@ -455,7 +440,7 @@ class OpenFiles:
         self._scratch.add(file)
         self.link(file, target)
 
-    def move_to_store(self, file: OpenFile, node: OpenableNode | None, target: bytes) -> None:
+    def move_to_store(self, file: OpenFile, node: XenstoreNode | None, target: bytes) -> None:
         """A scratch file was renamed to a node, which has its content.
 
         node    its inode, if the kernel knows it

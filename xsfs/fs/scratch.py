@@ -48,6 +48,15 @@ class MemoryContent:
         self.data = data
         self.mtime_ns = self.ctime_ns = time.time_ns()
 
+    def set_mode(self, mode: int) -> None:
+        self.mode = mode
+        self.ctime_ns = time.time_ns()
+
+    def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        self.atime_ns = self.atime_ns if atime_ns is None else atime_ns
+        self.mtime_ns = self.mtime_ns if mtime_ns is None else mtime_ns
+        self.ctime_ns = time.time_ns()
+
     def set_perms(self, perms: bytes | None) -> None:
         self.perms = perms
         self.ctime_ns = time.time_ns()

@@ -17,6 +17,7 @@ from pyfuse3 import EntryAttributes
 
 from xsfs.fs.nodes import Node, refuse
 from xsfs.fs.open_files import OpenFile
+from xsfs.fs.scratch import MemoryContent
 from xsfs.view.names import join, parent_path
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
@@ -90,16 +91,17 @@ class XenstoreNode(Node):
         self.table.handover.clear()
 
     @property
-    def in_memory(self) -> OpenFile | None:
-        """Its file, if the content of that is in memory."""
+    def in_memory(self) -> tuple[OpenFile, MemoryContent] | None:
+        """Its file and the content of that, if it is in memory."""
         file = self.detached
-        return None if file is None or file.memory is None else file
+        return None if file is None or file.memory is None else (file, file.memory)
 
     async def getxattr(self, name: bytes) -> bytes:
         if name not in ATTRIBUTES:
             # Never ENOSYS, which would turn extended attributes off for the whole mount.
             refuse(errno.EOPNOTSUPP if name.startswith(b"system.") else pyfuse3.ENOATTR)
-        if (file := self.in_memory) is not None and (content := file.memory) is not None:
+        if (found := self.in_memory) is not None:
+            _, content = found
             if name == VALUE_ATTRIBUTE_NAME:
                 return self.view.content.parse(content.data)
             if name == PERMS_NAME and content.perms is not None:
@@ -120,9 +122,10 @@ class XenstoreNode(Node):
         if len(value) > ATTRIBUTE_MAX:
             refuse(errno.E2BIG)
         perms = await permissions_to_set(self.view, value) if name == PERMS_NAME else None
-        if (file := self.in_memory) is not None:
+        if (found := self.in_memory) is not None:
+            file, content = found
             async with file.changing():
-                if (content := file.memory) is not None:
+                if file.memory is content:
                     if perms is not None:
                         content.set_perms(encode_perms(perms))
                     else:
@@ -152,16 +155,16 @@ class XenstoreNode(Node):
         await self.view.atomically(work)
 
     async def listxattr(self) -> list[bytes]:
-        file = self.in_memory
-        has_none = file is not None and file.memory is not None and file.memory.perms is None
-        return [] if has_none else [PERMS_NAME]
+        found = self.in_memory
+        return [PERMS_NAME] if found is None or found[1].perms is not None else []
 
     async def removexattr(self, name: bytes) -> None:
         """Without `user.xs.perms` a node has the permissions of its parent.  rsync -X removes the attribute
         if the source does not have it."""
         if name != PERMS_NAME:
             refuse(errno.EPERM if name in ATTRIBUTES else pyfuse3.ENOATTR)
-        if (file := self.in_memory) is not None and (content := file.memory) is not None:
+        if (found := self.in_memory) is not None:
+            _, content = found
             if content.perms is None:
                 refuse(pyfuse3.ENOATTR)
             content.set_perms(None)
