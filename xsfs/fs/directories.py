@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyfuse3
-from pyfuse3 import EntryAttributes
+from pyfuse3 import EntryAttributes, InodeT
 
 from xsfs.fs import posix
 from xsfs.fs.domain_links import DomainsDirectory
@@ -142,12 +142,19 @@ class Directory(XenstoreNode):
 
     async def _lookup_own(self, kind: type[Node], name: bytes, pid: int) -> EntryAttributes:
         self.require()
+        return self._found(*await self.own_entry(kind, name, pid))
+
+    async def own_entry(
+        self, kind: type[Node], name: bytes, pid: int | None = None
+    ) -> tuple[Node, EntryAttributes]:
+        """The node of one of xsfs's own names, and its attributes for a LOOKUP of thread `pid`, or for a
+        listing."""
         node = self.table.node(kind, self, name)
-        entry = await node.looked_up(pid)
+        entry = await (node.getattr() if pid is None else node.looked_up(pid))
         if not self.table.is_current(node, self, name):
             node = self.table.node(kind, self, name)
-            entry.st_ino = node.inode
-        return self._found(node, entry)
+            entry.st_ino = InodeT(node.inode)
+        return node, entry
 
     async def _lookup_child(self, name: bytes, pid: int) -> EntryAttributes:
         path = join(self.path, name)
@@ -248,9 +255,8 @@ class Directory(XenstoreNode):
             scratch = await self._make_scratch(
                 name, caller, present=errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
             )
-            return self._opened(scratch, flags), self._found(
-                scratch, scratch.attributes_in_memory()
-            )
+            entry = self._found(scratch, scratch.attributes_in_memory())
+            return self._opened(scratch, flags), entry
         path = self._new_path(name)
         is_exclusive = bool(flags & os.O_EXCL)
         if is_exclusive:
@@ -333,23 +339,8 @@ class Directory(XenstoreNode):
             self.open_files.unlink(scratch, node)
             return
         path = await self._path_of_present(name)
-        file = self.open_files.get(path)
-        removed = MemoryContent()
-
-        async def work(commands: Commands) -> Request | None:
-            nonlocal removed
-            if file is not None and file.debt is not None and file.debt.found is None:
-                (state,) = await self.view.fetch((path,), commands)
-                if state is None:
-                    return None  # its creation is still owed
-            removed = await posix.removed(
-                self.view, commands, path, directory=False, wrong_kind=errno.EISDIR
-            )
-            return protocol.rm(path)
-
         async with self.open_files.changing(path):
-            await self.view.atomically(work)
-            self._was_removed(ValueFile, path, removed)
+            await self._remove(ValueFile, path)
 
     async def _unlink_dot_value(self) -> None:
         """Empty the value and keep the node, so that `rm -r` and rmdir can follow."""
@@ -366,32 +357,38 @@ class Directory(XenstoreNode):
     async def rmdir(self, name: bytes) -> None:
         self.require()
         path = await self._path_of_present(name)
-        removed = MemoryContent()
+        async with self.open_files.changing_below(path):
+            await self._remove(Directory, path)
 
-        async def work(commands: Commands) -> Request:
-            nonlocal removed
-            removed = await posix.removed(
-                self.view, commands, path, directory=True, wrong_kind=errno.ENOTDIR
-            )
-            if self.open_files.scratch_names(path):
+    async def _remove(self, kind: type[XenstoreNode], path: bytes) -> None:
+        """Remove the node at a path.  Fails with EISDIR or ENOTDIR if it is of another kind."""
+        file = self.open_files.get(path)
+        is_directory = kind is Directory
+        content = posix.orphan_content(self.view, path, b"", None)
+
+        async def work(commands: Commands) -> Request | None:
+            nonlocal content
+            if file is not None and file.debt is not None and file.debt.found is None:
+                (state,) = await self.view.fetch((path,), commands)
+                if state is None:
+                    return None  # its creation is still owed
+            content = await posix.removed(self.view, commands, path, directory=is_directory)
+            if is_directory and self.open_files.scratch_names(path):
                 refuse(errno.ENOTEMPTY)
             return protocol.rm(path)
 
-        async with self.open_files.changing_below(path):
-            await self.view.atomically(work)
-            self._was_removed(Directory, path, removed)
+        await self.view.atomically(work)
+        self._was_removed(kind, path, content)
 
     async def _path_of_present(self, name: bytes) -> bytes:
         if name in self.own or forced_name(name) is not None:
             refuse(errno.EPERM)
         return join(self.path, await self._child_name(name))
 
-    def _was_removed(
-        self, kind: type[Directory] | type[ValueFile], path: bytes, removed: MemoryContent
-    ) -> None:
+    def _was_removed(self, kind: type[XenstoreNode], path: bytes, content: MemoryContent) -> None:
         self._forget_names(path)
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
-        self.open_files.orphan(path, node, removed)
+        self.open_files.orphan(path, node, content)
 
     def _forget_names(self, path: bytes) -> None:
         """The node at this path was removed."""
@@ -413,14 +410,17 @@ class Directory(XenstoreNode):
         self.require()
         replace = not flags & pyfuse3.RENAME_NOREPLACE
         if self.is_scratch(name) and target.is_scratch(target_name):
-            await self._rename_scratch(name, target, target_name, replace=replace)
-            return
-        if self.is_scratch(name):
-            await self._rename_to_node(name, target, target_name, replace=replace)
-            return
-        if target.is_scratch(target_name):
-            await self._rename_to_scratch(name, target, target_name, caller, replace=replace)
-            return
+            await self._rename_scratch(name, target, target_name, replace)
+        elif self.is_scratch(name):
+            await self._rename_to_node(name, target, target_name, replace)
+        elif target.is_scratch(target_name):
+            await self._rename_to_scratch(name, target, target_name, replace, caller)
+        else:
+            await self._rename_node(name, target, target_name, replace)
+
+    async def _rename_node(
+        self, name: bytes, target: Directory, target_name: bytes, replace: bool
+    ) -> None:
         source_path = await self._path_of_present(name)
         target_path = await target._target_path(target_name)
         if source_path == target_path:
@@ -429,48 +429,47 @@ class Directory(XenstoreNode):
             refuse(errno.EINVAL)
         if source_path.startswith(target_path + b"/"):
             refuse(errno.ENOTEMPTY)
-        done: posix.Renamed | None = None
+        is_directory = False
+        replaced: MemoryContent | None = None
 
         async def work(commands: Commands) -> None:
-            nonlocal done
-            done = await posix.rename(
+            nonlocal is_directory, replaced
+            is_directory, replaced = await posix.rename(
                 *(self.view, commands, source_path, target_path),
                 replace=replace,
                 needs_parent=not target.always_there,
             )
-            is_replaced = done.is_directory and done.replaced is not None
-            if is_replaced and self.open_files.scratch_names(target_path):
+            if is_directory and replaced and self.open_files.scratch_names(target_path):
                 refuse(errno.ENOTEMPTY)
 
         async with self.open_files.changing_below(source_path, target_path):
             before = self.open_files.get(target_path)
             await self.view.atomically_apart(work)
-            assert done is not None
-            self._was_renamed(source_path, target, target_path, done, before)
+            kind = Directory if is_directory else ValueFile
+            target._has_new_node(kind, target_path, replaced, before)
+            for moved_kind in (Directory, ValueFile):
+                node = self.table.find(moved_kind, self, source_path.rpartition(b"/")[2])
+                if node is not None:
+                    self.table.move(node, target, target_path.rpartition(b"/")[2])
+            self.was_written()
+            self.open_files.move(source_path, target_path)
+            self.view.sticky.move(source_path, target_path)
+            if is_directory:
+                # The old name may have made it a directory by convention, and the new one does not.
+                self.view.sticky.add(target_path)
 
-    def _was_renamed(
+    def _has_new_node(
         self,
-        source_path: bytes,
-        target: Directory,
-        target_path: bytes,
-        done: posix.Renamed,
+        kind: type[XenstoreNode],
+        path: bytes,
+        replaced: MemoryContent | None,
         before: OpenFile | None,
     ) -> None:
-        old_name, new_name = source_path.rpartition(b"/")[2], target_path.rpartition(b"/")[2]
-        if done.replaced is not None:
-            kind = Directory if done.is_directory else ValueFile
-            target._was_removed(kind, target_path, done.replaced)
-        else:
+        """A rename has made a node at this path, of which `before` was the open file."""
+        if replaced is None:
             self.open_files.retire(before)
-        for moved_kind in (Directory, ValueFile):
-            if (node := self.table.find(moved_kind, self, old_name)) is not None:
-                self.table.move(node, target, new_name)
-        self.was_written()
-        self.open_files.move(source_path, target_path)
-        self.view.sticky.move(source_path, target_path)
-        if done.is_directory:
-            # The old name may have made it a directory by convention, and the new one does not.
-            self.view.sticky.add(target_path)
+        else:
+            self._was_removed(kind, path, replaced)
 
     async def _target_path(self, name: bytes) -> bytes:
         """The path of a node to which something is renamed."""
@@ -507,7 +506,7 @@ class Directory(XenstoreNode):
         return self.table.node(ScratchFile, self, name)
 
     async def _rename_scratch(
-        self, name: bytes, target: Directory, target_name: bytes, *, replace: bool
+        self, name: bytes, target: Directory, target_name: bytes, replace: bool
     ) -> None:
         await target.require_present()
         node, file = self._present_scratch(name)
@@ -524,7 +523,7 @@ class Directory(XenstoreNode):
         self.open_files.move(source_path, target_path)
 
     async def _rename_to_node(
-        self, name: bytes, target: Directory, target_name: bytes, *, replace: bool
+        self, name: bytes, target: Directory, target_name: bytes, replace: bool
     ) -> None:
         """Rename a scratch file to a node: one WRITE of its content."""
         path = await target._target_path(target_name)
@@ -554,22 +553,13 @@ class Directory(XenstoreNode):
 
             before = self.open_files.get(path)
             await self.view.atomically(work)
-            if replaced is not None:
-                target._was_removed(ValueFile, path, replaced)
-            else:
-                self.open_files.retire(before)
+            target._has_new_node(ValueFile, path, replaced, before)
             self.view.sticky.discard(path)
             self.was_written()
             self.open_files.move_to_store(file, scratch, path)
 
     async def _rename_to_scratch(
-        self,
-        name: bytes,
-        target: Directory,
-        target_name: bytes,
-        caller: Caller,
-        *,
-        replace: bool,
+        self, name: bytes, target: Directory, target_name: bytes, replace: bool, caller: Caller
     ) -> None:
         """Rename a file's node to a scratch name, with its value and permissions."""
         path = await self._path_of_present(name)
@@ -586,9 +576,7 @@ class Directory(XenstoreNode):
 
         async def work(commands: Commands) -> Request:
             nonlocal is_taken
-            taken = await posix.removed(
-                self.view, commands, path, directory=False, wrong_kind=errno.EINVAL
-            )
+            taken = await posix.removed(self.view, commands, path, if_directory=errno.EINVAL)
             if taken.perms is None:
                 refuse(errno.EACCES)  # not readable, so its value would be lost
             content.perms = taken.perms

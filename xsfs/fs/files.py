@@ -417,8 +417,7 @@ class ValueHandle(ReadHandle):
             return
         if debt is None or debt.found is not None:
             refuse(errno.ESTALE)
-        (reply,) = await commands.pipeline((protocol.read(parent),))
-        if is_missing(reply) and not self.node.view.is_always_there(parent):
+        if not (self.node.view.is_always_there(parent) or await commands.exists(parent)):
             refuse(errno.ESTALE)
 
     def _present(self, reply: bytes | XenstoreError) -> bytes:

@@ -184,11 +184,12 @@ class OpenFiles:
     def close(self, file: OpenFile) -> None:
         """One handle less."""
         file.handles -= 1
-        if not file.handles:
-            self._forget(file)
+        self.release(file)
 
-    def _forget(self, file: OpenFile) -> None:
-        """It has no handle: forget it if it is no scratch file with a name."""
+    def release(self, file: OpenFile) -> None:
+        """Forget a file that has no handle, if it is no scratch file with a name."""
+        if file.handles:
+            return
         if self._by_path.get(file.path) is file:
             if file.memory is None:
                 del self._by_path[file.path]
@@ -362,9 +363,8 @@ class OpenFiles:
 
     def scratch_names(self, directory: bytes) -> list[bytes]:
         """The names of the scratch files in a directory."""
-        prefix = join(directory, b"")
-        names = [file.path.removeprefix(prefix) for file in self.scratch_files(directory)]
-        return [name for name in names if b"/" not in name]
+        places = [file.path.rpartition(b"/") for file in self.scratch_files(directory)]
+        return [name for above, _, name in places if (above or b"/") == directory]
 
     async def new_scratch(self, caller: Caller) -> OpenFile:
         """A scratch file without a name.  Fails with ENOSPC or EDQUOT if there is no room."""
@@ -420,11 +420,6 @@ class OpenFiles:
         """
         self._detach(file, node)
         self.release(file)
-
-    def release(self, file: OpenFile) -> None:
-        """Forget a scratch file that has neither a name nor a handle."""
-        if not file.handles:
-            self._forget(file)
 
     def move_to_scratch(
         self, source: bytes, node: XenstoreNode | None, target: bytes, scratch: OpenFile

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from xsfs.fs.nodes import refuse
 from xsfs.fs.open_files import is_missing
@@ -73,14 +73,19 @@ def _check_empty(state: NodeState) -> None:
 
 
 async def removed(
-    view: View, commands: Commands, path: bytes, *, directory: bool, wrong_kind: int
+    view: View,
+    commands: Commands,
+    path: bytes,
+    *,
+    directory: bool = False,
+    if_directory: int = errno.EISDIR,
 ) -> MemoryContent:
-    """A node that is to be removed.  Fails with ENOENT, `wrong_kind`, EACCES, ENOTEMPTY."""
+    """A node that is to be removed.  Fails with ENOENT, ENOTDIR or `if_directory`, EACCES, ENOTEMPTY."""
     (state,) = await view.fetch((path,), commands)
     if state is None:
         refuse(errno.ENOENT)
     if view.is_directory(path, state) != directory:
-        refuse(wrong_kind)
+        refuse(errno.ENOTDIR if directory else if_directory)
     if directory:
         _check_empty(state)
     return await _removed(view, commands, path, state)
@@ -134,13 +139,6 @@ async def write_with_perms(
     return None
 
 
-class Renamed(NamedTuple):
-    """The result of a rename."""
-
-    is_directory: bool
-    replaced: MemoryContent | None
-
-
 async def rename(
     view: View,
     commands: Commands,
@@ -149,8 +147,9 @@ async def rename(
     *,
     replace: bool,
     needs_parent: bool,
-) -> Renamed:
-    """Move a node and all below it, with values and permissions.
+) -> tuple[bool, MemoryContent | None]:
+    """Move a node and all below it, with values and permissions.  Returns whether it is a directory, and the
+    node that it replaces.
 
     needs_parent    whether the target's parent must exist
 
@@ -184,7 +183,7 @@ async def rename(
         ],
     )
     await commands.call(protocol.rm(source))
-    return Renamed(is_directory, gone)
+    return is_directory, gone
 
 
 async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, bytes]]:
