@@ -265,10 +265,9 @@ class Directory(XenstoreNode):
             await self.require_present()
         file = self.table.node(ValueFile, self, name)
         handle = self._opened(file, flags)
-        if is_exclusive:
-            handle.file.is_pinned = True
-        else:
-            handle.create()
+        handle.file.is_pinned = True
+        if not is_exclusive:
+            handle.file.owe(handle, None)
         return handle, self._found(file, file.attributes(EMPTY_NODE))
 
     def _opened(self, file: ValueFile, flags: int) -> ValueHandle:
@@ -307,11 +306,7 @@ class Directory(XenstoreNode):
         refuse(errno.EPERM)
 
     async def _make(self, path: bytes, *, directory: bool, missing_parent: int) -> None:
-        """Create a node.
-
-        missing_parent  the errno if this directory does not exist: ESTALE if the kernel then looks its path
-                        up again
-        """
+        """Create a node.  Fails with `missing_parent` if this directory does not exist."""
         await self.open_files.settle(path)
 
         async def work(commands: Commands) -> Request:

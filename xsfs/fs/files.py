@@ -227,11 +227,7 @@ class ReadHandle(Handle):
     node: ValueFile
 
     def __init__(
-        self,
-        node: ValueFile,
-        file: OpenFile,
-        content: bytes | None = None,
-        fetched_at: float = 0.0,
+        self, node: ValueFile, file: OpenFile, content: bytes | None = None, fetched_at: float = 0
     ) -> None:
         self.node = node
         self.file = file
@@ -309,11 +305,6 @@ class ValueHandle(ReadHandle):
             self.file.memory.write(b"")
         else:
             self.file.owe(self, found, is_blind=not is_readable)
-
-    def create(self) -> None:
-        """The node is to be created."""
-        self.file.owe(self, None)
-        self.file.is_pinned = True
 
     def _is_outdated(self, offset: int, content: bytes) -> bool:
         return True  # other handles may have written under a lock

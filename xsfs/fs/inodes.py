@@ -7,16 +7,14 @@ waits, so a task that has kept a node across an await checks whether it `is_curr
 Invariants:
 
 - A node is a position in the mount (its parent, its name) seen as one kind.  A file and a directory at one
-  position are two nodes and have two inode numbers, because an inode whose type changes breaks the files
-  that are open on it.
+  position are two nodes with two numbers: an inode whose type changes breaks the files that are open on it.
 - An inode number is the hash of the position, so it stays when the kernel forgets a node and comes back.  A
   renamed node keeps its number.  Python's hash of bytes has a new key in each process, so no guest can
   choose names that collide.  If two positions collide, or the kernel still knows an old node of the
   position, the later node takes the next free number.
 - A node is in the table while its lookup count is above 0 (the root always) and its view has not ended.  The
-  kernel may know the nodes of an ended view until its memory runs short.  Their numbers mean ESTALE, and no
-  other node gets them.
-- A path in `paths` is the path of that directory.  A rename, which may change any, empties the table.
+  numbers of the nodes of an ended view mean ESTALE, and no other node gets them.
+- `paths` holds paths of directories.  A rename, which may change any, empties it.
 - A node that was removed or replaced through the mount is `gone`.  A new node at its position is another
   one.
 """
@@ -124,11 +122,8 @@ class InodeTable:
         self._aliases: Bounded[bytes, bytes] = Bounded(ALIASES_MAX)
         self.mirror: LiveMirror | None = None
         self.readers = Quota(READERS_MAX, errno.EMFILE)
-        """Open watch files."""
         self.listing_bytes = Quota(LISTING_BYTES_MAX, errno.ENFILE)
-        """The memory of all open listings."""
         self.text_bytes = Quota(TEXTS_MAX, errno.ENFILE)
-        """The memory of all open texts of subtrees."""
         self._open_files: dict[View, OpenFiles] = {}
         self._nodes: dict[int, Node] = {}
         self._view: View | None = None
@@ -138,7 +133,6 @@ class InodeTable:
         self._moved: dict[tuple[type[Node], Node, bytes], Node] = {}
         """By position, the nodes whose numbers are not its hash: renamed, or renumbered."""
         self.paths: dict[Node, bytes] = {}
-        """The paths of directories in use: a bounded number, and none after a rename."""
 
     def __len__(self) -> int:
         return len(self._nodes)

@@ -85,10 +85,7 @@ class Handle:
         """The domain's home has moved, and with it all below."""
 
     async def poll(self, poll_handle: pyfuse3.PollHandle | None) -> int:
-        """The events of poll(2) that are ready.
-
-        Never fails with ENOSYS, which would turn poll off for the whole mount.
-        """
+        """The events of poll(2) that are ready.  ENOSYS would turn poll off for the whole mount."""
         return select.POLLIN | select.POLLOUT
 
 

@@ -297,11 +297,10 @@ class OpenFiles:
 
     # -------------------------------------------------------------------- removal and renaming
 
-    def orphan(self, path: bytes, node: XenstoreNode | None, content: MemoryContent) -> OpenFile:
-        """The file at this path was removed or replaced.
+    # `node` is the inode at the path that an operation takes away, if the kernel knows one.
 
-        node    the inode of the removed file, if the kernel knows it
-        """
+    def orphan(self, path: bytes, node: XenstoreNode | None, content: MemoryContent) -> OpenFile:
+        """The file at this path was removed or replaced."""
         file = self._by_path.get(path) or OpenFile(path)
         if file.debt is not None:
             if not file.debt.is_refused:
@@ -414,21 +413,15 @@ class OpenFiles:
         self._attach(file, path)
 
     def unlink(self, file: OpenFile, node: XenstoreNode | None = None) -> None:
-        """Remove the name of a scratch file.
-
-        node    its inode, if the kernel knows it
-        """
+        """Remove the name of a scratch file."""
         self._detach(file, node)
         self.release(file)
 
     def move_to_scratch(
         self, source: bytes, node: XenstoreNode | None, target: bytes, scratch: OpenFile
     ) -> None:
-        """The node at `source` was renamed to a temporary name.
-
-        node        its inode, if the kernel knows it
-        scratch     a new scratch file with its value and permissions
-        """
+        """The node at `source` was renamed to a temporary name.  `scratch` is a new scratch file with its
+        value and permissions."""
         assert scratch.memory is not None
         file = self.orphan(source, node, scratch.memory)
         self._scratch.discard(scratch)
@@ -436,10 +429,7 @@ class OpenFiles:
         self.link(file, target)
 
     def move_to_store(self, file: OpenFile, node: XenstoreNode | None, target: bytes) -> None:
-        """A scratch file was renamed to a node, which has its content.
-
-        node    its inode, if the kernel knows it
-        """
+        """A scratch file was renamed to a node, which has its content."""
         self._detach(file, node)
         self._scratch.discard(file)
         file.memory = None

@@ -70,12 +70,11 @@ class XenstoreNode(Node):
         return False
 
     def seen(self, fingerprint: int) -> int:
-        """The time in nanoseconds at which xsfs first saw the present value, or list of children.
+        """The time in nanoseconds at which xsfs first saw the present value, or list of children, of which
+        this is a hash.
 
-        fingerprint     differs if that differs
-
-        Xenstore keeps no times.  A constant one would make rsync, make and editors take an unchanged
-        time for an unchanged value.
+        Xenstore keeps no times.  A constant one would make rsync, make and editors take a changed value for
+        an unchanged one.
         """
         if fingerprint != self._fingerprint:
             self._fingerprint = fingerprint
