@@ -558,8 +558,7 @@ class Directory(XenstoreNode):
     ) -> None:
         """Rename a file's node to a scratch name, with its value and permissions."""
         path = await self._path_of_present(name)
-        target_path = join(target.path, target_name)
-        if target_path.startswith(join(path, b"")):
+        if join(target.path, b"").startswith(join(path, b"")):
             refuse(errno.EINVAL)
         await target.require_present()
         if not replace and target.scratch_file(target_name) is not None:
@@ -584,11 +583,12 @@ class Directory(XenstoreNode):
                 await self.view.atomically(work)
                 node = self.table.find(ValueFile, self, path.rpartition(b"/")[2])
                 self._forget_names(path)
+                target_path = join(target.path, target_name)
                 self.open_files.move_to_scratch(path, node, target_path, file)
         except (ConnectionLost, RequestTimeout):
             if is_taken:
                 # If the transaction was committed after all, the value is nowhere else.
-                self.open_files.link(file, target_path)
+                self.open_files.link(file, join(target.path, target_name))
             raise
         finally:
             self.open_files.release(file)
