@@ -13,7 +13,6 @@ import stat
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import pyfuse3
 from pyfuse3 import EntryAttributes, InodeT
 
 from xsfs.fs import posix
@@ -31,7 +30,6 @@ from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
 from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
-from xsfs.xenstore.errors import ConnectionLost, RequestTimeout
 from xsfs.xenstore.protocol import Request
 
 if TYPE_CHECKING:
@@ -330,10 +328,10 @@ class Directory(XenstoreNode):
             await self._unlink_dot_value()
             return
         if self.is_scratch(name):
-            node, scratch = self._present_scratch(name)
+            node, scratch = self.present_scratch(name)
             self.open_files.unlink(scratch, node)
             return
-        path = await self._path_of_present(name)
+        path = await self.path_of_present(name)
         async with self.open_files.changing(path):
             await self._remove(ValueFile, path)
 
@@ -351,7 +349,7 @@ class Directory(XenstoreNode):
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
-        path = await self._path_of_present(name)
+        path = await self.path_of_present(name)
         async with self.open_files.changing_below(path):
             await self._remove(Directory, path)
 
@@ -373,102 +371,27 @@ class Directory(XenstoreNode):
             return protocol.rm(path)
 
         await self.view.atomically(work)
-        self._was_removed(kind, path, content)
+        self.was_removed(kind, path, content)
 
-    async def _path_of_present(self, name: bytes) -> bytes:
+    async def path_of_present(self, name: bytes) -> bytes:
         if name in self.own or forced_name(name) is not None:
             refuse(errno.EPERM)
         return join(self.path, await self._child_name(name))
 
-    def _was_removed(self, kind: type[XenstoreNode], path: bytes, content: MemoryContent) -> None:
-        self._forget_names(path)
+    def was_removed(self, kind: type[XenstoreNode], path: bytes, content: MemoryContent) -> None:
+        self.forget_names(path)
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
         self.open_files.orphan(path, node, content)
 
-    def _forget_names(self, path: bytes) -> None:
+    def forget_names(self, path: bytes) -> None:
         """The node at this path was removed."""
         self.view.sticky.discard(path)
         self.open_files.drop_below(path)
         self.was_written()
 
-    # --------------------------------------------------------------------------------- rename
-
-    async def rename(
-        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
-    ) -> None:
-        if flags & ~pyfuse3.RENAME_NOREPLACE:
-            refuse(errno.EINVAL)
-        if not isinstance(target, Directory) or target.view is not self.view:
-            refuse(errno.EXDEV)
-        if VALUE_NAME in (name, target_name):
-            refuse(errno.EXDEV)
-        self.require()
-        replace = not flags & pyfuse3.RENAME_NOREPLACE
-        if self.is_scratch(name) and target.is_scratch(target_name):
-            await self._rename_scratch(name, target, target_name, replace)
-        elif self.is_scratch(name):
-            await self._rename_to_node(name, target, target_name, replace)
-        elif target.is_scratch(target_name):
-            await self._rename_to_scratch(name, target, target_name, replace, caller)
-        else:
-            await self._rename_node(name, target, target_name, replace)
-
-    async def _rename_node(
-        self, name: bytes, target: Directory, target_name: bytes, replace: bool
-    ) -> None:
-        source_path = await self._path_of_present(name)
-        target_path = await target._target_path(target_name)
-        if source_path == target_path:
-            return
-        if target_path.startswith(source_path + b"/"):
-            refuse(errno.EINVAL)
-        if source_path.startswith(target_path + b"/"):
-            refuse(errno.ENOTEMPTY)
-        is_directory = False
-        replaced: MemoryContent | None = None
-
-        async def work(commands: Commands) -> None:
-            nonlocal is_directory, replaced
-            is_directory, replaced = await posix.rename(
-                *(self.view, commands, source_path, target_path),
-                replace=replace,
-                needs_parent=not target.always_there,
-            )
-            if is_directory and replaced and self.open_files.scratch_names(target_path):
-                refuse(errno.ENOTEMPTY)
-
-        async with self.open_files.changing_below(source_path, target_path):
-            before = self.open_files.get(target_path)
-            await self.view.atomically_apart(work)
-            kind = Directory if is_directory else ValueFile
-            target._has_new_node(kind, target_path, replaced, before)
-            for moved_kind in (Directory, ValueFile):
-                node = self.table.find(moved_kind, self, source_path.rpartition(b"/")[2])
-                if node is not None:
-                    self.table.move(node, target, target_path.rpartition(b"/")[2])
-            self.was_written()
-            self.open_files.move(source_path, target_path)
-            self.view.sticky.move(source_path, target_path)
-            if is_directory:
-                # The old name may have made it a directory by convention, and the new one does not.
-                self.view.sticky.add(target_path)
-
-    def _has_new_node(
-        self,
-        kind: type[XenstoreNode],
-        path: bytes,
-        replaced: MemoryContent | None,
-        before: OpenFile | None,
-    ) -> None:
-        """A rename has made a node at this path, of which `before` was the open file."""
-        if replaced is None:
-            self.open_files.retire(before)
-        else:
-            self._was_removed(kind, path, replaced)
-
-    async def _target_path(self, name: bytes) -> bytes:
+    async def path_for_rename(self, name: bytes) -> bytes:
         """The path of a node to which something is renamed."""
-        return await self._path_of_present(name) if is_alias(name) else self._new_path(name)
+        return await self.path_of_present(name) if is_alias(name) else self._new_path(name)
 
     # --------------------------------------------------------------------------- scratch files
 
@@ -480,7 +403,7 @@ class Directory(XenstoreNode):
         file = self.open_files.get(join(self.path, name))
         return None if file is None else (self.table.node(ScratchFile, self, name), file)
 
-    def _present_scratch(self, name: bytes) -> tuple[ScratchFile, OpenFile]:
+    def present_scratch(self, name: bytes) -> tuple[ScratchFile, OpenFile]:
         if (found := self.scratch_file(name)) is None:
             refuse(errno.ENOENT)
         return found
@@ -488,7 +411,7 @@ class Directory(XenstoreNode):
     async def _lookup_scratch(self, name: bytes) -> EntryAttributes:
         if self.scratch_file(name) is not None:
             await self.require_present(errno.ENOENT)
-        node, _ = self._present_scratch(name)
+        node, _ = self.present_scratch(name)
         return self._found(node, node.attributes_in_memory())
 
     async def _make_scratch(self, name: bytes, caller: Caller, *, present: int) -> ScratchFile:
@@ -499,99 +422,6 @@ class Directory(XenstoreNode):
             refuse(present)
         self.open_files.link(file, join(self.path, name))
         return self.table.node(ScratchFile, self, name)
-
-    async def _rename_scratch(
-        self, name: bytes, target: Directory, target_name: bytes, replace: bool
-    ) -> None:
-        await target.require_present()
-        node, file = self._present_scratch(name)
-        source_path, target_path = file.path, join(target.path, target_name)
-        if (present := target.scratch_file(target_name)) is not None:
-            replaced_node, replaced = present
-            if not replace:
-                refuse(errno.EEXIST)
-            if replaced is file:
-                return
-            self.open_files.unlink(replaced, replaced_node)
-        if node.lookups:
-            self.table.move(node, target, target_name)
-        self.open_files.move(source_path, target_path)
-
-    async def _rename_to_node(
-        self, name: bytes, target: Directory, target_name: bytes, replace: bool
-    ) -> None:
-        """Rename a scratch file to a node: one WRITE of its content."""
-        path = await target._target_path(target_name)
-        scratch, file = self._present_scratch(name)
-        async with self.open_files.changing_below(file.path, path):
-            if self.open_files.get(file.path) is not file or file.memory is None:
-                refuse(errno.ENOENT)
-            if (mode := file.memory.mode) is not None:
-                # The node cannot have any other mode, and to drop this one could let other users in.
-                of_node = self.table.ownership.mode(stat.S_IFREG, True, True)
-                scratch.require_mode(mode, of_node)
-            perms, value = file.memory.perms, self.view.content.parse(file.memory.data)
-            if len(value) > protocol.value_max(path, self.view.commands.payload_max):
-                refuse(errno.EFBIG)
-            replaced: MemoryContent | None = None
-
-            async def work(commands: Commands) -> Request | None:
-                nonlocal replaced
-                (state,) = await self.view.fetch((path,), commands)
-                replaced = await posix.replaced(
-                    *(self.view, commands, path, state),
-                    by_directory=False,
-                    replace=replace,
-                    needs_parent=not target.always_there,
-                )
-                return await posix.write_with_perms(commands, path, value, perms)
-
-            before = self.open_files.get(path)
-            await self.view.atomically(work)
-            target._has_new_node(ValueFile, path, replaced, before)
-            self.view.sticky.discard(path)
-            self.was_written()
-            self.open_files.move_to_store(file, scratch, path)
-
-    async def _rename_to_scratch(
-        self, name: bytes, target: Directory, target_name: bytes, replace: bool, caller: Caller
-    ) -> None:
-        """Rename a file's node to a scratch name, with its value and permissions."""
-        path = await self._path_of_present(name)
-        if join(target.path, b"").startswith(join(path, b"")):
-            refuse(errno.EINVAL)
-        await target.require_present()
-        if not replace and target.scratch_file(target_name) is not None:
-            refuse(errno.EEXIST)
-        file = await self.open_files.new_scratch(caller)
-        content = file.memory
-        assert content is not None
-        is_taken = False
-
-        async def work(commands: Commands) -> Request:
-            nonlocal is_taken
-            taken = await posix.removed(self.view, commands, path, if_directory=errno.EINVAL)
-            if taken.perms is None:
-                refuse(errno.EACCES)  # not readable, so its value would be lost
-            content.perms = taken.perms
-            await self.open_files.set_data(file, content, taken.data)
-            is_taken = True
-            return protocol.rm(path)
-
-        try:
-            async with self.open_files.changing_below(path):
-                await self.view.atomically(work)
-                node = self.table.find(ValueFile, self, path.rpartition(b"/")[2])
-                self._forget_names(path)
-                target_path = join(target.path, target_name)
-                self.open_files.move_to_scratch(path, node, target_path, file)
-        except (ConnectionLost, RequestTimeout):
-            if is_taken:
-                # If the transaction was committed after all, the value is nowhere else.
-                self.open_files.link(file, join(target.path, target_name))
-            raise
-        finally:
-            self.open_files.release(file)
 
 
 class ForcedDirectory(Directory):

@@ -216,11 +216,6 @@ class Node(ABC):
     async def rmdir(self, name: bytes) -> None:
         refuse(errno.EPERM)
 
-    async def rename(
-        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
-    ) -> None:
-        refuse(errno.EPERM)
-
     async def readlink(self) -> bytes:
         refuse(errno.EINVAL)
 

@@ -37,6 +37,7 @@ from xsfs.fs.errnos import translate
 from xsfs.fs.fuse_loop import install
 from xsfs.fs.inodes import InodeTable
 from xsfs.fs.nodes import Caller, Handle, refuse
+from xsfs.fs.renames import rename
 from xsfs.view.names import NAME_MAX
 from xsfs.view.view import View
 
@@ -274,7 +275,7 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         source, target = self.table.get(parent_inode_old), self.table.get(parent_inode_new)
-        await source.rename(name_old, target, name_new, flags, self._caller(ctx))
+        await rename(source, name_old, target, name_new, flags, self._caller(ctx))
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
