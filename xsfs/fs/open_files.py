@@ -308,9 +308,8 @@ class OpenFiles:
             file.debt = None
         file.memory = content
         self._detach(file, node)
-        content.mtime_ns = (
-            max((each.mtime_ns for each in file.nodes), default=0) or content.mtime_ns
-        )
+        if seen := max((each.mtime_ns for each in file.nodes), default=0):
+            content.mtime_ns = seen
         return file
 
     def _detach(self, file: OpenFile, node: XenstoreNode | None) -> None:
@@ -403,7 +402,7 @@ class OpenFiles:
 
     def drop_below(self, top: bytes) -> None:
         """A node is gone, with all below it."""
-        for file in self.scratch_files(top) if self._scratch else ():
+        for file in self.scratch_files(top):
             self.unlink(file)
 
     def link(self, file: OpenFile, path: bytes) -> None:

@@ -11,9 +11,7 @@ from xsfs.fs import posix
 from xsfs.fs.directories import Directory
 from xsfs.fs.files import ValueFile
 from xsfs.fs.nodes import Caller, Node, refuse
-from xsfs.fs.open_files import OpenFile
 from xsfs.fs.scratch import MemoryContent
-from xsfs.fs.xattrs import XenstoreNode
 from xsfs.view.names import VALUE_NAME, join
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -66,14 +64,16 @@ async def _rename_node(
             replace=replace,
             needs_parent=not target.always_there,
         )
-        if is_directory and replaced and source.open_files.scratch_names(target_path):
+        if is_directory and replaced is not None and source.open_files.scratch_names(target_path):
             refuse(errno.ENOTEMPTY)
 
     async with source.open_files.changing_below(source_path, target_path):
         before = source.open_files.get(target_path)
         await source.view.atomically_apart(work)
-        kind = Directory if is_directory else ValueFile
-        _has_new_node(target, kind, target_path, replaced, before)
+        if replaced is None:
+            source.open_files.retire(before)
+        else:
+            target.was_removed(Directory if is_directory else ValueFile, target_path, replaced)
         for moved_kind in (Directory, ValueFile):
             node = source.table.find(moved_kind, source, source_path.rpartition(b"/")[2])
             if node is not None:
@@ -84,20 +84,6 @@ async def _rename_node(
         if is_directory:
             # The old name may have made it a directory by convention, and the new one does not.
             source.view.sticky.add(target_path)
-
-
-def _has_new_node(
-    target: Directory,
-    kind: type[XenstoreNode],
-    path: bytes,
-    replaced: MemoryContent | None,
-    before: OpenFile | None,
-) -> None:
-    """A rename has made a node at this path, of which `before` was the open file."""
-    if replaced is None:
-        target.open_files.retire(before)
-    else:
-        target.was_removed(kind, path, replaced)
 
 
 async def _rename_scratch(
@@ -129,8 +115,7 @@ async def _rename_to_node(
             refuse(errno.ENOENT)
         if (mode := file.memory.mode) is not None:
             # The node cannot have any other mode, and to drop this one could let other users in.
-            of_node = source.table.ownership.mode(stat.S_IFREG, True, True)
-            scratch.require_mode(mode, of_node)
+            scratch.require_mode(mode, source.table.ownership.mode(stat.S_IFREG, True, True))
         perms, value = file.memory.perms, source.view.content.parse(file.memory.data)
         if len(value) > protocol.value_max(path, source.view.commands.payload_max):
             refuse(errno.EFBIG)
@@ -149,7 +134,10 @@ async def _rename_to_node(
 
         before = source.open_files.get(path)
         await source.view.atomically(work)
-        _has_new_node(target, ValueFile, path, replaced, before)
+        if replaced is None:
+            source.open_files.retire(before)
+        else:
+            target.was_removed(ValueFile, path, replaced)
         source.view.sticky.discard(path)
         source.was_written()
         source.open_files.move_to_store(file, scratch, path)

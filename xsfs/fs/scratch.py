@@ -64,17 +64,15 @@ class MemoryContent:
 
 def shortage(others: Collection[MemoryContent], owner: int | None, size: int) -> int:
     """The errno if a scratch file of `size` bytes has no room beside the others; 0 if it has."""
-    if len(others) >= FILES_MAX or _size(others) + size > BYTES_MAX:
+
+    def are_full(group: Collection[MemoryContent], files_max: int, bytes_max: int) -> bool:
+        return len(group) >= files_max or sum(len(each.data) for each in group) + size > bytes_max
+
+    if are_full(others, FILES_MAX, BYTES_MAX):
         return errno.ENOSPC
-    if owner is not None:
-        others = [content for content in others if content.owner == owner]
-        if (
-            len(others) >= EACH_UNPRIVILEGED_FILES_MAX
-            or _size(others) + size > EACH_UNPRIVILEGED_BYTES_MAX
-        ):
-            return errno.EDQUOT
+    own = [each for each in others if each.owner == owner]
+    if owner is not None and are_full(
+        own, EACH_UNPRIVILEGED_FILES_MAX, EACH_UNPRIVILEGED_BYTES_MAX
+    ):
+        return errno.EDQUOT
     return 0
-
-
-def _size(contents: Collection[MemoryContent]) -> int:
-    return sum(len(content.data) for content in contents)
