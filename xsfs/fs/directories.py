@@ -26,7 +26,7 @@ from xsfs.fs.scratch import MemoryContent
 from xsfs.fs.special import DomidFile, StatsFile
 from xsfs.fs.watch_files import WatchFile
 from xsfs.fs.xattrs import XenstoreNode
-from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
+from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, is_scratch_name, join
 from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -43,6 +43,8 @@ class Directory(XenstoreNode):
 
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
+    always_directory: ClassVar[bool] = False
+    """Whether it is a directory whatever its node looks like."""
     own: ClassVar[Mapping[bytes, type[Node]]] = {
         VALUE_NAME: DotValue,
         b".watch": WatchFile,
@@ -65,7 +67,8 @@ class Directory(XenstoreNode):
         return self.view.is_always_there(self.path)
 
     def is_of_kind(self, state: NodeState) -> bool:
-        return state.has_children or self.view.is_directory(self.path, state)
+        is_directory = self.always_directory or state.has_children
+        return is_directory or self.view.is_directory(self.path, state)
 
     def require_directory(self, state: NodeState | None) -> NodeState:
         """The state of the node if it still is a directory.  Fails with ESTALE if not."""
@@ -396,7 +399,8 @@ class Directory(XenstoreNode):
     # --------------------------------------------------------------------------- scratch files
 
     def is_scratch(self, name: bytes) -> bool:
-        return self.table.is_scratch(self.view, name)
+        """Whether a file of this name is a scratch file: never one in a transaction."""
+        return self.view is self.table.root_view and is_scratch_name(name)
 
     def scratch_file(self, name: bytes) -> tuple[ScratchFile, OpenFile] | None:
         """The scratch file of this name, if there is one."""
@@ -409,8 +413,8 @@ class Directory(XenstoreNode):
         return found
 
     async def _lookup_scratch(self, name: bytes) -> EntryAttributes:
-        if self.scratch_file(name) is not None:
-            await self.require_present(errno.ENOENT)
+        self.present_scratch(name)
+        await self.require_present(errno.ENOENT)
         node, _ = self.present_scratch(name)
         return self._found(node, node.attributes_in_memory())
 
@@ -429,13 +433,12 @@ class ForcedDirectory(Directory):
 
     __slots__ = ()
 
+    always_directory = True
+
     def value_was_written(self) -> None:
         """NAME stays what it is."""
 
     def has_dot_value(self, state: NodeState) -> bool:
-        return True
-
-    def is_of_kind(self, state: NodeState) -> bool:
         return True
 
 
@@ -444,12 +447,11 @@ class WholeStoreDirectory(Directory):
 
     __slots__ = ()
 
+    always_directory = True
+
     @property
     def path(self) -> bytes:
         return b"/"
-
-    def is_of_kind(self, state: NodeState) -> bool:
-        return True
 
 
 class RootDirectory(Directory):
@@ -457,6 +459,7 @@ class RootDirectory(Directory):
 
     __slots__ = ()
 
+    always_directory = True
     own: ClassVar[Mapping[bytes, type[Node]]] = {
         **Directory.own,
         b".root": WholeStoreDirectory,
@@ -472,9 +475,6 @@ class RootDirectory(Directory):
     @property
     def path(self) -> bytes:
         return self.view.root
-
-    def is_of_kind(self, state: NodeState) -> bool:
-        return True
 
     def listed_own(self) -> dict[bytes, type[Node]]:
         if not self.table.visible:

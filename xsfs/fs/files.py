@@ -70,7 +70,7 @@ class ValueFile(XenstoreNode):
         return self._checked(await self.open_files.fetch_one(self.path))
 
     def _checked(self, state: NodeState | None) -> NodeState:
-        """The state that was fetched.  Fails with ESTALE if it is not that of a file."""
+        """The fetched state of a file.  Fails with ESTALE for any other."""
         if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         self.require()

@@ -35,7 +35,7 @@ from xsfs.fs.open_files import OpenFiles
 from xsfs.fs.quotas import Quota
 from xsfs.fs.watch_files import READERS_MAX
 from xsfs.view.bounded import Bounded
-from xsfs.view.names import NAME_MAX, file_name, is_scratch_name, join
+from xsfs.view.names import NAME_MAX, file_name, join
 from xsfs.view.ownership import Ownership
 from xsfs.view.view import View
 
@@ -126,8 +126,7 @@ class InodeTable:
         self.text_bytes = Quota(TEXTS_MAX, errno.ENFILE)
         self._open_files: dict[View, OpenFiles] = {}
         self._nodes: dict[int, Node] = {}
-        self._view: View | None = None
-        """The root's."""
+        self.root_view: View | None = None
         self._inside: dict[View, set[int]] = {}
         """The inodes of the nodes of other views."""
         self._moved: dict[tuple[type[Node], Node, bytes], Node] = {}
@@ -164,7 +163,7 @@ class InodeTable:
     def add_root(self, root: Node) -> None:
         root.inode = pyfuse3.ROOT_INODE
         root.lookups = 1
-        self._view = root.view
+        self.root_view = root.view
         self._nodes[root.inode] = root
 
     def open_files_of(self, view: View) -> OpenFiles:
@@ -172,10 +171,6 @@ class InodeTable:
         if found is None:
             found = self._open_files[view] = OpenFiles(view)
         return found
-
-    def is_scratch(self, view: View, name: bytes) -> bool:
-        """Whether a file of this name in this view is a scratch file: never one in a transaction."""
-        return view is self._view and is_scratch_name(name)
 
     def get(self, inode: int) -> Node:
         """The node with this number.  Fails with ESTALE if there is none any more."""
@@ -243,7 +238,7 @@ class InodeTable:
     def remember(self, node: Node) -> None:
         """Count one more lookup of the node by the kernel.  No await may lie between `node`, or
         `is_current`, and this call, or two tasks could have created the node."""
-        if node.view is not self._view and not self._joins(node):
+        if node.view is not self.root_view and not self._joins(node):
             return  # its view has ended meanwhile
         if node.renumbered and not node.lookups:
             # To be found even if the node that has its position's number goes first.
@@ -278,7 +273,7 @@ class InodeTable:
             del self._nodes[inode]
             node.lookups = FORGOTTEN
             self._unmove(node)
-            if node.view is not self._view:
+            if node.view is not self.root_view:
                 self._inside[node.view].discard(inode)
 
     def _unmove(self, node: Node) -> None:

@@ -102,7 +102,7 @@ class Debt:
 class _Changing(AbstractAsyncContextManager[None]):
     """A lock that gives the event loop no turn if it is free.
 
-    A class, because an async generator takes 4 microseconds more, and each write takes the lock.
+    With a plain trio.Lock, which gives one, an `echo` takes a fifth longer.
     """
 
     __slots__ = ("_lock",)

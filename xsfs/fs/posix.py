@@ -52,9 +52,8 @@ async def _removed(view: View, commands: Commands, path: bytes, state: NodeState
     (reply,) = await commands.pipeline((protocol.get_perms(path),))
     if isinstance(reply, XenstoreError) and reply.name != "EACCES":
         raise reply
-    perms = reply if isinstance(reply, bytes) else None
-    if perms is not None:
-        perms_text(perms)  # WireError, if it makes no sense, before anything is changed
+    perms = None if isinstance(reply, XenstoreError) else reply
+    perms_text(perms or b"")  # WireError, if it makes no sense, before anything is changed
     return orphan_content(view, path, state.value or b"", perms)
 
 
