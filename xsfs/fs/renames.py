@@ -167,7 +167,7 @@ async def _rename_to_scratch(
         nonlocal is_taken
         taken = await posix.removed(source.view, commands, path, if_directory=errno.EINVAL)
         if taken.perms is None:
-            refuse(errno.EACCES)  # not readable, so its value would be lost
+            refuse(errno.EACCES)  # they would be lost
         content.perms = taken.perms
         await source.open_files.set_data(file, content, taken.data)
         is_taken = True
