@@ -287,6 +287,26 @@ def test_attributes_of_a_removed_file_are_its_own(
     assert witness.read(node(place, file)) == b"another"
 
 
+@pytest.mark.parametrize("state", STATES)
+def test_a_removed_file_is_no_larger_than_a_value(box: Path, state: str) -> None:
+    """Any number of them may be open, so their memory must be bounded."""
+    file = box / "f"
+    if not STATES[state] & os.O_CREAT:
+        file.write_text("old\n")
+    with opened(file, STATES[state]) as fd:
+        file.unlink()
+        os.pwrite(fd, b"x" * 3000, 0)
+        size = os.fstat(fd).st_size
+        for grow in (
+            lambda: os.pwrite(fd, b"x" * 3000, 3000),
+            lambda: os.ftruncate(fd, 6000),
+            lambda: os.setxattr(fd, "user.xs.value", b"x" * 4096),
+        ):
+            with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+                grow()
+        assert os.fstat(fd).st_size == size
+
+
 MORE: dict[str, Callable[[int], Outcome]] = {
     **OPERATIONS,
     "getxattr": lambda fd: os.getxattr(fd, "user.xs.value"),

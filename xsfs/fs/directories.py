@@ -13,27 +13,23 @@ import stat
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import pyfuse3
-from pyfuse3 import EntryAttributes
+from pyfuse3 import EntryAttributes, InodeT
 
 from xsfs.fs import posix
 from xsfs.fs.domain_links import DomainsDirectory
 from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
-from xsfs.fs.files import DotValue, ValueFile, ValueHandle
+from xsfs.fs.files import DotValue, ScratchFile, ValueFile, ValueHandle
 from xsfs.fs.listing import DirectoryHandle
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
-from xsfs.fs.posix import Removed
-from xsfs.fs.scratch import ScratchFile, ScratchFiles, ScratchHandle
+from xsfs.fs.scratch import MemoryContent
 from xsfs.fs.special import DomidFile, StatsFile
 from xsfs.fs.watch_files import WatchFile
 from xsfs.fs.xattrs import XenstoreNode
-from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join
+from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, is_scratch_name, join
 from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
-from xsfs.xenstore.errors import ConnectionLost, RequestTimeout
-from xsfs.xenstore.permissions import perms_text
 from xsfs.xenstore.protocol import Request
 
 if TYPE_CHECKING:
@@ -47,6 +43,8 @@ class Directory(XenstoreNode):
 
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
+    always_directory: ClassVar[bool] = False
+    """Whether it is a directory whatever its node looks like."""
     own: ClassVar[Mapping[bytes, type[Node]]] = {
         VALUE_NAME: DotValue,
         b".watch": WatchFile,
@@ -69,14 +67,15 @@ class Directory(XenstoreNode):
         return self.view.is_always_there(self.path)
 
     def is_of_kind(self, state: NodeState) -> bool:
-        return state.has_children or self.view.is_directory(self.path, state)
+        is_directory = self.always_directory or state.has_children
+        return is_directory or self.view.is_directory(self.path, state)
 
     def require_directory(self, state: NodeState | None) -> NodeState:
         """The state of the node if it still is a directory.  Fails with ESTALE if not."""
         if state is None and self.always_there:
             return EMPTY_NODE
         if state is None:
-            self.scratch.drop_below(self.path)
+            self.open_files.drop_below(self.path)
         if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         return state
@@ -89,20 +88,23 @@ class Directory(XenstoreNode):
             return await self.getattr()
         return self.attributes(self.require_directory(state))
 
-    async def require_present(self) -> None:
-        """Fail with ESTALE if the node does not exist: the kernel then looks its path up again."""
+    async def require_present(self, missing: int = errno.ESTALE) -> None:
+        """Fail with this errno if the node does not exist.
+
+        After ESTALE the kernel looks the directory up again at a CREATE, but not at a MKNOD or SYMLINK.
+        """
         if not await self._is_present():
-            refuse(errno.ESTALE)
+            refuse(missing)
 
     async def _is_present(self) -> bool:
-        self.require()
+        if self.gone or self.view.ended:
+            return False
         if self.always_there:
             return True
         (reply,) = await self.view.commands.pipeline((protocol.read(self.path),))
         if is_missing(reply):
-            self.scratch.drop_below(self.path)
-            return False
-        return True
+            self.open_files.drop_below(self.path)
+        return not is_missing(reply)
 
     def value_was_written(self) -> None:
         self.view.sticky.add(self.path, with_value=True)
@@ -135,18 +137,25 @@ class Directory(XenstoreNode):
             return self._lookup_child(name, pid)
         if (forced := forced_name(name)) is not None:
             return self._lookup_forced(forced)
-        if self.scratch.takes(name):
+        if self.is_scratch(name):
             return self._lookup_scratch(name)
         return self._lookup_alias(name, pid)
 
     async def _lookup_own(self, kind: type[Node], name: bytes, pid: int) -> EntryAttributes:
         self.require()
+        return self._found(*await self.own_entry(kind, name, pid))
+
+    async def own_entry(
+        self, kind: type[Node], name: bytes, pid: int | None = None
+    ) -> tuple[Node, EntryAttributes]:
+        """The node of one of xsfs's own names, and its attributes for a LOOKUP of thread `pid`, or for a
+        listing."""
         node = self.table.node(kind, self, name)
-        entry = await node.looked_up(pid)
+        entry = await (node.getattr() if pid is None else node.looked_up(pid))
         if not self.table.is_current(node, self, name):
             node = self.table.node(kind, self, name)
-            entry.st_ino = node.inode
-        return self._found(node, entry)
+            entry.st_ino = InodeT(node.inode)
+        return node, entry
 
     async def _lookup_child(self, name: bytes, pid: int) -> EntryAttributes:
         path = join(self.path, name)
@@ -159,8 +168,9 @@ class Directory(XenstoreNode):
         if state is None and self.view.is_always_there(path):
             state = EMPTY_NODE
         if state is None:
-            self.scratch.drop_below(path)
+            self.open_files.drop_below(path)
             # A cached entry may have led here, and a write would create the directory again.
+            self.require()
             self.was_missing = not await self._is_present()
             refuse(errno.ENOENT)
         child = self.child(name, state, path)
@@ -241,12 +251,13 @@ class Directory(XenstoreNode):
             entry = await self._make_dot_value()
             dot_value = self.table.node(DotValue, self, name)
             return self._opened(dot_value, flags), entry
-        if self.scratch.takes(name):
+        if self.is_scratch(name):
             await self.require_present()
             scratch = await self._make_scratch(
                 name, caller, present=errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
             )
-            return ScratchHandle(scratch, flags), self._found(scratch, scratch.attributes())
+            entry = self._found(scratch, scratch.attributes_in_memory())
+            return self._opened(scratch, flags), entry
         path = self._new_path(name)
         is_exclusive = bool(flags & os.O_EXCL)
         if is_exclusive:
@@ -255,10 +266,9 @@ class Directory(XenstoreNode):
             await self.require_present()
         file = self.table.node(ValueFile, self, name)
         handle = self._opened(file, flags)
-        if is_exclusive:
-            handle.file.is_pinned = True
-        else:
-            handle.create()
+        handle.file.is_pinned = True
+        if not is_exclusive:
+            handle.file.owe(handle, None)
         return handle, self._found(file, file.attributes(EMPTY_NODE))
 
     def _opened(self, file: ValueFile, flags: int) -> ValueHandle:
@@ -276,10 +286,10 @@ class Directory(XenstoreNode):
     async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
         if name == VALUE_NAME:
             return await self._make_dot_value()
-        if self.scratch.takes(name):
-            await self._require_existing()
+        if self.is_scratch(name):
+            await self.require_present(errno.ENOENT)
             scratch = await self._make_scratch(name, caller, present=errno.EEXIST)
-            return self._found(scratch, scratch.attributes())
+            return self._found(scratch, scratch.attributes_in_memory())
         path = self._new_path(name)
         await self._make(path, directory=False, missing_parent=errno.ENOENT)
         file = self.table.node(ValueFile, self, name)
@@ -293,25 +303,11 @@ class Directory(XenstoreNode):
         return self._found(directory, directory.attributes(EMPTY_NODE))
 
     async def make_symlink(self, name: bytes) -> EntryAttributes:
-        await self._require_existing()
+        await self.require_present(errno.ENOENT)
         refuse(errno.EPERM)
 
-    async def _require_existing(self) -> None:
-        """Fail with ENOENT if the node does not exist.
-
-        After ESTALE the kernel looks the directory up again at a CREATE, but not at a MKNOD or SYMLINK.
-        """
-        try:
-            await self.require_present()
-        except pyfuse3.FUSEError:
-            refuse(errno.ENOENT)
-
     async def _make(self, path: bytes, *, directory: bool, missing_parent: int) -> None:
-        """Create a node.
-
-        missing_parent  the errno if this directory does not exist: ESTALE if the kernel then looks its path
-                        up again
-        """
+        """Create a node.  Fails with `missing_parent` if this directory does not exist."""
         await self.open_files.settle(path)
 
         async def work(commands: Commands) -> Request:
@@ -334,28 +330,13 @@ class Directory(XenstoreNode):
         if name == VALUE_NAME:
             await self._unlink_dot_value()
             return
-        if self.scratch.takes(name):
-            content = self.scratch.get(self.path, name)
-            if content is None:
-                refuse(errno.ENOENT)
-            self.scratch.unlink(content)
+        if self.is_scratch(name):
+            node, scratch = self.present_scratch(name)
+            self.open_files.unlink(scratch, node)
             return
-        path = await self._path_of_present(name)
-        file = self.open_files.get(path)
-        removed = Removed(b"", b"")
-
-        async def work(commands: Commands) -> Request | None:
-            nonlocal removed
-            if file is not None and file.debt is not None and file.debt.found is None:
-                (state,) = await self.view.fetch((path,), commands)
-                if state is None:
-                    return None  # its creation is still owed
-            removed = await posix.removed_file(self.view, commands, path)
-            return protocol.rm(path)
-
+        path = await self.path_of_present(name)
         async with self.open_files.changing(path):
-            await self.view.atomically(work)
-            self._was_removed(ValueFile, path, removed)
+            await self._remove(ValueFile, path)
 
     async def _unlink_dot_value(self) -> None:
         """Empty the value and keep the node, so that `rm -r` and rmdir can follow."""
@@ -366,254 +347,85 @@ class Directory(XenstoreNode):
             self.view.sticky.discard_value(path)
             self.was_written()
             node = self.table.find(DotValue, self, VALUE_NAME)
-            self.open_files.orphan(path, node, self.view.content.render(value), b"")
+            content = posix.orphan_content(self.view, path, value, None)
+            self.open_files.orphan(path, node, content)
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
-        path = await self._path_of_present(name)
-        removed = Removed(b"", b"")
+        path = await self.path_of_present(name)
+        async with self.open_files.changing_below(path):
+            await self._remove(Directory, path)
 
-        async def work(commands: Commands) -> Request:
-            nonlocal removed
-            removed = await posix.removed_directory(self.view, commands, path)
-            if self.scratch.names(path):
+    async def _remove(self, kind: type[XenstoreNode], path: bytes) -> None:
+        """Remove the node at a path.  Fails with EISDIR or ENOTDIR if it is of another kind."""
+        file = self.open_files.get(path)
+        is_directory = kind is Directory
+        content = posix.orphan_content(self.view, path, b"", None)
+
+        async def work(commands: Commands) -> Request | None:
+            nonlocal content
+            if file is not None and file.debt is not None and file.debt.found is None:
+                (state,) = await self.view.fetch((path,), commands)
+                if state is None:
+                    return None  # its creation is still owed
+            content = await posix.removed(self.view, commands, path, directory=is_directory)
+            if is_directory and self.open_files.scratch_names(path):
                 refuse(errno.ENOTEMPTY)
             return protocol.rm(path)
 
-        async with self.open_files.changing_below(path):
-            await self.view.atomically(work)
-            self._was_removed(Directory, path, removed)
+        await self.view.atomically(work)
+        self.was_removed(kind, path, content)
 
-    async def _path_of_present(self, name: bytes) -> bytes:
+    async def path_of_present(self, name: bytes) -> bytes:
         if name in self.own or forced_name(name) is not None:
             refuse(errno.EPERM)
         return join(self.path, await self._child_name(name))
 
-    def _was_removed(
-        self, kind: type[Directory] | type[ValueFile], path: bytes, removed: Removed
-    ) -> None:
-        self.view.sticky.discard(path)
-        self.scratch.drop_below(path)
-        self.was_written()
+    def was_removed(self, kind: type[XenstoreNode], path: bytes, content: MemoryContent) -> None:
+        self.forget_names(path)
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
-        content, perms = self.view.content.render(removed.value), perms_text(removed.perms)
-        self.open_files.orphan(path, node, content, perms)
+        self.open_files.orphan(path, node, content)
 
-    # --------------------------------------------------------------------------------- rename
-
-    async def rename(
-        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
-    ) -> None:
-        if flags & ~pyfuse3.RENAME_NOREPLACE:
-            refuse(errno.EINVAL)
-        if not isinstance(target, Directory) or target.view is not self.view:
-            refuse(errno.EXDEV)
-        if VALUE_NAME in (name, target_name):
-            refuse(errno.EXDEV)
-        self.require()
-        replace = not flags & pyfuse3.RENAME_NOREPLACE
-        if self.scratch.takes(name) and target.scratch.takes(target_name):
-            await self._rename_scratch(name, target, target_name, replace=replace)
-            return
-        if self.scratch.takes(name):
-            await self._write_scratch(name, target, target_name, replace=replace)
-            return
-        if target.scratch.takes(target_name):
-            await self._take_into_scratch(name, target, target_name, caller, replace=replace)
-            return
-        source_path = await self._path_of_present(name)
-        target_path = await target._target_path(target_name)
-        if source_path == target_path:
-            return
-        if target_path.startswith(source_path + b"/"):
-            refuse(errno.EINVAL)
-        if source_path.startswith(target_path + b"/"):
-            refuse(errno.ENOTEMPTY)
-        done: posix.Renamed | None = None
-
-        async def work(commands: Commands) -> None:
-            nonlocal done
-            done = await posix.rename(
-                *(self.view, commands, source_path, target_path),
-                replace=replace,
-                needs_parent=not target.always_there,
-            )
-            is_replaced = done.is_directory and done.replaced is not None
-            if is_replaced and self.scratch.names(target_path):
-                refuse(errno.ENOTEMPTY)
-
-        async with self.open_files.changing_below(source_path, target_path):
-            before = self.open_files.get(target_path)
-            await self.view.atomically_apart(work)
-            assert done is not None
-            self._was_renamed(source_path, target, target_path, done, before)
-
-    def _was_renamed(
-        self,
-        source_path: bytes,
-        target: Directory,
-        target_path: bytes,
-        done: posix.Renamed,
-        before: OpenFile | None,
-    ) -> None:
-        old_name, new_name = source_path.rpartition(b"/")[2], target_path.rpartition(b"/")[2]
-        if done.replaced is not None:
-            kind = Directory if done.is_directory else ValueFile
-            target._was_removed(kind, target_path, done.replaced)
-        else:
-            self.open_files.retire(before)
-        for moved_kind in (Directory, ValueFile):
-            if (node := self.table.find(moved_kind, self, old_name)) is not None:
-                self.table.move(node, target, new_name)
+    def forget_names(self, path: bytes) -> None:
+        """The node at this path was removed."""
+        self.view.sticky.discard(path)
+        self.open_files.drop_below(path)
         self.was_written()
-        self.open_files.move(source_path, target_path)
-        self.scratch.move_below(source_path, target_path)
-        self.view.sticky.move(source_path, target_path)
-        if done.is_directory:
-            # The old name may have made it a directory by convention, and the new one does not.
-            self.view.sticky.add(target_path)
 
-    async def _target_path(self, name: bytes) -> bytes:
+    async def path_for_rename(self, name: bytes) -> bytes:
         """The path of a node to which something is renamed."""
-        return await self._path_of_present(name) if is_alias(name) else self._new_path(name)
+        return await self.path_of_present(name) if is_alias(name) else self._new_path(name)
 
     # --------------------------------------------------------------------------- scratch files
 
-    @property
-    def scratch(self) -> ScratchFiles:
-        """The scratch files of the mount; an empty table in a transaction."""
-        return self.table.scratch_of(self.view)
+    def is_scratch(self, name: bytes) -> bool:
+        """Whether a file of this name is a scratch file: never one in a transaction."""
+        return self.view is self.table.root_view and is_scratch_name(name)
 
-    def scratch_names(self) -> list[bytes]:
-        """The names of the scratch files in it."""
-        return self.scratch.names(self.path)
+    def scratch_file(self, name: bytes) -> tuple[ScratchFile, OpenFile] | None:
+        """The scratch file of this name, if there is one."""
+        file = self.open_files.get(join(self.path, name))
+        return None if file is None else (self.table.node(ScratchFile, self, name), file)
 
-    def scratch_file(self, name: bytes) -> ScratchFile | None:
-        """The node for the scratch file of this name, if there is one."""
-        content = self.scratch.get(self.path, name)
-        if content is None:
-            return None
-        node = self.table.find(ScratchFile, self, name)
-        if node is not None and node.content is not content:
-            node.gone = True  # another file has its name by now
-        return self.table.node(ScratchFile, self, name)
+    def present_scratch(self, name: bytes) -> tuple[ScratchFile, OpenFile]:
+        if (found := self.scratch_file(name)) is None:
+            refuse(errno.ENOENT)
+        return found
 
     async def _lookup_scratch(self, name: bytes) -> EntryAttributes:
-        if self.scratch.get(self.path, name) is not None:
-            await self._require_existing()
-        if (node := self.scratch_file(name)) is None:
-            refuse(errno.ENOENT)
-        return self._found(node, node.attributes())
+        self.present_scratch(name)
+        await self.require_present(errno.ENOENT)
+        node, _ = self.present_scratch(name)
+        return self._found(node, node.attributes_in_memory())
 
     async def _make_scratch(self, name: bytes, caller: Caller, *, present: int) -> ScratchFile:
         """Create a scratch file.  Fails with the errno `present` if there is one of this name."""
-        content = await self.scratch.new(self.view, caller)
-        path = self.path
-        if self.scratch.get(path, name) is not None:
-            self.scratch.release(content)
+        file = await self.open_files.new_scratch(caller)
+        if self.scratch_file(name) is not None:
+            self.open_files.release(file)
             refuse(present)
-        self.scratch.link(content, path, name)
-        node = self.scratch_file(name)
-        assert node is not None
-        return node
-
-    async def _rename_scratch(
-        self, name: bytes, target: Directory, target_name: bytes, *, replace: bool
-    ) -> None:
-        await target.require_present()
-        node, replaced = self.scratch_file(name), target.scratch_file(target_name)
-        if node is None:
-            refuse(errno.ENOENT)
-        if replaced is not None:
-            if not replace:
-                refuse(errno.EEXIST)
-            if replaced.content is node.content:
-                return
-            replaced.gone = True
-        self.scratch.link(node.content, target.path, target_name)
-        if node.lookups:
-            self.table.move(node, target, target_name)
-
-    async def _write_scratch(
-        self, name: bytes, target: Directory, target_name: bytes, *, replace: bool
-    ) -> None:
-        """Rename a scratch file to a node: one WRITE of its content."""
-        path = await target._target_path(target_name)
-        scratch = self.scratch_file(name)
-        if scratch is None:
-            refuse(errno.ENOENT)
-        content = scratch.content
-        async with content.lock:
-            if content.place is None:
-                refuse(errno.ENOENT)
-            scratch.require_mode_of_node()
-            value = self.view.content.parse(bytes(content.data))
-            if len(value) > protocol.value_max(path, self.view.commands.payload_max):
-                refuse(errno.EFBIG)
-            replaced: Removed | None = None
-
-            async def work(commands: Commands) -> Request | None:
-                nonlocal replaced
-                (state,) = await self.view.fetch((path,), commands)
-                replaced = await posix.replaced(
-                    *(self.view, commands, path, state),
-                    by_directory=False,
-                    replace=replace,
-                    needs_parent=not target.always_there,
-                )
-                return await posix.write_with_perms(commands, path, value, content.perms)
-
-            async with self.open_files.changing_below(path):
-                await self.view.atomically(work)
-                self.scratch.unlink(content)
-                if replaced is not None:
-                    target._was_removed(ValueFile, path, replaced)
-            self.view.sticky.discard(path)
-            self.was_written()
-            content.become(self.table.node(ValueFile, target, path.rpartition(b"/")[2]))
-
-    async def _take_into_scratch(
-        self,
-        name: bytes,
-        target: Directory,
-        target_name: bytes,
-        caller: Caller,
-        *,
-        replace: bool,
-    ) -> None:
-        """Rename a file's node to a scratch name: its value and permissions are taken along."""
-        path = await self._path_of_present(name)
-        if join(target.path, b"").startswith(join(path, b"")):
-            refuse(errno.EINVAL)
-        await target.require_present()
-        if not replace and target.scratch_file(target_name) is not None:
-            refuse(errno.EEXIST)
-        content = await self.scratch.new(self.view, caller)
-        taken: Removed | None = None
-
-        async def work(commands: Commands) -> Request:
-            nonlocal taken
-            taken = await posix.removed_file(self.view, commands, path, if_directory=errno.EINVAL)
-            content.perms = taken.perms
-            await self.scratch.replace(self.view, content, self.view.content.render(taken.value))
-            return protocol.rm(path)
-
-        try:
-            async with self.open_files.changing_below(path):
-                await self.view.atomically(work)
-                assert taken is not None
-                file = self.open_files.get(path)
-                self._was_removed(ValueFile, path, taken)
-                if file is not None and file.orphan is not None:
-                    file.orphan.became_scratch = True
-            self.scratch.link(content, target.path, target_name)
-        except (ConnectionLost, RequestTimeout):
-            if taken is not None:
-                # If the transaction was committed after all, the value is nowhere else.
-                self.scratch.link(content, target.path, target_name)
-            raise
-        finally:
-            self.scratch.release(content)
+        self.open_files.link(file, join(self.path, name))
+        return self.table.node(ScratchFile, self, name)
 
 
 class ForcedDirectory(Directory):
@@ -621,13 +433,12 @@ class ForcedDirectory(Directory):
 
     __slots__ = ()
 
+    always_directory = True
+
     def value_was_written(self) -> None:
         """NAME stays what it is."""
 
     def has_dot_value(self, state: NodeState) -> bool:
-        return True
-
-    def is_of_kind(self, state: NodeState) -> bool:
         return True
 
 
@@ -636,12 +447,11 @@ class WholeStoreDirectory(Directory):
 
     __slots__ = ()
 
+    always_directory = True
+
     @property
     def path(self) -> bytes:
         return b"/"
-
-    def is_of_kind(self, state: NodeState) -> bool:
-        return True
 
 
 class RootDirectory(Directory):
@@ -649,6 +459,7 @@ class RootDirectory(Directory):
 
     __slots__ = ()
 
+    always_directory = True
     own: ClassVar[Mapping[bytes, type[Node]]] = {
         **Directory.own,
         b".root": WholeStoreDirectory,
@@ -664,9 +475,6 @@ class RootDirectory(Directory):
     @property
     def path(self) -> bytes:
         return self.view.root
-
-    def is_of_kind(self, state: NodeState) -> bool:
-        return True
 
     def listed_own(self) -> dict[bytes, type[Node]]:
         if not self.table.visible:

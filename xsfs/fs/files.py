@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.open_files import FRESH_SECONDS, OpenFile, is_missing
+from xsfs.fs.scratch import MemoryContent
 from xsfs.fs.xattrs import FileOfDirectory, XenstoreNode
 from xsfs.view.names import parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState
@@ -39,10 +41,12 @@ class ValueFile(XenstoreNode):
 
     @property
     def path(self) -> bytes:
-        return super().path if self.moved_file is None else self.moved_file.path
+        return super().path if self.detached is None else self.detached.path
 
     def require(self) -> None:
-        if (self.gone and self.moved_file is None) or self.view.ended:
+        """Fail with ESTALE if it is not in the store."""
+        is_lost = self.gone and (self.detached is None or self.detached.memory is not None)
+        if is_lost or self.view.ended:
             refuse(errno.ESTALE)
 
     def attributes(self, state: NodeState) -> EntryAttributes:
@@ -66,37 +70,52 @@ class ValueFile(XenstoreNode):
         return self._checked(await self.open_files.fetch_one(self.path))
 
     def _checked(self, state: NodeState | None) -> NodeState:
-        """The state that was fetched.  Fails with ESTALE if it is not that of a file."""
+        """The fetched state of a file.  Fails with ESTALE for any other."""
         if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         self.require()
         return state
 
     async def getattr(self) -> EntryAttributes:
-        state = await self._state_unless_orphan()
-        if state is not None:
-            return self.attributes(state)
-        assert self.orphan_file is not None
-        assert self.orphan_file.orphan is not None
-        content = self.orphan_file.orphan.content
-        entry = self.entry(len(content), mtime_ns=self.seen(hash(content)))
-        entry.st_nlink = 0
-        return entry
+        state = await self._state_in_store()
+        return self.attributes_in_memory() if state is None else self.attributes(state)
 
-    async def _state_unless_orphan(self) -> NodeState | None:
-        """As `state`; None if the file was removed or replaced through the mount, perhaps meanwhile."""
-        if self.orphan_file is None:
+    async def _state_in_store(self) -> NodeState | None:
+        """As `state`; None if the content is in memory, perhaps since a moment ago."""
+        if self.in_memory is None:
             try:
                 return await self.state()
             except FUSEError:
                 pass
         # A removal or renames through the mount may have been under way, so what was seen may not count.
         async with self.open_files.changing(self.path):
-            if self.orphan_file is not None:
+            if self.in_memory is not None:
                 return None
             self.require()
             path = self.path
             return self._checked(self.open_files.as_seen(path, await self.view.fetch_one(path)))
+
+    def attributes_in_memory(self) -> EntryAttributes:
+        if (found := self.in_memory) is None:
+            refuse(errno.ESTALE)
+        file, content = found
+        entry = self.entry(len(content.data), mtime_ns=content.mtime_ns)
+        if content.mode is not None:
+            entry.st_mode = stat.S_IFREG | content.mode
+        entry.st_atime_ns = content.atime_ns
+        entry.st_ctime_ns = content.ctime_ns
+        entry.st_nlink = int(self.open_files.get(file.path) is file)
+        return entry
+
+    def set_mode(self, wanted: int, present: int) -> None:
+        if (found := self.in_memory) is None or wanted & (stat.S_ISUID | stat.S_ISGID):
+            self.require_mode(wanted, present)
+        else:
+            found[1].set_mode(wanted & 0o777 & ~self.table.ownership.umask)
+
+    def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        if (found := self.in_memory) is not None:
+            found[1].set_times(atime_ns, mtime_ns)
 
     async def truncate(self, size: int) -> None:
         handle = ValueHandle(self, self._open_file(), os.O_WRONLY)
@@ -107,9 +126,11 @@ class ValueFile(XenstoreNode):
 
     def _open_file(self) -> OpenFile:
         """The open file, with one more handle."""
-        if self.orphan_file is not None:
-            self.orphan_file.handles += 1
-            return self.orphan_file
+        if (found := self.in_memory) is not None:
+            file, _ = found
+            file.handles += 1
+            file.nodes.add(self)
+            return file
         self.require()
         return self.open_files.open(self.path, self)
 
@@ -119,18 +140,18 @@ class ValueFile(XenstoreNode):
         truncates = bool(flags & os.O_TRUNC)
         value, fetched_at = None, 0.0
         is_readable = True
-        if self.orphan_file is None and (truncates or reads):
+        if truncates or reads:
             found = self.table.handover.take(caller.pid, self.inode)
             if found is not None:
                 value, fetched_at = found
-            elif (state := await self._state_unless_orphan()) is not None:
+            elif (state := await self._state_in_store()) is not None:
                 value, fetched_at = state.value, time.monotonic()
                 is_readable = state.readable
         if reads and not is_readable:
             refuse(errno.EACCES)
         file = self._open_file()
         if not (writes or truncates):
-            if value is None or file.orphan is not None:
+            if value is None or file.memory is not None:
                 return ReadHandle(self, file)
             return ReadHandle(self, file, self.view.content.render(value), fetched_at)
         writer = ValueHandle(self, file, flags)
@@ -146,7 +167,7 @@ class DotValue(FileOfDirectory, ValueFile):
 
     @property
     def path(self) -> bytes:
-        return self.directory.path if self.moved_file is None else self.moved_file.path
+        return self.directory.path if self.detached is None else self.detached.path
 
     @property
     def always_there(self) -> bool:
@@ -157,11 +178,11 @@ class DotValue(FileOfDirectory, ValueFile):
 
     def require(self) -> None:
         super().require()
-        if self.moved_file is None:
+        if self.detached is None:
             self.directory.require()
 
     def _checked(self, state: NodeState | None) -> NodeState:
-        if state is None and self.moved_file is None and self.directory.always_there:
+        if state is None and self.detached is None and self.directory.always_there:
             state = EMPTY_NODE
         return super()._checked(state)
 
@@ -178,6 +199,23 @@ class DotValue(FileOfDirectory, ValueFile):
         self.directory.value_was_written()
 
 
+class ScratchFile(ValueFile):
+    """A file at a position whose name Xenstore cannot hold.  Its content is in memory, or in the node to
+    which it was renamed."""
+
+    __slots__ = ()
+
+    @property
+    def in_memory(self) -> tuple[OpenFile, MemoryContent] | None:
+        file = self.detached or self.open_files.get(self.path)
+        return None if file is None or file.memory is None else (file, file.memory)
+
+    def require(self) -> None:
+        super().require()
+        if self.detached is None:
+            refuse(errno.ESTALE)
+
+
 class ReadHandle(Handle):
     """A value file as an open(2) that only reads has it.
 
@@ -189,11 +227,7 @@ class ReadHandle(Handle):
     node: ValueFile
 
     def __init__(
-        self,
-        node: ValueFile,
-        file: OpenFile,
-        content: bytes | None = None,
-        fetched_at: float = 0.0,
+        self, node: ValueFile, file: OpenFile, content: bytes | None = None, fetched_at: float = 0
     ) -> None:
         self.node = node
         self.file = file
@@ -203,13 +237,13 @@ class ReadHandle(Handle):
         """The end of the last read of the content; -1 before the first one."""
 
     async def read(self, offset: int, size: int) -> bytes:
-        orphan = self.file.orphan
+        memory = self.file.memory
         content = self._content
-        if orphan is None and (content is None or self._is_outdated(offset, content)):
+        if memory is None and (content is None or self._is_outdated(offset, content)):
             content = await self._fetch()
-            orphan = self.file.orphan
-        if orphan is not None:
-            content = orphan.content
+            memory = self.file.memory
+        if memory is not None:
+            content = memory.data
         assert content is not None
         data = content[offset : offset + size]
         self._position = offset + len(data)
@@ -233,7 +267,7 @@ class ReadHandle(Handle):
                 async with file.changing():
                     path = file.path
                     (reply,) = await node.view.commands.pipeline((protocol.read(path),))
-            if file.orphan is not None:
+            if file.memory is not None:
                 return b""
             if file.path == path:
                 break
@@ -267,15 +301,10 @@ class ValueHandle(ReadHandle):
 
     def empty(self, found: bytes | None, *, is_readable: bool = True) -> None:
         """O_TRUNC: the file, whose value is `found`, is to be empty."""
-        if self.file.orphan is not None:
-            self.file.orphan.content = b""
+        if self.file.memory is not None:
+            self.file.memory.write(b"")
         else:
             self.file.owe(self, found, is_blind=not is_readable)
-
-    def create(self) -> None:
-        """The node is to be created."""
-        self.file.owe(self, None)
-        self.file.is_pinned = True
 
     def _is_outdated(self, offset: int, content: bytes) -> bool:
         return True  # other handles may have written under a lock
@@ -284,6 +313,8 @@ class ValueHandle(ReadHandle):
 
     @property
     def _limit(self) -> int:
+        if (memory := self.file.memory) is not None:
+            return memory.size_max
         return protocol.value_max(self.file.path, self.node.view.commands.payload_max)
 
     async def write(self, offset: int, data: bytes) -> int:
@@ -316,8 +347,10 @@ class ValueHandle(ReadHandle):
         """
         node, file = self.node, self.file
         async with file.changing():
-            if file.orphan is not None:
-                self._change_orphan(change)
+            if (memory := file.memory) is not None:
+                result = change(memory.data)
+                await node.open_files.set_data(file, memory, result)
+                self._written = result
                 return
             node.require()
             debt = file.debt
@@ -339,15 +372,6 @@ class ValueHandle(ReadHandle):
         self._content = None
         self._written = result
         node.was_written()
-
-    def _change_orphan(self, change: Change) -> None:
-        orphan = self.file.orphan
-        assert orphan is not None
-        if orphan.became_scratch:
-            refuse(errno.ESTALE)
-        result = change(orphan.content)
-        self._value_of(result)
-        orphan.content = result
 
     def _value_of(self, content: bytes) -> bytes:
         """The value of a content that is to be written.  Fails with EFBIG if it does not fit."""
@@ -384,8 +408,7 @@ class ValueHandle(ReadHandle):
             return
         if debt is None or debt.found is not None:
             refuse(errno.ESTALE)
-        (reply,) = await commands.pipeline((protocol.read(parent),))
-        if is_missing(reply) and not self.node.view.is_always_there(parent):
+        if not (self.node.view.is_always_there(parent) or await commands.exists(parent)):
             refuse(errno.ESTALE)
 
     def _present(self, reply: bytes | XenstoreError) -> bytes:

@@ -7,16 +7,14 @@ waits, so a task that has kept a node across an await checks whether it `is_curr
 Invariants:
 
 - A node is a position in the mount (its parent, its name) seen as one kind.  A file and a directory at one
-  position are two nodes and have two inode numbers, because an inode whose type changes breaks the files
-  that are open on it.
+  position are two nodes with two numbers: an inode whose type changes breaks the files that are open on it.
 - An inode number is the hash of the position, so it stays when the kernel forgets a node and comes back.  A
   renamed node keeps its number.  Python's hash of bytes has a new key in each process, so no guest can
   choose names that collide.  If two positions collide, or the kernel still knows an old node of the
   position, the later node takes the next free number.
 - A node is in the table while its lookup count is above 0 (the root always) and its view has not ended.  The
-  kernel may know the nodes of an ended view until its memory runs short.  Their numbers mean ESTALE, and no
-  other node gets them.
-- A path in `paths` is the path of that directory.  A rename, which may change any, empties the table.
+  numbers of the nodes of an ended view mean ESTALE, and no other node gets them.
+- `paths` holds paths of directories.  A rename, which may change any, empties it.
 - A node that was removed or replaced through the mount is `gone`.  A new node at its position is another
   one.
 """
@@ -33,8 +31,8 @@ import pyfuse3
 
 from xsfs.fs.dumps import TEXTS_MAX
 from xsfs.fs.nodes import Node, refuse
+from xsfs.fs.open_files import OpenFiles
 from xsfs.fs.quotas import Quota
-from xsfs.fs.scratch import ScratchFiles
 from xsfs.fs.watch_files import READERS_MAX
 from xsfs.view.bounded import Bounded
 from xsfs.view.names import NAME_MAX, file_name, join
@@ -56,8 +54,6 @@ HANDOVERS_MAX: Final = 64
 
 LISTING_BYTES_MAX: Final = 64 << 20
 """The memory of all open listings."""
-
-_NO_SCRATCH: Final = ScratchFiles(is_enabled=False)
 
 N = TypeVar("N", bound=Node)
 
@@ -123,26 +119,19 @@ class InodeTable:
         self.visible = visible
         self.mounted_ns = time.time_ns()
         self.handover = Handover()
-        self.scratch = ScratchFiles()
         self._aliases: Bounded[bytes, bytes] = Bounded(ALIASES_MAX)
         self.mirror: LiveMirror | None = None
         self.readers = Quota(READERS_MAX, errno.EMFILE)
-        """Open watch files."""
         self.listing_bytes = Quota(LISTING_BYTES_MAX, errno.ENFILE)
-        """The memory of all open listings."""
         self.text_bytes = Quota(TEXTS_MAX, errno.ENFILE)
-        """The memory of all open texts of subtrees."""
-        self.per_view: dict[View, object] = {}
-        """An object of another module for each view, dropped when the view ends."""
+        self._open_files: dict[View, OpenFiles] = {}
         self._nodes: dict[int, Node] = {}
-        self._view: View | None = None
-        """The root's."""
+        self.root_view: View | None = None
         self._inside: dict[View, set[int]] = {}
         """The inodes of the nodes of other views."""
         self._moved: dict[tuple[type[Node], Node, bytes], Node] = {}
         """By position, the nodes whose numbers are not its hash: renamed, or renumbered."""
         self.paths: dict[Node, bytes] = {}
-        """The paths of directories in use: a bounded number, and none after a rename."""
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -174,12 +163,14 @@ class InodeTable:
     def add_root(self, root: Node) -> None:
         root.inode = pyfuse3.ROOT_INODE
         root.lookups = 1
-        self._view = root.view
+        self.root_view = root.view
         self._nodes[root.inode] = root
 
-    def scratch_of(self, view: View) -> ScratchFiles:
-        """The scratch files that this view shows: a transaction has none."""
-        return self.scratch if view is self._view else _NO_SCRATCH
+    def open_files_of(self, view: View) -> OpenFiles:
+        found = self._open_files.get(view)
+        if found is None:
+            found = self._open_files[view] = OpenFiles(view)
+        return found
 
     def get(self, inode: int) -> Node:
         """The node with this number.  Fails with ESTALE if there is none any more."""
@@ -247,7 +238,7 @@ class InodeTable:
     def remember(self, node: Node) -> None:
         """Count one more lookup of the node by the kernel.  No await may lie between `node`, or
         `is_current`, and this call, or two tasks could have created the node."""
-        if node.view is not self._view and not self._joins(node):
+        if node.view is not self.root_view and not self._joins(node):
             return  # its view has ended meanwhile
         if node.renumbered and not node.lookups:
             # To be found even if the node that has its position's number goes first.
@@ -269,7 +260,7 @@ class InodeTable:
 
     def _drop(self, view: View) -> None:
         self.paths.clear()
-        self.per_view.pop(view, None)
+        self._open_files.pop(view, None)
         for inode in self._inside.pop(view):
             self._unmove(self._nodes.pop(inode))
 
@@ -282,7 +273,7 @@ class InodeTable:
             del self._nodes[inode]
             node.lookups = FORGOTTEN
             self._unmove(node)
-            if node.view is not self._view:
+            if node.view is not self.root_view:
                 self._inside[node.view].discard(inode)
 
     def _unmove(self, node: Node) -> None:

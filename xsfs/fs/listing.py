@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, FUSEError, InodeT
+from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.fs.nodes import Caller, Handle, Node, refuse
 from xsfs.fs.quotas import Share
@@ -56,7 +56,7 @@ class DirectoryHandle(Handle):
         own = node.listed_own()
         if node.view.has_dot_value(path, state):
             own[VALUE_NAME] = node.own[VALUE_NAME]
-        scratch = node.scratch_names()
+        scratch = node.open_files.scratch_names(path)
         existing = dict.fromkeys((*own, *scratch, *listing.names))
         missing = [name for name in self._always_shown(path) if name not in existing]
         # A creation that was carried out meanwhile may be too late for the listing.
@@ -108,20 +108,16 @@ class DirectoryHandle(Handle):
             told.append(node)
 
     async def _node_and_entry(self, position: int) -> tuple[Node, EntryAttributes] | None:
-        directory, table, name = self.node, self.node.table, self._entries[position]
+        directory, name = self.node, self._entries[position]
         if (kind := self._own.get(name)) is not None:
-            node = table.node(kind, directory, name)
             try:
-                entry = await node.getattr()
+                return await directory.own_entry(kind, name)
             except FUSEError:
                 return None
-            if not table.is_current(node, directory, name):
-                node = table.node(kind, directory, name)
-                entry.st_ino = InodeT(node.inode)
-            return node, entry
         if name in self._scratch:
-            scratch = directory.scratch_file(name)
-            return None if scratch is None else (scratch, scratch.attributes())
+            if (found := directory.scratch_file(name)) is None:
+                return None
+            return found[0], found[0].attributes_in_memory()
         if name not in self._kinds:
             await self._fetch_kinds(position)
         state = self._kinds[name]

@@ -16,7 +16,6 @@ from typing import Final
 
 import trio
 
-from xsfs.fs.open_files import open_files_of
 from xsfs.fs.operations import Operations
 from xsfs.fs.transactions import Transactions
 from xsfs.view.view import View
@@ -78,6 +77,5 @@ def _move(view: View, operations: Operations, domid: int) -> None:
     view.store.watches.move(source, view.home)
     view.sticky.move(source, view.home)
     table.paths.clear()
-    table.scratch.move_below(source, view.home)
-    open_files_of(table, view).move(source, view.home)
+    table.open_files_of(view).move(source, view.home)
     operations.move_handles(source, view.home)

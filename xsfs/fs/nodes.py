@@ -85,10 +85,7 @@ class Handle:
         """The domain's home has moved, and with it all below."""
 
     async def poll(self, poll_handle: pyfuse3.PollHandle | None) -> int:
-        """The events of poll(2) that are ready.
-
-        Never fails with ENOSYS, which would turn poll off for the whole mount.
-        """
+        """The events of poll(2) that are ready.  ENOSYS would turn poll off for the whole mount."""
         return select.POLLIN | select.POLLOUT
 
 
@@ -217,11 +214,6 @@ class Node(ABC):
         refuse(errno.EPERM)
 
     async def rmdir(self, name: bytes) -> None:
-        refuse(errno.EPERM)
-
-    async def rename(
-        self, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
-    ) -> None:
         refuse(errno.EPERM)
 
     async def readlink(self) -> bytes:

@@ -37,7 +37,7 @@ from xsfs.fs.errnos import translate
 from xsfs.fs.fuse_loop import install
 from xsfs.fs.inodes import InodeTable
 from xsfs.fs.nodes import Caller, Handle, refuse
-from xsfs.fs.open_files import open_files_of
+from xsfs.fs.renames import rename
 from xsfs.view.names import NAME_MAX
 from xsfs.view.view import View
 
@@ -118,8 +118,9 @@ class Operations(pyfuse3.Operations):
 
     async def end(self, view: View) -> None:
         """The mount ends: carry out what open files still owe the store."""
+        open_files = self.table.open_files_of(view)
         try:
-            await open_files_of(self.table, view).settle_all()
+            await open_files.settle_all()
         except Exception as error:
             self.failure("unmount", error)
         handles = list(self._handles.values())
@@ -129,7 +130,7 @@ class Operations(pyfuse3.Operations):
                 await handle.release()
             except Exception as error:
                 self.failure("release", error)
-        if left := len(self.table.scratch):
+        if left := len(open_files.scratch_files(b"/")):
             log.warning("scratch files lost at the unmount: %d", left)
 
     # -------------------------------------------------------------------------------- errors
@@ -274,7 +275,7 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         source, target = self.table.get(parent_inode_old), self.table.get(parent_inode_new)
-        await source.rename(name_old, target, name_new, flags, self._caller(ctx))
+        await rename(source, name_old, target, name_new, flags, self._caller(ctx))
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
@@ -295,7 +296,7 @@ class Operations(pyfuse3.Operations):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        """Truncates.  Only scratch files keep modes and times that are set; owners cannot change."""
+        """Truncates.  Only files in memory keep modes and times that are set; owners cannot change."""
         node = self.table.get(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             present = await node.getattr()

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from xsfs.fs.nodes import refuse
 from xsfs.fs.open_files import is_missing
+from xsfs.fs.scratch import MemoryContent
 from xsfs.view.names import join, parent_path
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
@@ -24,14 +25,6 @@ from xsfs.xenstore.protocol import Request
 
 RENAME_NODES_MAX: Final = 100_000
 """How many nodes one rename may move: its transaction holds the daemon's memory and time."""
-
-
-class Removed(NamedTuple):
-    """A node that a transaction removed or replaced, as it was."""
-
-    value: bytes
-    perms: bytes
-    """The reply to GET_PERMS; empty if they may not be read."""
 
 
 async def make(
@@ -54,13 +47,20 @@ async def make(
     return protocol.mkdir(path) if directory else protocol.write(path, b"")
 
 
-async def _removed(commands: Commands, path: bytes, state: NodeState) -> Removed:
+async def _removed(view: View, commands: Commands, path: bytes, state: NodeState) -> MemoryContent:
+    """The content of a node that is to be removed or replaced, for the handles that have it open."""
     (reply,) = await commands.pipeline((protocol.get_perms(path),))
     if isinstance(reply, XenstoreError) and reply.name != "EACCES":
         raise reply
-    perms = reply if isinstance(reply, bytes) else b""
-    perms_text(perms)  # WireError, if it makes no sense, before anything is changed
-    return Removed(state.value or b"", perms)
+    perms = None if isinstance(reply, XenstoreError) else reply
+    perms_text(perms or b"")  # WireError, if it makes no sense, before anything is changed
+    return orphan_content(view, path, state.value or b"", perms)
+
+
+def orphan_content(view: View, path: bytes, value: bytes, perms: bytes | None) -> MemoryContent:
+    """A content that may become as large as that of the node at this path, and a newline."""
+    size_max = protocol.value_max(path, view.commands.payload_max) + 1
+    return MemoryContent(view.content.render(value), perms, size_max)
 
 
 def _check_empty(state: NodeState) -> None:
@@ -71,27 +71,23 @@ def _check_empty(state: NodeState) -> None:
         refuse(errno.ENOTEMPTY)
 
 
-async def removed_file(
-    view: View, commands: Commands, path: bytes, *, if_directory: int = errno.EISDIR
-) -> Removed:
-    """A file that is to be removed.  Fails with ENOENT, and for a directory with `if_directory`."""
+async def removed(
+    view: View,
+    commands: Commands,
+    path: bytes,
+    *,
+    directory: bool = False,
+    if_directory: int = errno.EISDIR,
+) -> MemoryContent:
+    """A node that is to be removed.  Fails with ENOENT, ENOTDIR or `if_directory`, EACCES, ENOTEMPTY."""
     (state,) = await view.fetch((path,), commands)
     if state is None:
         refuse(errno.ENOENT)
-    if view.is_directory(path, state):
-        refuse(if_directory)
-    return await _removed(commands, path, state)
-
-
-async def removed_directory(view: View, commands: Commands, path: bytes) -> Removed:
-    """A directory that is to be removed.  Fails with ENOENT, ENOTDIR, EACCES, ENOTEMPTY."""
-    (state,) = await view.fetch((path,), commands)
-    if state is None:
-        refuse(errno.ENOENT)
-    if not view.is_directory(path, state):
-        refuse(errno.ENOTDIR)
-    _check_empty(state)
-    return await _removed(commands, path, state)
+    if view.is_directory(path, state) != directory:
+        refuse(errno.ENOTDIR if directory else if_directory)
+    if directory:
+        _check_empty(state)
+    return await _removed(view, commands, path, state)
 
 
 async def replaced(
@@ -103,7 +99,7 @@ async def replaced(
     by_directory: bool,
     replace: bool,
     needs_parent: bool,
-) -> Removed | None:
+) -> MemoryContent | None:
     """The node at `path`, of this state, that a rename to `path` replaces.
 
     Fails with EEXIST, EISDIR, ENOTDIR, EACCES, ENOTEMPTY, ESTALE.
@@ -122,7 +118,7 @@ async def replaced(
         _check_empty(state)
     elif by_directory:
         refuse(errno.ENOTDIR)
-    return await _removed(commands, path, state)
+    return await _removed(view, commands, path, state)
 
 
 async def write_with_perms(
@@ -142,13 +138,6 @@ async def write_with_perms(
     return None
 
 
-class Renamed(NamedTuple):
-    """The result of a rename."""
-
-    is_directory: bool
-    replaced: Removed | None
-
-
 async def rename(
     view: View,
     commands: Commands,
@@ -157,8 +146,9 @@ async def rename(
     *,
     replace: bool,
     needs_parent: bool,
-) -> Renamed:
-    """Move a node and all below it, with values and permissions.
+) -> tuple[bool, MemoryContent | None]:
+    """Move a node and all below it, with values and permissions.  Returns whether it is a directory, and the
+    node that it replaces.
 
     needs_parent    whether the target's parent must exist
 
@@ -192,7 +182,7 @@ async def rename(
         ],
     )
     await commands.call(protocol.rm(source))
-    return Renamed(is_directory, gone)
+    return is_directory, gone
 
 
 async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, bytes]]:

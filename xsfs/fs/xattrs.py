@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import time
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
@@ -17,7 +16,8 @@ import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs.nodes import Node, refuse
-from xsfs.fs.open_files import OpenFile, Orphan, open_files_of
+from xsfs.fs.open_files import OpenFile
+from xsfs.fs.scratch import MemoryContent
 from xsfs.view.names import join, parent_path
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
@@ -25,6 +25,7 @@ from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import (
     Permissions,
+    encode_perms,
     parse_permissions,
     perms_text,
     set_perms,
@@ -43,20 +44,25 @@ ATTRIBUTE_MAX: Final = 4096
 """No permissions and no value are longer in a request."""
 
 
+PERMS_NAME: Final = b"user.xs.perms"
+PATH_NAME: Final = b"user.xs.path"
+VALUE_ATTRIBUTE_NAME: Final = b"user.xs.value"
+ATTRIBUTES: Final = (PERMS_NAME, PATH_NAME, VALUE_ATTRIBUTE_NAME)
+
+
 class XenstoreNode(Node):
     """A Xenstore node, as a file of some kind."""
 
-    __slots__ = ("_fingerprint", "_mtime_ns", "moved_file", "open_files", "orphan_file")
+    __slots__ = ("_fingerprint", "detached", "mtime_ns", "open_files")
 
     def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
         super().__init__(table, view, parent, name)
-        self.open_files = open_files_of(table, view)
+        self.open_files = table.open_files_of(view)
         self._fingerprint: int | None = None
-        self._mtime_ns = 0
-        self.orphan_file: OpenFile | None = None
-        """Its last open file, if it was removed or replaced through the mount."""
-        self.moved_file: OpenFile | None = None
-        """Its open file, if that was renamed by another name than the one that led here."""
+        self.mtime_ns = 0
+        self.detached: OpenFile | None = None
+        """The open file that it still is, if its position does not lead there any more: the file was removed,
+        replaced, or renamed by another name."""
 
     @property
     def always_there(self) -> bool:
@@ -64,17 +70,16 @@ class XenstoreNode(Node):
         return False
 
     def seen(self, fingerprint: int) -> int:
-        """The time in nanoseconds at which xsfs first saw the present value, or list of children.
+        """The time in nanoseconds at which xsfs first saw the present value, or list of children, of which
+        this is a hash.
 
-        fingerprint     differs if that differs
-
-        Xenstore keeps no times.  A constant one would make rsync, make and editors take an unchanged
-        time for an unchanged value.
+        Xenstore keeps no times.  A constant one would make rsync, make and editors take a changed value for
+        an unchanged one.
         """
         if fingerprint != self._fingerprint:
             self._fingerprint = fingerprint
-            self._mtime_ns = time.time_ns()
-        return self._mtime_ns
+            self.mtime_ns = time.time_ns()
+        return self.mtime_ns
 
     def attributes(self, state: NodeState) -> EntryAttributes:
         """The state of the node as the kernel takes it."""
@@ -84,46 +89,88 @@ class XenstoreNode(Node):
         """A change of the node was carried out through the mount."""
         self.table.handover.clear()
 
+    @property
+    def in_memory(self) -> tuple[OpenFile, MemoryContent] | None:
+        """Its file and the content of that, if it is in memory."""
+        file = self.detached
+        return None if file is None or file.memory is None else (file, file.memory)
+
     async def getxattr(self, name: bytes) -> bytes:
-        attribute = _ATTRIBUTES.get(name)
-        if attribute is None:
+        if name not in ATTRIBUTES:
             # Never ENOSYS, which would turn extended attributes off for the whole mount.
             refuse(errno.EOPNOTSUPP if name.startswith(b"system.") else pyfuse3.ENOATTR)
-        if (orphan := self._orphan) is not None:
-            return attribute.get_of_orphan(self, orphan)
+        if (found := self.in_memory) is not None:
+            _, content = found
+            if name == VALUE_ATTRIBUTE_NAME:
+                return self.view.content.parse(content.data)
+            if name == PERMS_NAME and content.perms is not None:
+                return perms_text(content.perms)
+            refuse(pyfuse3.ENOATTR)
         async with self._settled():
-            return await attribute.get(self)
+            if name == PATH_NAME:
+                return self.path
+            if name == PERMS_NAME:
+                return perms_text(await self.view.commands.call(protocol.get_perms(self.path)))
+            return await self.view.commands.call(protocol.read(self.path))
 
     async def setxattr(self, name: bytes, value: bytes) -> None:
-        attribute = _ATTRIBUTES.get(name)
-        if attribute is None:
+        if name not in ATTRIBUTES:
             refuse(errno.EOPNOTSUPP)
+        if name == PATH_NAME:
+            refuse(errno.EPERM)
         if len(value) > ATTRIBUTE_MAX:
             refuse(errno.E2BIG)
-        if (orphan := self._orphan) is not None:
-            attribute.set_of_orphan(self, orphan, value)
-            return
+        perms = await permissions_to_set(self.view, value) if name == PERMS_NAME else None
+        if (found := self.in_memory) is not None:
+            file, content = found
+            async with file.changing():
+                if file.memory is content:
+                    if perms is not None:
+                        content.set_perms(encode_perms(perms))
+                    else:
+                        data = self.view.content.render(value)
+                        await self.open_files.set_data(file, content, data)
+                    return
         async with self._settled():
-            await attribute.set(self, value)
+            if perms is None:
+                await self._set_value(value)
+            else:
+                request = set_perms(self.path, perms)
+                if len(request.payload) > self.view.commands.payload_max:
+                    refuse(errno.E2BIG)
+                await self.view.commands.call(request)
         self.was_written()
 
+    async def _set_value(self, value: bytes) -> None:
+        path = self.path
+        if len(value) > protocol.value_max(path, self.view.commands.payload_max):
+            refuse(errno.EFBIG)
+
+        async def work(commands: Commands) -> Request:
+            if not self.always_there:  # WRITE would create the node
+                await commands.call(protocol.read(path))
+            return protocol.write(path, value)
+
+        await self.view.atomically(work)
+
     async def listxattr(self) -> list[bytes]:
-        return [PERMS_NAME]
+        found = self.in_memory
+        return [PERMS_NAME] if found is None or found[1].perms is not None else []
 
     async def removexattr(self, name: bytes) -> None:
         """Without `user.xs.perms` a node has the permissions of its parent.  rsync -X removes the attribute
         if the source does not have it."""
         if name != PERMS_NAME:
-            refuse(errno.EPERM if name in _ATTRIBUTES else pyfuse3.ENOATTR)
-        if self._orphan is not None:
+            refuse(errno.EPERM if name in ATTRIBUTES else pyfuse3.ENOATTR)
+        if (found := self.in_memory) is not None:
+            _, content = found
+            if content.perms is None:
+                refuse(pyfuse3.ENOATTR)
+            content.set_perms(None)
             return
         async with self._settled():
             await _inherit_perms(self)
         self.was_written()
-
-    @property
-    def _orphan(self) -> Orphan | None:
-        return None if self.orphan_file is None else self.orphan_file.orphan
 
     @asynccontextmanager
     async def _settled(self) -> AsyncIterator[None]:
@@ -213,78 +260,3 @@ async def _inherit_perms(node: XenstoreNode) -> None:
         return set_perms(path, await permissions_to_set(node.view, wanted))
 
     await node.view.atomically(work)
-
-
-class _Attribute(ABC):
-    """One extended attribute.  One that does not define `set` and `set_of_orphan` cannot be set."""
-
-    @abstractmethod
-    async def get(self, node: XenstoreNode) -> bytes: ...
-
-    async def set(self, node: XenstoreNode, value: bytes) -> None:
-        refuse(errno.EPERM)
-
-    @abstractmethod
-    def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes: ...
-
-    def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
-        refuse(errno.EPERM)
-
-
-class _Perms(_Attribute):
-    async def get(self, node: XenstoreNode) -> bytes:
-        return perms_text(await node.view.commands.call(protocol.get_perms(node.path)))
-
-    async def set(self, node: XenstoreNode, value: bytes) -> None:
-        request = set_perms(node.path, await permissions_to_set(node.view, value))
-        if len(request.payload) > node.view.commands.payload_max:
-            refuse(errno.E2BIG)
-        await node.view.commands.call(request)
-
-    def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes:
-        return orphan.perms
-
-    def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
-        orphan.perms = value.rstrip(b"\n\0")
-
-
-class _Path(_Attribute):
-    async def get(self, node: XenstoreNode) -> bytes:
-        return node.path
-
-    def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes:
-        return node.path
-
-
-class _Value(_Attribute):
-    async def get(self, node: XenstoreNode) -> bytes:
-        return await node.view.commands.call(protocol.read(node.path))
-
-    async def set(self, node: XenstoreNode, value: bytes) -> None:
-        path = node.path
-        if len(value) > protocol.value_max(path, node.view.commands.payload_max):
-            refuse(errno.EFBIG)
-
-        async def work(commands: Commands) -> Request:
-            if not node.always_there:  # WRITE would create the node
-                await commands.call(protocol.read(path))
-            return protocol.write(path, value)
-
-        await node.view.atomically(work)
-
-    def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes:
-        return node.view.content.parse(orphan.content)
-
-    def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
-        orphan.content = node.view.content.render(value)
-
-
-PERMS_NAME: Final = b"user.xs.perms"
-PATH_NAME: Final = b"user.xs.path"
-VALUE_ATTRIBUTE_NAME: Final = b"user.xs.value"
-
-_ATTRIBUTES: Final[dict[bytes, _Attribute]] = {
-    PERMS_NAME: _Perms(),
-    PATH_NAME: _Path(),
-    VALUE_ATTRIBUTE_NAME: _Value(),
-}

@@ -1,0 +1,189 @@
+"""Renames: of nodes, of scratch files, and of one to the other."""
+
+from __future__ import annotations
+
+import errno
+import stat
+
+import pyfuse3
+
+from xsfs.fs import posix
+from xsfs.fs.directories import Directory
+from xsfs.fs.files import ValueFile
+from xsfs.fs.nodes import Caller, Node, refuse
+from xsfs.fs.scratch import MemoryContent
+from xsfs.view.names import VALUE_NAME, join
+from xsfs.xenstore import protocol
+from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout
+from xsfs.xenstore.protocol import Request
+
+
+async def rename(
+    source: Node, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
+) -> None:
+    """rename(2).  Fails with the errno of POSIX."""
+    if not isinstance(source, Directory):
+        refuse(errno.EPERM)
+    if flags & ~pyfuse3.RENAME_NOREPLACE:
+        refuse(errno.EINVAL)
+    if not isinstance(target, Directory) or target.view is not source.view:
+        refuse(errno.EXDEV)
+    if VALUE_NAME in (name, target_name):
+        refuse(errno.EXDEV)
+    source.require()
+    replace = not flags & pyfuse3.RENAME_NOREPLACE
+    if source.is_scratch(name) and target.is_scratch(target_name):
+        await _rename_scratch(source, name, target, target_name, replace)
+    elif source.is_scratch(name):
+        await _rename_to_node(source, name, target, target_name, replace)
+    elif target.is_scratch(target_name):
+        await _rename_to_scratch(source, name, target, target_name, replace, caller)
+    else:
+        await _rename_node(source, name, target, target_name, replace)
+
+
+async def _rename_node(
+    source: Directory, name: bytes, target: Directory, target_name: bytes, replace: bool
+) -> None:
+    source_path = await source.path_of_present(name)
+    target_path = await target.path_for_rename(target_name)
+    if source_path == target_path:
+        return
+    if target_path.startswith(source_path + b"/"):
+        refuse(errno.EINVAL)
+    if source_path.startswith(target_path + b"/"):
+        refuse(errno.ENOTEMPTY)
+    is_directory = False
+    replaced: MemoryContent | None = None
+
+    async def work(commands: Commands) -> None:
+        nonlocal is_directory, replaced
+        is_directory, replaced = await posix.rename(
+            *(source.view, commands, source_path, target_path),
+            replace=replace,
+            needs_parent=not target.always_there,
+        )
+        if is_directory and replaced is not None and source.open_files.scratch_names(target_path):
+            refuse(errno.ENOTEMPTY)
+
+    async with source.open_files.changing_below(source_path, target_path):
+        before = source.open_files.get(target_path)
+        await source.view.atomically_apart(work)
+        if replaced is None:
+            source.open_files.retire(before)
+        else:
+            target.was_removed(Directory if is_directory else ValueFile, target_path, replaced)
+        for moved_kind in (Directory, ValueFile):
+            node = source.table.find(moved_kind, source, source_path.rpartition(b"/")[2])
+            if node is not None:
+                source.table.move(node, target, target_path.rpartition(b"/")[2])
+        source.was_written()
+        source.open_files.move(source_path, target_path)
+        source.view.sticky.move(source_path, target_path)
+        if is_directory:
+            # The old name may have made it a directory by convention, and the new one does not.
+            source.view.sticky.add(target_path)
+
+
+async def _rename_scratch(
+    source: Directory, name: bytes, target: Directory, target_name: bytes, replace: bool
+) -> None:
+    await target.require_present()
+    node, file = source.present_scratch(name)
+    source_path, target_path = file.path, join(target.path, target_name)
+    if (present := target.scratch_file(target_name)) is not None:
+        replaced_node, replaced = present
+        if not replace:
+            refuse(errno.EEXIST)
+        if replaced is file:
+            return
+        source.open_files.unlink(replaced, replaced_node)
+    if node.lookups:
+        source.table.move(node, target, target_name)
+    source.open_files.move(source_path, target_path)
+
+
+async def _rename_to_node(
+    source: Directory, name: bytes, target: Directory, target_name: bytes, replace: bool
+) -> None:
+    """Rename a scratch file to a node: one WRITE of its content."""
+    path = await target.path_for_rename(target_name)
+    scratch, file = source.present_scratch(name)
+    async with source.open_files.changing_below(file.path, path):
+        if source.open_files.get(file.path) is not file or file.memory is None:
+            refuse(errno.ENOENT)
+        if (mode := file.memory.mode) is not None:
+            # The node cannot have any other mode, and to drop this one could let other users in.
+            scratch.require_mode(mode, source.table.ownership.mode(stat.S_IFREG, True, True))
+        perms, value = file.memory.perms, source.view.content.parse(file.memory.data)
+        if len(value) > protocol.value_max(path, source.view.commands.payload_max):
+            refuse(errno.EFBIG)
+        replaced: MemoryContent | None = None
+
+        async def work(commands: Commands) -> Request | None:
+            nonlocal replaced
+            (state,) = await source.view.fetch((path,), commands)
+            replaced = await posix.replaced(
+                *(source.view, commands, path, state),
+                by_directory=False,
+                replace=replace,
+                needs_parent=not target.always_there,
+            )
+            return await posix.write_with_perms(commands, path, value, perms)
+
+        before = source.open_files.get(path)
+        await source.view.atomically(work)
+        if replaced is None:
+            source.open_files.retire(before)
+        else:
+            target.was_removed(ValueFile, path, replaced)
+        source.view.sticky.discard(path)
+        source.was_written()
+        source.open_files.move_to_store(file, scratch, path)
+
+
+async def _rename_to_scratch(
+    source: Directory,
+    name: bytes,
+    target: Directory,
+    target_name: bytes,
+    replace: bool,
+    caller: Caller,
+) -> None:
+    """Rename a file's node to a scratch name, with its value and permissions."""
+    path = await source.path_of_present(name)
+    if join(target.path, b"").startswith(join(path, b"")):
+        refuse(errno.EINVAL)
+    await target.require_present()
+    if not replace and target.scratch_file(target_name) is not None:
+        refuse(errno.EEXIST)
+    file = await source.open_files.new_scratch(caller)
+    content = file.memory
+    assert content is not None
+    is_taken = False
+
+    async def work(commands: Commands) -> Request:
+        nonlocal is_taken
+        taken = await posix.removed(source.view, commands, path, if_directory=errno.EINVAL)
+        if taken.perms is None:
+            refuse(errno.EACCES)  # they would be lost
+        content.perms = taken.perms
+        await source.open_files.set_data(file, content, taken.data)
+        is_taken = True
+        return protocol.rm(path)
+
+    try:
+        async with source.open_files.changing_below(path):
+            await source.view.atomically(work)
+            node = source.table.find(ValueFile, source, path.rpartition(b"/")[2])
+            source.forget_names(path)
+            target_path = join(target.path, target_name)
+            source.open_files.move_to_scratch(path, node, target_path, file)
+    except (ConnectionLost, RequestTimeout):
+        if is_taken:
+            # If the transaction was committed after all, the value is nowhere else.
+            source.open_files.link(file, join(target.path, target_name))
+        raise
+    finally:
+        source.open_files.release(file)
