@@ -33,7 +33,7 @@ import outcome
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
-from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
 from xsfs.xenstore.protocol import (
     HEADER,
     Op,
@@ -76,16 +76,18 @@ _WATCH_OPS: Final = frozenset((Op.WATCH, Op.UNWATCH))
 class _Batch:
     """Requests that one task sent together.
 
+    messages    the requests as bytes, until the transport takes them
     missing     how many of them are not answered
     replies     in the order of the requests, complete if nothing is missing
     task        the task that sleeps until then
     deadline    in trio's time; 0 if no task has slept yet
     """
 
-    __slots__ = ("deadline", "missing", "replies", "requests", "task")
+    __slots__ = ("deadline", "messages", "missing", "replies", "requests", "task")
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = requests
+        self.messages: list[bytes] = []
         self.missing = len(requests)
         self.replies: list[Reply] = [_NOT_YET] * self.missing
         self.task: Task | None = None
@@ -119,8 +121,8 @@ class Connection:
         self._next_id = 0
         self._waiting: dict[_Batch, None] = {}
         """The batches for which a task sleeps, or slept until it was cancelled."""
-        self._outgoing: list[bytes] = []
-        """Messages that the writer is to send."""
+        self._outgoing: list[_Batch] = []
+        """What the writer is to send."""
         self._unsent = b""
         """The rest of messages for which the peer had no room."""
         self._room = trio.lowlevel.ParkingLot()
@@ -158,7 +160,7 @@ class Connection:
         A request that is too long for the transport is not sent.  Its reply is the XenstoreError `EINVAL`,
         with which the daemons answer a path that is too long.
 
-        Raises ConnectionLost.  Raises RequestTimeout if this or an earlier pipeline was not answered in time;
+        Raises ConnectionLost; its `unsent` tells whether nothing was sent.  Raises RequestTimeout if this or an earlier pipeline was not answered in time;
         the connection has ended then.  Raises ValueError for a request that is no message; nothing was sent
         then.  If the caller is cancelled, the store may still carry out requests that were sent.
         """
@@ -166,7 +168,11 @@ class Connection:
         if len(requests) > WINDOW:
             replies: list[Reply] = []
             for start in range(0, len(requests), WINDOW):
-                replies += await self.pipeline(requests[start : start + WINDOW], tx_id, deadline)
+                try:
+                    replies += await self.pipeline(requests[start : start + WINDOW], tx_id, deadline)
+                except StoreError as error:
+                    error.unsent = error.unsent and not start
+                    raise
             return replies
         if not requests:
             await trio.lowlevel.cancel_shielded_checkpoint()
@@ -176,12 +182,12 @@ class Connection:
         if requests[0].op in _WATCH_OPS:
             return await self._pipeline_watches(requests, deadline)
         is_crowd = self._is_crowd()
-        batch, messages = self._enter(requests, tx_id)
+        batch = self._enter(requests, tx_id)
         if is_crowd or self._unsent:
-            self._outgoing += messages
+            self._outgoing.append(batch)
             self._writer_parked.unpark_all()
         else:
-            self._send(messages)
+            self._send((batch,))
             self._receive_at_once(batch)
         if batch.missing:
             return await self._wait(batch, deadline)
@@ -199,7 +205,8 @@ class Connection:
             while self.alive and len(self._in_flight) + count > IN_FLIGHT_MAX:
                 await self._room.park()
         if scope.cancelled_caught:
-            raise RequestTimeout("Xenstore does not answer, and too many requests wait for it")
+            reason = "Xenstore does not answer, and too many requests wait for it"
+            raise RequestTimeout(reason, unsent=True)
         self._room.unpark()  # there may be room for the next one, too
         return deadline
 
@@ -217,13 +224,13 @@ class Connection:
         self._streak_task = task
         return self._streak_switches > 1
 
-    def _enter(self, requests: Sequence[Request], tx_id: int) -> tuple[_Batch, list[bytes]]:
-        """Put requests into the table of those in flight.  Returns the messages to be sent."""
+    def _enter(self, requests: Sequence[Request], tx_id: int) -> _Batch:
+        """Put requests into the table of those in flight."""
         if not self.alive:
-            raise ConnectionLost(self._closed_because)
+            raise ConnectionLost(self._closed_because, unsent=True)
         in_flight = self._in_flight
         batch = _Batch(requests)
-        messages = []
+        messages = batch.messages
         req_id = self._next_id
         payload_max, pack = self.payload_max, HEADER.pack
         try:
@@ -242,7 +249,7 @@ class Connection:
             self._forget(batch)
             raise ValueError(f"not a message: {requests[place]}") from None
         self._next_id = req_id
-        return batch, messages
+        return batch
 
     def _forget(self, batch: _Batch) -> None:
         """Remove its requests from the table, because no replies will come."""
@@ -250,18 +257,24 @@ class Connection:
             if other is batch:
                 del self._in_flight[req_id]
 
-    def _send(self, messages: Sequence[bytes]) -> None:
+    def _send(self, batches: Sequence[_Batch]) -> None:
+        failure = None
         try:
-            self._unsent = self._transport.send(messages)
+            self._unsent = self._transport.send([m for batch in batches for m in batch.messages])
         except OSError as error:
-            self.close(f"cannot send: {error.strerror}")
+            failure = error
+        if not isinstance(failure, ConnectionError):  # else the socket is closed, and took nothing
+            for batch in batches:
+                batch.messages = []
+        if failure is not None:
+            self.close(f"cannot send: {failure.strerror}")
         if self._unsent:
             self._writer_parked.unpark_all()
 
     async def _wait(self, batch: _Batch, deadline: float | None) -> list[Reply]:
         """Sleep until all replies have come."""
         if not self.alive:
-            raise ConnectionLost(self._closed_because)
+            raise ConnectionLost(self._closed_because, unsent=bool(batch.messages))
         if deadline is None:
             deadline = trio.current_time() + self._timeout
         batch.deadline = deadline
@@ -282,13 +295,14 @@ class Connection:
     ) -> list[Reply]:
         if deadline is None:
             deadline = trio.current_time() + self._timeout
-        batch, messages = self._enter(requests, 0)
+        batch = self._enter(requests, 0)
         try:
             if self._unsent or self._outgoing:
-                self._outgoing += messages
+                self._outgoing.append(batch)
             else:
                 with trio.fail_at(deadline):
-                    self._unsent = await self._transport.send_watch(messages)
+                    self._unsent = await self._transport.send_watch(batch.messages)
+                batch.messages = []
             self._writer_parked.unpark_all()
         except trio.TooSlowError:
             self.close("the kernel did not carry out a WATCH in time")
@@ -351,7 +365,7 @@ class Connection:
         self._scope.cancel()
         self._ended.set()
         for batch in self._waiting:
-            batch.wake(outcome.Error(error(reason)))
+            batch.wake(outcome.Error(error(reason, unsent=bool(batch.messages))))
         self._waiting.clear()
         self._in_flight.clear()
         self._room.unpark_all()
@@ -413,8 +427,8 @@ class Connection:
                 if self._unsent:
                     self._unsent = await self._transport.send_rest(self._unsent)
                 elif self._outgoing:
-                    messages, self._outgoing = self._outgoing, []
-                    self._unsent = self._transport.send(messages)
+                    batches, self._outgoing = self._outgoing, []
+                    self._send(batches)
                 else:
                     await self._writer_parked.park()
         except trio.ClosedResourceError:

@@ -134,8 +134,10 @@ class ReconnectingConnection:
         return connection
 
     def adopt(self, transport: Transport) -> Connection:
-        """Make a transport that was just opened the current connection."""
-        self.close("another connection took its place")
+        """Make a transport that was just opened the current connection.  Only a connection that is not
+        answered is replaced while it is alive."""
+        if self.current is not None:
+            self.current.close("Xenstore did not answer in time", RequestTimeout)
         connection = Connection(transport, self._timeout, self._on_event)
         self._nursery.start_soon(connection.run)
         self.opened += 1

@@ -140,16 +140,14 @@ class Transaction(Commands):
         """
         if self._tx_id is None:
             raise TransactionEnded("the transaction has ended")
-        if not self.connection.alive:
-            # Nothing was sent, so the outcome is known.
-            self._tx_id = None
-            raise TransactionEnded("the transaction was lost with its connection")
         tx_id, self._tx_id = self._tx_id, None
-        *replies, end = await self.connection.pipeline(
-            (*self._home.as_sent(requests), protocol.transaction_end(commit)),
-            tx_id,
-            self._deadline,
-        )
+        sent = (*self._home.as_sent(requests), protocol.transaction_end(commit))
+        try:
+            *replies, end = await self.connection.pipeline(sent, tx_id, self._deadline)
+        except ConnectionLost as error:
+            if not error.unsent:
+                raise
+            raise TransactionEnded("the transaction was lost with its connection") from error
         self.has_ended = not isinstance(end, XenstoreError) or end.name == "EAGAIN"
         if isinstance(end, XenstoreError):
             # C xenstored ends a transaction in which a request failed with ENOMEM: the reply to that
@@ -243,7 +241,8 @@ class Store(Commands):
         self._main.close(reason)
 
     async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
-        """As in Commands.  Requests that only read are sent again if the connection was lost."""
+        """As in Commands.  If the connection was lost, requests are sent again that only read, or of which
+        nothing was sent."""
         if self.breaker.error is not None:
             await self.breaker.check()
         self.requests += len(requests)
@@ -263,7 +262,7 @@ class Store(Commands):
                     return await connection.pipeline(requests, 0, deadline)
                 except (ConnectionLost, RequestTimeout) as error:
                     is_late = connection.alive or trio.current_time() >= deadline
-                    if is_late or not all(r.repeatable for r in requests):
+                    if is_late or not (error.unsent or all(r.repeatable for r in requests)):
                         raise
                     failure = error
 

@@ -351,12 +351,17 @@ class Watches:
     def move(self, source: bytes, target: bytes) -> None:
         """Watch below `target` what was watched below `source`.  Each subscriber learns that it may have
         missed something."""
-        watches = list(self._by_path.values())
-        for watch in watches:
+        by_path: dict[tuple[bytes, int | None], _Watch] = {}
+        for watch in self._by_path.values():
             watch.path = moved(watch.path, source, target)
             for subscription in watch.subscriptions:
                 subscription.path = watch.path
-        self._by_path = {(watch.path, watch.depth): watch for watch in watches}
+            kept = by_path.setdefault((watch.path, watch.depth), watch)
+            if kept is not watch:
+                kept.subscriptions.update(watch.subscriptions)
+                kept.armed = kept.armed or watch.armed
+                del self._by_token[watch.token]
+        self._by_path = by_path
         self._reconnecting.close("the watches move")
 
     def _interrupt(self) -> None:
