@@ -374,16 +374,14 @@ class View:
         transaction.requests_max = self._requests_max
         return transaction
 
-    async def atomically_apart(self, work: Work) -> None:
+    async def atomically_apart(self, work: Callable[[Commands], Awaitable[None]]) -> None:
         """`atomically` on a connection of its own, for a transaction that may be long."""
         deadline = trio.current_time() + self.store.timeout
         in_doubt = 0
         while True:
             transaction = await self.begin()
             try:
-                last = await work(transaction)
-                if last is not None:
-                    await transaction.call(last)
+                await work(transaction)
                 await transaction.commit()
                 return
             except Exception as error:

@@ -34,6 +34,7 @@ import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
+from xsfs.xenstore.home import Home
 from xsfs.xenstore.protocol import (
     HEADER,
     Op,
@@ -104,6 +105,7 @@ class Connection:
 
     timeout     seconds within which each pipeline must be answered
     on_event    called with (path, token) of each watch event, by the reader
+    home        where paths are sent as relative ones
     """
 
     def __init__(
@@ -111,10 +113,12 @@ class Connection:
         transport: Transport,
         timeout: float,
         on_event: Callable[[bytes, bytes], None] | None = None,
+        home: Home | None = None,
     ) -> None:
         self._transport = transport
         self._timeout = timeout
         self._on_event = on_event
+        self._home = home or Home()
         self._parser = Parser()
         self._in_flight: dict[int, tuple[_Batch, int]] = {}
         """By req_id: the batch, and the request's place in it."""
@@ -232,9 +236,11 @@ class Connection:
         batch = _Batch(requests)
         messages = batch.messages
         req_id = self._next_id
-        payload_max, pack = self.payload_max, HEADER.pack
+        payload_max, pack, above = self.payload_max, HEADER.pack, self._home.above
         try:
             for place, (op, payload) in enumerate(requests):
+                if above and payload.startswith(above):
+                    payload = payload[len(above) :]
                 if len(payload) > payload_max:
                     # C xenstored closes the connection, and oxenstored gets out of step.
                     batch.replies[place] = XenstoreError("EINVAL", requests[place])
@@ -318,7 +324,7 @@ class Connection:
 
     def _receive_at_once(self, batch: _Batch) -> None:
         """Receive the replies here, if they come within POLL_SECONDS.  The event loop waits meanwhile."""
-        if not self._transport.can_poll or len(batch.requests) > POLL_REQUESTS_MAX:
+        if len(batch.requests) > POLL_REQUESTS_MAX:
             return
         if self._poll_skips:
             self._poll_skips -= 1

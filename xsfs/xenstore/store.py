@@ -78,13 +78,11 @@ class Transaction(Commands):
         connection: Connection,
         tx_id: int,
         breaker: CircuitBreaker,
-        home: Home,
         timeout: float,
         deadline: float | None = None,
     ) -> None:
         """`deadline` is that of all its requests, in trio's time; if None, each has the time limit."""
         self.connection = connection
-        self._home = home
         self._breaker = breaker
         self._timeout = timeout
         self._deadline = deadline
@@ -125,8 +123,7 @@ class Transaction(Commands):
             deadline = trio.current_time() + self._timeout
         try:
             with Observation(self._breaker):
-                sent = self._home.as_sent(requests)
-                return await self.connection.pipeline(sent, self._tx_id, deadline)
+                return await self.connection.pipeline(requests, self._tx_id, deadline)
         except ConnectionLost as error:
             self._tx_id = None
             raise TransactionEnded(f"the transaction was lost: {error}") from error
@@ -141,7 +138,7 @@ class Transaction(Commands):
         if self._tx_id is None:
             raise TransactionEnded("the transaction has ended")
         tx_id, self._tx_id = self._tx_id, None
-        sent = (*self._home.as_sent(requests), protocol.transaction_end(commit))
+        sent = (*requests, protocol.transaction_end(commit))
         try:
             *replies, end = await self.connection.pipeline(sent, tx_id, self._deadline)
         except ConnectionLost as error:
@@ -167,11 +164,6 @@ class Transaction(Commands):
         """Undo all changes, and end the transaction."""
         await self.finish((), commit=False)
 
-    async def wait_disconnected(self) -> None:
-        """Return when its connection has ended: abandoned, or lost."""
-        await self.connection.wait_ended()
-
-
 class _Conflict(Exception):
     """A transaction of `atomically` must start again."""
 
@@ -186,13 +178,12 @@ class Store(Commands):
     def __init__(self, nursery: trio.Nursery, connect: Connect, timeout: float) -> None:
         self._nursery = nursery
         self._connect = connect
-        self._main = ReconnectingConnection(nursery, connect, timeout)
+        self.home = Home()
+        self._main = ReconnectingConnection(nursery, connect, timeout, self.home)
         self._short_limit = trio.CapacityLimiter(SHORT_MAX)
         self._idle: list[Connection] = []
         """Connections for transactions of `atomically`, with none open."""
         self.timeout = timeout
-        self.home = Home()
-        """The home below which the paths of requests are sent as relative ones."""
         self.breaker = CircuitBreaker(nursery, timeout, self._probe)
         self.watches = Watches(nursery, connect, timeout, self.breaker, self.home)
         self.requests = 0
@@ -246,7 +237,6 @@ class Store(Commands):
         if self.breaker.error is not None:
             await self.breaker.check()
         self.requests += len(requests)
-        requests = self.home.as_sent(requests)
         failure: ConnectionLost | RequestTimeout | None = None
         with Observation(self.breaker) as observation:
             deadline = observation.start + self.timeout
@@ -305,13 +295,13 @@ class Store(Commands):
         deadline = trio.current_time() + self.timeout
         with Observation(self.breaker):
             connection = await self._open(deadline)
-            self.transactions += 1
             try:
                 tx_id = await self._start(connection, deadline)
             except BaseException:
-                self._close(connection)
+                connection.close()
                 raise
-        return Transaction(connection, tx_id, self.breaker, self.home, self.timeout)
+        self.transactions += 1
+        return Transaction(connection, tx_id, self.breaker, self.timeout)
 
     async def roll_back(self, transaction: Transaction) -> None:
         """Roll the transaction back if it is open, and close its connection.
@@ -319,24 +309,26 @@ class Store(Commands):
         Not only the latter: Linux cannot suspend a guest any more in which a descriptor of the device was
         closed with a transaction open.
         """
+        await self._clean_up(transaction)
+        self.abandon(transaction)
+
+    async def _clean_up(self, transaction: Transaction) -> None:
+        """Roll the transaction back if it is open, whether or not the caller is cancelled."""
         with (
             trio.CancelScope(deadline=trio.current_time() + CLEANUP_SECONDS, shield=True),
             suppress(StoreError),
         ):
             if transaction.is_open:
                 await transaction.rollback()
-        self.abandon(transaction)
 
     def abandon(self, transaction: Transaction) -> None:
         """Close the transaction's connection, which rolls back a transaction that is still open."""
-        self._close(transaction.connection)
-
-    def _close(self, connection: Connection) -> None:
-        connection.close()
+        transaction.connection.close()
         self.transactions -= 1
 
     async def _open(self, deadline: float) -> Connection:
-        connection = Connection(await open_transport_by(self._connect, deadline), self.timeout)
+        transport = await open_transport_by(self._connect, deadline)
+        connection = Connection(transport, self.timeout, home=self.home)
         self._nursery.start_soon(connection.run)
         return connection
 
@@ -409,18 +401,11 @@ class Store(Commands):
     async def _short_transaction(self, deadline: float) -> AsyncIterator[Transaction]:
         """A transaction on a connection that is used again if the transaction's end is certain."""
         connection, tx_id = await self._start_on_idle(deadline)
-        transaction = Transaction(
-            connection, tx_id, self.breaker, self.home, self.timeout, deadline
-        )
+        transaction = Transaction(connection, tx_id, self.breaker, self.timeout, deadline)
         try:
             yield transaction
         finally:
-            if transaction.is_open:
-                with (
-                    trio.CancelScope(deadline=trio.current_time() + CLEANUP_SECONDS, shield=True),
-                    suppress(StoreError),
-                ):
-                    await transaction.rollback()
+            await self._clean_up(transaction)
             if transaction.has_ended:
                 self._idle.append(connection)
             else:

@@ -160,7 +160,7 @@ class Watches:
         self._breaker = breaker
         self._timeout = timeout
         self._reconnecting = ReconnectingConnection(
-            nursery, with_event_reader(connect), timeout, self._dispatch
+            nursery, with_event_reader(connect), timeout, home, self._dispatch
         )
         self._lock = trio.Lock()
         """Held while a WATCH or UNWATCH is outstanding."""
@@ -189,7 +189,7 @@ class Watches:
             # Of a watch that was just removed, or sent by a store that lies: harmless.
             return
         if watch.path.startswith(b"/"):
-            path = self._home.as_asked(path)
+            path = self._home.absolute(path)
         if len(watch.subscriptions) == 1 and not watch.spreading:
             next(iter(watch.subscriptions)).put(path)
             return
@@ -299,9 +299,8 @@ class Watches:
         is_removed = False
         try:
             deadline = trio.current_time() + REMOVE_SECONDS
-            (reply,) = await connection.pipeline(
-                self._home.as_sent((protocol.unwatch(watch.path, watch.token),)), 0, deadline
-            )
+            request = protocol.unwatch(watch.path, watch.token)
+            (reply,) = await connection.pipeline((request,), 0, deadline)
             self._answered_at = trio.current_time()
             is_removed = isinstance(reply, bytes) or reply.name == "ENOENT"
         except StoreError as error:
@@ -317,8 +316,7 @@ class Watches:
         watch.connection = connection
         for depth in dict.fromkeys((watch.depth, None)):  # None for a daemon that knows no depth
             request = protocol.watch(watch.path, watch.token, depth)
-            requests = self._home.as_sent((request,))
-            (reply,) = await connection.pipeline(requests, 0, deadline)
+            (reply,) = await connection.pipeline((request,), 0, deadline)
             self._answered_at = trio.current_time()
             if isinstance(reply, bytes) or reply.name != "EINVAL":
                 break
