@@ -126,7 +126,6 @@ async def test_a_restart(mortal: Mortal) -> None:
         assert await store.read(f"{base}/z") == b"1"
 
 
-@pytest.mark.parametrize("mortal", ["C", "ocaml"], indirect=True)
 @trio_test
 async def test_a_write_that_could_not_leave_is_sent_to_the_next_daemon(mortal: Mortal) -> None:
     with trio.fail_after(LIMIT):
@@ -137,6 +136,7 @@ async def test_a_write_that_could_not_leave_is_sent_to_the_next_daemon(mortal: M
             assert store.reconnects == 1
 
 
+@pytest.mark.parametrize("mortal", ["C", "ocaml"], indirect=True)
 @trio_test
 async def test_while_the_daemon_is_gone(mortal: Mortal) -> None:
     async with opened(mortal.place) as (store, base):

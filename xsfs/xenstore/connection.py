@@ -164,16 +164,19 @@ class Connection:
         A request that is too long for the transport is not sent.  Its reply is the XenstoreError `EINVAL`,
         with which the daemons answer a path that is too long.
 
-        Raises ConnectionLost; its `unsent` tells whether nothing was sent.  Raises RequestTimeout if this or an earlier pipeline was not answered in time;
-        the connection has ended then.  Raises ValueError for a request that is no message; nothing was sent
-        then.  If the caller is cancelled, the store may still carry out requests that were sent.
+        Raises ConnectionLost, with `unsent` if nothing was sent.  Raises RequestTimeout if this or an earlier
+        pipeline was not answered in time; the connection has ended then.  Raises ValueError for a request
+        that is no message; nothing was sent then.  If the caller is cancelled, the store may still carry out
+        requests that were sent.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if len(requests) > WINDOW:
             replies: list[Reply] = []
             for start in range(0, len(requests), WINDOW):
                 try:
-                    replies += await self.pipeline(requests[start : start + WINDOW], tx_id, deadline)
+                    replies += await self.pipeline(
+                        requests[start : start + WINDOW], tx_id, deadline
+                    )
                 except StoreError as error:
                     error.unsent = error.unsent and not start
                     raise

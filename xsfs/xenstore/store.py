@@ -164,6 +164,7 @@ class Transaction(Commands):
         """Undo all changes, and end the transaction."""
         await self.finish((), commit=False)
 
+
 class _Conflict(Exception):
     """A transaction of `atomically` must start again."""
 
