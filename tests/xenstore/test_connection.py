@@ -247,7 +247,7 @@ async def test_a_cancelled_request_that_is_never_answered_ends_the_connection() 
         outcome = Outcome(nursery, connection, requests(1))
         await wait_all_tasks_blocked()
         outcome.scope.cancel()
-        await connection.wait_ended()
+        await connection.ended.wait()
         assert len(peer.requests()) == 1
 
 
@@ -290,7 +290,7 @@ async def test_one_late_reply_ends_the_wait_of_all() -> None:
         await trio.sleep(0.1)
         outcomes.append(Outcome(nursery, connection, requests(1)))
         start = trio.current_time()
-        await connection.wait_ended()
+        await connection.ended.wait()
         await wait_all_tasks_blocked()
         assert trio.current_time() - start < 0.15
         assert [outcome.error for outcome in outcomes] == [RequestTimeout] * 2
@@ -464,7 +464,7 @@ async def test_garbage_into_a_full_socket(attempt: int) -> None:
             await wait_all_tasks_blocked()
             assert connection._unsent
         peer.send(b"GET / HTTP/1.1\r\n\r\n" * 10)
-        await connection.wait_ended()
+        await connection.ended.wait()
         await wait_all_tasks_blocked()
         assert [outcome.error for outcome in outcomes] == [ConnectionLost] * len(outcomes)
         with pytest.raises(ConnectionLost, match="broke the protocol"):

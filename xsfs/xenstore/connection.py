@@ -144,12 +144,8 @@ class Connection:
         self.alive = True
         self._closed_because = ""
         self._scope = trio.CancelScope()
-        self._ended = trio.Event()
+        self.ended = trio.Event()
         self.payload_max = transport.payload_max
-
-    async def wait_ended(self) -> None:
-        """Return when the connection has ended."""
-        await self._ended.wait()
 
     # ------------------------------------------------------------------------------- requests
 
@@ -372,7 +368,7 @@ class Connection:
         self._closed_because = reason
         self.alive = False
         self._scope.cancel()
-        self._ended.set()
+        self.ended.set()
         for batch in self._waiting:
             batch.wake(outcome.Error(error(reason, unsent=bool(batch.messages))))
         self._waiting.clear()

@@ -165,14 +165,6 @@ class Transaction(Commands):
         await self.finish((), commit=False)
 
 
-class _Conflict(Exception):
-    """A transaction of `atomically` must start again."""
-
-    def __init__(self, error: XenstoreError) -> None:
-        super().__init__(error)
-        self.error = error
-
-
 class Store(Commands):
     """Xenstore as it is.  Made by `open_store`."""
 
@@ -357,29 +349,22 @@ class Store(Commands):
                 while True:
                     # The last attempt must not fail just because it started late.
                     extended = trio.current_time() + self.timeout / 4
-                    try:
-                        return await self._attempt(work, max(deadline, extended))
-                    except _Conflict as conflict:
-                        in_doubt += conflict.error.name in _MAYBE_CONFLICTS
-                        if trio.current_time() >= deadline or in_doubt > IN_DOUBT_MAX:
-                            raise conflict.error from None
-
-    async def _attempt(
-        self, work: Callable[[Transaction], Awaitable[Result]], deadline: float
-    ) -> Result:
-        self.requests += 1
-        async with self._short_transaction(deadline) as transaction:
-            try:
-                result = await work(transaction)
-                if transaction.is_open:
-                    await transaction.commit()
-                return result
-            except Exception as error:
-                if not await self.is_conflict(transaction, error):
-                    raise
-                if not isinstance(error, XenstoreError) or not transaction.has_written:
-                    error = XenstoreError("EAGAIN", protocol.transaction_end(True))
-                raise _Conflict(error) from error
+                    self.requests += 1
+                    async with self._short_transaction(max(deadline, extended)) as transaction:
+                        try:
+                            result = await work(transaction)
+                            if transaction.is_open:
+                                await transaction.commit()
+                            return result
+                        except Exception as error:
+                            if not await self.is_conflict(transaction, error):
+                                raise
+                            conflict = XenstoreError("EAGAIN", protocol.transaction_end(True))
+                            if isinstance(error, XenstoreError) and transaction.has_written:
+                                conflict = error
+                    in_doubt += conflict.name in _MAYBE_CONFLICTS
+                    if trio.current_time() >= deadline or in_doubt > IN_DOUBT_MAX:
+                        raise conflict
 
     async def is_conflict(self, transaction: Transaction, error: Exception) -> bool:
         """Whether `error`, which was met in the transaction, may be the result of a conflict.

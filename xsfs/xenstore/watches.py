@@ -339,7 +339,7 @@ class Watches:
                 is_refused = any(watch.refused for watch in self._by_path.values())
                 patience = min(2 * patience or REFUSED_FIRST, REFUSED_MAX) if is_refused else 0.0
                 with trio.move_on_after(patience or math.inf):
-                    await connection.wait_ended()
+                    await connection.ended.wait()
                 if connection.alive:
                     await self._rearm()
             else:
