@@ -190,7 +190,7 @@ class Connection:
             self._outgoing.append(batch)
             self._writer_parked.unpark_all()
         else:
-            self._send((batch,))
+            self._send(batch.messages, (batch,))
             self._receive_at_once(batch)
         if batch.missing:
             return await self._wait(batch, deadline)
@@ -262,10 +262,11 @@ class Connection:
             if other is batch:
                 del self._in_flight[req_id]
 
-    def _send(self, batches: Sequence[_Batch]) -> None:
+    def _send(self, messages: Sequence[bytes], batches: Sequence[_Batch]) -> None:
+        """Send the messages of these batches."""
         failure = None
         try:
-            self._unsent = self._transport.send([m for batch in batches for m in batch.messages])
+            self._unsent = self._transport.send(messages)
         except OSError as error:
             failure = error
         if not isinstance(failure, ConnectionError):  # else the socket is closed, and took nothing
@@ -433,7 +434,7 @@ class Connection:
                     self._unsent = await self._transport.send_rest(self._unsent)
                 elif self._outgoing:
                     batches, self._outgoing = self._outgoing, []
-                    self._send(batches)
+                    self._send([each for batch in batches for each in batch.messages], batches)
                 else:
                     await self._writer_parked.park()
         except trio.ClosedResourceError:
