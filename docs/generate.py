@@ -126,7 +126,7 @@ WIDE: Final = 115
 INTERNAL: Final = frozenset(
     (
         *("abandon", "begin", "connect", "drop_connection", "finish", "is_conflict"),
-        *("wait_disconnected", "walk_in_windows", "alert", "end", "interrupt", "put"),
+        *("walk_in_windows", "alert", "end", "interrupt", "put"),
     )
 )
 """Methods of the public classes that only the file system uses."""

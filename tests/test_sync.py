@@ -53,7 +53,7 @@ def base(place: Place, store: SyncStore) -> Iterator[str]:
 def test_all_operations_exist_with_their_arguments(
     asynchronous: type[Commands], blocking: type[SyncStore | SyncTransaction]
 ) -> None:
-    within = {"finish", "walk_in_windows", "wait_disconnected"}
+    within = {"finish", "walk_in_windows"}
     found = 0
     for name, method in inspect.getmembers(asynchronous):
         is_operation = inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)

@@ -247,8 +247,40 @@ async def test_a_cancelled_request_that_is_never_answered_ends_the_connection() 
         outcome = Outcome(nursery, connection, requests(1))
         await wait_all_tasks_blocked()
         outcome.scope.cancel()
-        await connection.wait_ended()
+        await connection.ended.wait()
         assert len(peer.requests()) == 1
+
+
+@trio_test
+async def test_an_error_tells_whether_anything_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WINDOW", 2)
+    change = [protocol.write(b"/x", b"1")]
+
+    async def is_unsent(connection: Connection, asked: list[Request]) -> bool:
+        with pytest.raises(ConnectionLost) as caught:
+            await connection.pipeline(asked)
+        return caught.value.unsent
+
+    async with connected() as (connection, peer, _):
+        peer.socket.close()  # the reader has not noticed yet
+        assert await is_unsent(connection, change)
+        assert await is_unsent(connection, change)
+    async with connected() as (connection, peer, nursery):
+        Outcome(nursery, connection, change)
+        await wait_all_tasks_blocked()
+        peer.requests()
+        peer.socket.close()
+        assert await is_unsent(connection, change)  # it stood behind the other, which was sent
+    async with connected() as (connection, peer, nursery):
+
+        async def answer_the_first_window() -> None:
+            await wait_all_tasks_blocked()
+            for request in peer.requests():
+                peer.reply(request, b"OK")
+            peer.socket.close()
+
+        nursery.start_soon(answer_the_first_window)
+        assert not await is_unsent(connection, change * 3)
 
 
 @trio_test
@@ -436,7 +468,7 @@ async def test_garbage_into_a_full_socket(attempt: int) -> None:
             await wait_all_tasks_blocked()
             assert connection._unsent
         peer.send(b"GET / HTTP/1.1\r\n\r\n" * 10)
-        await connection.wait_ended()
+        await connection.ended.wait()
         await wait_all_tasks_blocked()
         assert [outcome.error for outcome in outcomes] == [ConnectionLost] * len(outcomes)
         with pytest.raises(ConnectionLost, match="broke the protocol"):

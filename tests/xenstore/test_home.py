@@ -69,3 +69,22 @@ async def test_watches_move(place: Place) -> None:
             await store.write(f"{base}/a", "1")
             assert await anext(events) == f"{base}/a".encode()
             assert await anext(home) == f"{base}/a".encode()
+
+
+@only_guests
+@trio_test
+async def test_watches_that_meet_at_a_path_are_all_kept(place: Place) -> None:
+    async with opened(place) as (store, base):
+        former = base.replace(HOME, FORMER)
+        store.home.move(FORMER.encode())
+        async with store.watch(base) as there, store.watch(former) as here:
+            await anext(there)
+            await anext(here)
+            store.home.move(HOME.encode())
+            store.watches.move(FORMER.encode(), HOME.encode())
+            assert await anext(there) == base.encode()
+            assert await anext(here) == base.encode()
+            await store.write(f"{base}/a", "1")
+            assert await anext(there) == f"{base}/a".encode()
+            assert await anext(here) == f"{base}/a".encode()
+        assert len(store.watches) == 0

@@ -43,6 +43,7 @@ from xsfs.xenstore.errors import (
     StoreError,
     StoreUnavailable,
     TransactionEnded,
+    XenstoreError,
 )
 from xsfs.xenstore.reconnect import CircuitBreaker, Observation
 from xsfs.xenstore.store import Transaction, open_store
@@ -134,6 +135,16 @@ async def test_a_restart(mortal: Mortal) -> None:
         async with store.transaction() as again:
             await again.write(f"{base}/z", "1")
         assert await store.read(f"{base}/z") == b"1"
+
+
+@trio_test
+async def test_a_write_that_could_not_leave_is_sent_to_the_next_daemon(mortal: Mortal) -> None:
+    with trio.fail_after(LIMIT):
+        async with open_store(path=mortal.place.path) as store:
+            mortal.daemon.restart()  # no other task runs, so the connection's reader does not notice
+            with contextlib.suppress(XenstoreError):  # a guest has no home at the new daemon
+                await store.write("x", "1")
+            assert store.reconnects == 1
 
 
 @pytest.mark.parametrize("mortal", ["C", "ocaml"], indirect=True)
@@ -373,6 +384,26 @@ async def test_a_connection_that_is_never_answered_is_replaced(
 
 def silent_on_old(forgotten: int, talk: Talk, _: Message) -> bool:
     return talk.number <= forgotten
+
+
+@trio_test
+async def test_requests_in_flight_time_out_when_a_probe_replaces_their_connection(
+    tmp_path: Path,
+) -> None:
+    outcomes: Outcomes = {}
+    with (
+        RealXenstored("C") as daemon,
+        LyingStore(tmp_path / "sock", daemon.socket) as liar,
+        trio.fail_after(LIMIT),
+    ):
+        async with open_store(path=liar.path, timeout=LIMIT) as store:
+            liar.lie = silence
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(note, outcomes, "write", partial(store.write, "/x", "1"))
+                await wait_all_tasks_blocked()
+                long_ago = float("-inf")
+                store.breaker.failed(RequestTimeout("another"), store.breaker.answers, long_ago)
+            assert outcomes == {"write": RequestTimeout}
 
 
 @trio_test

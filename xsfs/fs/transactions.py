@@ -217,7 +217,7 @@ class Transactions:
         """Wait until it has ended, and end it if it is idle for too long or its connection is gone."""
         while (until := view.commands.used_at + self._idle_seconds) > trio.current_time():
             with trio.move_on_at(until):
-                await view.commands.transaction.wait_disconnected()
+                await view.commands.transaction.connection.ended.wait()
                 break
         if view.ended:
             return

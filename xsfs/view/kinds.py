@@ -12,84 +12,35 @@ operations and the mirror's task change it.  It calls `on_change` at each change
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Final
 
-_NUMBER: Final = re.compile(rb"[0-9]+")
-_TYPE: Final = re.compile(rb"[a-z0-9_]+")
-_ANY: Final = re.compile(rb"[^/]+")
+_ABOUT: Final = "vif|vbd|hotplug|PVAddons|device|backend"
+_DEVICE: Final = "console|pvcalls|vbd|vfb|vif|vkbd|vscsi|vusb"
 
-
-class Container(NamedTuple):
-    """A container, and the containers that may be in it."""
-
-    named: Mapping[bytes, Container]
-    pattern: re.Pattern[bytes] | None = None
-    """Matches the names of further containers, which are all alike: `each`."""
-    each: Container | None = None
-
-    def get(self, name: bytes) -> Container | None:
-        """The child of this name, if it is a container."""
-        found = self.named.get(name)
-        if found is None and self.pattern is not None and self.pattern.fullmatch(name):
-            return self.each
-        return found
-
-
-EMPTY: Final = Container({})
-"""It has no containers in it."""
-
-
-def _all(names: str, each: Container = EMPTY) -> Mapping[bytes, Container]:
-    return dict.fromkeys(names.encode().split(), each)
-
-
-def _numbered(each: Container = EMPTY) -> Container:
-    return Container({}, _NUMBER, each)
-
-
-_ABOUT = _all("vif vbd hotplug PVAddons device backend")
-_BACKENDS = Container({}, _TYPE, _numbered(_numbered()))
-_DEVICES = _all("console pvcalls vbd vfb vif vkbd vscsi vusb", _numbered())
-
-_DOMAIN = Container(
-    {
-        **_all("bios-strings console control data drivers hvmloader image libxl memory"),
-        **_all("platform serial store"),
-        b"attr": Container(_ABOUT),
-        b"backend": _BACKENDS,
-        b"cpu": _numbered(),
-        b"device": Container({**_DEVICES, b"suspend": EMPTY}),
-        b"device-model": _numbered(Container(_all("backends"))),
-        b"error": Container({**_ABOUT, b"backend": _BACKENDS, b"device": Container(_DEVICES)}),
-        b"feature": Container(_ABOUT),
-    }
+_CONTAINERS: Final = (
+    "/",
+    "/libxl(/N(/(device|remus))?)?",
+    "/local(/pool(/N)?)?",
+    "/local/domain(/N)?",
+    "/local/domain/N/(bios-strings|console|control|data|drivers|hvmloader|image|libxl)",
+    "/local/domain/N/(memory|platform|serial|store|device/suspend)",
+    f"/local/domain/N/(attr|error|feature)(/({_ABOUT}))?",
+    "/local/domain/N/(error/)?backend(/[a-z0-9_]+(/N(/N)?)?)?",
+    f"/local/domain/N/(error/)?device(/({_DEVICE})(/N)?)?",
+    "/local/domain/N/cpu(/N)?",
+    "/local/domain/N/device-model(/N(/backends)?)?",
+    "/tool(/xenstored)?",
+    "/vm(/[^/]+(/(image|rtc|device))?)?",
 )
+"""Patterns of paths, with N for a number.  A container's parent is a container, too."""
 
-_ROOT = Container(
-    {
-        b"libxl": _numbered(Container(_all("device remus"))),
-        b"local": Container({b"domain": _numbered(_DOMAIN), b"pool": _numbered()}),
-        b"tool": Container(_all("xenstored")),
-        b"vm": Container({}, _ANY, Container(_all("image rtc device"))),
-    }
-)
-
-
-def container_at(path: bytes) -> Container | None:
-    """The container at this absolute path, if there is one.  A container's parent is a container, too."""
-    container: Container | None = _ROOT
-    if path != b"/":
-        for name in path.split(b"/")[1:]:
-            if container is None:
-                return None
-            container = container.get(name)
-    return container
+_CONTAINER: Final = re.compile("|".join(_CONTAINERS).replace("N", "[0-9]+").encode())
 
 
 def is_container(path: bytes) -> bool:
     """Whether a node without value and children is a directory by Xen's conventions."""
-    return container_at(path) is not None
+    return _CONTAINER.fullmatch(path) is not None
 
 
 STICKY_MAX: Final = 100_000

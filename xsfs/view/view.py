@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import trio
 
 from xsfs.view.hints import ListingHints
-from xsfs.view.kinds import StickyDirectories, container_at, is_container
+from xsfs.view.kinds import StickyDirectories, is_container
 from xsfs.view.names import ValueFormat, is_shown, join, shown_names
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands, Names
@@ -238,7 +238,7 @@ class View:
         self, parent: bytes, names: Sequence[bytes], replies: Sequence[Reply]
     ) -> dict[bytes, NodeState | None]:
         above = join(parent, b"")
-        container = container_at(parent)
+        in_container = is_container(parent)
         step = 2 if self.asks_perms else 1
         states: dict[bytes, NodeState | None] = {}
         doubtful = []
@@ -257,9 +257,7 @@ class View:
                 self._learn(path, state)
                 if isinstance(children, bytes):
                     self.hints.saw(path, children)
-            elif state.readable and (
-                path in self.sticky or (container is not None and container.get(name) is not None)
-            ):
+            elif state.readable and (path in self.sticky or (in_container and is_container(path))):
                 doubtful.append(name)
         if doubtful:
             fetched = await self.fetch([above + name for name in doubtful])
@@ -374,16 +372,14 @@ class View:
         transaction.requests_max = self._requests_max
         return transaction
 
-    async def atomically_apart(self, work: Work) -> None:
+    async def atomically_apart(self, work: Callable[[Commands], Awaitable[None]]) -> None:
         """`atomically` on a connection of its own, for a transaction that may be long."""
         deadline = trio.current_time() + self.store.timeout
         in_doubt = 0
         while True:
             transaction = await self.begin()
             try:
-                last = await work(transaction)
-                if last is not None:
-                    await transaction.call(last)
+                await work(transaction)
                 await transaction.commit()
                 return
             except Exception as error:

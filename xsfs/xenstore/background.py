@@ -37,15 +37,14 @@ class BackgroundCall(Generic[Result]):
     """A call of an async function by a background task."""
 
     def __init__(self, nursery: trio.Nursery, function: Callable[[], Awaitable[Result]]) -> None:
-        self._function = function
         self._done = trio.Event()
         self._result: Result
         self._error: Exception | None = None
-        nursery.start_soon(self._run)
+        nursery.start_soon(self._run, function)
 
-    async def _run(self) -> None:
+    async def _run(self, function: Callable[[], Awaitable[Result]]) -> None:
         try:
-            self._result = await self._function()
+            self._result = await function()
         except Exception as error:
             self._error = error
         self._done.set()

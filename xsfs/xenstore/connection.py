@@ -33,7 +33,8 @@ import outcome
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
-from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
+from xsfs.xenstore.home import Home
 from xsfs.xenstore.protocol import (
     HEADER,
     Op,
@@ -76,16 +77,18 @@ _WATCH_OPS: Final = frozenset((Op.WATCH, Op.UNWATCH))
 class _Batch:
     """Requests that one task sent together.
 
+    messages    the requests as bytes, until the transport takes them
     missing     how many of them are not answered
     replies     in the order of the requests, complete if nothing is missing
     task        the task that sleeps until then
     deadline    in trio's time; 0 if no task has slept yet
     """
 
-    __slots__ = ("deadline", "missing", "replies", "requests", "task")
+    __slots__ = ("deadline", "messages", "missing", "replies", "requests", "task")
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = requests
+        self.messages: list[bytes] = []
         self.missing = len(requests)
         self.replies: list[Reply] = [_NOT_YET] * self.missing
         self.task: Task | None = None
@@ -102,6 +105,7 @@ class Connection:
 
     timeout     seconds within which each pipeline must be answered
     on_event    called with (path, token) of each watch event, by the reader
+    home        where paths are sent as relative ones
     """
 
     def __init__(
@@ -109,18 +113,20 @@ class Connection:
         transport: Transport,
         timeout: float,
         on_event: Callable[[bytes, bytes], None] | None = None,
+        home: Home | None = None,
     ) -> None:
         self._transport = transport
         self._timeout = timeout
         self._on_event = on_event
+        self._home = home or Home()
         self._parser = Parser()
         self._in_flight: dict[int, tuple[_Batch, int]] = {}
         """By req_id: the batch, and the request's place in it."""
         self._next_id = 0
         self._waiting: dict[_Batch, None] = {}
         """The batches for which a task sleeps, or slept until it was cancelled."""
-        self._outgoing: list[bytes] = []
-        """Messages that the writer is to send."""
+        self._outgoing: list[_Batch] = []
+        """What the writer is to send."""
         self._unsent = b""
         """The rest of messages for which the peer had no room."""
         self._room = trio.lowlevel.ParkingLot()
@@ -138,12 +144,8 @@ class Connection:
         self.alive = True
         self._closed_because = ""
         self._scope = trio.CancelScope()
-        self._ended = trio.Event()
+        self.ended = trio.Event()
         self.payload_max = transport.payload_max
-
-    async def wait_ended(self) -> None:
-        """Return when the connection has ended."""
-        await self._ended.wait()
 
     # ------------------------------------------------------------------------------- requests
 
@@ -158,15 +160,22 @@ class Connection:
         A request that is too long for the transport is not sent.  Its reply is the XenstoreError `EINVAL`,
         with which the daemons answer a path that is too long.
 
-        Raises ConnectionLost.  Raises RequestTimeout if this or an earlier pipeline was not answered in time;
-        the connection has ended then.  Raises ValueError for a request that is no message; nothing was sent
-        then.  If the caller is cancelled, the store may still carry out requests that were sent.
+        Raises ConnectionLost, with `unsent` if nothing was sent.  Raises RequestTimeout if this or an earlier
+        pipeline was not answered in time; the connection has ended then.  Raises ValueError for a request
+        that is no message; nothing was sent then.  If the caller is cancelled, the store may still carry out
+        requests that were sent.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if len(requests) > WINDOW:
             replies: list[Reply] = []
             for start in range(0, len(requests), WINDOW):
-                replies += await self.pipeline(requests[start : start + WINDOW], tx_id, deadline)
+                try:
+                    replies += await self.pipeline(
+                        requests[start : start + WINDOW], tx_id, deadline
+                    )
+                except StoreError as error:
+                    error.unsent = error.unsent and not start
+                    raise
             return replies
         if not requests:
             await trio.lowlevel.cancel_shielded_checkpoint()
@@ -176,12 +185,12 @@ class Connection:
         if requests[0].op in _WATCH_OPS:
             return await self._pipeline_watches(requests, deadline)
         is_crowd = self._is_crowd()
-        batch, messages = self._enter(requests, tx_id)
+        batch = self._enter(requests, tx_id)
         if is_crowd or self._unsent:
-            self._outgoing += messages
+            self._outgoing.append(batch)
             self._writer_parked.unpark_all()
         else:
-            self._send(messages)
+            self._send(batch.messages, (batch,))
             self._receive_at_once(batch)
         if batch.missing:
             return await self._wait(batch, deadline)
@@ -199,7 +208,8 @@ class Connection:
             while self.alive and len(self._in_flight) + count > IN_FLIGHT_MAX:
                 await self._room.park()
         if scope.cancelled_caught:
-            raise RequestTimeout("Xenstore does not answer, and too many requests wait for it")
+            reason = "Xenstore does not answer, and too many requests wait for it"
+            raise RequestTimeout(reason, unsent=True)
         self._room.unpark()  # there may be room for the next one, too
         return deadline
 
@@ -217,17 +227,19 @@ class Connection:
         self._streak_task = task
         return self._streak_switches > 1
 
-    def _enter(self, requests: Sequence[Request], tx_id: int) -> tuple[_Batch, list[bytes]]:
-        """Put requests into the table of those in flight.  Returns the messages to be sent."""
+    def _enter(self, requests: Sequence[Request], tx_id: int) -> _Batch:
+        """Put requests into the table of those in flight."""
         if not self.alive:
-            raise ConnectionLost(self._closed_because)
+            raise ConnectionLost(self._closed_because, unsent=True)
         in_flight = self._in_flight
         batch = _Batch(requests)
-        messages = []
+        messages = batch.messages
         req_id = self._next_id
-        payload_max, pack = self.payload_max, HEADER.pack
+        payload_max, pack, above = self.payload_max, HEADER.pack, self._home.above
         try:
             for place, (op, payload) in enumerate(requests):
+                if above and payload.startswith(above):
+                    payload = payload[len(above) :]
                 if len(payload) > payload_max:
                     # C xenstored closes the connection, and oxenstored gets out of step.
                     batch.replies[place] = XenstoreError("EINVAL", requests[place])
@@ -242,7 +254,7 @@ class Connection:
             self._forget(batch)
             raise ValueError(f"not a message: {requests[place]}") from None
         self._next_id = req_id
-        return batch, messages
+        return batch
 
     def _forget(self, batch: _Batch) -> None:
         """Remove its requests from the table, because no replies will come."""
@@ -250,18 +262,25 @@ class Connection:
             if other is batch:
                 del self._in_flight[req_id]
 
-    def _send(self, messages: Sequence[bytes]) -> None:
+    def _send(self, messages: Sequence[bytes], batches: Sequence[_Batch]) -> None:
+        """Send the messages of these batches."""
+        failure = None
         try:
             self._unsent = self._transport.send(messages)
         except OSError as error:
-            self.close(f"cannot send: {error.strerror}")
+            failure = error
+        if not isinstance(failure, ConnectionError):  # else the socket is closed, and took nothing
+            for batch in batches:
+                batch.messages = []
+        if failure is not None:
+            self.close(f"cannot send: {failure.strerror}")
         if self._unsent:
             self._writer_parked.unpark_all()
 
     async def _wait(self, batch: _Batch, deadline: float | None) -> list[Reply]:
         """Sleep until all replies have come."""
         if not self.alive:
-            raise ConnectionLost(self._closed_because)
+            raise ConnectionLost(self._closed_because, unsent=bool(batch.messages))
         if deadline is None:
             deadline = trio.current_time() + self._timeout
         batch.deadline = deadline
@@ -282,13 +301,14 @@ class Connection:
     ) -> list[Reply]:
         if deadline is None:
             deadline = trio.current_time() + self._timeout
-        batch, messages = self._enter(requests, 0)
+        batch = self._enter(requests, 0)
         try:
             if self._unsent or self._outgoing:
-                self._outgoing += messages
+                self._outgoing.append(batch)
             else:
                 with trio.fail_at(deadline):
-                    self._unsent = await self._transport.send_watch(messages)
+                    self._unsent = await self._transport.send_watch(batch.messages)
+                batch.messages = []
             self._writer_parked.unpark_all()
         except trio.TooSlowError:
             self.close("the kernel did not carry out a WATCH in time")
@@ -304,7 +324,7 @@ class Connection:
 
     def _receive_at_once(self, batch: _Batch) -> None:
         """Receive the replies here, if they come within POLL_SECONDS.  The event loop waits meanwhile."""
-        if not self._transport.can_poll or len(batch.requests) > POLL_REQUESTS_MAX:
+        if len(batch.requests) > POLL_REQUESTS_MAX:
             return
         if self._poll_skips:
             self._poll_skips -= 1
@@ -349,9 +369,9 @@ class Connection:
         self._closed_because = reason
         self.alive = False
         self._scope.cancel()
-        self._ended.set()
+        self.ended.set()
         for batch in self._waiting:
-            batch.wake(outcome.Error(error(reason)))
+            batch.wake(outcome.Error(error(reason, unsent=bool(batch.messages))))
         self._waiting.clear()
         self._in_flight.clear()
         self._room.unpark_all()
@@ -413,8 +433,8 @@ class Connection:
                 if self._unsent:
                     self._unsent = await self._transport.send_rest(self._unsent)
                 elif self._outgoing:
-                    messages, self._outgoing = self._outgoing, []
-                    self._unsent = self._transport.send(messages)
+                    batches, self._outgoing = self._outgoing, []
+                    self._send([each for batch in batches for each in batch.messages], batches)
                 else:
                     await self._writer_parked.park()
         except trio.ClosedResourceError:

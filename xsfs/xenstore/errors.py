@@ -43,15 +43,18 @@ class StoreError(OSError):
 
     errno           what the failure means: a number of the module `errno`
     strerror        what has happened, in words
+    unsent          whether nothing of the request was sent, so that it can be sent again
     during_outage   whether xsfs sent nothing, because Xenstore has not answered earlier requests
     """
 
     errno: int = errno.EIO
+    unsent = False
     during_outage = False
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, unsent: bool = False) -> None:
         super().__init__(message)
         self.strerror = message
+        self.unsent = unsent
 
 
 class XenstoreError(StoreError):

@@ -64,7 +64,6 @@ class EventReader(SocketTransport):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
-        self.can_poll = False
         self._token = trio.lowlevel.current_trio_token()
         self._chunks: deque[bytes] = deque()
         self._arrived = trio.lowlevel.ParkingLot()

@@ -1,17 +1,11 @@
-"""The home of the client's own domain, and the paths below it as they are sent.
+"""The home of the client's own domain, below which connections send relative paths.
 
 A guest gets another domid, and so another home, when it is migrated, or saved and restored.  The kernel sets
-its watches again afterwards, and other requests just go to the new store.  So requests below the home are
-sent with relative paths, which stay right.  Xenstore has no relative path for the home itself.
-
-A `Home` owns the path of the home.  One task changes it when the domain has got another domid.
+its watches again afterwards, and other requests just go to the new store.  Relative paths stay right then.
+Xenstore has no relative path for the home itself.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-
-from xsfs.xenstore.protocol import Request
 
 
 def moved(path: bytes, source: bytes, target: bytes) -> bytes:
@@ -21,28 +15,16 @@ def moved(path: bytes, source: bytes, target: bytes) -> bytes:
 
 
 class Home:
-    """See the module's docstring.  As long as it has no path, all paths are sent as they are."""
+    """Shared by all connections of a store.  One task moves it when the domain has got another domid."""
 
     def __init__(self) -> None:
-        self._above = b""
+        self.above = b""
+        """The path and a slash.  While it is empty, all paths are sent as they are."""
 
     def move(self, path: bytes) -> None:
         """The home is at this absolute path."""
-        self._above = path + b"/"
+        self.above = path + b"/"
 
-    def as_sent(self, requests: Sequence[Request]) -> Sequence[Request]:
-        """The requests, with relative paths below the home."""
-        above = self._above
-        if not above:
-            return requests
-        length = len(above)
-        return [
-            Request(request.op, request.payload[length:])
-            if request.payload.startswith(above)
-            else request
-            for request in requests
-        ]
-
-    def as_asked(self, path: bytes) -> bytes:
+    def absolute(self, path: bytes) -> bytes:
         """The absolute path of an event.  Special events are left as they are."""
-        return path if path.startswith((b"/", b"@")) else self._above + path
+        return path if path.startswith((b"/", b"@")) else self.above + path

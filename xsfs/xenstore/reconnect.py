@@ -29,6 +29,7 @@ import trio
 
 from xsfs.xenstore.connection import Connection
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, StoreUnavailable
+from xsfs.xenstore.home import Home
 from xsfs.xenstore.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -88,11 +89,13 @@ class ReconnectingConnection:
         nursery: trio.Nursery,
         connect: Connect,
         timeout: float,
+        home: Home,
         on_event: OnEvent | None = None,
     ) -> None:
         self._nursery = nursery
         self._connect = connect
         self._timeout = timeout
+        self._home = home
         self._on_event = on_event
         self._lock = trio.Lock()
         self.current: Connection | None = None
@@ -134,9 +137,11 @@ class ReconnectingConnection:
         return connection
 
     def adopt(self, transport: Transport) -> Connection:
-        """Make a transport that was just opened the current connection."""
-        self.close("another connection took its place")
-        connection = Connection(transport, self._timeout, self._on_event)
+        """Make a transport that was just opened the current connection.  Only a connection that is not
+        answered is replaced while it is alive."""
+        if self.current is not None:
+            self.current.close("Xenstore did not answer in time", RequestTimeout)
+        connection = Connection(transport, self._timeout, self._on_event, self._home)
         self._nursery.start_soon(connection.run)
         self.opened += 1
         self.current = connection

@@ -78,13 +78,11 @@ class Transaction(Commands):
         connection: Connection,
         tx_id: int,
         breaker: CircuitBreaker,
-        home: Home,
         timeout: float,
         deadline: float | None = None,
     ) -> None:
         """`deadline` is that of all its requests, in trio's time; if None, each has the time limit."""
         self.connection = connection
-        self._home = home
         self._breaker = breaker
         self._timeout = timeout
         self._deadline = deadline
@@ -125,8 +123,7 @@ class Transaction(Commands):
             deadline = trio.current_time() + self._timeout
         try:
             with Observation(self._breaker):
-                sent = self._home.as_sent(requests)
-                return await self.connection.pipeline(sent, self._tx_id, deadline)
+                return await self.connection.pipeline(requests, self._tx_id, deadline)
         except ConnectionLost as error:
             self._tx_id = None
             raise TransactionEnded(f"the transaction was lost: {error}") from error
@@ -140,16 +137,14 @@ class Transaction(Commands):
         """
         if self._tx_id is None:
             raise TransactionEnded("the transaction has ended")
-        if not self.connection.alive:
-            # Nothing was sent, so the outcome is known.
-            self._tx_id = None
-            raise TransactionEnded("the transaction was lost with its connection")
         tx_id, self._tx_id = self._tx_id, None
-        *replies, end = await self.connection.pipeline(
-            (*self._home.as_sent(requests), protocol.transaction_end(commit)),
-            tx_id,
-            self._deadline,
-        )
+        sent = (*requests, protocol.transaction_end(commit))
+        try:
+            *replies, end = await self.connection.pipeline(sent, tx_id, self._deadline)
+        except ConnectionLost as error:
+            if not error.unsent:
+                raise
+            raise TransactionEnded("the transaction was lost with its connection") from error
         self.has_ended = not isinstance(end, XenstoreError) or end.name == "EAGAIN"
         if isinstance(end, XenstoreError):
             # C xenstored ends a transaction in which a request failed with ENOMEM: the reply to that
@@ -169,18 +164,6 @@ class Transaction(Commands):
         """Undo all changes, and end the transaction."""
         await self.finish((), commit=False)
 
-    async def wait_disconnected(self) -> None:
-        """Return when its connection has ended: abandoned, or lost."""
-        await self.connection.wait_ended()
-
-
-class _Conflict(Exception):
-    """A transaction of `atomically` must start again."""
-
-    def __init__(self, error: XenstoreError) -> None:
-        super().__init__(error)
-        self.error = error
-
 
 class Store(Commands):
     """Xenstore as it is.  Made by `open_store`."""
@@ -188,13 +171,12 @@ class Store(Commands):
     def __init__(self, nursery: trio.Nursery, connect: Connect, timeout: float) -> None:
         self._nursery = nursery
         self._connect = connect
-        self._main = ReconnectingConnection(nursery, connect, timeout)
+        self.home = Home()
+        self._main = ReconnectingConnection(nursery, connect, timeout, self.home)
         self._short_limit = trio.CapacityLimiter(SHORT_MAX)
         self._idle: list[Connection] = []
         """Connections for transactions of `atomically`, with none open."""
         self.timeout = timeout
-        self.home = Home()
-        """The home below which the paths of requests are sent as relative ones."""
         self.breaker = CircuitBreaker(nursery, timeout, self._probe)
         self.watches = Watches(nursery, connect, timeout, self.breaker, self.home)
         self.requests = 0
@@ -243,11 +225,11 @@ class Store(Commands):
         self._main.close(reason)
 
     async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
-        """As in Commands.  Requests that only read are sent again if the connection was lost."""
+        """As in Commands.  If the connection was lost, requests are sent again that only read, or of which
+        nothing was sent."""
         if self.breaker.error is not None:
             await self.breaker.check()
         self.requests += len(requests)
-        requests = self.home.as_sent(requests)
         failure: ConnectionLost | RequestTimeout | None = None
         with Observation(self.breaker) as observation:
             deadline = observation.start + self.timeout
@@ -263,7 +245,7 @@ class Store(Commands):
                     return await connection.pipeline(requests, 0, deadline)
                 except (ConnectionLost, RequestTimeout) as error:
                     is_late = connection.alive or trio.current_time() >= deadline
-                    if is_late or not all(r.repeatable for r in requests):
+                    if is_late or not (error.unsent or all(r.repeatable for r in requests)):
                         raise
                     failure = error
 
@@ -306,13 +288,13 @@ class Store(Commands):
         deadline = trio.current_time() + self.timeout
         with Observation(self.breaker):
             connection = await self._open(deadline)
-            self.transactions += 1
             try:
                 tx_id = await self._start(connection, deadline)
             except BaseException:
-                self._close(connection)
+                connection.close()
                 raise
-        return Transaction(connection, tx_id, self.breaker, self.home, self.timeout)
+        self.transactions += 1
+        return Transaction(connection, tx_id, self.breaker, self.timeout)
 
     async def roll_back(self, transaction: Transaction) -> None:
         """Roll the transaction back if it is open, and close its connection.
@@ -320,24 +302,26 @@ class Store(Commands):
         Not only the latter: Linux cannot suspend a guest any more in which a descriptor of the device was
         closed with a transaction open.
         """
+        await self._clean_up(transaction)
+        self.abandon(transaction)
+
+    async def _clean_up(self, transaction: Transaction) -> None:
+        """Roll the transaction back if it is open, whether or not the caller is cancelled."""
         with (
             trio.CancelScope(deadline=trio.current_time() + CLEANUP_SECONDS, shield=True),
             suppress(StoreError),
         ):
             if transaction.is_open:
                 await transaction.rollback()
-        self.abandon(transaction)
 
     def abandon(self, transaction: Transaction) -> None:
         """Close the transaction's connection, which rolls back a transaction that is still open."""
-        self._close(transaction.connection)
-
-    def _close(self, connection: Connection) -> None:
-        connection.close()
+        transaction.connection.close()
         self.transactions -= 1
 
     async def _open(self, deadline: float) -> Connection:
-        connection = Connection(await open_transport_by(self._connect, deadline), self.timeout)
+        transport = await open_transport_by(self._connect, deadline)
+        connection = Connection(transport, self.timeout, home=self.home)
         self._nursery.start_soon(connection.run)
         return connection
 
@@ -365,29 +349,22 @@ class Store(Commands):
                 while True:
                     # The last attempt must not fail just because it started late.
                     extended = trio.current_time() + self.timeout / 4
-                    try:
-                        return await self._attempt(work, max(deadline, extended))
-                    except _Conflict as conflict:
-                        in_doubt += conflict.error.name in _MAYBE_CONFLICTS
-                        if trio.current_time() >= deadline or in_doubt > IN_DOUBT_MAX:
-                            raise conflict.error from None
-
-    async def _attempt(
-        self, work: Callable[[Transaction], Awaitable[Result]], deadline: float
-    ) -> Result:
-        self.requests += 1
-        async with self._short_transaction(deadline) as transaction:
-            try:
-                result = await work(transaction)
-                if transaction.is_open:
-                    await transaction.commit()
-                return result
-            except Exception as error:
-                if not await self.is_conflict(transaction, error):
-                    raise
-                if not isinstance(error, XenstoreError) or not transaction.has_written:
-                    error = XenstoreError("EAGAIN", protocol.transaction_end(True))
-                raise _Conflict(error) from error
+                    self.requests += 1
+                    async with self._short_transaction(max(deadline, extended)) as transaction:
+                        try:
+                            result = await work(transaction)
+                            if transaction.is_open:
+                                await transaction.commit()
+                            return result
+                        except Exception as error:
+                            if not await self.is_conflict(transaction, error):
+                                raise
+                            conflict = XenstoreError("EAGAIN", protocol.transaction_end(True))
+                            if isinstance(error, XenstoreError) and transaction.has_written:
+                                conflict = error
+                    in_doubt += conflict.name in _MAYBE_CONFLICTS
+                    if trio.current_time() >= deadline or in_doubt > IN_DOUBT_MAX:
+                        raise conflict
 
     async def is_conflict(self, transaction: Transaction, error: Exception) -> bool:
         """Whether `error`, which was met in the transaction, may be the result of a conflict.
@@ -410,18 +387,11 @@ class Store(Commands):
     async def _short_transaction(self, deadline: float) -> AsyncIterator[Transaction]:
         """A transaction on a connection that is used again if the transaction's end is certain."""
         connection, tx_id = await self._start_on_idle(deadline)
-        transaction = Transaction(
-            connection, tx_id, self.breaker, self.home, self.timeout, deadline
-        )
+        transaction = Transaction(connection, tx_id, self.breaker, self.timeout, deadline)
         try:
             yield transaction
         finally:
-            if transaction.is_open:
-                with (
-                    trio.CancelScope(deadline=trio.current_time() + CLEANUP_SECONDS, shield=True),
-                    suppress(StoreError),
-                ):
-                    await transaction.rollback()
+            await self._clean_up(transaction)
             if transaction.has_ended:
                 self._idle.append(connection)
             else:

@@ -39,8 +39,6 @@ class Transport(Protocol):
     """One end of an open connection."""
 
     payload_max: int
-    can_poll: bool
-    """Whether `receive_soon` can wait."""
 
     def send(self, messages: Sequence[bytes]) -> bytes:
         """Send whole messages.  Returns the bytes that could not be sent yet.
@@ -58,7 +56,8 @@ class Transport(Protocol):
         """Wait until there is room, then send more of the bytes that `send` returned."""
 
     def receive_soon(self) -> bytes | None:
-        """Receive what comes within a few milliseconds; b"" at the end, None if nothing comes."""
+        """Receive what comes within a few milliseconds; b"" at the end.  None if nothing comes, or at once if
+        this transport cannot wait."""
 
     async def receive(self) -> bytes:
         """Wait for bytes and receive them; b"" at the end.  OSError if the connection broke."""
@@ -89,7 +88,6 @@ class SocketTransport:
     def __init__(self, sock: socket.socket, *, same_loop: bool = False) -> None:
         """`same_loop`: the peer is a task of this event loop, which cannot run while `receive_soon` waits."""
         self.same_loop = same_loop
-        self.can_poll = not same_loop
         # Blocking, so that receive_soon is one system call.  All other calls use MSG_DONTWAIT.
         sock.setblocking(True)
         limit = struct.pack("ll", 0, RECEIVE_MICROSECONDS)
@@ -113,7 +111,7 @@ class SocketTransport:
         return self.send((rest,))
 
     def receive_soon(self) -> bytes | None:
-        if not self.can_poll:
+        if self.same_loop:
             return None
         self._busy_poll.is_readable(BUSY_POLL_SECONDS)
         view = _buffer.view

@@ -160,7 +160,7 @@ class Watches:
         self._breaker = breaker
         self._timeout = timeout
         self._reconnecting = ReconnectingConnection(
-            nursery, with_event_reader(connect), timeout, self._dispatch
+            nursery, with_event_reader(connect), timeout, home, self._dispatch
         )
         self._lock = trio.Lock()
         """Held while a WATCH or UNWATCH is outstanding."""
@@ -189,7 +189,7 @@ class Watches:
             # Of a watch that was just removed, or sent by a store that lies: harmless.
             return
         if watch.path.startswith(b"/"):
-            path = self._home.as_asked(path)
+            path = self._home.absolute(path)
         if len(watch.subscriptions) == 1 and not watch.spreading:
             next(iter(watch.subscriptions)).put(path)
             return
@@ -299,9 +299,8 @@ class Watches:
         is_removed = False
         try:
             deadline = trio.current_time() + REMOVE_SECONDS
-            (reply,) = await connection.pipeline(
-                self._home.as_sent((protocol.unwatch(watch.path, watch.token),)), 0, deadline
-            )
+            request = protocol.unwatch(watch.path, watch.token)
+            (reply,) = await connection.pipeline((request,), 0, deadline)
             self._answered_at = trio.current_time()
             is_removed = isinstance(reply, bytes) or reply.name == "ENOENT"
         except StoreError as error:
@@ -317,8 +316,7 @@ class Watches:
         watch.connection = connection
         for depth in dict.fromkeys((watch.depth, None)):  # None for a daemon that knows no depth
             request = protocol.watch(watch.path, watch.token, depth)
-            requests = self._home.as_sent((request,))
-            (reply,) = await connection.pipeline(requests, 0, deadline)
+            (reply,) = await connection.pipeline((request,), 0, deadline)
             self._answered_at = trio.current_time()
             if isinstance(reply, bytes) or reply.name != "EINVAL":
                 break
@@ -341,7 +339,7 @@ class Watches:
                 is_refused = any(watch.refused for watch in self._by_path.values())
                 patience = min(2 * patience or REFUSED_FIRST, REFUSED_MAX) if is_refused else 0.0
                 with trio.move_on_after(patience or math.inf):
-                    await connection.wait_ended()
+                    await connection.ended.wait()
                 if connection.alive:
                     await self._rearm()
             else:
@@ -351,12 +349,17 @@ class Watches:
     def move(self, source: bytes, target: bytes) -> None:
         """Watch below `target` what was watched below `source`.  Each subscriber learns that it may have
         missed something."""
-        watches = list(self._by_path.values())
-        for watch in watches:
+        by_path: dict[tuple[bytes, int | None], _Watch] = {}
+        for watch in self._by_path.values():
             watch.path = moved(watch.path, source, target)
             for subscription in watch.subscriptions:
                 subscription.path = watch.path
-        self._by_path = {(watch.path, watch.depth): watch for watch in watches}
+            kept = by_path.setdefault((watch.path, watch.depth), watch)
+            if kept is not watch:
+                kept.subscriptions.update(watch.subscriptions)
+                kept.armed = kept.armed or watch.armed
+                del self._by_token[watch.token]
+        self._by_path = by_path
         self._reconnecting.close("the watches move")
 
     def _interrupt(self) -> None:

@@ -88,7 +88,6 @@ class DeviceTransport:
     """
 
     payload_max = DEVICE_PAYLOAD_MAX
-    can_poll = False
 
     def __init__(self, open_device: Callable[[], int]) -> None:
         self._open_device = open_device
