@@ -20,12 +20,12 @@ from xsfs.fs import posix
 from xsfs.fs.domain_links import DomainsDirectory
 from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
 from xsfs.fs.files import DotValue, ValueFile, ValueHandle
+from xsfs.fs.generated import DomidFile, StatsFile
 from xsfs.fs.listing import DirectoryHandle
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
 from xsfs.fs.posix import Removed
 from xsfs.fs.scratch import ScratchFile, ScratchFiles, ScratchHandle
-from xsfs.fs.special import DomidFile, StatsFile
 from xsfs.fs.watch_files import WatchFile
 from xsfs.fs.xattrs import XenstoreNode
 from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, join

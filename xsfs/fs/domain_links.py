@@ -11,8 +11,8 @@ from typing import Final
 
 from pyfuse3 import EntryAttributes
 
+from xsfs.fs.generated import GeneratedDirectory, SymbolicLink
 from xsfs.fs.nodes import refuse
-from xsfs.fs.special import GeneratedDirectory, SymbolicLink
 from xsfs.view.names import NAME_MAX
 from xsfs.view.view import FETCH_WINDOW, View
 from xsfs.xenstore import protocol

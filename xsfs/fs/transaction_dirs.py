@@ -13,9 +13,9 @@ from pyfuse3 import EntryAttributes
 
 from xsfs.fs.directories import RootDirectory
 from xsfs.fs.dumps import SubtreeFile
+from xsfs.fs.generated import GeneratedDirectory, MirrorLink, TextFile, TextHandle
 from xsfs.fs.inodes import InodeTable
 from xsfs.fs.nodes import Caller, Node, refuse
-from xsfs.fs.special import GeneratedDirectory, MirrorLink, TextFile, TextHandle
 from xsfs.fs.transactions import Transactions, TransactionView
 from xsfs.view.differences import differences
 from xsfs.view.names import NAME_MAX
