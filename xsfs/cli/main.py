@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NoReturn
 
 from xsfs import __version__
 from xsfs.cli.exit_statuses import EXIT_BUG, EXIT_MOUNTED, EXIT_USAGE, STATUSES, MountError
@@ -55,16 +55,7 @@ class _MountParser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-class Command(NamedTuple):
-    """A parsed command line."""
-
-    options: Options
-    pretend: bool = False
-    """mount -f: do everything except the mount itself."""
-    verbose: bool = False
-
-
-def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Command:
+def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Options:
     """Raises UsageError.
 
     helper      called by mount(8), where -f means `pretend`
@@ -106,12 +97,14 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Comman
         mountpoint,
         source_of(source[0]) if source else None,
         foreground=(found.foreground and not helper) or found.debug,
+        pretend=found.foreground and helper,
         debug=found.debug,
+        verbose=found.v,
         **parse(found.options, sloppy=found.s),
     )
     if not options.embedded and (options.listen is not None or options.domid):
         raise UsageError("the options 'listen' and 'domid' require the source 'embedded'")
-    return Command(options, pretend=found.foreground and helper, verbose=found.v)
+    return options
 
 
 def _open_standard_files() -> None:
@@ -127,13 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_standard_files()
     helper = arguments is None and os.path.basename(sys.argv[0]).startswith("mount.")
     try:
-        command = parse_arguments(sys.argv[1:] if arguments is None else arguments, helper=helper)
+        options = parse_arguments(sys.argv[1:] if arguments is None else arguments, helper=helper)
     except UsageError as error:
         print(f"xsfs: {error} (try 'xsfs --help')", file=sys.stderr)
         return EXIT_USAGE
-    if command.pretend:
+    if options.pretend:
         return EXIT_MOUNTED
-    options = command.options
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.DEBUG if options.debug else logging.INFO,
@@ -154,6 +146,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         logging.exception("internal error, please report it")
         return EXIT_BUG
-    if command.verbose and not options.foreground:
+    if options.verbose and not options.foreground:
         print(f"xsfs: {options.label} mounted on {options.mountpoint}")
     return EXIT_MOUNTED

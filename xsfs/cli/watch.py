@@ -65,16 +65,14 @@ class WatchError(Exception):
     """One line, for the user."""
 
 
-def is_in_mount(path: bytes) -> bool:
-    """Whether an existing path lies in a mount of xsfs."""
-    device = os.stat(path).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-        for line in mounts:
-            fields = line.split()
-            if fields[2] == number:
-                return fields[fields.index("-") + 1] == "fuse.xsfs"
-    return False
+def node_of(path: bytes, otherwise: str) -> bytes:
+    """The Xenstore path of a file.  WatchError with the text `otherwise` if it is no node of Xenstore."""
+    try:
+        return os.getxattr(path, "user.xs.path", follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+            raise WatchError(otherwise) from None
+        raise
 
 
 class Watch:
@@ -101,12 +99,15 @@ class Watch:
             # A line that begins otherwise would be a command or a special event.
             self._own = b"." if name == b".value" else _as_line(name)
             self._own_lines = {self._own}
-        if not is_in_mount(parent):
-            raise WatchError("not in an xsfs mount")
+        node_of(os.path.join(parent, b"."), "not in an xsfs mount")
         self.descriptor = self._open(os.path.join(parent, b".watch"))
 
     def _open(self, file: bytes) -> int:
-        mode = os.O_RDONLY if self._own is None else os.O_RDWR
+        node = self._own
+        if node not in (None, b".") and os.path.lexists(self.path):
+            # The name may be an alias, if the node's own name is too long for a file.
+            node = node_of(self.path, "no node of Xenstore")
+        mode = os.O_RDONLY if node is None else os.O_RDWR
         try:
             descriptor = os.open(file, mode | os.O_NONBLOCK)
         except OSError as error:
@@ -121,22 +122,9 @@ class Watch:
         if not pollable:
             os.close(descriptor)
             descriptor = os.open(file, mode)
-        if mode == os.O_RDWR:
-            os.write(descriptor, self._node() + b"\n")
+        if node is not None and mode == os.O_RDWR:
+            os.write(descriptor, node + b"\n")
         return descriptor if pollable else self._read_in_thread(descriptor)
-
-    def _node(self) -> bytes:
-        """What to watch, as the watch file takes it."""
-        assert self._own is not None
-        if self._own != b"." and os.path.lexists(self.path):
-            # The name may be an alias, if the node's own name is too long for a file.
-            try:
-                return os.getxattr(self.path, "user.xs.path", follow_symlinks=False)
-            except OSError as error:
-                if error.errno == errno.ENODATA:
-                    raise WatchError("no node of Xenstore") from None
-                raise
-        return self._own
 
     def _read_in_thread(self, source: int) -> int:
         """Have all that comes from a descriptor copied into a pipe, whose reading end is returned."""
