@@ -168,13 +168,9 @@ class SyncWatch:
                 if any(subscription.ended for subscription in self._subscriptions):
                     return None
                 await self._arrived.park()
-        for subscription in self._subscriptions:
-            if subscription:
-                # The others come first next time.
-                self._subscriptions.remove(subscription)
-                self._subscriptions.append(subscription)
-                return await anext(subscription)
-        return None
+        self._subscriptions.rotate(-1)  # each comes first in turn
+        ready = next(filter(None, self._subscriptions), None)
+        return None if ready is None else await anext(ready)
 
 
 class SyncStore(SyncCommands):
