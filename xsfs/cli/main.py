@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.DEBUG if options.debug else logging.INFO,
         format="xsfs: %(message)s",
     )
-    if in_journal(2):
+    if in_journal():
         logging.getLogger().handlers[0].setFormatter(JournalFormatter())
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
     # Loading it takes a tenth of a second, for which `--help` and mistakes need not wait.
