@@ -128,39 +128,6 @@ class Option(NamedTuple):
     """The value if the option is given by its name alone.  None: it requires a value."""
 
 
-class Flag(NamedTuple):
-    """One flag of the command line."""
-
-    letter: str
-    name: str
-    """After two dashes.  Empty for a flag that only mount(8) passes."""
-    help: str
-    details: str = ""
-
-
-FLAGS: Final = (
-    Flag("f", "foreground", "stay in the foreground"),
-    Flag(
-        "d",
-        "debug",
-        "log every operation, and stay in the foreground",
-        "Each line has the operation, the Xenstore path, the result, and the time in microseconds. "
-        "Values are not logged, only their lengths.",
-    ),
-    Flag("V", "version", "print the version and exit"),
-    Flag("h", "help", "print this help and exit"),
-)
-
-MOUNT_FLAGS: Final = (
-    Flag("r", "", "the same as -o ro"),
-    Flag("w", "", "the same as -o rw"),
-    Flag("s", "", "ignore unknown options of -o"),
-    Flag("n", "", "ignored, for compatibility with mount(8)"),
-    Flag("v", "", "print the source and the mountpoint after mounting"),
-)
-"""mount(8) passes these to its helpers.  It passes `-f` too, which then means: do not mount."""
-
-
 def _root(text: str) -> bytes:
     if not text.startswith("/"):
         raise ValueError("must begin with /")

@@ -37,11 +37,6 @@ STATUSES: Final = {
     EXIT_TIME: "SECONDS have passed",
 }
 
-FLAGS: Final = (
-    *("-v", "--values", "-j", "--json", "-s", "--skip-first"),
-    *("-n", "--count", "-t", "--timeout", "-h", "--help"),
-)
-
 READ_SIZE: Final = 65536
 
 USAGE: Final = "xsfs-watch [-v] [-j] [-s] [-n COUNT] [-t SECONDS] PATH..."
@@ -231,7 +226,7 @@ class _WatchParser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"xsfs-watch: {message} (try 'xsfs-watch --help')\n")
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def argument_parser() -> argparse.ArgumentParser:
     parser = _WatchParser(
         prog="xsfs-watch",
         usage=USAGE,
@@ -252,7 +247,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", type=os.fsencode, help=argparse.SUPPRESS
     )
-    return parser.parse_args(arguments)
+    return parser
 
 
 def changes(watches: Sequence[Watch], timeout: float | None) -> Iterator[tuple[Watch, bytes]]:
@@ -328,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGPIPE):
         if number == signal.SIGPIPE or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
-    command = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    command = argument_parser().parse_args(arguments)
     try:
         return watch(command)
     except WatchError as error:
