@@ -89,10 +89,11 @@ class TransactionView(View):
 
     commands: SharedTransaction
 
-    def __init__(self, outer: View, transaction: Transaction, number: int) -> None:
+    def __init__(self, outer: View, transaction: Transaction, name: bytes, number: int) -> None:
         """`number` differs for each transaction of the mount."""
         sticky = StickyDirectories(outer.sticky)
         super().__init__(outer.store, outer.domid, outer.root, outer.content, sticky)
+        self.name = name
         self.number = number
         self.outer = outer
         self.commands = SharedTransaction(transaction)
@@ -158,8 +159,8 @@ class Transactions:
             del self._callers[name]
             raise
         self._begun += 1
-        view = self._views[name] = TransactionView(self._outer, transaction, self._begun)
-        self._nursery.start_soon(self._await_end, name, view)
+        view = self._views[name] = TransactionView(self._outer, transaction, name, self._begun)
+        self._nursery.start_soon(self._await_end, view)
 
     def _full_for(self, caller: Caller) -> bool:
         if len(self._callers) >= OPEN_MAX:
@@ -169,49 +170,49 @@ class Transactions:
         uids = [each.uid for each in self._callers.values() if each.unprivileged]
         return len(uids) >= UNPRIVILEGED_MAX or uids.count(caller.uid) >= EACH_UNPRIVILEGED_MAX
 
-    async def commit(self, name: bytes, view: TransactionView) -> None:
+    async def commit(self, view: TransactionView) -> None:
         """Carry out all changes at once.  XenstoreError `EAGAIN` is a conflict.
 
         The transaction is over in any case.  FUSEError EIO if the outcome is unknown.
         """
-        async with self._ending(name, view):
+        async with self._ending(view):
             try:
                 await view.commands.transaction.commit()
             except (ConnectionLost, RequestTimeout) as error:
-                text = name.decode()
+                text = view.name.decode()
                 log.error("whether transaction %s was committed is unknown: %s", text, error)
                 refuse(errno.EIO)
             self._outer.sticky.carry_out(view.sticky)
 
-    async def roll_back(self, name: bytes, view: TransactionView) -> None:
+    async def roll_back(self, view: TransactionView) -> None:
         """Undo all changes."""
-        async with self._ending(name, view):
+        async with self._ending(view):
             # The end of the connection undoes them, too.
             with trio.move_on_after(CLEANUP_SECONDS), suppress(StoreError):
                 await view.commands.transaction.rollback()
 
     async def roll_back_all(self) -> None:
         """The mount ends."""
-        for name, view in list(self._views.items()):
+        for view in list(self._views.values()):
             with suppress(TransactionEnded):
-                await self.roll_back(name, view)
+                await self.roll_back(view)
 
     @asynccontextmanager
-    async def _ending(self, name: bytes, view: TransactionView) -> AsyncIterator[None]:
+    async def _ending(self, view: TransactionView) -> AsyncIterator[None]:
         """The end of a transaction happens within this block, after everything that came before."""
         async with view.commands.lock:
             if view.ended:
                 raise TransactionEnded("the transaction has ended")
-            del self._views[name]
+            del self._views[view.name]
             view.end()
         # From here on every other request fails with ESTALE.
         try:
             yield
         finally:
             self._outer.store.abandon(view.commands.transaction)
-            del self._callers[name]
+            del self._callers[view.name]
 
-    async def _await_end(self, name: bytes, view: TransactionView) -> None:
+    async def _await_end(self, view: TransactionView) -> None:
         """Wait until it has ended, and end it if it is idle for too long or its connection is gone."""
         while (until := view.commands.used_at + self._idle_seconds) > trio.current_time():
             with trio.move_on_at(until):
@@ -221,6 +222,6 @@ class Transactions:
             return
         is_open = view.commands.transaction.is_open
         why = f"idle for {self._idle_seconds:g} s" if is_open else "its connection was closed"
-        log.warning("rolled back transaction %s: %s", name.decode(), why)
+        log.warning("rolled back transaction %s: %s", view.name.decode(), why)
         with suppress(TransactionEnded):  # somebody else came first
-            await self.roll_back(name, view)
+            await self.roll_back(view)
