@@ -48,9 +48,9 @@ class Client:
         self._parser = protocol.Parser()
         self._received: deque[Message] = deque()
 
-    async def send(self, *requests: Request) -> None:
+    async def send(self, *requests: Request, tx_id: int = 0) -> None:
         await self.stream.send_all(
-            b"".join(protocol.encode(op, 5, 0, body) for op, body in requests)
+            b"".join(protocol.encode(op, 5, tx_id, body) for op, body in requests)
         )
 
     async def receive(self) -> Message | None:
@@ -66,9 +66,9 @@ class Client:
             self._received.extend(messages_of(self._parser))
         return self._received.popleft()
 
-    async def ask(self, request: Request) -> bytes | str:
+    async def ask(self, request: Request, tx_id: int = 0) -> bytes | str:
         """The reply's payload, or the name of the error."""
-        await self.send(request)
+        await self.send(request, tx_id=tx_id)
         message = await self.receive()
         assert message is not None
         return protocol.decode_error(message.payload) if message.op == Op.ERROR else message.payload
@@ -453,6 +453,11 @@ def test_quotas_hold_for_a_domain_however_many_connections_it_has() -> None:
             start = protocol.transaction_start()
             for client in clients[:11]:
                 assert await client.ask(start) == b"1\0"
+            assert await clients[11].ask(start) == "ENOSPC"
+            assert await Client(store.connect(8)).ask(start) == b"1\0"
+            for client, commit in (clients[1], True), (clients[2], False):
+                assert await client.ask(protocol.transaction_end(commit), 1) == b"OK\0"
+                assert await client.ask(start) == b"2\0"
             assert await clients[11].ask(start) == "ENOSPC"
             await clients[0].stream.aclose()
             while await clients[11].ask(start) == "ENOSPC":

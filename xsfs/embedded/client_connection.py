@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+from collections.abc import Iterable
 from typing import Final
 
 import trio
@@ -79,6 +80,16 @@ class WatchTable:
                 found += by_path.get(path, ())
             found.sort(key=lambda watch: watch.number)
         return found
+
+
+def watches_of(connections: Iterable[ClientConnection], domid: int) -> int:
+    """How many watches the domain has."""
+    return sum(len(each.watches) for each in connections if each.domid == domid)
+
+
+def transactions_of(connections: Iterable[ClientConnection], domid: int) -> int:
+    """How many open transactions the domain has."""
+    return sum(len(each.transactions) for each in connections if each.domid == domid)
 
 
 class ClientConnection:
