@@ -57,14 +57,6 @@ def test_an_open_that_fails(
 
 
 @in_world
-async def test_a_value_is_handed_over_once_to_the_thread_that_looked_it_up(w: World) -> None:
-    entry = await w.lookup(b"name", pid=1)
-    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(2))) == 2
-    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(1))) == 0
-    assert await w.costs(lambda: w.operations.open(entry.st_ino, RDONLY, ctx(1))) == 2
-
-
-@in_world
 async def test_a_value_is_handed_over_for_its_own_inode_only(w: World) -> None:
     await w.store.write("data/x", "other")
     other = await w.lookup(b"data", b"x", pid=1)

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, cast
 
 import pyfuse3
 import pytest
+import trio
 from pyfuse3 import FUSEError
 
 from tests.support.operating import (
     APPEND,
     EXCL,
     RDONLY,
+    RDWR,
     ROOT,
     TRUNC,
     WRONLY,
     World,
     ctx,
     in_world,
+    listed,
     refused,
 )
 from xsfs.fs import dumps, files, inodes, open_files
@@ -32,6 +35,7 @@ from xsfs.fs.directories import Directory
 from xsfs.fs.errnos import errno_of
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
 from xsfs.view.names import OWN_NAMES
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import (
     ConnectionLost,
     RequestTimeout,
@@ -39,7 +43,7 @@ from xsfs.xenstore.errors import (
     TransactionEnded,
     XenstoreError,
 )
-from xsfs.xenstore.protocol import WireError, read
+from xsfs.xenstore.protocol import Op, Request, WireError, read
 
 # ------------------------------------------------------------------------------------ round trips
 
@@ -113,6 +117,81 @@ async def test_echo_is_one_request(w: World) -> None:
 
     await echo_to_a_new_one()
     assert await w.store.read("data/new") == b"42"
+
+
+# ------------------------------------------------------------- replies that are outdated when they come
+
+
+def around_request(
+    monkeypatch: pytest.MonkeyPatch,
+    w: World,
+    op: Op,
+    before: Callable[[], Awaitable[object]],
+    after: Callable[[], Awaitable[object]],
+) -> None:
+    """Run `before` and `after` around the store's reply to the next request of this type, while the task
+    that sent the request waits."""
+    pipeline = w.store.pipeline
+    is_due = True
+
+    async def outdated(requests: Sequence[Request]) -> list[Reply]:
+        nonlocal is_due
+        if not is_due or all(request.op != op for request in requests):
+            return await pipeline(requests)
+        is_due = False
+        await before()
+        replies = await pipeline(requests)
+        await after()
+        return replies
+
+    monkeypatch.setattr(w.store, "pipeline", outdated)
+
+
+def test_a_listing_shows_a_file_whose_creation_is_carried_out_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @in_world
+    async def test(w: World) -> None:
+        data = (await w.lookup(b"data")).st_ino
+        info, _ = await w.operations.create(data, b"new", 0o644, WRONLY, ctx())
+        assert not await w.store.exists("data/new")
+        around_request(
+            *(monkeypatch, w, Op.DIRECTORY),
+            before=trio.lowlevel.checkpoint,
+            after=lambda: w.operations.release(info.fh),
+        )
+        listing = await listed(w, await w.operations.opendir(data, ctx()))
+        assert await w.store.exists("data/new")
+        assert listing[b"new"] is False
+
+    test()
+
+
+@pytest.mark.parametrize("operation", ["read", "stat"])
+def test_an_open_file_that_is_renamed_there_and_back_meanwhile(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @in_world
+    async def test(w: World) -> None:
+        await w.store.write("data/f", "1")
+        data = (await w.lookup(b"data")).st_ino
+        file = (await w.lookup(b"data", b"f")).st_ino
+        info = await w.operations.open(file, RDWR, ctx())
+
+        def rename(old: bytes, new: bytes) -> Awaitable[None]:
+            return w.operations.rename(data, old, data, new, cast(Any, 0), ctx())
+
+        around_request(
+            *(monkeypatch, w, Op.READ),
+            before=lambda: rename(b"f", b"g"),
+            after=lambda: rename(b"g", b"f"),
+        )
+        if operation == "read":
+            assert await w.operations.read(info.fh, 0, 4096) == b"1\n"
+        else:
+            assert (await w.operations.getattr(file, ctx())).st_size == 2
+
+    test()
 
 
 def test_sticky_directories_are_bounded() -> None:

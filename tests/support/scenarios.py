@@ -850,8 +850,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "a change of permissions makes an event": (
         Ask("dom0", write(b"/w", b"")),
         Ask("second", watch(b"/w", b"t")),
+        told("second", ("/w", "t")),
         Ask("dom0", set_perms(b"/w", "n0")),
-        told("second", ("/w", "t"), ("/w", "t")),
+        told("second", ("/w", "t")),
     ),
     "guests get the events of nodes that they may read": (
         *node(b"/w", "n0"),
@@ -890,9 +891,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "a watch in a transaction": (
         start("guest"),
         Ask("guest", watch(b"data", b"t"), tx="t"),
+        told(
+            "guest", ("data", "t")
+        ),  # C xenstored merges an event with an equal one that is unread
         Ask("guest", write(b"data", b"1")),
         end("guest", commit=False),
-        told("guest", ("data", "t"), ("data", "t")),
+        told("guest", ("data", "t")),
     ),
     "a watch of dom0 in a transaction": (
         start("dom0"),
@@ -908,9 +912,10 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Ask("second", write(b"/w/a", b"")),
         Told("dom0", Differs((("/w/a", "t"),), (("/w/a", "t"), ("/w/a", "t")))),
         Ask("dom0", watch(b"@releaseDomain", b"t")),
+        told("dom0", ("@releaseDomain", "t")),
         Ask("dom0", unwatch(b"@releaseDomain", b"t")),
         Ask("dom0", watch(b"@releaseDomain", b"t")),
-        told("dom0", ("@releaseDomain", "t"), ("@releaseDomain", "t")),
+        told("dom0", ("@releaseDomain", "t")),
     ),
     "RESET_WATCHES": (
         Ask("guest", watch(b"data", b"t")),

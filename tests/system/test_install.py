@@ -120,5 +120,5 @@ def test_install_upgrade_and_uninstall(machine: Machine) -> None:
     assert refused.returncode == 1
     assert "umount first: /mnt/xenstore" in refused.stdout
     machine.sh("umount /mnt/xenstore; ./install.sh --uninstall")
-    left = "ls -d /opt/xsfs; find /usr/local /usr/sbin -name '*xsfs*'"
-    assert machine.run(left).stdout == ""
+    left = "! test -e /opt/xsfs; find /usr/local /usr/sbin -name '*xsfs*'"
+    assert machine.sh(left) == ""

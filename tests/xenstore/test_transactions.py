@@ -272,20 +272,24 @@ async def test_an_error_without_a_conflict_is_raised(place: Place) -> None:
 async def test_only_a_few_run_at_once(place: Place) -> None:
     """A guest has some ten transactions in all."""
     async with opened(place) as (store, base):
-        running = most = 0
+        running = done = 0
+        has_all = trio.Event()
 
         async def work(tx: Transaction) -> None:
-            nonlocal running, most
+            nonlocal running, done
             running += 1
-            most = max(most, running)
-            for _ in range(3):
-                await tx.read(base)
+            assert running <= SHORT_MAX
+            if running == SHORT_MAX:
+                has_all.set()
+            await has_all.wait()
+            await tx.read(base)
             running -= 1
+            done += 1
 
         async with trio.open_nursery() as nursery:
             for _ in range(30):
                 nursery.start_soon(store.atomically, work)
-        assert 1 < most <= SHORT_MAX
+        assert done == 30
         # They are on connections that are used again.
         assert len(store._idle) <= SHORT_MAX
         assert all(connection.alive for connection in store._idle)

@@ -63,7 +63,10 @@ class ValueFile(XenstoreNode):
     async def state(self) -> NodeState:
         """The state that the mount shows now.  Fails with ESTALE if the node is no file any more."""
         self.require()
-        state = await self.open_files.fetch_one(self.path)
+        return self._checked(await self.open_files.fetch_one(self.path))
+
+    def _checked(self, state: NodeState | None) -> NodeState:
+        """The state that was fetched.  Fails with ESTALE if it is not that of a file."""
         if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         self.require()
@@ -82,17 +85,18 @@ class ValueFile(XenstoreNode):
 
     async def _state_unless_orphan(self) -> NodeState | None:
         """As `state`; None if the file was removed or replaced through the mount, perhaps meanwhile."""
-        while self.orphan_file is None:
-            path = self.path
+        if self.orphan_file is None:
             try:
                 return await self.state()
             except FUSEError:
-                # A removal or a rename through the mount may be under way.
-                async with self.open_files.changing(path):
-                    pass
-                if self.orphan_file is None and (self.view.ended or self.path == path):
-                    raise
-        return None
+                pass
+        # A removal or renames through the mount may have been under way, so what was seen may not count.
+        async with self.open_files.changing(self.path):
+            if self.orphan_file is not None:
+                return None
+            self.require()
+            path = self.path
+            return self._checked(self.open_files.as_seen(path, await self.view.fetch_one(path)))
 
     async def truncate(self, size: int) -> None:
         handle = ValueHandle(self, self._open_file(), os.O_WRONLY)
@@ -151,17 +155,15 @@ class DotValue(FileOfDirectory, ValueFile):
     def is_of_kind(self, state: NodeState) -> bool:
         return True
 
-    async def state(self) -> NodeState:
-        self.require()
+    def require(self) -> None:
+        super().require()
         if self.moved_file is None:
             self.directory.require()
-        state = await self.open_files.fetch_one(self.path)
-        self.require()
-        if state is None:
-            if self.moved_file is not None or not self.directory.always_there:
-                refuse(errno.ESTALE)
+
+    def _checked(self, state: NodeState | None) -> NodeState:
+        if state is None and self.moved_file is None and self.directory.always_there:
             state = EMPTY_NODE
-        return state
+        return super()._checked(state)
 
     async def looked_up(self, pid: int) -> EntryAttributes:
         state = await self.state()
@@ -227,8 +229,10 @@ class ReadHandle(Handle):
             (reply,) = await node.view.commands.pipeline((protocol.read(path),))
             debt = file.debt
             if is_missing(reply) and (debt is None or debt.found is not None):
+                # A removal or renames through the mount may have been under way.
                 async with file.changing():
-                    pass  # a removal or a rename through the mount may be under way
+                    path = file.path
+                    (reply,) = await node.view.commands.pipeline((protocol.read(path),))
             if file.orphan is not None:
                 return b""
             if file.path == path:

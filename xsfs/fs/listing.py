@@ -46,6 +46,7 @@ class DirectoryHandle(Handle):
         node = self.node
         node.require()
         path = node.path
+        owed = self._always_shown(path)
         listing = await node.view.list_directory(path)
         if await node.is_elsewhere(path, listing.state):
             return await self.fetch()
@@ -58,7 +59,9 @@ class DirectoryHandle(Handle):
         scratch = node.scratch_names()
         existing = dict.fromkeys((*own, *scratch, *listing.names))
         missing = [name for name in self._always_shown(path) if name not in existing]
-        entries = [*SELF_AND_PARENT, *existing, *missing]
+        # A creation that was carried out meanwhile may be too late for the listing.
+        created = [name for name in owed if name not in existing and name not in missing]
+        entries = [*SELF_AND_PARENT, *existing, *missing, *created]
         self._share.resize(sum(map(len, entries)) + ENTRY_BYTES * len(entries))
         self._entries = entries
         self._kinds = listing.kinds | dict.fromkeys(missing, EMPTY_NODE)
@@ -133,7 +136,8 @@ class DirectoryHandle(Handle):
         entries = self._entries[position : position + FETCH_WINDOW]
         # Xenstore has no nodes of xsfs's own names.
         window = [name for name in entries if name not in self._own and name not in self._scratch]
+        owed = self._always_shown(path)
         self._kinds = await view.kinds(path, window)
-        for name in self._always_shown(path):
+        for name in (*owed, *self._always_shown(path)):
             if name in self._kinds and self._kinds[name] is None:
                 self._kinds[name] = EMPTY_NODE
