@@ -22,7 +22,8 @@ import xsfs.sync
 from xsfs import __version__
 from xsfs.cli import watch
 from xsfs.cli.exit_statuses import STATUSES
-from xsfs.cli.options import FLAGS, MOUNT_FLAGS, OPTIONS, Flag, Option
+from xsfs.cli.main import argument_parser
+from xsfs.cli.options import OPTIONS, Option
 from xsfs.xenstore.commands import Commands
 
 WIDTH: Final = 80
@@ -67,10 +68,44 @@ def manual_version() -> Iterator[str]:
     yield f".Os xsfs {__version__}"
 
 
-def manual_flags(flags: Iterable[Flag]) -> Iterator[str]:
-    for flag in flags:
-        yield f".It Fl {flag.letter}" + (f" , Fl -{flag.name}" if flag.name else "")
-        yield from sentences(flag.help, flag.details)
+FLAGS: Final = {
+    (action.option_strings[0], action.option_strings[1]): action.help or ""
+    for action in argument_parser()._actions
+    if len(action.option_strings) == 2
+}
+"""The help of each flag, by its two names."""
+
+FLAG_DETAILS: Final = {
+    "-d": "Each line has the operation, the Xenstore path, the result, and the time in microseconds. "
+    "Values are not logged, only their lengths."
+}
+
+MOUNT_FLAGS: Final = {
+    "-r": "the same as -o ro",
+    "-w": "the same as -o rw",
+    "-s": "ignore unknown options of -o",
+    "-n": "ignored, for compatibility with mount(8)",
+    "-v": "print the source and the mountpoint after mounting",
+}
+
+
+def manual_flags() -> Iterator[str]:
+    for (letter, name), help in FLAGS.items():
+        yield f".It Fl {letter[1:]} , Fl {name[1:]}"
+        yield from sentences(help, FLAG_DETAILS.get(letter, ""))
+
+
+def manual_mount_flags() -> Iterator[str]:
+    for letter, help in MOUNT_FLAGS.items():
+        yield f".It Fl {letter[1:]}"
+        yield from sentences(help, "")
+
+
+def watch_words() -> Iterator[str]:
+    actions = watch.argument_parser()._actions
+    # --help comes first there, and last here.
+    words = [word for action in (*actions[1:], actions[0]) for word in action.option_strings]
+    yield f"    local flags='{' '.join(words)}'"
 
 
 def manual_options() -> Iterator[str]:
@@ -93,17 +128,15 @@ def manual_statuses(statuses: Mapping[int, str]) -> Iterator[str]:
 def bash_words() -> Iterator[str]:
     valued = (name for name, option in OPTIONS.items() if value_of(option) == A_VALUE)
     of_files = (name for name, option in OPTIONS.items() if option.placeholder in FILES)
-    yield f"    local flags='-o {' '.join(f'-{flag.letter} --{flag.name}' for flag in FLAGS)}'"
+    yield f"    local flags='-o {' '.join(f'{letter} {name}' for letter, name in FLAGS)}'"
     yield f"    local options='{' '.join(OPTIONS)} rw'"
     yield f"    local valued='{' '.join(valued)}'"
     yield f"    local of_files='{' '.join(of_files)}'"
 
 
 def zsh_flags() -> Iterator[str]:
-    for flag in FLAGS:
-        both = f"(-{flag.letter} --{flag.name})"
-        names = f"{{-{flag.letter},--{flag.name}}}"
-        yield f"    '{both}'{names}'[{zsh_text(flag.help)}]'"
+    for (letter, name), help in FLAGS.items():
+        yield f"    '({letter} {name})'{{{letter},{name}}}'[{zsh_text(help)}]'"
 
 
 def zsh_options() -> Iterator[str]:
@@ -215,13 +248,13 @@ def sync_reference() -> Iterator[str]:
 
 PARTS: Final[Mapping[str, Callable[[], Iterable[str]]]] = {
     "version": manual_version,
-    "flags": lambda: manual_flags(FLAGS),
-    "mount flags": lambda: manual_flags(MOUNT_FLAGS),
+    "flags": manual_flags,
+    "mount flags": manual_mount_flags,
     "options": manual_options,
     "exit statuses": lambda: manual_statuses(STATUSES),
     "exit statuses of xsfs-watch": lambda: manual_statuses(watch.STATUSES),
     "words": bash_words,
-    "words of xsfs-watch": lambda: [f"    local flags='{' '.join(watch.FLAGS)}'"],
+    "words of xsfs-watch": watch_words,
     "flags of zsh": zsh_flags,
     "options of zsh": zsh_options,
     "reference": reference,

@@ -85,7 +85,7 @@ def pytest_sessionstart() -> None:
 LONGEST = {
     "fs/test_dumps.py",
     "fs/test_open_files.py",
-    "fs/test_readers.py",
+    "fs/test_waiting_readers.py",
     "fs/test_restarts.py",
     "fs/test_tree.py",
     "fs/test_watch_files.py",

@@ -288,6 +288,24 @@ def test_an_interrupt_ends_the_wait_for_a_silent_store(tmp_path: Path) -> None:
     assert threads() == []
 
 
+def test_an_interrupt_while_the_thread_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class InterruptedThread(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(xsfs.sync, "Thread", InterruptedThread)
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(path)
+        silent.listen()
+        with pytest.raises(KeyboardInterrupt), xsfs.sync.open_store(path, timeout=LIMIT):
+            pass
+        assert threads() == []
+
+
 def test_no_descriptor_is_left(places: dict[str, Place]) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))

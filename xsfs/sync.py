@@ -40,8 +40,8 @@ Result = TypeVar("Result")
 class _Portal:
     """Runs functions in the thread of trio, and waits for their results."""
 
-    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
-        self._token = token
+    token: trio.lowlevel.TrioToken | None = None
+    """None before trio runs."""
 
     def run(self, function: Callable[[], Awaitable[Result]]) -> Result:
         scope = trio.CancelScope()
@@ -52,7 +52,7 @@ class _Portal:
             raise ConnectionLost("the caller was interrupted")
 
         try:
-            return trio.from_thread.run(call, trio_token=self._token)
+            return trio.from_thread.run(call, trio_token=self.token)
         except (trio.RunFinishedError, trio.Cancelled):
             raise ConnectionLost("the store was closed") from None
         except KeyboardInterrupt:
@@ -61,9 +61,10 @@ class _Portal:
             raise
 
     def run_soon(self, function: Callable[[], object]) -> None:
-        """Run a function that does not wait, unless trio has ended."""
-        with suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(function)
+        """Run a function that does not wait, if trio runs."""
+        if self.token is not None:
+            with suppress(trio.RunFinishedError):
+                self.token.run_sync_soon(function)
 
     @contextmanager
     def entered(self, manager: AbstractAsyncContextManager[Result]) -> Iterator[Result]:
@@ -168,13 +169,9 @@ class SyncWatch:
                 if any(subscription.ended for subscription in self._subscriptions):
                     return None
                 await self._arrived.park()
-        for subscription in self._subscriptions:
-            if subscription:
-                # The others come first next time.
-                self._subscriptions.remove(subscription)
-                self._subscriptions.append(subscription)
-                return await anext(subscription)
-        return None
+        self._subscriptions.rotate(-1)  # each comes first in turn
+        ready = next(filter(None, self._subscriptions), None)
+        return None if ready is None else await anext(ready)
 
 
 class SyncStore(SyncCommands):
@@ -228,12 +225,15 @@ def open_store(
     path: str | None = None, *, timeout: float = DEFAULT_TIMEOUT, connect: Connect | None = None
 ) -> Iterator[SyncStore]:
     """A store, connected and answering.  `xsfs.open_store` has the arguments and the errors."""
-    started: Future[_Portal] = Future()
+    portal = _Portal()
     opened: Future[Store] = Future()
     scope = trio.CancelScope()
+    is_over = False
 
     async def serve() -> None:
-        started.set_result(_Portal(trio.lowlevel.current_trio_token()))
+        portal.token = trio.lowlevel.current_trio_token()
+        if is_over:
+            return
         with scope:
             async with asynchronous.open_store(path, timeout=timeout, connect=connect) as store:
                 opened.set_result(store)
@@ -246,15 +246,15 @@ def open_store(
             if opened.done():
                 raise
             opened.set_exception(error)
-            if not started.done():
-                started.set_exception(error)
 
     # A daemon thread: a program that leaves the block without ending it can still end.
     thread = Thread(target=run, name="xsfs", daemon=True)
-    thread.start()
-    portal = started.result()
     try:
+        thread.start()
         yield SyncStore(portal, opened.result())
     finally:
+        # Ctrl-C may come when the thread has just been started.  One of the two sees what the other has set.
+        is_over = True
         portal.run_soon(scope.cancel)
-        thread.join()
+        if thread.is_alive():
+            thread.join()

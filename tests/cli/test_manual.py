@@ -17,7 +17,8 @@ import pytest
 from docs.generate import DOCUMENTS, FILES_WITH_PARTS, generated, sentences
 from tests.support.mounting import LIMIT, mounted
 from xsfs import __version__
-from xsfs.cli.options import FLAGS, OPTIONS
+from xsfs.cli.main import argument_parser
+from xsfs.cli.options import OPTIONS
 
 MANUAL = DOCUMENTS / "xsfs.8"
 LINK = DOCUMENTS / "mount.xsfs.8"
@@ -91,8 +92,10 @@ def test_the_page_has_every_option() -> None:
     text = page(str(MANUAL))
     for name in OPTIONS:
         assert re.search(rf"^ +{name}(=|\s|$)", text, re.MULTILINE), name
-    for flag in FLAGS:
-        assert f"-{flag.letter}, --{flag.name}" in text
+    flags = [names for action in argument_parser()._actions if (names := action.option_strings)]
+    assert len(flags) == 10
+    for names in flags:
+        assert ", ".join(names) in text
 
 
 def test_mount_xsfs_is_the_same_page(tmp_path: Path) -> None:

@@ -204,17 +204,6 @@ def test_a_transaction_with_a_node_too_large_fails(store: Database) -> None:
     refused("ENOMEM", store.commit, tx)
 
 
-def test_transactions_are_counted(store: Database) -> None:
-    open_ones = [store.start(GUEST) for _ in range(11)]
-    refused("ENOSPC", store.start, GUEST)
-    store.start(OTHER)
-    store.abort(open_ones[0])
-    store.commit(open_ones[1])
-    store.start(GUEST)
-    store.start(GUEST)
-    refused("ENOSPC", store.start, GUEST)
-
-
 # ----------------------------------------------------------------------------------- transactions
 
 

@@ -103,8 +103,8 @@ class Embedded:
         self._token, self._scope = self._ready.get(timeout=TIMEOUT)
 
     async def _run(self) -> None:
-        self._store = EmbeddedStore(populate=False)
         async with trio.open_nursery() as nursery:
+            self._store = EmbeddedStore(nursery, populate=False)
             self._nursery = nursery
             for domid in (0, *GUESTS):
                 await self._listen(domid)

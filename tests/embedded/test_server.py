@@ -48,9 +48,9 @@ class Client:
         self._parser = protocol.Parser()
         self._received: deque[Message] = deque()
 
-    async def send(self, *requests: Request) -> None:
+    async def send(self, *requests: Request, tx_id: int = 0) -> None:
         await self.stream.send_all(
-            b"".join(protocol.encode(op, 5, 0, body) for op, body in requests)
+            b"".join(protocol.encode(op, 5, tx_id, body) for op, body in requests)
         )
 
     async def receive(self) -> Message | None:
@@ -66,9 +66,9 @@ class Client:
             self._received.extend(messages_of(self._parser))
         return self._received.popleft()
 
-    async def ask(self, request: Request) -> bytes | str:
+    async def ask(self, request: Request, tx_id: int = 0) -> bytes | str:
         """The reply's payload, or the name of the error."""
-        await self.send(request)
+        await self.send(request, tx_id=tx_id)
         message = await self.receive()
         assert message is not None
         return protocol.decode_error(message.payload) if message.op == Op.ERROR else message.payload
@@ -76,10 +76,8 @@ class Client:
 
 @asynccontextmanager
 async def serving(*, populate: bool = True) -> AsyncIterator[EmbeddedStore]:
-    store = EmbeddedStore(populate=populate)
     async with trio.open_nursery() as nursery:
-        await nursery.start(store.serve)
-        yield store
+        yield EmbeddedStore(nursery, populate=populate)
         nursery.cancel_scope.cancel()
 
 
@@ -91,16 +89,11 @@ async def in_turn(client: Client, requests: Iterable[Request]) -> None:
 # ------------------------------------------------------------------------------------ connections
 
 
-def test_a_connection_only_while_serving() -> None:
+def test_a_connection_only_while_its_nursery_runs() -> None:
     async def test() -> None:
-        store = EmbeddedStore()
-        with pytest.raises(RuntimeError):
-            store.connect()
         async with serving() as store:
             client = Client(store.connect())
             assert await client.ask(protocol.read(b"name")) == b"Domain-0"
-            with pytest.raises(RuntimeError):
-                await store.serve()
         assert await client.receive() is None
         with pytest.raises(RuntimeError):
             store.connect()
@@ -112,13 +105,13 @@ def tasks() -> int:
     return trio.lowlevel.current_statistics().tasks_living
 
 
-def test_serve_ends_all_it_started() -> None:
+def test_its_nursery_ends_all_it_started() -> None:
     async def test() -> None:
         before = tasks()
         async with serving() as store:
             clients = [Client(store.connect(domid)) for domid in (0, 0, 7)]
             assert await clients[0].ask(protocol.read(b"domid")) == b"0"
-            assert tasks() == before + 1 + len(clients)
+            assert tasks() == before + len(clients)
         for client in clients:
             assert await client.receive() is None
         assert tasks() == before
@@ -461,6 +454,11 @@ def test_quotas_hold_for_a_domain_however_many_connections_it_has() -> None:
             for client in clients[:11]:
                 assert await client.ask(start) == b"1\0"
             assert await clients[11].ask(start) == "ENOSPC"
+            assert await Client(store.connect(8)).ask(start) == b"1\0"
+            for client, commit in (clients[1], True), (clients[2], False):
+                assert await client.ask(protocol.transaction_end(commit), 1) == b"OK\0"
+                assert await client.ask(start) == b"2\0"
+            assert await clients[11].ask(start) == "ENOSPC"
             await clients[0].stream.aclose()
             while await clients[11].ask(start) == "ENOSPC":
                 await trio.lowlevel.checkpoint()
@@ -482,15 +480,15 @@ def test_listen(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
 
     async def test() -> None:
-        store = EmbeddedStore()
         async with trio.open_nursery() as nursery:
+            store = EmbeddedStore(nursery)
             await nursery.start(store.listen, path)
             assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
             first, second = await connected(path), await connected(path)
             assert await first.ask(protocol.write(b"/a", b"1")) == b"OK\0"
             assert await second.ask(protocol.read(b"/a")) == b"1"
             with pytest.raises(OSError, match="in use") as caught:
-                await EmbeddedStore().listen(path)
+                await EmbeddedStore(nursery).listen(path)
             assert caught.value.errno == errno.EADDRINUSE
             assert await first.ask(protocol.read(b"/a")) == b"1"
             nursery.cancel_scope.cancel()
@@ -504,8 +502,8 @@ def test_listen_for_a_guest(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
 
     async def test() -> None:
-        store = EmbeddedStore()
         async with trio.open_nursery() as nursery:
+            store = EmbeddedStore(nursery)
             await nursery.start(store.listen, path, 7)
             assert await (await connected(path)).ask(protocol.read(b"domid")) == b"7"
             nursery.cancel_scope.cancel()
@@ -519,8 +517,8 @@ def test_listen_replaces_a_socket_file_without_a_listener(tmp_path: Path) -> Non
         stale.bind(path)
 
     async def test() -> None:
-        store = EmbeddedStore()
         async with trio.open_nursery() as nursery:
+            store = EmbeddedStore(nursery)
             await nursery.start(store.listen, path)
             assert await (await connected(path)).ask(protocol.read(b"domid")) == b"0"
             nursery.cancel_scope.cancel()
@@ -533,8 +531,9 @@ def test_listen_leaves_other_files_alone(tmp_path: Path) -> None:
     path.write_text("precious")
 
     async def test() -> None:
-        with pytest.raises(OSError, match="in use"):
-            await EmbeddedStore().listen(str(path))
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(OSError, match="in use"):
+                await EmbeddedStore(nursery).listen(str(path))
         assert path.read_text() == "precious"
 
     run(test)
@@ -544,8 +543,8 @@ def test_listen_does_not_remove_its_successor_s_file(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
 
     async def test() -> None:
-        store = EmbeddedStore()
         async with trio.open_nursery() as nursery:
+            store = EmbeddedStore(nursery)
             await nursery.start(store.listen, path)
             os.unlink(path)
             with socket.socket(socket.AF_UNIX) as successor:

@@ -29,7 +29,7 @@ from tests.support.operating import RDONLY, World, ctx, in_world
 from tests.support.programs import Lines, Program, needs_poll, program
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsError
 from xsfs.fs import watch_files
-from xsfs.fs.readers import CENSUS
+from xsfs.fs.waiting_readers import CENSUS
 from xsfs.fs.watch_files import READERS_MAX, WATCHES_MAX, line_of, path_of
 from xsfs.xenstore.watches import EVENTS_MAX
 

@@ -42,8 +42,8 @@ class Embedded:
         self._token, self._scope = self._ready.get(timeout=LIMIT)
 
     async def _run(self) -> None:
-        store = EmbeddedStore()
         async with trio.open_nursery() as nursery:
+            store = EmbeddedStore(nursery)
             await nursery.start(store.listen, self.socket, 0)
             await nursery.start(store.listen, self.guest_socket, GUEST)
             self._ready.put((trio.lowlevel.current_trio_token(), nursery.cancel_scope))

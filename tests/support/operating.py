@@ -104,9 +104,8 @@ def operations_on(view: View, nursery: trio.Nursery) -> Operations:
 
 @asynccontextmanager
 async def world(domid: int = 0) -> AsyncIterator[World]:
-    embedded = EmbeddedStore()
     async with open_background() as nursery:
-        await nursery.start(embedded.serve)
+        embedded = EmbeddedStore(nursery)
 
         def connect() -> SocketTransport:
             return SocketTransport(embedded.connect(domid), same_loop=True)

@@ -53,8 +53,7 @@ class Background:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        if null > 2:
-            os.close(null)
+        os.close(null)  # it is above 2, because main.py has opened the three
         os.chdir("/")
         try:
             os.write(self._pipe, READY)

@@ -7,12 +7,12 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import Final, NoReturn
 
 from xsfs import __version__
 from xsfs.cli.exit_statuses import EXIT_BUG, EXIT_MOUNTED, EXIT_USAGE, STATUSES, MountError
-from xsfs.cli.options import FLAGS, MOUNT_FLAGS, Options, UsageError, help_lines, parse, source_of
+from xsfs.cli.options import Options, UsageError, help_lines, parse, source_of
 from xsfs.cli.service import JournalFormatter, in_journal, notify, status
 
 USAGE: Final = "xsfs [-f] [-d] [-o OPT[,OPT...]]... [SOURCE] MOUNTPOINT"
@@ -39,36 +39,14 @@ examples:
 Unmount with 'umount MOUNTPOINT'.  The manual is xsfs(8).
 """
 
-_SWITCH: Final[Mapping[str, Any]] = {"action": "store_true"}
-
-_ACTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "version": {"action": "version", "version": f"xsfs {__version__}"},
-    "help": {"action": "help"},
-    "r": {"action": "append_const", "const": "ro", "dest": "options"},
-    "w": {"action": "append_const", "const": "rw", "dest": "options"},
-}
-"""The flags that are not switches."""
-
 
 class _MountParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
-class Command(NamedTuple):
-    """A parsed command line."""
-
-    options: Options
-    pretend: bool = False
-    """mount -f: do everything except the mount itself."""
-    verbose: bool = False
-
-
-def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Command:
-    """Raises UsageError.
-
-    helper      called by mount(8), where -f means `pretend`
-    """
+def argument_parser() -> argparse.ArgumentParser:
+    """The flags.  The manual and the completions are made of it, too."""
     parser = _MountParser(
         prog="xsfs",
         usage=USAGE,
@@ -80,8 +58,9 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Comman
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    parser.add_argument("places", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument(
+    add = parser.add_argument
+    add("places", nargs="*", help=argparse.SUPPRESS)
+    add(
         "-o",
         action="append",
         default=[],
@@ -89,14 +68,26 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Comman
         dest="options",
         help="mount options, see below; may be repeated",
     )
-    for flag in FLAGS:
-        parser.add_argument(
-            f"-{flag.letter}", f"--{flag.name}", help=flag.help, **_ACTIONS.get(flag.name, _SWITCH)
-        )
-    for flag in MOUNT_FLAGS:
-        action = _ACTIONS.get(flag.letter, _SWITCH)
-        parser.add_argument(f"-{flag.letter}", help=argparse.SUPPRESS, **action)
-    found = parser.parse_intermixed_args(arguments)
+    add("-f", "--foreground", action="store_true", help="stay in the foreground")
+    debug = "log every operation, and stay in the foreground"
+    add("-d", "--debug", action="store_true", help=debug)
+    version = f"xsfs {__version__}"
+    add("-V", "--version", action="version", version=version, help="print the version and exit")
+    add("-h", "--help", action="help", help="print this help and exit")
+    # mount(8) passes these to its helpers.  It passes `-f` too, which then means: do not mount.
+    for flag, option in ("-r", "ro"), ("-w", "rw"):
+        add(flag, action="append_const", const=option, dest="options", help=argparse.SUPPRESS)
+    for flag in "-s", "-n", "-v":
+        add(flag, action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Options:
+    """Raises UsageError.
+
+    helper      called by mount(8), where -f means `pretend`
+    """
+    found = argument_parser().parse_intermixed_args(arguments)
     if not found.places:
         raise UsageError("the mountpoint is missing: xsfs [SOURCE] MOUNTPOINT")
     if len(found.places) > 2:
@@ -106,12 +97,14 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Comman
         mountpoint,
         source_of(source[0]) if source else None,
         foreground=(found.foreground and not helper) or found.debug,
+        pretend=found.foreground and helper,
         debug=found.debug,
+        verbose=found.v,
         **parse(found.options, sloppy=found.s),
     )
     if not options.embedded and (options.listen is not None or options.domid):
         raise UsageError("the options 'listen' and 'domid' require the source 'embedded'")
-    return Command(options, pretend=found.foreground and helper, verbose=found.v)
+    return options
 
 
 def _open_standard_files() -> None:
@@ -127,19 +120,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_standard_files()
     helper = arguments is None and os.path.basename(sys.argv[0]).startswith("mount.")
     try:
-        command = parse_arguments(sys.argv[1:] if arguments is None else arguments, helper=helper)
+        options = parse_arguments(sys.argv[1:] if arguments is None else arguments, helper=helper)
     except UsageError as error:
         print(f"xsfs: {error} (try 'xsfs --help')", file=sys.stderr)
         return EXIT_USAGE
-    if command.pretend:
+    if options.pretend:
         return EXIT_MOUNTED
-    options = command.options
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.DEBUG if options.debug else logging.INFO,
         format="xsfs: %(message)s",
     )
-    if in_journal(2):
+    if in_journal():
         logging.getLogger().handlers[0].setFormatter(JournalFormatter())
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
     # Loading it takes a tenth of a second, for which `--help` and mistakes need not wait.
@@ -154,6 +146,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         logging.exception("internal error, please report it")
         return EXIT_BUG
-    if command.verbose and not options.foreground:
+    if options.verbose and not options.foreground:
         print(f"xsfs: {options.label} mounted on {options.mountpoint}")
     return EXIT_MOUNTED

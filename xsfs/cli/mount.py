@@ -217,9 +217,8 @@ async def _connect(options: Options, source: str) -> AsyncIterator[Connect]:
     # A real store does not need it, and loading it is a thirtieth of the time until the mount.
     from xsfs.embedded.server import EmbeddedStore
 
-    embedded = EmbeddedStore()
     async with open_background() as nursery:
-        await nursery.start(embedded.serve)
+        embedded = EmbeddedStore(nursery)
         if options.listen is not None:
             try:
                 await nursery.start(embedded.listen, options.listen)

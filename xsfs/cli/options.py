@@ -31,12 +31,6 @@ DEFAULT_TX_TIMEOUT: Final = 60.0
 
 ID_LIMIT: Final = 0xFFFFFFFF
 
-HELP_WIDTH: Final = 80
-"""Columns of a terminal."""
-
-HELP_INDENT: Final = 21
-"""The column in which the help of an option begins."""
-
 
 def source_of(text: str) -> str:
     """The source that the user meant.  If the working directory has a file of that name, mount(8) turns
@@ -64,7 +58,10 @@ class Options:
     source: str | None = None
     """A socket or device, `[USER@]HOST:[SOCKET]`, or `embedded`.  None: find it."""
     foreground: bool = False
+    pretend: bool = False
+    """mount -f: do everything except the mount itself."""
     debug: bool = False
+    verbose: bool = False
     root: bytes | None = None
     """None: the home of the domain."""
     raw: bool = False
@@ -129,39 +126,6 @@ class Option(NamedTuple):
     """Whole sentences that the manual has after `help`."""
     without_value: str | None = None
     """The value if the option is given by its name alone.  None: it requires a value."""
-
-
-class Flag(NamedTuple):
-    """One flag of the command line."""
-
-    letter: str
-    name: str
-    """After two dashes.  Empty for a flag that only mount(8) passes."""
-    help: str
-    details: str = ""
-
-
-FLAGS: Final = (
-    Flag("f", "foreground", "stay in the foreground"),
-    Flag(
-        "d",
-        "debug",
-        "log every operation, and stay in the foreground",
-        "Each line has the operation, the Xenstore path, the result, and the time in microseconds. "
-        "Values are not logged, only their lengths.",
-    ),
-    Flag("V", "version", "print the version and exit"),
-    Flag("h", "help", "print this help and exit"),
-)
-
-MOUNT_FLAGS: Final = (
-    Flag("r", "", "the same as -o ro"),
-    Flag("w", "", "the same as -o rw"),
-    Flag("s", "", "ignore unknown options of -o"),
-    Flag("n", "", "ignored, for compatibility with mount(8)"),
-    Flag("v", "", "print the source and the mountpoint after mounting"),
-)
-"""mount(8) passes these to its helpers.  It passes `-f` too, which then means: do not mount."""
 
 
 def _root(text: str) -> bytes:
@@ -302,31 +266,25 @@ IGNORED_PREFIXES: Final = (
     *("user_id=", "group_id=", "max_read=", "blksize=", "dax=", "context=", "rootcontext="),
 )
 
-REMOUNT: Final = "remount"
-
-
-def split(texts: Iterable[str]) -> Iterable[str]:
-    """The single options of repeated `-o a,b=c`.  A comma within a value is written `\\,`."""
-    for text in texts:
-        for part in re.split(r"(?<!\\),", text):
-            if part:
-                yield part.replace("\\,", ",")
-
 
 def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
     """The values of the options, by name.
 
+    texts       `a,b=c`; a comma within a value is written `\\,`
     sloppy      ignore unknown options
 
     Raises UsageError.
     """
     found: dict[str, Any] = {}
-    for text in split(texts):
+    for escaped in re.split(r"(?<!\\),", ",".join(texts)):
+        text = escaped.replace("\\,", ",")
         name, equals, value = text.partition("=")
         option = OPTIONS.get(name)
+        if not text:
+            continue
         if text == "rw":
             found["ro"] = False  # the last of the two counts
-        elif text == REMOUNT:
+        elif text == "remount":
             raise UsageError(
                 "only ro and rw can be changed by a remount: 'mount -i -o remount,bind,ro MOUNTPOINT'; "
                 "umount and mount again for other options"
@@ -360,11 +318,9 @@ def usage(name: str) -> str:
 
 
 def help_lines() -> Iterable[str]:
-    """The options as `--help` shows them."""
+    """The options as `--help` shows them, for a terminal of 80 columns."""
     for name, option in OPTIONS.items():
+        head = f"  {usage(name):<18} "
         yield from textwrap.wrap(
-            option.help,
-            HELP_WIDTH,
-            initial_indent=f"  {usage(name):<18} ",
-            subsequent_indent=" " * HELP_INDENT,
+            option.help, 80, initial_indent=head, subsequent_indent=" " * len(head)
         )

@@ -7,23 +7,14 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from trio.lowlevel import Task
+from typing import Final
 
 log = logging.getLogger(__name__)
 
 READY: Final = "READY=1"
 STOPPING: Final = "STOPPING=1"
 
-LEVELS: Final = {
-    logging.CRITICAL: 2,
-    logging.ERROR: 3,
-    logging.WARNING: 4,
-    logging.INFO: 6,
-    logging.DEBUG: 7,
-}
+LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 """The levels of syslog(3)."""
 
 
@@ -47,12 +38,9 @@ def notify(*assignments: str) -> None:
         log.warning("cannot notify the service manager: %s", error)
 
 
-def in_journal(descriptor: int) -> bool:
-    """Whether this descriptor leads to systemd's journal: JOURNAL_STREAM of systemd.exec(5)."""
-    try:
-        found = os.fstat(descriptor)
-    except OSError:
-        return False
+def in_journal() -> bool:
+    """Whether standard error leads to systemd's journal: JOURNAL_STREAM of systemd.exec(5)."""
+    found = os.fstat(2)
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
@@ -68,17 +56,13 @@ def describe_tasks() -> Iterator[str]:
     """A line for each task of the running event loop, and one for each call in its stack."""
     import trio  # `xsfs --help` imports this module, and does not wait for trio to load
 
-    root = trio.lowlevel.current_root_task()
-    if root is not None:
-        yield from _describe(root, 0)
-
-
-def _describe(task: Task, depth: int) -> Iterator[str]:
-    indent = "  " * depth
-    yield f"{indent}{task.name}"
-    for frame, line in task.iter_await_frames():
-        code = frame.f_code
-        yield f"{indent}    {code.co_filename}:{line} {code.co_qualname}"
-    for nursery in task.child_nurseries:
-        for child in nursery.child_tasks:
-            yield from _describe(child, depth + 1)
+    found = [(trio.lowlevel.current_root_task(), "")]
+    while found:
+        task, indent = found.pop()
+        assert task is not None
+        yield f"{indent}{task.name}"
+        for frame, line in task.iter_await_frames():
+            code = frame.f_code
+            yield f"{indent}    {code.co_filename}:{line} {code.co_qualname}"
+        for nursery in task.child_nurseries:
+            found += [(child, indent + "  ") for child in nursery.child_tasks]

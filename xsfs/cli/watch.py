@@ -37,11 +37,6 @@ STATUSES: Final = {
     EXIT_TIME: "SECONDS have passed",
 }
 
-FLAGS: Final = (
-    *("-v", "--values", "-j", "--json", "-s", "--skip-first"),
-    *("-n", "--count", "-t", "--timeout", "-h", "--help"),
-)
-
 READ_SIZE: Final = 65536
 
 USAGE: Final = "xsfs-watch [-v] [-j] [-s] [-n COUNT] [-t SECONDS] PATH..."
@@ -65,16 +60,14 @@ class WatchError(Exception):
     """One line, for the user."""
 
 
-def is_in_mount(path: bytes) -> bool:
-    """Whether an existing path lies in a mount of xsfs."""
-    device = os.stat(path).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-        for line in mounts:
-            fields = line.split()
-            if fields[2] == number:
-                return fields[fields.index("-") + 1] == "fuse.xsfs"
-    return False
+def node_of(path: bytes, otherwise: str) -> bytes:
+    """The Xenstore path of a file.  WatchError with the text `otherwise` if it is no node of Xenstore."""
+    try:
+        return os.getxattr(path, "user.xs.path", follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+            raise WatchError(otherwise) from None
+        raise
 
 
 class Watch:
@@ -101,12 +94,15 @@ class Watch:
             # A line that begins otherwise would be a command or a special event.
             self._own = b"." if name == b".value" else _as_line(name)
             self._own_lines = {self._own}
-        if not is_in_mount(parent):
-            raise WatchError("not in an xsfs mount")
+        node_of(os.path.join(parent, b"."), "not in an xsfs mount")
         self.descriptor = self._open(os.path.join(parent, b".watch"))
 
     def _open(self, file: bytes) -> int:
-        mode = os.O_RDONLY if self._own is None else os.O_RDWR
+        node = self._own
+        if node not in (None, b".") and os.path.lexists(self.path):
+            # The name may be an alias, if the node's own name is too long for a file.
+            node = node_of(self.path, "no node of Xenstore")
+        mode = os.O_RDONLY if node is None else os.O_RDWR
         try:
             descriptor = os.open(file, mode | os.O_NONBLOCK)
         except OSError as error:
@@ -121,22 +117,9 @@ class Watch:
         if not pollable:
             os.close(descriptor)
             descriptor = os.open(file, mode)
-        if mode == os.O_RDWR:
-            os.write(descriptor, self._node() + b"\n")
+        if node is not None and mode == os.O_RDWR:
+            os.write(descriptor, node + b"\n")
         return descriptor if pollable else self._read_in_thread(descriptor)
-
-    def _node(self) -> bytes:
-        """What to watch, as the watch file takes it."""
-        assert self._own is not None
-        if self._own != b"." and os.path.lexists(self.path):
-            # The name may be an alias, if the node's own name is too long for a file.
-            try:
-                return os.getxattr(self.path, "user.xs.path", follow_symlinks=False)
-            except OSError as error:
-                if error.errno == errno.ENODATA:
-                    raise WatchError("no node of Xenstore") from None
-                raise
-        return self._own
 
     def _read_in_thread(self, source: int) -> int:
         """Have all that comes from a descriptor copied into a pipe, whose reading end is returned."""
@@ -243,7 +226,7 @@ class _WatchParser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"xsfs-watch: {message} (try 'xsfs-watch --help')\n")
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def argument_parser() -> argparse.ArgumentParser:
     parser = _WatchParser(
         prog="xsfs-watch",
         usage=USAGE,
@@ -264,7 +247,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", type=os.fsencode, help=argparse.SUPPRESS
     )
-    return parser.parse_args(arguments)
+    return parser
 
 
 def changes(watches: Sequence[Watch], timeout: float | None) -> Iterator[tuple[Watch, bytes]]:
@@ -340,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGPIPE):
         if number == signal.SIGPIPE or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
-    command = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    command = argument_parser().parse_args(arguments)
     try:
         return watch(command)
     except WatchError as error:

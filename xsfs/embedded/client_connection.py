@@ -2,7 +2,7 @@
 
 The task that reads a `ClientConnection` owns it.  Any task that serves a request may queue output
 for any connection (`queue_event`) and `flush` it, because an event goes to every watcher.  All of
-that is synchronous.  While the socket does not accept everything, only one task (`_drain`) sends.
+that is synchronous.  While the socket does not accept everything, only one task (`drain`) sends.
 
 Invariants:
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+from collections.abc import Iterable
 from typing import Final
 
 import trio
@@ -81,29 +82,34 @@ class WatchTable:
         return found
 
 
+def watches_of(connections: Iterable[ClientConnection], domid: int) -> int:
+    """How many watches the domain has."""
+    return sum(len(each.watches) for each in connections if each.domid == domid)
+
+
+def transactions_of(connections: Iterable[ClientConnection], domid: int) -> int:
+    """How many open transactions the domain has."""
+    return sum(len(each.transactions) for each in connections if each.domid == domid)
+
+
 class ClientConnection:
-    def __init__(
-        self, sock: socket.socket, domid: int, dirty: set[ClientConnection], nursery: trio.Nursery
-    ) -> None:
+    def __init__(self, sock: socket.socket, domid: int, nursery: trio.Nursery) -> None:
         self.sock = sock
         self.domid = domid
         self.watches: dict[tuple[bytes, bytes], RegisteredWatch] = {}
         self.transactions: dict[int, DatabaseTransaction] = {}
         self._last_transaction = 0
-        self._dirty = dirty
-        """The connections whose new output no task has tried to send yet."""
         self._nursery = nursery
         self.unsent = bytearray()
         """The output that the socket has not accepted."""
         self._queued_events: set[bytes] = set()
-        self._drained: trio.Event | None = None
-        """Exists while a task sends the rest of the output."""
+        self._sending = trio.Lock()
+        """Taken while a task sends output that the socket did not accept at once."""
         self._closed = False
 
     def queue_reply(self, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
         if not self._closed:
             self.unsent += protocol.encode(op, req_id, tx_id, payload)
-            self._dirty.add(self)
 
     def queue_event(self, path: bytes, token: bytes) -> None:
         payload = b"%b\0%b\0" % (path, token)
@@ -124,11 +130,10 @@ class ClientConnection:
 
     def flush(self) -> None:
         """Send what the socket accepts without waiting, and let a task send the rest."""
-        if self._drained is None and not self._closed:
+        if self.unsent and not self._sending.locked():
             self._send()
-            if self.unsent and not self._closed:
-                self._drained = trio.Event()
-                self._nursery.start_soon(self._drain, self._drained)
+            if self.unsent:
+                self._nursery.start_soon(self.drain)
 
     def _send(self) -> None:
         try:
@@ -141,19 +146,12 @@ class ClientConnection:
         del self.unsent[:sent]
         self._queued_events.clear()
 
-    async def _drain(self, drained: trio.Event) -> None:
-        try:
-            while self.unsent and not self._closed:
+    async def drain(self) -> None:
+        """Send until the socket has accepted all output."""
+        async with self._sending:
+            while self.unsent:
                 await trio.lowlevel.wait_writable(self.sock)
                 self._send()
-        finally:
-            self._drained = None
-            drained.set()
-
-    async def drain(self) -> None:
-        """Wait until the socket has accepted all output."""
-        while self._drained is not None:
-            await self._drained.wait()
 
     def close(self) -> None:
         """Discard the output and cancel the connection's tasks; its reading task cleans up."""

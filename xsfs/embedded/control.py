@@ -11,7 +11,7 @@ import resource
 from collections.abc import Collection
 from typing import Final, NamedTuple
 
-from xsfs.embedded.client_connection import ClientConnection
+from xsfs.embedded.client_connection import ClientConnection, transactions_of, watches_of
 from xsfs.embedded.database import Database
 from xsfs.embedded.domains import Quotas
 from xsfs.embedded.record import Refused, signed, unsigned
@@ -70,7 +70,7 @@ def run(
         case [b"quota", b"set", name, value]:
             _set_quota(database.quotas, name, signed(unsigned(value)))
         case [b"quota", domid] if domid != b"set":
-            return _usage(database, unsigned(domid))
+            return _usage(database, connections, unsigned(domid))
         case [b"memreport"]:
             # xenstored appends it to its trace file.
             for line in _memory(database, connections):
@@ -100,14 +100,16 @@ def _set_quota(quotas: Quotas, name: bytes, value: int) -> None:
     setattr(quotas, _attribute(name), value)
 
 
-def _usage(database: Database, domid: int) -> bytes:
+def _usage(database: Database, connections: Collection[ClientConnection], domid: int) -> bytes:
     domain = database.domains.known.get(domid)
     if domain is None:
         raise Refused("ENOENT")
-    text = f"Domain {domid}:\n"
-    for name in ("nodes", "watches", "transactions"):
-        text += f"{name:<16}: {getattr(domain, name):>8}\n"
-    return text.encode() + b"\0"
+    return (
+        f"Domain {domid}:\n"
+        f"nodes           : {domain.nodes:>8}\n"
+        f"watches         : {watches_of(connections, domid):>8}\n"
+        f"transactions    : {transactions_of(connections, domid):>8}\n\0"
+    ).encode()
 
 
 def _memory(database: Database, connections: Collection[ClientConnection]) -> list[str]:

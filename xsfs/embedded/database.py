@@ -283,21 +283,11 @@ class Database:
     # -- transactions
 
     def start(self, domid: int) -> DatabaseTransaction:
-        domain = self.domains.known[domid]
-        if domid != DOM0 and domain.transactions > self.quotas.transactions:
-            raise Refused("ENOSPC")
-        domain.transactions += 1
         nodes_max = None if domid == DOM0 else self.quotas.transaction_nodes
         return DatabaseTransaction(domid, nodes_max)
 
-    def abort(self, tx: DatabaseTransaction) -> None:
-        domain = self.domains.known.get(tx.domid)
-        if domain is not None and domain.transactions:
-            domain.transactions -= 1
-
     def commit(self, tx: DatabaseTransaction) -> None:
-        """End the transaction.  It has ended even if the commit is refused."""
-        self.abort(tx)
+        """Carry out the changes.  The transaction has ended even if the commit is refused."""
         if tx.failed:
             raise Refused("ENOMEM")
         self._check_owned(tx)

@@ -1,7 +1,7 @@
 """The domains that the embedded store knows, their quotas, and what permissions give them.
 
 `Domains` plays the hypervisor's part (which domains exist) and xenstored's (which domains it knows
-and what they use of their quotas).  Each domain that it gets to know has an incarnation number.
+and how many nodes they own).  Each domain that it gets to know has an incarnation number.
 Permission entries keep that number, so a later domain with the same domid does not inherit them.
 
 Only the `Database` that owns it changes it, and only while it handles a request.
@@ -56,8 +56,9 @@ class Change(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Domain:
-    """A domain that the store knows, and its use of the quotas.
+    """A domain that the store knows.
 
+    nodes    how many nodes it owns
     target   the domain whose permissions it has, too
     holders  the domains that have had this one as their target, in the order of SET_TARGET.  As in
              xenstored, a domain that ends stays known until the last of them ends.
@@ -69,8 +70,6 @@ class Domain:
     target: Domain | None = None
     holders: dict[Domain, None] = field(default_factory=dict)
     nodes: int = 0
-    watches: int = 0
-    transactions: int = 0
 
 
 class Domains:

@@ -12,7 +12,13 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from xsfs.embedded import control
-from xsfs.embedded.client_connection import ClientConnection, RegisteredWatch, WatchTable
+from xsfs.embedded.client_connection import (
+    ClientConnection,
+    RegisteredWatch,
+    WatchTable,
+    transactions_of,
+    watches_of,
+)
 from xsfs.embedded.control import OK, MemoryReport, Result
 from xsfs.embedded.database import Database
 from xsfs.embedded.domains import DOM0, DOMID_LIMIT, Change, Domain
@@ -133,14 +139,9 @@ class Requests:
 
     def reset(self, connection: ClientConnection) -> None:
         """Remove the connection's watches and transactions."""
-        domain = self.database.domains.known.get(connection.domid)
         for watch in connection.watches.values():
             self._watches.remove(watch)
-            if domain is not None and domain.watches:
-                domain.watches -= 1
         connection.watches.clear()
-        for tx in connection.transactions.values():
-            self.database.abort(tx)
         connection.transactions.clear()
 
     def drop_connections(self, domid: int) -> None:
@@ -206,10 +207,9 @@ class Requests:
             raise Refused("EINVAL")
         if (path, token) in client.watches:
             raise Refused("EEXIST")
-        domain = self.database.domains.known[client.domid]
-        if client.domid != DOM0 and domain.watches > quotas.watches:
+        used = watches_of(self.connections, client.domid)
+        if client.domid != DOM0 and used > quotas.watches:
             raise Refused("E2BIG")
-        domain.watches += 1
         watch = RegisteredWatch(client, path, token, relative=path != given_path)
         client.watches[path, token] = watch
         self._watches.add(watch)
@@ -221,7 +221,6 @@ class Requests:
         if watch is None:
             raise Refused("ENOENT")
         self._watches.remove(watch)
-        self.database.domains.known[client.domid].watches -= 1
 
     def _reset_watches(self, request: _Request) -> None:
         self.reset(request.client)
@@ -232,6 +231,9 @@ class Requests:
         if request.tx is not None:
             raise Refused("EBUSY")
         client = request.client
+        used = transactions_of(self.connections, client.domid)
+        if client.domid != DOM0 and used > self.database.quotas.transactions:
+            raise Refused("ENOSPC")
         started = self.database.start(client.domid)
         started.number = client.new_transaction_number()
         client.transactions[started.number] = started
@@ -246,8 +248,6 @@ class Requests:
         del request.client.transactions[tx.number]
         if request.payload == b"T\0":
             self.database.commit(tx)
-        else:
-            self.database.abort(tx)
 
     # -- domains
 

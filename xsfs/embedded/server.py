@@ -42,40 +42,24 @@ BACKLOG: Final = 128
 
 
 class EmbeddedStore:
-    def __init__(self, *, populate: bool = True) -> None:
+    """See the module's docstring.
+
+    nursery     runs the tasks that serve the sockets of `connect`
+    populate    whether the store has the first nodes of a host and of its guests
+    """
+
+    def __init__(self, nursery: trio.Nursery, *, populate: bool = True) -> None:
+        self._nursery = nursery
         self._populate = populate
         self._requests = Requests()
         self._database = self._requests.database
-        self._dirty: set[ClientConnection] = set()
-        """The connections whose new output no task has tried to send yet."""
         self._busy: set[ClientConnection] = set()
         """The connections whose tasks handle received requests, or wait for their next turn."""
-        self._nursery: trio.Nursery | None = None
         if populate:
             create_nodes(self._database, dom0_nodes())
 
-    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve the sockets that `connect` returns, until cancelled; then close them.
-
-        RuntimeError if it already runs.
-        """
-        if self._nursery is not None:
-            raise RuntimeError("serve() already runs")
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            try:
-                task_status.started()
-                await trio.sleep_forever()
-            finally:
-                self._nursery = None
-
     def connect(self, domid: int = 0) -> socket.socket:
-        """A non-blocking socket on which the store serves the domain.
-
-        RuntimeError unless `serve` runs.
-        """
-        if self._nursery is None:
-            raise RuntimeError("connect() only works while serve() runs")
+        """A non-blocking socket on which the store serves the domain."""
         self._welcome(domid)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
@@ -144,7 +128,7 @@ class EmbeddedStore:
                 # Destroyed since the connection was opened.
                 return
             async with trio.open_nursery() as nursery:
-                connection = ClientConnection(sock, domid, self._dirty, nursery)
+                connection = ClientConnection(sock, domid, nursery)
                 self._requests.connections.add(connection)
                 try:
                     await self._read(connection)
@@ -153,7 +137,6 @@ class EmbeddedStore:
                     self._requests.reset(connection)
                     # Send the last replies, as far as the socket accepts them.
                     connection.flush()
-                    self._dirty.discard(connection)
                     nursery.cancel_scope.cancel()
 
     async def _read(self, connection: ClientConnection) -> None:
@@ -220,8 +203,8 @@ class EmbeddedStore:
         connection.queue_reply(op, req_id, tx_id, payload)
 
     def _flush(self) -> None:
-        while self._dirty:
-            self._dirty.pop().flush()
+        for connection in self._requests.connections:
+            connection.flush()
 
 
 def _bind(listener: socket.socket, path: str) -> None:

@@ -6,13 +6,12 @@ The links are made of the store's present state at each look-up and listing.  No
 from __future__ import annotations
 
 import errno
-from collections import Counter
 from typing import Final
 
 from pyfuse3 import EntryAttributes
 
+from xsfs.fs.generated import GeneratedDirectory, SymbolicLink
 from xsfs.fs.nodes import refuse
-from xsfs.fs.special import GeneratedDirectory, SymbolicLink
 from xsfs.view.names import NAME_MAX
 from xsfs.view.view import FETCH_WINDOW, View
 from xsfs.xenstore import protocol
@@ -33,8 +32,8 @@ def is_file_name(name: bytes) -> bool:
     )
 
 
-async def domain_names(view: View) -> list[tuple[bytes, bytes]]:
-    """The name and the number of each domain whose name may be read, in the order of the numbers."""
+async def domains_by_name(view: View) -> dict[bytes, list[bytes]]:
+    """The names of the domains whose names may be read, with the numbers of the domains of each name."""
     try:
         numbers = [name for name in await view.commands.list(DOMAINS) if name.isdigit()]
     except XenstoreError as error:
@@ -43,7 +42,7 @@ async def domain_names(view: View) -> list[tuple[bytes, bytes]]:
         # A guest may not list the domains.
         numbers = [b"%d" % view.domid]
     numbers.sort(key=int)
-    found = []
+    found: dict[bytes, list[bytes]] = {}
     for start in range(0, len(numbers), FETCH_WINDOW):
         window = numbers[start : start + FETCH_WINDOW]
         replies = await view.commands.pipeline(
@@ -54,7 +53,7 @@ async def domain_names(view: View) -> list[tuple[bytes, bytes]]:
                 if reply.name not in _MISSING:
                     raise reply
             elif is_file_name(reply):
-                found.append((reply, number))
+                found.setdefault(reply, []).append(number)
     return found
 
 
@@ -72,7 +71,7 @@ class DomainsDirectory(GeneratedDirectory):
 
     async def target_of(self, name: bytes) -> bytes:
         """The target of the link.  Fails with ENOTUNIQ if several domains have this name."""
-        numbers = [number for each, number in await domain_names(self.view) if each == name]
+        numbers = (await domains_by_name(self.view)).get(name, [])
         if not numbers:
             refuse(errno.ENOENT)
         if len(numbers) > 1:
@@ -88,9 +87,9 @@ class DomainsDirectory(GeneratedDirectory):
         return link.entry(len(target))
 
     async def children(self) -> list[tuple[bytes, int]]:
-        found = await domain_names(self.view)
-        count = Counter(name for name, _ in found)
-        return [(name, len(target_path(number))) for name, number in found if count[name] == 1]
+        found = await domains_by_name(self.view)
+        unique = {name: numbers[0] for name, numbers in found.items() if len(numbers) == 1}
+        return [(name, len(target_path(number))) for name, number in unique.items()]
 
     def child(self, name: bytes) -> DomainLink:
         return self.table.node(DomainLink, self, name)

@@ -25,7 +25,7 @@ from pyfuse3 import EntryAttributes, FUSEError
 from xsfs.fs.errnos import errno_of
 from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.quotas import Share
-from xsfs.fs.readers import CENSUS, Outcome, look
+from xsfs.fs.waiting_readers import CENSUS, Outcome, look
 from xsfs.fs.xattrs import FileOfDirectory, permissions_of
 from xsfs.view.names import join
 from xsfs.view.subtree import (

@@ -17,9 +17,6 @@ Between two requests all other tasks get a turn, unless they have had one within
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
-from functools import partial
-from types import TracebackType
 from typing import Any, Final, cast
 
 import pyfuse3
@@ -30,20 +27,6 @@ from xsfs.xenstore.busy_polling import BUSY_POLL_SECONDS, BusyPoll
 TURN_SECONDS: Final = 0.002
 
 
-class _Done:
-    """An awaitable that does not wait.
-
-    A coroutine that ends at once costs several times as much, and three of these are awaited before each
-    request.
-    """
-
-    __slots__ = ()
-    __await__ = staticmethod(().__iter__)
-
-
-DONE: Final = cast(Awaitable[None], _Done())
-
-
 class ReceiveLock:
     """See the module's docstring.  At most one waiting worker is woken at a time."""
 
@@ -51,36 +34,18 @@ class ReceiveLock:
         self._is_taken = False
         self._waiting = trio.lowlevel.ParkingLot()
         self._has_woken = False
-        self._sleepers = 0
-        """How many workers are in _waiting, or were before they were cancelled."""
 
-    def __aenter__(self) -> Awaitable[None]:
-        if self._is_taken:
-            return self._acquire()
-        self._is_taken = True
-        return DONE
-
-    async def _acquire(self) -> None:
+    async def __aenter__(self) -> None:
         while self._is_taken:
-            self._sleepers += 1
-            try:
-                await self._waiting.park()
-            finally:
-                self._sleepers -= 1
+            await self._waiting.park()
             self._has_woken = False
         self._is_taken = True
 
-    def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> Awaitable[None]:
+    async def __aexit__(self, *raised: object) -> None:
         self._is_taken = False
-        if self._sleepers and not self._has_woken:
-            # `unpark` wakes no worker if the only sleeper was cancelled and has not run since.
-            self._has_woken = bool(self._waiting.unpark())
-        return DONE
+        if self._waiting and not self._has_woken:
+            self._waiting.unpark()
+            self._has_woken = True
 
 
 class KernelDescriptor:
@@ -92,23 +57,16 @@ class KernelDescriptor:
         self._busy_poll: BusyPoll | None = None
         self._turn_ends = 0.0
 
-    def wait_readable(self, descriptor: int) -> Awaitable[None]:
+    async def wait_readable(self, descriptor: int) -> None:
         poll = self._busy_poll
-        if poll is None or poll.descriptor != descriptor:
+        if poll is None:
             self._busy_poll = poll = BusyPoll(descriptor)
-        seconds = 0 if self.under_way else BUSY_POLL_SECONDS
-        if time.perf_counter() < self._turn_ends and poll.is_readable(seconds):
-            return DONE
-        return self._wait(poll)
-
-    async def _wait(self, poll: BusyPoll) -> None:
         if time.perf_counter() >= self._turn_ends:
             await trio.lowlevel.checkpoint()
             self._turn_ends = time.perf_counter() + TURN_SECONDS
-            if poll.is_readable(0 if self.under_way else BUSY_POLL_SECONDS):
-                return
-        await trio.lowlevel.wait_readable(poll.descriptor)
-        self._turn_ends = time.perf_counter() + TURN_SECONDS
+        if not poll.is_readable(0 if self.under_way else BUSY_POLL_SECONDS):
+            await trio.lowlevel.wait_readable(descriptor)
+            self._turn_ends = time.perf_counter() + TURN_SECONDS
 
 
 class _Proxy:
@@ -126,5 +84,5 @@ def install() -> KernelDescriptor:
     """Give pyfuse3 its event loop.  Call it before pyfuse3.main."""
     kernel = KernelDescriptor()
     lowlevel = _Proxy(trio.lowlevel, wait_readable=kernel.wait_readable)
-    cast(Any, pyfuse3).trio = _Proxy(trio, lowlevel=lowlevel, Lock=partial(ReceiveLock))
+    cast(Any, pyfuse3).trio = _Proxy(trio, lowlevel=lowlevel, Lock=ReceiveLock)
     return kernel

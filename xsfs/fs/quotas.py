@@ -6,20 +6,22 @@ share half of each quota, so that the other half is left to root.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from xsfs.fs.nodes import Caller, refuse
 
 
+@dataclass
 class Quota:
     """How much of something there may be.
 
     number  the errno when it is used up
     """
 
-    def __init__(self, limit: int, number: int) -> None:
-        self.limit = limit
-        self.number = number
-        self.used = 0
-        self.used_by_unprivileged = 0
+    limit: int
+    number: int
+    used: int = 0
+    used_by_unprivileged: int = 0
 
 
 class Share:

@@ -13,9 +13,9 @@ from pyfuse3 import EntryAttributes
 
 from xsfs.fs.directories import RootDirectory
 from xsfs.fs.dumps import SubtreeFile
+from xsfs.fs.generated import GeneratedDirectory, MirrorLink, TextFile, TextHandle
 from xsfs.fs.inodes import InodeTable
 from xsfs.fs.nodes import Caller, Node, refuse
-from xsfs.fs.special import GeneratedDirectory, MirrorLink, TextFile, TextHandle
 from xsfs.fs.transactions import Transactions, TransactionView
 from xsfs.view.differences import differences
 from xsfs.view.names import NAME_MAX
@@ -54,10 +54,10 @@ class ControlHandle(TextHandle):
         word = data.strip()
         if word == b"commit":
             await root.open_files.settle_all()
-            await transactions.commit(root.name, root.view)
+            await transactions.commit(root.view)
             root.table.handover.clear()
         elif word == b"rollback":
-            await transactions.roll_back(root.name, root.view)
+            await transactions.roll_back(root.view)
         else:
             refuse(errno.EINVAL)
         return len(data)
@@ -153,7 +153,7 @@ class TransactionsDirectory(GeneratedDirectory):
         view = self.transactions.get(name)
         if view is None:
             refuse(errno.ENOENT)
-        await self.transactions.roll_back(name, view)
+        await self.transactions.roll_back(view)
 
     async def unlink(self, name: bytes) -> None:
         refuse(errno.EISDIR if self.transactions.get(name) is not None else errno.ENOENT)

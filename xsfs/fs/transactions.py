@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -90,11 +89,11 @@ class TransactionView(View):
 
     commands: SharedTransaction
 
-    def __init__(self, outer: View, transaction: Transaction, caller: Caller, number: int) -> None:
-        """`caller` has begun it; `number` differs for each transaction of the mount."""
+    def __init__(self, outer: View, transaction: Transaction, name: bytes, number: int) -> None:
+        """`number` differs for each transaction of the mount."""
         sticky = StickyDirectories(outer.sticky)
         super().__init__(outer.store, outer.domid, outer.root, outer.content, sticky)
-        self.caller = caller
+        self.name = name
         self.number = number
         self.outer = outer
         self.commands = SharedTransaction(transaction)
@@ -115,13 +114,12 @@ class TransactionView(View):
 
     def report(self) -> bytes:
         """The content of `.control`."""
-        idle = trio.current_time() - self.commands.used_at
-        state = "open" if self.commands.transaction.is_open else "lost"
+        transaction = self.commands.transaction
         return (
             f"started {self.started.isoformat(timespec='seconds')}\n"
-            f"idle {math.floor(idle)}\n"
-            f"operations {self.commands.transaction.requests}\n"
-            f"state {state}\n"
+            f"idle {int(trio.current_time() - self.commands.used_at)}\n"
+            f"operations {transaction.requests}\n"
+            f"state {'open' if transaction.is_open else 'lost'}\n"
         ).encode()
 
 
@@ -135,85 +133,86 @@ class Transactions:
         self._nursery = nursery
         self._outer = outer
         self._idle_seconds = idle_seconds
+        self._callers: dict[bytes, Caller] = {}
+        """The names that are taken, and the callers that have begun these transactions."""
         self._views: dict[bytes, TransactionView] = {}
-        self._starting: dict[bytes, Caller] = {}
-        """The callers of transactions that are being started, by name."""
+        """The open transactions."""
         self._begun = 0
 
     def names(self) -> list[bytes]:
-        return [name for name, view in self._views.items() if not view.ended]
+        return list(self._views)
 
     def get(self, name: bytes) -> TransactionView | None:
         """The open transaction of this name."""
-        view = self._views.get(name)
-        return None if view is None or view.ended else view
+        return self._views.get(name)
 
     async def begin(self, name: bytes, caller: Caller) -> None:
         """Start the transaction.  FUSEError EEXIST, ENOSPC; StoreError."""
-        if name in self._views or name in self._starting:
+        if name in self._callers:
             refuse(errno.EEXIST)
         if self._full_for(caller):
             refuse(errno.ENOSPC)
-        self._starting[name] = caller
+        self._callers[name] = caller
         try:
             transaction = await self._outer.begin()
-        finally:
-            del self._starting[name]
+        except BaseException:
+            del self._callers[name]
+            raise
         self._begun += 1
-        view = TransactionView(self._outer, transaction, caller, self._begun)
-        self._views[name] = view
-        self._nursery.start_soon(self._await_end, name, view)
+        view = self._views[name] = TransactionView(self._outer, transaction, name, self._begun)
+        self._nursery.start_soon(self._await_end, view)
 
     def _full_for(self, caller: Caller) -> bool:
-        callers = [*self._starting.values(), *(view.caller for view in self._views.values())]
-        if len(callers) >= OPEN_MAX:
+        if len(self._callers) >= OPEN_MAX:
             return True
         if not caller.unprivileged:
             return False
-        uids = [each.uid for each in callers if each.unprivileged]
+        uids = [each.uid for each in self._callers.values() if each.unprivileged]
         return len(uids) >= UNPRIVILEGED_MAX or uids.count(caller.uid) >= EACH_UNPRIVILEGED_MAX
 
-    async def commit(self, name: bytes, view: TransactionView) -> None:
+    async def commit(self, view: TransactionView) -> None:
         """Carry out all changes at once.  XenstoreError `EAGAIN` is a conflict.
 
         The transaction is over in any case.  FUSEError EIO if the outcome is unknown.
         """
-        async with self._ending(name, view):
+        async with self._ending(view):
             try:
                 await view.commands.transaction.commit()
             except (ConnectionLost, RequestTimeout) as error:
-                log.error("whether transaction %s was committed is unknown: %s", _text(name), error)
+                text = view.name.decode()
+                log.error("whether transaction %s was committed is unknown: %s", text, error)
                 refuse(errno.EIO)
             self._outer.sticky.carry_out(view.sticky)
 
-    async def roll_back(self, name: bytes, view: TransactionView) -> None:
+    async def roll_back(self, view: TransactionView) -> None:
         """Undo all changes."""
-        async with self._ending(name, view):
+        async with self._ending(view):
             # The end of the connection undoes them, too.
             with trio.move_on_after(CLEANUP_SECONDS), suppress(StoreError):
                 await view.commands.transaction.rollback()
 
     async def roll_back_all(self) -> None:
         """The mount ends."""
-        for name, view in list(self._views.items()):
+        for view in list(self._views.values()):
             with suppress(TransactionEnded):
-                await self.roll_back(name, view)
+                await self.roll_back(view)
 
     @asynccontextmanager
-    async def _ending(self, name: bytes, view: TransactionView) -> AsyncIterator[None]:
+    async def _ending(self, view: TransactionView) -> AsyncIterator[None]:
         """The end of a transaction happens within this block, after everything that came before."""
         async with view.commands.lock:
             if view.ended:
                 raise TransactionEnded("the transaction has ended")
+            del self._views[view.name]
             view.end()
         # From here on every other request fails with ESTALE.
         try:
             yield
         finally:
             self._outer.store.abandon(view.commands.transaction)
-            del self._views[name]
+            del self._callers[view.name]
 
-    async def _await_end(self, name: bytes, view: TransactionView) -> None:
+    async def _await_end(self, view: TransactionView) -> None:
         """Wait until it has ended, and end it if it is idle for too long or its connection is gone."""
         while (until := view.commands.used_at + self._idle_seconds) > trio.current_time():
             with trio.move_on_at(until):
@@ -223,10 +222,6 @@ class Transactions:
             return
         is_open = view.commands.transaction.is_open
         why = f"idle for {self._idle_seconds:g} s" if is_open else "its connection was closed"
-        log.warning("rolled back transaction %s: %s", _text(name), why)
+        log.warning("rolled back transaction %s: %s", view.name.decode(), why)
         with suppress(TransactionEnded):  # somebody else came first
-            await self.roll_back(name, view)
-
-
-def _text(name: bytes) -> str:
-    return name.decode("ascii")
+            await self.roll_back(view)

@@ -10,8 +10,8 @@ Invariants:
   It means "look at all of it again", so a slow reader misses nothing that is still true.
 - Events are kept as the paths that came from the store, one object for all readers.  They become lines
   when they are read.  A read returns whole lines; if a line does not fit, the next read has the rest.
-- A read waits until there is an event, or until its reader has been signalled (readers.py): the kernel
-  cannot even kill a process before its read is answered.
+- A read waits until there is an event, or until its reader has been signalled (waiting_readers.py): the
+  kernel cannot even kill a process before its read is answered.
 - At most one read of a handle waits, and at most READERS_MAX handles are open in a mount.  Each waiting
   read takes one of pyfuse3's tasks; mount.py has pyfuse3 start more tasks than that.
 - A poll handle is kept until the next event, even if unread events exist: edge-triggered polling must report
@@ -35,7 +35,7 @@ from pyfuse3 import EntryAttributes
 
 from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.quotas import Share
-from xsfs.fs.readers import Outcome, Reader
+from xsfs.fs.waiting_readers import Outcome, Reader
 from xsfs.fs.xattrs import FileOfDirectory
 from xsfs.view.names import NAME_MAX, file_name, join
 from xsfs.xenstore import protocol

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -104,15 +103,19 @@ def look(thread: int, writable: bool = False) -> Outcome:
     return Outcome.UNKNOWN
 
 
+def _status(thread: int) -> dict[bytes, bytes]:
+    lines = _read(thread, "status").splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(b":") for line in lines)}
+
+
 def _will_notice(thread: int) -> bool:
     """Whether a signal is pending that ends the program or calls a handler."""
-    masks = dict.fromkeys((b"SigPnd", b"ShdPnd", b"SigBlk", b"SigCgt"), 0)
-    for line in _read(thread, "status").splitlines():
-        name, _, value = line.partition(b":")
-        if name in masks:
-            masks[name] = int(value, 16)
-    pending = (masks[b"SigPnd"] | masks[b"ShdPnd"]) & ~masks[b"SigBlk"]
-    return bool(pending & ~(_STOPS & ~masks[b"SigCgt"]))
+    status = _status(thread)
+    of_thread, of_process, blocked, caught = (
+        int(status.get(name, b"0"), 16) for name in (b"SigPnd", b"ShdPnd", b"SigBlk", b"SigCgt")
+    )
+    pending = (of_thread | of_process) & ~blocked
+    return bool(pending & ~(_STOPS & ~caught))
 
 
 def _inodes_of(thread: int) -> Iterator[int]:
@@ -140,8 +143,8 @@ class Family(NamedTuple):
 
 
 def _family(thread: int) -> Family:
-    ids = dict(re.findall(rb"^(Tgid|PPid):\t(\d+)$", _read(thread, "status"), re.MULTILINE))
-    return Family(int(ids.get(b"Tgid", 0)), int(ids.get(b"PPid", 0)))
+    status = _status(thread)
+    return Family(int(status.get(b"Tgid", 0)), int(status.get(b"PPid", 0)))
 
 
 def _numbers(directory: str) -> Iterable[int]:
@@ -214,25 +217,21 @@ class Reader:
         self._opener = opener
         self._inode = inode
         self._writable = writable
-        self._threads = {opener} - {0}
-        self._guessed = True
-        """Whether `_threads` is only a guess: the opener."""
+        self._patience = CENSUS_SECONDS_WRITABLE if writable else CENSUS_SECONDS
+        self._threads = {opener}
+        self._is_guess = True
+        """Whether the census has not yet told of the threads."""
         self._began = 0.0
         """When the present read started."""
-        self._renew = -math.inf
-        """When the census is asked again, even if the reader is known."""
-        self._missed = False
-        """Whether the last look found nobody, after the census had been asked."""
-        self._retry = -math.inf
-        """Until then the census is not asked, because it found no thread."""
+        self._census_due = trio.current_time() + self._patience
+        """When to ask the census, even if the reader is known, or cannot be found."""
+        self._misses = 0
+        """How many times in a row the census has not found the reader."""
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """While a read waits."""
         self._began = trio.current_time()
-        self._missed = False
-        if self._renew == -math.inf:
-            self._renew = self._began + self._patience
         CENSUS.openers[self._opener] += 1
         try:
             yield
@@ -241,37 +240,33 @@ class Reader:
             if not CENSUS.openers[self._opener]:
                 del CENSUS.openers[self._opener]
 
-    @property
-    def _patience(self) -> float:
-        return CENSUS_SECONDS_WRITABLE if self._writable else CENSUS_SECONDS
-
     async def look(self) -> Outcome:
         """The state of the thread that waits in the present read."""
         if not CENSUS.possible:
             return Outcome.UNKNOWN
         now = trio.current_time()
         # A thread waits in one read at a time: if it opened several files, others read some of them.
-        ambiguous = self._guessed and CENSUS.openers[self._opener] > 1
+        is_ambiguous = self._is_guess and CENSUS.openers[self._opener] > 1
         outcome = Outcome.UNKNOWN
-        if now < self._renew and not ambiguous:
-            outcome = self._look()
+        if now < self._census_due:
+            if not is_ambiguous:
+                outcome = self._look()
+            if outcome is Outcome.UNKNOWN and self._misses > 1:
+                return outcome
         if outcome is Outcome.UNKNOWN:
-            if now < self._retry:
-                return Outcome.UNKNOWN
-            since = now if self._missed else max(self._began, now - self._patience / 2)
+            since = now if self._misses else max(self._began, now - self._patience / 2)
             self._choose(await CENSUS.waiting(self._inode, since))
-            self._renew = trio.current_time() + self._patience
+            self._census_due = trio.current_time() + self._patience
             outcome = self._look()
         if outcome is not Outcome.UNKNOWN:
-            self._missed = False
-        elif not self._missed:
+            self._misses = 0
+            return outcome
+        self._misses += 1
+        if self._misses == 1:
             # A thread that a signal has just woken is nowhere for a moment.
-            self._missed = True
             return Outcome.WAITS
-        else:
-            self._missed = False
-            self._retry = trio.current_time() + UNKNOWN_SECONDS
-        return outcome
+        self._census_due = trio.current_time() + UNKNOWN_SECONDS
+        return Outcome.UNKNOWN
 
     def _choose(self, waiting: Mapping[int, Family]) -> None:
         """Of the threads that wait for the inode, those that may wait in this read.
@@ -287,8 +282,8 @@ class Reader:
         }
         near = {thread for thread, family in others.items() if own & {thread, *family}}
         threads = near or set(others)
-        self._guessed = not 0 < len(threads) <= CANDIDATES_MAX
-        self._threads = {self._opener} - {0} if self._guessed else threads
+        self._is_guess = not 0 < len(threads) <= CANDIDATES_MAX
+        self._threads = {self._opener} if self._is_guess else threads
 
     def _look(self) -> Outcome:
         outcomes = {thread: look(thread, self._writable) for thread in self._threads}

@@ -74,28 +74,21 @@ class GeneratedDirectory(Node):
         return self.entry(0, write=self.writable)
 
     async def opendir(self, caller: Caller) -> Handle:
-        handle = GeneratedDirectoryHandle(self)
-        await handle.fetch()
-        return handle
+        return GeneratedDirectoryHandle(self)
 
 
 class GeneratedDirectoryHandle(Handle):
-    """The names that existed when the directory was opened, or last rewound."""
+    """The names that existed when the directory was last read from its start."""
 
     node: GeneratedDirectory
 
     def __init__(self, node: GeneratedDirectory) -> None:
         super().__init__(node)
         self._children: list[tuple[bytes, int]] = []
-        self._was_read = False
-
-    async def fetch(self) -> None:
-        self._children = [(b".", 0), (b"..", 0), *await self.node.children()]
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
-        if start == 0 and self._was_read:
-            await self.fetch()
-        self._was_read = True
+        if start == 0:
+            self._children = [(b".", 0), (b"..", 0), *await self.node.children()]
         for position in range(start, len(self._children)):
             name, size = self._children[position]
             node = self.node if position < 2 else self.node.child(name)
