@@ -90,10 +90,13 @@ class TransactionView(View):
 
     commands: SharedTransaction
 
-    def __init__(self, outer: View, transaction: Transaction, caller: Caller, number: int) -> None:
+    def __init__(
+        self, outer: View, transaction: Transaction, name: bytes, caller: Caller, number: int
+    ) -> None:
         """`caller` has begun it; `number` differs for each transaction of the mount."""
         sticky = StickyDirectories(outer.sticky)
         super().__init__(outer.store, outer.domid, outer.root, outer.content, sticky)
+        self.log_prefix = name + b":"
         self.caller = caller
         self.number = number
         self.outer = outer
@@ -160,7 +163,7 @@ class Transactions:
         finally:
             del self._starting[name]
         self._begun += 1
-        view = TransactionView(self._outer, transaction, caller, self._begun)
+        view = TransactionView(self._outer, transaction, name, caller, self._begun)
         self._views[name] = view
         self._nursery.start_soon(self._await_end, name, view)
 
