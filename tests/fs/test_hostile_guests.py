@@ -167,7 +167,8 @@ def test_a_thousand_children(mount: Mount, guest: XsClient, evil: Path, tmp_path
     still_works(mount)
 
 
-@pytest.mark.quick_if(daemon=["C"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_path_of_many_levels(mount: Mount, guest: XsClient, evil: Path) -> None:
     """More than Python's stack has room for."""
     levels = 600
