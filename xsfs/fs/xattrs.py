@@ -25,6 +25,7 @@ from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import (
     Permissions,
+    encode_perms,
     parse_permissions,
     perms_text,
     set_perms,
@@ -101,7 +102,7 @@ class XenstoreNode(Node):
         if len(value) > ATTRIBUTE_MAX:
             refuse(errno.E2BIG)
         if (orphan := self._orphan) is not None:
-            attribute.set_of_orphan(self, orphan, value)
+            await attribute.set_of_orphan(self, orphan, value)
             return
         async with self._settled():
             await attribute.set(self, value)
@@ -227,7 +228,7 @@ class _Attribute(ABC):
     @abstractmethod
     def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes: ...
 
-    def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
+    async def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
         refuse(errno.EPERM)
 
 
@@ -244,8 +245,8 @@ class _Perms(_Attribute):
     def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes:
         return orphan.perms
 
-    def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
-        orphan.perms = value.rstrip(b"\n\0")
+    async def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
+        orphan.perms = perms_text(encode_perms(await permissions_to_set(node.view, value)))
 
 
 class _Path(_Attribute):
@@ -275,7 +276,7 @@ class _Value(_Attribute):
     def get_of_orphan(self, node: XenstoreNode, orphan: Orphan) -> bytes:
         return node.view.content.parse(orphan.content)
 
-    def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
+    async def set_of_orphan(self, node: XenstoreNode, orphan: Orphan, value: bytes) -> None:
         orphan.content = node.view.content.render(value)
 
 
