@@ -151,7 +151,7 @@ class InodeTable:
         """The path of a directory, which is kept for the next call."""
         names = []
         node = directory
-        # A path may have 1,500 levels, too many for recursion.  The roots have a property `path` of their own.
+        # A path may have 1,500 levels, too many for recursion.  A root has a property `path` of its own.
         while node not in self.paths and type(node).path is type(directory).path:
             names.append(node.name)
             assert node.parent is not None
