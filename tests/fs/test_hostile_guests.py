@@ -167,6 +167,21 @@ def test_a_thousand_children(mount: Mount, guest: XsClient, evil: Path, tmp_path
     still_works(mount)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_path_of_many_levels(mount: Mount, guest: XsClient, evil: Path) -> None:
+    """More than Python's stack has room for."""
+    levels = 600
+    guest.write("data/evil" + "/a" * levels, b"v")
+    done = tool("find", evil, "-name", "a", seconds=2 * LIMIT)
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == levels
+    assert tool("rm", "-r", evil.with_name("evil"), seconds=2 * LIMIT).returncode == 0
+    with pytest.raises(XsError):
+        guest.ls("data/evil")
+    still_works(mount)
+
+
 VALUES = {
     "escape": b"\x1b]0;owned\x07\x1b[2J\x1b[31m",
     "newlines": b"one\ntwo\n\nthree\n\n",

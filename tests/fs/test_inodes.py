@@ -108,6 +108,20 @@ async def test_paths_of_more_directories_than_are_kept(w: World) -> None:
 
 
 @in_world
+async def test_a_path_of_a_thousand_levels(w: World) -> None:
+    names = [b"a"] * 1000
+    await w.store.write(b"data/" + b"/".join(names), "end")
+    deepest = await w.lookup(b"data", *names[:-1])
+    w.table.paths.clear()
+    assert stat.S_ISDIR((await w.operations.getattr(deepest.st_ino, ctx())).st_mode)
+    w.table.paths.clear()
+    path = b"/local/domain/0/data" + b"/a" * 999
+    assert w.table.get(deepest.st_ino).label == path
+    w.table.paths.clear()
+    assert w.table.get((await w.lookup(b"data", *names)).st_ino).path == path + b"/a"
+
+
+@in_world
 async def test_timeouts(w: World) -> None:
     file, data = await w.lookup(b"name"), await w.lookup(b"data")
     assert file.entry_timeout == 0

@@ -278,8 +278,11 @@ def test_attributes_of_a_removed_file_are_its_own(
         os.setxattr(fd, "user.xs.value", b"new")
         assert os.getxattr(fd, "user.xs.value") == b"new"
         assert os.pread(fd, 100, 0) == b"new\n"
-        os.setxattr(fd, "user.xs.perms", f"b{place.domid}".encode())
-        assert os.getxattr(fd, "user.xs.perms") == f"b{place.domid}".encode()
+        os.setxattr(fd, "user.xs.perms", f"b{place.domid} r1\n".encode())
+        assert os.getxattr(fd, "user.xs.perms") == f"b{place.domid},r1".encode()
+        with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+            os.setxattr(fd, "user.xs.perms", b"x0")
+        assert os.getxattr(fd, "user.xs.perms") == f"b{place.domid},r1".encode()
         file.write_text("another\n")
         os.setxattr(fd, "user.xs.value", b"newer")
         assert file.read_text() == "another\n"
@@ -583,6 +586,19 @@ def test_a_file_that_is_being_created_is_there(
         with pytest.raises(OSError, match=os.strerror(errno.ENOTEMPTY)):
             directory.rmdir()
     assert os.listdir(directory) == ["f"]
+
+
+def test_a_file_that_is_being_created_can_be_a_directory(
+    place: Place, box: Path, witness: XsClient
+) -> None:
+    file = box / "f"
+    forced = box / "f.d"
+    with opened(file, os.O_WRONLY | os.O_CREAT) as fd:
+        assert (forced / ".value").read_bytes() == b""
+        (forced / "child").mkdir()
+        os.write(fd, b"value\n")
+    assert witness.ls(node(place, file)) == ["child"]
+    assert (file / ".value").read_text() == "value\n"
 
 
 def test_flock_by_processes_that_make_the_lock_file(mount: Mount, box: Path) -> None:

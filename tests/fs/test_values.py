@@ -320,6 +320,15 @@ def test_fsync_carries_a_truncation_out(
         assert witness.read(node(place, file)) == b""
 
 
+def test_a_reader_syncs_what_the_file_owes(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    file = box / "synced"
+    with open(file, "wb", buffering=0):
+        mount.bash(f"sync {file}")
+        assert witness.read(node(place, file)) == b""
+
+
 # ------------------------------------------------------------------------- what fstat(2) tells
 
 

@@ -186,6 +186,9 @@ class Directory(XenstoreNode):
         child = await self._child_name(name)
         path = join(self.path, child)
         state = await self.view.fetch_one(path)
+        if state is None and self.open_files.get(path) is not None:
+            await self.open_files.settle(path)  # its creation may be owed
+            state = await self.view.fetch_one(path)
         if state is None:
             if not self.view.is_always_there(path):
                 refuse(errno.ENOENT)

@@ -284,6 +284,10 @@ class ReadHandle(Handle):
         self._fetched_at = time.monotonic()
         return content
 
+    async def fsync(self) -> None:
+        """Carry out a truncation or creation that no write has carried out."""
+        await self.node.open_files.settle_file(self.file)
+
     async def release(self) -> None:
         self.node.open_files.close(self.file)
 
@@ -426,10 +430,6 @@ class ValueHandle(ReadHandle):
         if self._written is not None and content.parse(self._written) == reply:
             return self._written
         return content.render(reply)
-
-    async def fsync(self) -> None:
-        """Carry out a truncation or creation that no write has carried out."""
-        await self.node.open_files.settle_file(self.file)
 
     async def release(self) -> None:
         file, debt = self.file, self.file.debt

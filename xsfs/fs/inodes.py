@@ -138,10 +138,19 @@ class InodeTable:
 
     def path_of(self, directory: Node) -> bytes:
         """The path of a directory, which is kept for the next call."""
+        names = []
+        node = directory
+        # A path may have 1,500 levels, too many for recursion.  A root has a property `path` of its own.
+        while node not in self.paths and type(node).path is type(directory).path:
+            names.append(node.name)
+            assert node.parent is not None
+            node = node.parent
+        path = self.paths.get(node) or node.path
+        for name in reversed(names):
+            path = join(path, name)
         if len(self.paths) >= PATHS_MAX:
             self.paths.clear()
-        assert directory.parent is not None
-        path = self.paths[directory] = join(directory.parent.path, directory.name)
+        self.paths[directory] = path
         return path
 
     def file_name(self, name: bytes) -> bytes:

@@ -118,11 +118,7 @@ class Node(ABC):
     @property
     def label(self) -> bytes:
         """For the log: the path, after the name of the transaction in which it is seen."""
-        return self.log_prefix + self.path
-
-    @property
-    def log_prefix(self) -> bytes:
-        return self.parent.log_prefix if self.parent is not None else b""
+        return self.view.log_prefix + self.path
 
     def require(self) -> None:
         """Fail with ESTALE if it is gone, or its transaction is over."""

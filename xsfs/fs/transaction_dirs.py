@@ -101,10 +101,6 @@ class TransactionRoot(RootDirectory):
             refuse(errno.ENOENT)
         super().__init__(table, inside, parent, name)
 
-    @property
-    def log_prefix(self) -> bytes:
-        return self.name + b":"
-
     async def getattr(self) -> EntryAttributes:
         # Without a request: a listing of `.transaction` must not count as use of the transactions.
         return self.entry(0)

@@ -94,6 +94,7 @@ class TransactionView(View):
         sticky = StickyDirectories(outer.sticky)
         super().__init__(outer.store, outer.domid, outer.root, outer.content, sticky)
         self.name = name
+        self.log_prefix = name + b":"
         self.number = number
         self.outer = outer
         self.commands = SharedTransaction(transaction)

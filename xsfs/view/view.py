@@ -126,6 +126,9 @@ class View:
     ended: bool = False
     """Whether its transaction is over, so that everything seen through it is stale."""
 
+    log_prefix: bytes = b""
+    """What the log shows before its paths."""
+
     def __init__(
         self, store: Store, domid: int, root: bytes, content: ValueFormat, sticky: StickyDirectories
     ) -> None:
