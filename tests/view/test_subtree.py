@@ -12,7 +12,6 @@ from trio.testing import wait_all_tasks_blocked
 from tests.support.operating import World, in_world
 from xsfs.view import subtree
 from xsfs.view.subtree import (
-    FAR_SECONDS,
     WINDOW,
     WINDOWS,
     DumpFormat,
@@ -23,6 +22,7 @@ from xsfs.view.subtree import (
     is_complete,
     parse_line,
 )
+from xsfs.xenstore import store
 from xsfs.xenstore.background import open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.protocol import Request
@@ -66,7 +66,7 @@ async def test_no_pipeline_is_long_and_none_is_wasted(w: World) -> None:
     for number in range(2000):
         await w.store.write(b"%s/%d/%d" % (TOP, number // 50, number), b"x")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subtree, "FAR_SECONDS", float("inf"))  # however busy the machine is
+        patch.setattr(w.store, "is_far", False)  # however busy the machine is
         recorder = Recorder(w, patch)
         text = await text_of(w, LsFormat)
     assert text.count(b"\n") == 2040
@@ -103,18 +103,17 @@ async def test_over_a_long_way_a_walk_takes_a_round_trip_a_level(w: World) -> No
         nonlocal trips
         while True:
             await wait_all_tasks_blocked()
-            await trio.sleep(FAR_SECONDS)
             if under_way:
                 trips += 1
                 under_way.unpark_all()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(w.store, "pipeline", ask_from_afar)
-        patch.setattr(w.store, "round_trip", FAR_SECONDS)
+        patch.setattr(w.store, "is_far", True)
+        patch.setattr(store, "FAR_SECONDS", 0.0)
         async with open_background() as nursery:
             nursery.start_soon(deliver)
             text = await text_of(w, LsFormat)
-        assert w.store.round_trip == FAR_SECONDS
     assert text.count(b"\n") == 4000 + 200 + 10
     assert trips <= 4 + 2
 
@@ -124,7 +123,8 @@ async def test_walks_at_once_share_the_windows_in_flight(w: World) -> None:
     for number in range(500):
         await w.store.write(b"%s/%d" % (TOP, number), b"x")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subtree, "FAR_SECONDS", 0.0)  # any store is far away
+        patch.setattr(w.store, "is_far", True)
+        patch.setattr(store, "FAR_SECONDS", 0.0)  # any store is far
         patch.setattr(subtree, "FAR_WINDOWS", 5 * WINDOWS)
         recorder = Recorder(w, patch)
         async with trio.open_nursery() as nursery:
@@ -135,13 +135,20 @@ async def test_walks_at_once_share_the_windows_in_flight(w: World) -> None:
 
 
 @in_world
-async def test_one_fast_reply_shows_that_the_way_is_short(w: World) -> None:
-    assert 0 < w.store.round_trip < float("inf"), "the first request was timed"
-    await w.store.write(TOP + b"/x", b"x")
+async def test_one_fast_reply_shows_that_the_store_is_near(w: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(w.store, "round_trip", float("inf"))
-        await text_of(w, LsFormat)
-        assert w.store.round_trip < float("inf")
+        patch.setattr(w.store, "is_far", True)
+        patch.setattr(store, "FAR_SECONDS", 0.0)
+        await w.store.read("name")
+        assert w.store.is_far
+        patch.setattr(store, "FAR_SECONDS", float("inf"))
+        await w.store.pipeline(())
+        assert w.store.is_far, "nothing was sent"
+        await w.store.read("name")
+        assert not w.store.is_far
+        patch.setattr(store, "FAR_SECONDS", 0.0)
+        await w.store.read("name")
+        assert not w.store.is_far, "a slow one shows nothing"
 
 
 @in_world
@@ -198,7 +205,7 @@ async def test_before_each_window_the_caller_may_end_the_walk(w: World) -> None:
             raise OverflowError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subtree, "FAR_SECONDS", float("inf"))
+        patch.setattr(w.store, "is_far", False)
         with pytest.raises(OverflowError):
             await Walk(LsFormat(w.view, TOP), check).run()
     assert sizes == sorted(sizes)

@@ -48,10 +48,8 @@ WINDOWS: Final = 2
 """How many windows are in flight.  The store replies to one while xsfs works on the other, and the requests
 of other tasks wait half a millisecond behind them."""
 
-FAR_SECONDS: Final = 0.002
 FAR_WINDOWS: Final = 640
-"""How many windows of all walks are in flight if no pipeline was faster than FAR_SECONDS: 10,000 nodes in a
-round trip."""
+"""How many windows of all walks are in flight to a store that is far: 10,000 nodes in a round trip."""
 
 TURN_SECONDS: Final = 0.0005
 """After so long other tasks get a turn."""
@@ -372,9 +370,7 @@ class Walk:
 
     def _windows_max(self) -> int:
         store = self._view.store
-        return (
-            WINDOWS if store.round_trip < FAR_SECONDS else max(WINDOWS, FAR_WINDOWS // store.walks)
-        )
+        return max(WINDOWS, FAR_WINDOWS // store.walks) if store.is_far else WINDOWS
 
     def _next_window(self) -> _Window:
         window = _Window()
@@ -401,10 +397,7 @@ class Walk:
             requests.append(Request(Op.DIRECTORY, payload))
             if asks_perms:
                 requests.append(Request(Op.GET_PERMS, payload))
-        start = perf_counter()
         replies = iter(await self._view.commands.pipeline(requests))
-        if requests:
-            self._view.store.took(perf_counter() - start)
         return zip(replies, replies, replies if asks_perms else repeat(b""), strict=False)
 
     async def _add_window(self, window: _Window, answers: Iterator[Answer]) -> None:
