@@ -22,8 +22,9 @@ from xsfs.xenstore.protocol import Op, Request
 TOUCHED_MAX: Final = 65_536
 """How many paths are remembered: 8 MiB of usual ones."""
 
-COMPARE_WINDOW: Final = 128
-"""How many nodes one pipeline asks about."""
+COMPARE_WINDOW: Final = 32
+"""How many nodes one pipeline asks about.  In a transaction of many nodes on long paths C xenstored takes
+some 30 milliseconds for each request, and the pipeline has a time limit."""
 
 
 class TouchedPaths:
