@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import pyfuse3
@@ -35,6 +36,7 @@ from xsfs.fs.directories import Directory
 from xsfs.fs.errnos import errno_of
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
 from xsfs.view.names import OWN_NAMES
+from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import (
     ConnectionLost,
@@ -44,6 +46,29 @@ from xsfs.xenstore.errors import (
     XenstoreError,
 )
 from xsfs.xenstore.protocol import Op, Request, WireError, read
+
+
+async def opened(w: World, flags: int, *names: bytes) -> pyfuse3.FileHandleT:
+    entry = await w.lookup(*names)
+    return (await w.operations.open(entry.st_ino, cast(Any, flags), ctx())).fh
+
+
+async def content_of(w: World, *names: bytes) -> bytes:
+    handle = await opened(w, RDONLY, *names)
+    try:
+        return await w.operations.read(handle, 0, 4096)
+    finally:
+        await w.operations.release(handle)
+
+
+async def fill(w: World, directory: pyfuse3.InodeT, name: bytes, data: bytes) -> None:
+    """Create a file with this content."""
+    mode, flags = cast(Any, 0o644), cast(Any, WRONLY)
+    created = await w.operations.create(directory, cast(Any, name), mode, flags, ctx())
+    handle = created[0].fh
+    await w.operations.write(handle, 0, data)
+    await w.operations.release(handle)
+
 
 # ------------------------------------------------------------------------------------ round trips
 
@@ -190,6 +215,115 @@ def test_an_open_file_that_is_renamed_there_and_back_meanwhile(
             assert await w.operations.read(info.fh, 0, 4096) == b"1\n"
         else:
             assert (await w.operations.getattr(file, ctx())).st_size == 2
+
+    test()
+
+
+@pytest.mark.parametrize("when", ["before the rename", "after it"])
+@pytest.mark.parametrize("operation", ["lookup", "stat", "look up a file", "create a file"])
+def test_scratch_files_of_a_directory_that_is_renamed_meanwhile(
+    operation: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has no node of the old name any more, and the mount still knows the directory by it, or
+    knows the new name already."""
+
+    @in_world
+    async def test(w: World) -> None:
+        data = (await w.lookup(b"data")).st_ino
+        mode = cast(Any, 0o755)
+        directory = (await w.operations.mkdir(data, cast(Any, b"d"), mode, ctx())).st_ino
+        await fill(w, directory, b".x", b"1")
+        operations: dict[str, Callable[[], Awaitable[object]]] = {
+            "lookup": lambda: w.operations.lookup(data, cast(Any, b"d"), ctx()),
+            "stat": lambda: w.operations.getattr(directory, ctx()),
+            "look up a file": lambda: w.operations.lookup(directory, cast(Any, b".x"), ctx()),
+            "create a file": lambda: fill(w, directory, b".y", b""),
+        }
+        operate = operations[operation]
+
+        def rename() -> Awaitable[None]:
+            return w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
+
+        if when == "before the rename":
+            op = Op.DIRECTORY if operation in ("lookup", "stat") else Op.READ
+            around_request(monkeypatch, w, op, before=rename, after=trio.lowlevel.checkpoint)
+            with suppress(FUSEError):
+                await operate()
+        else:
+            apart = w.view.atomically_apart
+
+            async def late(work: Callable[[Commands], Awaitable[None]]) -> None:
+                await apart(work)
+                with suppress(FUSEError):
+                    await operate()
+
+            monkeypatch.setattr(w.view, "atomically_apart", late)
+            await rename()
+        assert await content_of(w, b"data", b"e", b".x") == b"1"
+
+    test()
+
+
+# --------------------------------------------------------- files that other clients remove or change
+
+
+@in_world
+async def test_a_directory_that_replaces_one_that_another_client_removed(w: World) -> None:
+    """Nothing of the old one is in it, and no handle of the old one reaches its files."""
+    await w.store.write("data/d/f", "new")
+    await w.store.write("data/e/f", "old")
+    data = (await w.lookup(b"data")).st_ino
+    source, target = [(await w.lookup(b"data", name)).st_ino for name in (b"d", b"e")]
+    await fill(w, source, b".x", b"new")
+    for name in (b".x", b".y"):
+        await fill(w, target, name, b"old")
+    handle = await opened(w, RDWR, b"data", b"e", b"f")
+    await w.store.delete("data/e")
+    await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
+    assert await content_of(w, b"data", b"e", b".x") == b"new"
+    await refused(errno.ENOENT, w.lookup(b"data", b"e", b".y"))
+    assert len(w.table.open_files_of(w.view)._scratch) == 1
+    await refused(errno.ESTALE, w.operations.read(handle, 0, 4096))
+    await refused(errno.ESTALE, w.operations.write(handle, 0, b"lost"))
+    assert await w.store.read("data/e/f") == b"new"
+
+
+@pytest.mark.parametrize("flags", [RDWR, RDWR | TRUNC])
+def test_a_file_that_is_created_where_another_client_removed_an_open_one(flags: int) -> None:
+    @in_world
+    async def test(w: World) -> None:
+        await w.store.write("data/f", "1")
+        data = (await w.lookup(b"data")).st_ino
+        old = await opened(w, flags, b"data", b"f")
+        await w.store.delete("data/f")
+        await refused(errno.ENOENT, w.lookup(b"data", b"f"))
+        mode, fl = cast(Any, 0o644), cast(Any, WRONLY)
+        new = (await w.operations.create(data, b"f", mode, fl, ctx()))[0].fh
+        assert await content_of(w, b"data", b"f") == b""
+        await w.operations.write(new, 0, b"new\n")
+        await w.operations.release(new)
+        await refused(errno.ESTALE, w.operations.write(old, 0, b"old\n"))
+        await w.operations.release(old)
+        assert await w.store.read("data/f") == b"new"
+
+    test()
+
+
+@pytest.mark.parametrize("meanwhile", ["another value", "a refused write"])
+def test_a_truncation_beside_an_older_one(meanwhile: str) -> None:
+    @in_world
+    async def test(w: World) -> None:
+        await w.store.write("data/f", "1")
+        first = await opened(w, WRONLY | TRUNC, b"data", b"f")
+        if meanwhile == "another value":
+            await w.store.write("data/f", "2")
+        else:
+            await refused(errno.EFBIG, w.operations.write(first, 0, b"x" * 5000))
+        second = await opened(w, WRONLY | TRUNC, b"data", b"f")
+        assert await content_of(w, b"data", b"f") == b""
+        await w.operations.release(second)
+        assert await w.store.read("data/f") == b""
+        await w.operations.release(first)
 
     test()
 

@@ -70,12 +70,12 @@ class Directory(XenstoreNode):
         is_directory = self.always_directory or state.has_children
         return is_directory or self.view.is_directory(self.path, state)
 
-    def require_directory(self, state: NodeState | None) -> NodeState:
+    async def require_directory(self, state: NodeState | None) -> NodeState:
         """The state of the node if it still is a directory.  Fails with ESTALE if not."""
         if state is None and self.always_there:
             return EMPTY_NODE
         if state is None:
-            self.open_files.drop_below(self.path)
+            await self.open_files.drop_lost(self.path)
         if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         return state
@@ -86,7 +86,7 @@ class Directory(XenstoreNode):
         state = await self.view.fetch_directory(path)
         if await self.is_elsewhere(path, state):
             return await self.getattr()
-        return self.attributes(self.require_directory(state))
+        return self.attributes(await self.require_directory(state))
 
     async def require_present(self, missing: int = errno.ESTALE) -> None:
         """Fail with this errno if the node does not exist.
@@ -101,10 +101,12 @@ class Directory(XenstoreNode):
             return False
         if self.always_there:
             return True
-        (reply,) = await self.view.commands.pipeline((protocol.read(self.path),))
-        if is_missing(reply):
-            self.open_files.drop_below(self.path)
-        return not is_missing(reply)
+        path = self.path
+        (reply,) = await self.view.commands.pipeline((protocol.read(path),))
+        if not is_missing(reply):
+            return True
+        await self.open_files.drop_lost(path)
+        return self.path != path and await self._is_present()
 
     def value_was_written(self) -> None:
         self.view.sticky.add(self.path, with_value=True)
@@ -168,7 +170,7 @@ class Directory(XenstoreNode):
         if state is None and self.view.is_always_there(path):
             state = EMPTY_NODE
         if state is None:
-            self.open_files.drop_below(path)
+            await self.open_files.drop_lost(path)
             # A cached entry may have led here, and a write would create the directory again.
             self.require()
             self.was_missing = not await self._is_present()
@@ -265,8 +267,10 @@ class Directory(XenstoreNode):
         is_exclusive = bool(flags & os.O_EXCL)
         if is_exclusive:
             await self._make(path, directory=False, missing_parent=errno.ESTALE)
-        elif self.was_missing:
-            await self.require_present()
+        else:
+            if self.was_missing:
+                await self.require_present()
+            await self.open_files.retire_missing(path)
         file = self.table.node(ValueFile, self, name)
         handle = self._opened(file, flags)
         handle.file.is_pinned = True
@@ -279,7 +283,7 @@ class Directory(XenstoreNode):
 
     async def _make_dot_value(self) -> EntryAttributes:
         """Create `.value`.  Its node exists, so no request is needed."""
-        state = self.require_directory(await self.view.fetch_one(self.path))
+        state = await self.require_directory(await self.view.fetch_one(self.path))
         if state.value:
             refuse(errno.EEXIST)
         self.value_was_written()
@@ -367,7 +371,7 @@ class Directory(XenstoreNode):
 
         async def work(commands: Commands) -> Request | None:
             nonlocal content
-            if file is not None and file.debt is not None and file.debt.found is None:
+            if file is not None and file.owes_creation:
                 (state,) = await self.view.fetch((path,), commands)
                 if state is None:
                     return None  # its creation is still owed

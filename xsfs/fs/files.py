@@ -369,10 +369,11 @@ class ValueHandle(ReadHandle):
                         change, needs_present=needs_present, as_file=as_file
                     )
             except (FUSEError, XenstoreError):
-                if file.debt is not None:
-                    file.debt.is_refused = True
+                if debt is not None:
+                    debt.is_refused = True
                 raise
-            file.debt = None
+            if file.debt is debt:
+                file.debt = None
         self._content = None
         self._written = result
         node.was_written()

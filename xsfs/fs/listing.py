@@ -50,7 +50,7 @@ class DirectoryHandle(Handle):
         listing = await node.view.list_directory(path)
         if await node.is_elsewhere(path, listing.state):
             return await self.fetch()
-        state = node.require_directory(listing.state)
+        state = await node.require_directory(listing.state)
         if not state.readable:
             refuse(errno.EACCES)
         own = node.listed_own()

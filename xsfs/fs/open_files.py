@@ -143,9 +143,14 @@ class OpenFile:
 
     def owe(self, handle: Handle, found: bytes | None, *, is_blind: bool = False) -> None:
         """The handle truncates the file, or creates it if `found` is None."""
-        if self.debt is None:
+        # A value that is seen in spite of a debt has come since, or stayed after a refused write.
+        if self.debt is None or found or self.debt.is_refused:
             self.debt = Debt(found, is_blind=is_blind)
         self.debt.holders.add(handle)
+
+    @property
+    def owes_creation(self) -> bool:
+        return self.debt is not None and self.debt.found is None
 
     def changing(self) -> AbstractAsyncContextManager[None]:
         """No other task changes the file within the block."""
@@ -163,6 +168,8 @@ class OpenFiles:
         self._scratch: set[OpenFile] = set()
         """The files whose memory is bounded: those with a name, those that had one and are open, and those
         that are about to get one."""
+        self._changing_below: list[bytes] = []
+        """The paths below which a task renames or removes files now."""
 
     def get(self, path: bytes) -> OpenFile | None:
         return self._by_path.get(path)
@@ -205,7 +212,7 @@ class OpenFiles:
         return [
             path.rpartition(b"/")[2]
             for path, file in self._by_path.items()
-            if file.debt is not None and file.debt.found is None and parent_path(path) == directory
+            if file.owes_creation and parent_path(path) == directory
         ]
 
     async def fetch_one(self, path: bytes) -> NodeState | None:
@@ -224,12 +231,12 @@ class OpenFiles:
 
     async def wait_closed_below(self, top: bytes) -> None:
         """Wait until the debts of files at and below a path are settled whose last handle was closed."""
-        for file in self._at_and_below(top):
+        for file in self.at_and_below(top):
             if file.debt is not None and file.debt.is_closing:
                 async with file.changing():
                     pass
 
-    def _at_and_below(self, *tops: bytes) -> list[OpenFile]:
+    def at_and_below(self, *tops: bytes) -> list[OpenFile]:
         below = tuple(join(top, b"") for top in tops)
         return [
             file for path, file in self._by_path.items() if path in tops or path.startswith(below)
@@ -248,8 +255,11 @@ class OpenFiles:
     @asynccontextmanager
     async def changing_below(self, *tops: bytes) -> AsyncIterator[None]:
         """No other task changes a file at or below these paths within the block, and none owes anything."""
-        files = self._at_and_below(*tops)
+        files = self.at_and_below(*tops)
         async with AsyncExitStack() as stack:
+            for top in tops:
+                self._changing_below.append(top)
+                stack.callback(self._changing_below.remove, top)
             # In an order that no rename changes, or two tasks could wait for each other.
             for file in sorted(files, key=id):
                 await stack.enter_async_context(file.changing())
@@ -275,7 +285,8 @@ class OpenFiles:
             return await self._settlement(commands, file.path, debt)
 
         await self._view.atomically(work)
-        file.debt = None
+        if file.debt is debt:
+            file.debt = None
 
     async def _settlement(self, commands: Commands, path: bytes, debt: Debt) -> Request | None:
         """The request that settles a debt, if there is still anything to do."""
@@ -327,20 +338,33 @@ class OpenFiles:
         self._by_path[path] = file
 
     def retire(self, file: OpenFile | None) -> None:
-        """The mount has made a node at the path of a file that was open before.
+        """The mount has made, or makes, a node at the path of a file that was there before.
 
         So another client had removed the file, and its handles do not reach the new one.
         """
-        if file is not None and self._by_path.get(file.path) is file:
-            del self._by_path[file.path]
-            file.debt = None
-            for node in file.nodes:
-                node.gone = True
-                node.detached = None
+        if file is None or self._by_path.get(file.path) is not file:
+            return
+        if file.memory is not None:
+            self.unlink(file)
+            return
+        del self._by_path[file.path]
+        file.debt = None
+        for node in file.nodes:
+            node.gone = True
+            node.detached = None
+
+    async def retire_missing(self, path: bytes) -> None:
+        """Retire the file at this path if another client has removed it."""
+        if (file := self._by_path.get(path)) is None:
+            return
+        async with file.changing():
+            state = await self._view.fetch_one(path)
+        if state is None and file.path == path and not file.owes_creation:
+            self.retire(file)
 
     def move(self, source: bytes, target: bytes) -> None:
         """A subtree was renamed, and the node by whose name that was done knows it."""
-        for file in self._at_and_below(source):
+        for file in self.at_and_below(source):
             del self._by_path[file.path]
             self._attach(file, target + file.path[len(source) :])
             for node in file.nodes:
@@ -388,20 +412,33 @@ class OpenFiles:
             return shortage(others, content.owner, size)
 
         if error():
-            await self._drop_lost()
+            await self.drop_lost(b"/")
             if number := error():
                 refuse(number)
 
-    async def _drop_lost(self) -> None:
-        """Drop the files in directories that another client has removed."""
-        paths = sorted({parent_path(file.path) for file in self.scratch_files(b"/")})
-        replies = await self._view.commands.pipeline([protocol.read(path) for path in paths])
-        for path, reply in zip(paths, replies, strict=True):
-            if is_missing(reply) and not self._view.is_always_there(path):
-                self.drop_below(path)
+    async def drop_lost(self, top: bytes) -> None:
+        """Drop the files below a path whose directories another client has removed.
+
+        If xsfs renames a directory meanwhile, its files only seem lost.
+        """
+        found = [(file, file.path) for file in self.scratch_files(top)]
+        if not found:
+            return
+        above = sorted({parent_path(path) for _, path in found})
+        replies = await self._view.commands.pipeline([protocol.read(path) for path in above])
+        gone = {
+            path
+            for path, reply in zip(above, replies, strict=True)
+            if is_missing(reply) and not self._view.is_always_there(path)
+        }
+        changing = self.at_and_below(*self._changing_below)
+        for file, path in found:
+            is_there = self._by_path.get(path) is file and file not in changing
+            if is_there and parent_path(path) in gone:
+                self.unlink(file)
 
     def drop_below(self, top: bytes) -> None:
-        """A node is gone, with all below it."""
+        """The mount has removed a node, with all below it."""
         for file in self.scratch_files(top):
             self.unlink(file)
 

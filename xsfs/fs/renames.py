@@ -68,12 +68,12 @@ async def _rename_node(
             refuse(errno.ENOTEMPTY)
 
     async with source.open_files.changing_below(source_path, target_path):
-        before = source.open_files.get(target_path)
+        before = source.open_files.at_and_below(target_path)
         await source.view.atomically_apart(work)
-        if replaced is None:
-            source.open_files.retire(before)
-        else:
+        if replaced is not None:
             target.was_removed(Directory if is_directory else ValueFile, target_path, replaced)
+        for lost in before:
+            source.open_files.retire(lost)
         for moved_kind in (Directory, ValueFile):
             node = source.table.find(moved_kind, source, source_path.rpartition(b"/")[2])
             if node is not None:
