@@ -192,6 +192,25 @@ def test_a_listing_shows_a_file_whose_creation_is_carried_out_meanwhile(
     test()
 
 
+def test_a_listing_of_a_directory_that_is_renamed_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @in_world
+    async def test(w: World) -> None:
+        data = (await w.lookup(b"data")).st_ino
+        name, mode = cast(Any, b"d"), cast(Any, 0o755)
+        directory = (await w.operations.mkdir(data, name, mode, ctx())).st_ino
+        await fill(w, directory, b".x", b"1")
+        around_request(
+            *(monkeypatch, w, Op.DIRECTORY),
+            before=trio.lowlevel.checkpoint,
+            after=lambda: w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx()),
+        )
+        assert b".x" in await listed(w, await w.operations.opendir(directory, ctx()))
+
+    test()
+
+
 @pytest.mark.parametrize("operation", ["read", "stat"])
 def test_an_open_file_that_is_renamed_there_and_back_meanwhile(
     operation: str, monkeypatch: pytest.MonkeyPatch
@@ -326,6 +345,17 @@ def test_a_truncation_beside_an_older_one(meanwhile: str) -> None:
         await w.operations.release(first)
 
     test()
+
+
+@in_world
+async def test_a_truncated_file_keeps_another_value_when_it_is_removed(w: World) -> None:
+    await w.store.write("data/f", "1")
+    data = (await w.lookup(b"data")).st_ino
+    handle = await opened(w, RDWR | TRUNC, b"data", b"f")
+    await w.store.write("data/f", "2")
+    assert await w.operations.read(handle, 0, 4096) == b"2\n"
+    await w.operations.unlink(data, b"f", ctx())
+    assert await w.operations.read(handle, 0, 4096) == b"2\n"
 
 
 def test_sticky_directories_are_bounded() -> None:

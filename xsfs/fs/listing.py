@@ -56,7 +56,7 @@ class DirectoryHandle(Handle):
         own = node.listed_own()
         if node.view.has_dot_value(path, state):
             own[VALUE_NAME] = node.own[VALUE_NAME]
-        scratch = node.open_files.scratch_names(path)
+        scratch = node.open_files.scratch_names(node.path)  # it may have been renamed
         existing = dict.fromkeys((*own, *scratch, *listing.names))
         missing = [name for name in self._always_shown(path) if name not in existing]
         # A creation that was carried out meanwhile may be too late for the listing.

@@ -314,7 +314,7 @@ class OpenFiles:
         """The file at this path was removed or replaced."""
         file = self._by_path.get(path) or OpenFile(path)
         if file.debt is not None:
-            if not file.debt.is_refused:
+            if file.debt.replaces(self._view.content.parse(content.data)):
                 content.data = b""
             file.debt = None
         file.memory = content
