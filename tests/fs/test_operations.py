@@ -283,6 +283,22 @@ def test_scratch_files_of_a_directory_that_is_renamed_meanwhile(
     test()
 
 
+@in_world
+async def test_a_value_of_a_directory_that_was_renamed_by_another_name(w: World) -> None:
+    """A write to it does not make the old name a directory."""
+    await w.store.write("data/d", "1")
+    await w.store.write("data/d/child", "1")
+    data = (await w.lookup(b"data")).st_ino
+    await w.lookup(b"data", b"d")
+    names = (b".root", b"local", b"domain", b"0", b"data", b"d", b".value")
+    handle = await opened(w, WRONLY, *names)
+    await w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
+    await w.operations.write(handle, 0, b"2\n")
+    assert await w.store.read("data/e") == b"2"
+    await w.store.write("data/d", "1")
+    assert (await listed(w, await w.operations.opendir(data, ctx())))[b"d"] is False
+
+
 # --------------------------------------------------------- files that other clients remove or change
 
 

@@ -196,7 +196,8 @@ class DotValue(FileOfDirectory, ValueFile):
 
     def was_written(self) -> None:
         super().was_written()
-        self.directory.value_was_written()
+        if self.detached is None:
+            self.directory.value_was_written()
 
 
 class ScratchFile(ValueFile):
