@@ -151,7 +151,7 @@ async def _rename_to_scratch(
     replace: bool,
     caller: Caller,
 ) -> None:
-    """Rename a file's node to a scratch name, with its value and permissions."""
+    """Rename a file's node to a temporary name, with its value and permissions."""
     path = await source.path_of_present(name)
     if join(target.path, b"").startswith(join(path, b"")):
         refuse(errno.EINVAL)
@@ -167,7 +167,7 @@ async def _rename_to_scratch(
         nonlocal is_taken
         taken = await posix.removed(source.view, commands, path, if_directory=errno.EINVAL)
         if taken.perms is None:
-            refuse(errno.EACCES)  # they would be lost
+            refuse(errno.EACCES)  # the permissions would be lost
         content.perms = taken.perms
         await source.open_files.set_data(file, content, taken.data)
         is_taken = True
