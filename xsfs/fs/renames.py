@@ -109,13 +109,13 @@ async def _rename_to_node(
 ) -> None:
     """Rename a scratch file to a node: one WRITE of its content."""
     path = await target.path_for_rename(target_name)
-    scratch, file = source.present_scratch(name)
+    node, file = source.present_scratch(name)
     async with source.open_files.changing_below(file.path, path):
         if source.open_files.get(file.path) is not file or file.memory is None:
             refuse(errno.ENOENT)
         if (mode := file.memory.mode) is not None:
             # The node cannot have any other mode, and to drop this one could let other users in.
-            scratch.require_mode(mode, source.table.ownership.mode(stat.S_IFREG, True, True))
+            node.require_mode(mode, source.table.ownership.mode(stat.S_IFREG, True, True))
         perms, value = file.memory.perms, source.view.content.parse(file.memory.data)
         if len(value) > protocol.value_max(path, source.view.commands.payload_max):
             refuse(errno.EFBIG)
@@ -140,7 +140,7 @@ async def _rename_to_node(
             target.was_removed(ValueFile, path, replaced)
         source.view.sticky.discard(path)
         source.was_written()
-        source.open_files.move_to_store(file, scratch, path)
+        source.open_files.move_to_store(file, node, path)
 
 
 async def _rename_to_scratch(
