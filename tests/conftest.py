@@ -75,7 +75,7 @@ def pytest_sessionstart() -> None:
     # a mount of a guest, whose ring a thread of this process serves, both would wait.
     vars(subprocess)["_USE_VFORK"] = False
     faulthandler.enable()
-    # What is started by `&` in a script ignores it, and what the tests start would inherit that.
+    # A command that a script starts by `&` ignores it, and the processes of the tests would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for program, package in NEEDED.items():
         if shutil.which(program) is None:
@@ -165,7 +165,7 @@ def clock() -> LeapingClock:
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """What is read from, and what is written to."""
+    """The end of a pipe to read from, and the end to write to."""
     reader, writer = os.pipe()
     yield reader, writer
     os.close(reader)

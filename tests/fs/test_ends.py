@@ -1,7 +1,7 @@
 """Ring: every end that a mount can come to, with files, watches and transactions open.
 
-What the daemon still has of it is seen by a guest's quotas: both daemons count a guest's watches and
-transactions, and give back what is let go of.
+A guest's quotas show what the daemon still keeps: both daemons count a guest's watches and transactions,
+and no longer count one that has ended.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.xenstored.harness import XsClient, XsError
 from xsfs.xenstore.protocol import Op
 
 WATCHES = 60
-"""More than half of what either daemon lets a guest have."""
+"""More than half of the quota of either daemon for a guest."""
 
 TRANSACTIONS = 6
 
@@ -52,7 +52,7 @@ def watches_at_once(witness: XsClient) -> int:
 
 @dataclass
 class Open:
-    """What is open at a mount, by this process."""
+    """The files of a mount that this process has open."""
 
     path: Path
     files: list[int] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Open:
 
 @dataclass
 class Quotas:
-    """What the daemon lets the guest have."""
+    """How many watches and transactions the daemon allows the guest."""
 
     witness: XsClient
     watches: int = 0
@@ -156,7 +156,7 @@ def test_nothing_is_left(place: Place, tmp_path: Path, how: str) -> None:
             assert not os.path.ismount(mount.path)
             assert os.listdir(mount.path) == []
             if how in ("umount -l", "fusermount3 -uz"):
-                # Who still has a file of it can go on; with the last one it ends.
+                # A process that has one of its files open can go on.  The mount ends with the last one.
                 assert os.pread(opened.files[0], 100, 0)
                 opened.close()
             status = mount.process.wait(LIMIT)
@@ -311,7 +311,7 @@ def test_killed_while_one_transaction_begins_and_another_ends(
                 assert os.listdir(again.path / ".transaction") == []
         finally:
             if is_left():
-                # Or what the test has found would stay until the machine is started anew.
+                # Otherwise the mount would stay until the machine is restarted.
                 with suppress(OSError):
                     (connection / "abort").write_text("1")
             mount.clear()

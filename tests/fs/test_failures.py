@@ -44,7 +44,7 @@ TIMEOUT = 3.0
 HOME = "/local/domain/0"
 
 
-# What a lie does is no matter of the daemon behind it.
+# The effect of a lie does not depend on the daemon behind it.
 @pytest.fixture(scope="module", params=quick_params(["C"], ["C", "ocaml"]))
 def daemon(request: pytest.FixtureRequest) -> Iterator[RealXenstored]:
     with RealXenstored(request.param) as daemon:
@@ -200,7 +200,7 @@ def test_a_lie_about_the_numbers_is_an_error_or_the_truth(
 
 
 def works_again(path: Path) -> None:
-    """The store does, so the mount must: at once, but for a machine that is busy elsewhere."""
+    """The store does, so the mount must: immediately, unless the machine is busy."""
     deadline = time.monotonic() + LIMIT
     while outcome(lambda: (path / "name").read_text()):
         assert time.monotonic() < deadline
@@ -437,7 +437,7 @@ def test_the_daemon_restarts(tmp_path: Path, daemon: RealXenstored) -> None:
         for _ in range(2):
             daemon.restart()
             daemon.populate()
-            # What only reads is asked again; the store is a new one.
+            # xsfs retries requests that only read; the store is a new one.
             assert (path / "name").read_text() == "Domain-0\n"
             with pytest.raises(FileNotFoundError):
                 (path / "data" / "x").read_text()
@@ -543,7 +543,7 @@ def test_the_waiting_process_is_killed(new_liar: LyingStore, tmp_path: Path, lie
         waiting.wait(LIMIT)
         go_on.set()
         assert waiting.stderr is not None
-        said = waiting.stderr.read()  # to its end: that of the process in the background
+        said = waiting.stderr.read()  # until the process in the background ends
     assert "a bug" not in said
     assert not os.path.ismount(place)
 

@@ -56,7 +56,7 @@ def test_nodes(mount: Mount) -> None:
     count, number = until_full(make)
     assert 300 < count < 1200
     assert number in FULL
-    # All kinds of making say so, and what is there can be changed and removed.
+    # Every kind of creation fails with it, and existing nodes can be changed and removed.
     attempts: list[Callable[[], None]] = [
         lambda: (top / "directory").mkdir(),
         lambda: os.close(os.open(top / "excl", os.O_CREAT | os.O_EXCL | os.O_WRONLY)),
@@ -86,7 +86,7 @@ def test_watches(place: Place, mount: Mount) -> None:
         assert 90 < count < 140
         assert number in FULL
         assert (mount.path / "name").read_text()
-        # One that is there can be shared.
+        # An existing watch can be shared.
         watch(0)
         (mount.path / "data" / "w0" / "x").write_text("1\n")
     until(lambda: mount.counter("watches") == place.own_watches)

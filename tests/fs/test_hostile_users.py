@@ -29,7 +29,7 @@ HOME = "/local/domain/0"
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 
-# What other users of the host may do is no matter of the daemon.
+# The rights of other users of the host do not depend on the daemon.
 @pytest.fixture(scope="module", params=quick_params(["C"], ["C", "ocaml"]))
 def daemon(request: pytest.FixtureRequest) -> Iterator[RealXenstored]:
     with RealXenstored(request.param) as daemon:
@@ -144,7 +144,7 @@ def test_ten_thousand_open_files(mount: Mount) -> None:
 
 
 def test_as_many_watch_files_as_he_gets(mount: Mount) -> None:
-    """Half of them, whether he waits in them or not; the rest is for others."""
+    """The user gets half of them, waiting or not; the rest is for others."""
     with (
         many_descriptors(10_100),
         opened_by_nobody(mount.path / "data" / ".watch", 10_000) as (count, why),
@@ -155,7 +155,7 @@ def test_as_many_watch_files_as_he_gets(mount: Mount) -> None:
             (mount.path / "data" / "x").write_text("1\n")
             reader.lines.until("x")
             assert (mount.path / "name").read_text() == "Domain-0\n"
-    # What he had is free again.
+    # All that the user had is free again.
     with opened_by_nobody(mount.path / ".watch", 10) as (count, why):
         assert (count, why) == (10, "all")
 
@@ -284,7 +284,7 @@ def test_no_path_leads_out(mount: Mount, daemon: RealXenstored) -> None:
 
 
 def test_standard_error_is_not_his(mount: Mount) -> None:
-    """What he asks for gets into the log only where something is wrong with the store."""
+    """Requests of a user get into the log only if something is wrong with the store."""
     subprocess.run(
         [*NOBODY, sys.executable, "-c", "import os; os.listdir(b'\\x1b[31mevil')"],
         cwd=mount.path,

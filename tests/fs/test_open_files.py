@@ -24,7 +24,7 @@ import pytest
 from tests.support.mounting import LIMIT, Mount, Place, each_place, mounted
 from tests.support.xenstored.harness import XsClient, XsError
 
-# What xsfs remembers of open files is no matter of the store.
+# The state of open files does not depend on the store.
 place = each_place("C", "ocaml", "C-guest", "embedded", quick=("C",))
 
 Outcome = object

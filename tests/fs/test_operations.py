@@ -75,7 +75,7 @@ async def fill(w: World, directory: pyfuse3.InodeT, name: bytes, data: bytes) ->
 
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was fetched serves for long, so that a busy machine does not change the number of requests."""
+    """A fetched value serves for long, so that a busy machine does not change the number of requests."""
     monkeypatch.setattr(inodes, "HANDOVER_SECONDS", 1000.0)
     for module in (files, open_files):
         monkeypatch.setattr(module, "FRESH_SECONDS", 1000.0)

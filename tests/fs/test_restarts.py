@@ -1,4 +1,4 @@
-"""Ring: real mounts of real daemons that are killed, stopped, and begun anew, with work under way."""
+"""Ring: real mounts of real daemons that are killed, stopped and restarted, with work under way."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TIMEOUT = 3.0
 HOME = "/local/domain/0"
 
 CLEAR = {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.ENOENT, errno.EEXIST}
-"""What timed out may have been done all the same: EEXIST is then the truth."""
+"""An operation that timed out may have been carried out: EEXIST is then right."""
 
 
 # A daemon that is gone or silent is as good as any other.
@@ -54,7 +54,7 @@ def furnish(daemon: RealXenstored) -> None:
 
 class InFlight:
     """Fifty operations at once, each again and again, of all kinds and in as many directories (the
-    kernel lets one at a time into each).  What each attempt came to is counted."""
+    kernel lets one at a time into each).  It counts the results of the attempts."""
 
     def __init__(self, mount: Mount) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -125,7 +125,7 @@ class InFlight:
         assert self.slowest < LIMIT / 2, self.slowest
 
 
-# ---------------------------------------------------------------------- killed, and begun anew
+# ------------------------------------------------------------------------ killed and restarted
 
 
 def test_a_restart_with_fifty_operations_in_flight(daemon: RealXenstored, mount: Mount) -> None:
@@ -216,7 +216,7 @@ def test_a_crowd_waits_for_one_time_limit_and_not_each_in_turn(
         for number, attempt in enumerate(attempts):
             errors, seconds = crowd(attempt)
             assert errors <= {errno.ETIMEDOUT, errno.EIO}, errors
-            # The first who ask find out; later ones know it.
+            # The first requests find out; later ones fail soon.
             assert seconds < CROWD * TIMEOUT / 2, (number, seconds)
     finally:
         comes_back = threading.Thread(target=daemon.resume if how == "stopped" else daemon.start)
@@ -251,7 +251,7 @@ def test_a_silent_daemon_is_not_asked_while_nobody_asks(
         assert 2 < before < 30
         time.sleep(TIMEOUT)
         assert len(asked) == before
-        # Whoever asks then has all the time again.
+        # The next request has the whole time limit again.
         threading.Timer(TIMEOUT / 2, liar.behave).start()
         start = time.monotonic()
         refusal(lambda: os.stat(mount.path / "name"))
@@ -312,7 +312,7 @@ def test_a_commit_while_the_daemon_is_stopped(daemon: RealXenstored, mount: Moun
             os.close(control)
         assert os.listdir(mount.path / ".transaction") == []
         with daemon.client() as client:
-            # What was asked before the hang-up was seen may have been done: once.
+            # The daemon may have carried out requests that xsfs sent before it saw the hang-up: once.
             assert int(client.read(f"{HOME}/data/d0/n")) in (before, before + 1)
     assert "unknown" in mount.stderr
 
@@ -354,7 +354,7 @@ def test_a_transaction_of_a_daemon_that_is_gone(daemon: RealXenstored, mount: Mo
     poll.register(watch, select.POLLIN)
     daemon.restart()
     furnish(daemon)
-    # Who waits for events in it is told that there will be none.
+    # poll(2) of its watch file returns, because no event will come.
     assert poll.poll(LIMIT * 1000)
     for attempt in (
         lambda: os.pread(opened, 10, 0),
@@ -407,7 +407,7 @@ def test_who_polls_in_a_transaction_hears_of_its_end(
 def test_readers_of_a_daemon_that_stands_still_when_it_comes_back(
     daemon: RealXenstored, mount: Mount
 ) -> None:
-    """Its WATCHes get no answer in time; they are set all the same, in the end."""
+    """Its WATCHes get no answer in time.  In the end they are set."""
     with ExitStack() as stack:
         readers = [
             stack.enter_context(program("cat", mount.path / path / ".watch"))
@@ -432,7 +432,7 @@ def test_readers_of_a_daemon_that_stands_still_when_it_comes_back(
 def test_a_watch_that_is_refused_when_it_is_set_again(
     daemon: RealXenstored, tmp_path: Path
 ) -> None:
-    """Others may have used up the quota: it is tried again, and those who wait are told of it."""
+    """Others may have used up the quota.  xsfs retries the watch, and then its readers get an event."""
     with (
         LyingStore(tmp_path / "liar.sock", daemon.socket) as liar,
         mounted([liar.path], tmp_path / "m") as mount,
@@ -449,7 +449,7 @@ def test_a_watch_that_is_refused_when_it_is_set_again(
 
         liar.lie = on(Op.WATCH, refuse)
         liar.hang_up()
-        # That something may have been missed is told at once.
+        # Each reader learns at once that it may have missed something.
         for each in (reader, other):
             assert each.lines.next() == "."
         deadline = time.monotonic() + LIMIT

@@ -1,4 +1,4 @@
-"""Ring: real mounts.  How transactions end, by themselves and with what holds them."""
+"""Ring: real mounts.  How transactions end: by themselves, and with their connection or mount."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_the_end_of_the_mount_leaves_none_behind(tmp_path: Path, name: str, how:
 @pytest.mark.parametrize("how", ["commit", "rollback", "rmdir"])
 @pytest.mark.parametrize("name", ["C-guest", "ocaml-guest"])
 def test_one_that_has_grown_too_big(tmp_path: Path, name: str, how: str) -> None:
-    """What oxenstored takes more than xsfs lets it have, it does not let go of any more."""
+    """oxenstored could not end a transaction with more requests than xsfs allows."""
     with (
         open_place(name, tmp_path) as place,
         place.witness() as witness,

@@ -1,7 +1,7 @@
-"""Ring: a real mount, of every store.  What is in the directory of a transaction.
+"""Ring: a real mount, of every store.  The contents of the directory of a transaction.
 
-What a conflict is differs among the stores, and is written down here where it matters: xenstored (and
-the embedded store) compares nodes, oxenstored asks all questions again and compares the answers.
+The stores differ in what is a conflict: xenstored and the embedded store compare nodes.  oxenstored repeats
+all requests and compares the answers.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_rollback_undoes_all(
     assert not tx.exists()
     assert witness.ls(node(place, box)) == ["x"]
     assert witness.read(node(place, box) + "/x") == b"1"
-    # What was a directory only in there is none when somebody makes such a node.
+    # A directory of the transaction alone is none when another client creates the node.
     witness.mkdir(node(place, box) + "/d")
     assert (box / "d").is_file()
 
@@ -143,7 +143,7 @@ def test_the_whole_tree_is_in_it(
     assert witness.read(f"{top}/here/child") == b"5"
     assert witness.read(f"{top}/private") == b""
     assert witness.get_perms(f"{top}/private") == [f"n{owner}", "r3"]
-    # What has been a directory in there stays one.
+    # A directory of the transaction stays one.
     assert (box / "made").is_dir()
     assert (box / "folder").is_dir()
     assert (box / "lock").is_file()
@@ -367,7 +367,7 @@ def test_conflicts_of_the_same_value_written_again(
     assert (inside(tx, box) / "x").read_text() == "1\n"
     (inside(tx, box) / "y").write_text("1\n")
     witness.write(node(place, box) + "/x", b"1")
-    # oxenstored asks again, and hears the same.
+    # oxenstored repeats the requests, and the answers are equal.
     assert commit_fails(tx) == (place.kind != "ocaml")
 
 
@@ -414,7 +414,7 @@ def test_two_of_one_mount_conflict(
 def test_a_watch_file_of_an_ended_one_is_stale(
     place: Place, mount: Mount, box: Path, tx: Path, witness: XsClient
 ) -> None:
-    """It tells of the store outside, and who waits in it hears of the end."""
+    """It reports changes of the store outside, and its waiting readers get an error at the end."""
     (box / "x").write_text("1\n")
     tx.mkdir()
     outcomes: list[bytes | int | None] = []
@@ -494,7 +494,7 @@ def known_of(sticky: StickyDirectories, paths: Sequence[bytes]) -> list[bool | N
 def test_what_a_transaction_knows_of_directories(
     before: list[tuple[Any, ...]], within: list[tuple[Any, ...]]
 ) -> None:
-    """The same as if it were true, and what it knew becomes true by the commit, not before."""
+    """Its changes count within the transaction, and outside it only after the commit."""
     outside, model = StickyDirectories(), StickyDirectories()
     for step in before:
         take(outside, step)

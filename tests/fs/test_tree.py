@@ -192,7 +192,7 @@ def test_names_too_long(mount: Mount, box: Path) -> None:
 def test_long_names_of_others_have_an_alias(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:
-    # What a guest may have in one node is less than one such name.
+    # A guest's quota for one node is less than one such name.
     length = 300 if place.guest else 1500
     long, twin = "L" * length, "L" * (length - 1) + "M"
     for name in (long, twin):
@@ -690,7 +690,7 @@ def test_a_listing_while_children_come_and_go(
 def test_a_listing_is_of_the_moment_whatever_was_listed_before(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:
-    """What a directory held when its parent was listed is only a guess at what it holds now."""
+    """The children that a directory had when its parent was listed are only a hint."""
     top = f"{node(place, box)}/d"
 
     def replace() -> None:

@@ -164,7 +164,7 @@ def test_reading_from_the_start_reads_anew(
     with open(file, "rb", buffering=0) as opened:
         assert opened.read() == b"first\n"
         witness.write(path, b"second, and longer")
-        # What was fetched serves for some milliseconds.
+        # A fetched value serves for some milliseconds.
         assert opened.read() in (b"", b", and longer\n")
         opened.seek(0)
         assert opened.read() == b"second, and longer\n"
@@ -301,7 +301,7 @@ def test_a_node_that_vanishes_between_lookup_and_open(
         assert error_of_opening(found) == errno.ESTALE
         with pytest.raises(FileNotFoundError):
             file.read_text()
-        # What comes back as a directory is none to those who knew the file.
+        # The open file does not become the directory that takes its path.
         witness.write(path + "/child", b"")
         assert error_of_opening(found) == errno.ESTALE
         assert os.listdir(file) == ["child"]
@@ -379,7 +379,7 @@ def test_truncation_of_a_file(place: Place, box: Path, witness: XsClient) -> Non
 def test_a_file_made_where_a_directory_would_be_by_custom(
     place: Place, mount: Mount, witness: XsClient
 ) -> None:
-    """Its maker has a file, for as long as he has it open."""
+    """It stays a file for the process that created it, as long as that process has it open."""
     path = mount.path / "error" / "hotplug"
     with contextlib.suppress(FileExistsError):
         path.parent.mkdir()

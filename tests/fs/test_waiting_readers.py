@@ -1,4 +1,4 @@
-"""Ring: a real mount.  Whoever is blocked in a read of a watch file stays so, until it is signalled."""
+"""Ring: a real mount.  A signal interrupts a waiting read of a watch file; nothing else does."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_children_that_share_one_directory(box: Path) -> None:
 
 
 def test_two_readers_of_one_open_file(box: Path) -> None:
-    """The second waits for the first in the kernel, where no signal can reach it."""
+    """The second waits for the first in the kernel, and no signal can reach it there."""
     with program("sh", "-c", 'exec 3< "$0"; cat <&3 & cat <&3 & wait', box / ".watch") as shell:
         assert shell.lines.next() == "."
         pid = shell.process.pid

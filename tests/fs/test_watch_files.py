@@ -283,7 +283,7 @@ def test_poll(place: Place, box: Path, witness: XsClient) -> None:
         witness.write(f"{node(place, box)}/x", b"")
         for _ in range(3):
             assert poll.poll(LIMIT * 1000) == [(lines.descriptor, select.POLLIN)]
-        # What is left of a line can be read as well.
+        # The rest of a line can be read as well.
         assert os.read(lines.descriptor, 1) == b"x"
         assert poll.poll(0) == [(lines.descriptor, select.POLLIN)]
         assert os.read(lines.descriptor, 10) == b"\n"
@@ -670,7 +670,7 @@ def test_readers_share_a_watch(place: Place, mount: Mount, box: Path, witness: X
 def test_the_same_as_xenstore_watch(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:
-    """What the tool prints for a change, in the same order, the watch file gives too."""
+    """The watch file returns the changes that the tool prints, in its order."""
     top = node(place, box)
     tool = program("stdbuf", "-oL", "xenstore-watch", top, XENSTORED_PATH=place.socket)
     with tool as theirs, watching(box) as ours:
@@ -718,7 +718,7 @@ def test_hundreds_of_blocked_readers_slow_nobody_down(
         witness.write(f"{node(place, box)}/x", b"")
         for reader in readers:
             reader.lines.until("x")
-        # An oxenstored whose events are not taken in time stops the writer for good.
+        # If nobody reads its events in time, oxenstored stops the writer permanently.
         flood(witness, node(place, box), 300, 5000)
         witness.write(f"{node(place, box)}/end", b"")
         for reader in readers:

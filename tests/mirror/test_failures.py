@@ -74,7 +74,7 @@ def test_it_is_gone_while_there_is_no_daemon(place: Place, tmp_path: Path) -> No
 
 
 def test_a_stopped_daemon(place: Place, tmp_path: Path) -> None:
-    """What it has told stays true while it says nothing; what it owes is told when it goes on."""
+    """The copy stays while the store is silent, and gets the missing changes when it continues."""
     daemon = place.daemon
     assert daemon is not None
     with mirrored(place, tmp_path / "m", "timeout=4") as alive:
@@ -219,7 +219,7 @@ def test_names_of_no_file(place: Place, liar: LyingStore, tmp_path: Path) -> Non
 )
 def test_no_mirror_of_nonsense(place: Place, liar: LyingStore, tmp_path: Path, lie: object) -> None:
     def later(talk: Talk, request: Message) -> bool:
-        # What a mount needs is granted.
+        # The mount gets what it needs.
         if request.payload == b"domid\0":
             return False
         assert callable(lie)

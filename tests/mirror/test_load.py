@@ -102,10 +102,10 @@ def test_a_flood(place: Place, alive: Mirrored) -> None:
     """Readers are served, memory stays, nobody hangs, and the mirror is true when it is over."""
     memory, processor = status(alive, "VmRSS"), processor_seconds(alive)
     with reading(alive) as took:
-        # A writer that oxenstored stops for good would not end.
+        # A writer that oxenstored stops permanently would not end.
         done = subprocess.run(
-            # Who reads events comes first: oxenstored stops a writer for good whose watchers are 2,000
-            # events behind, and on a busy machine that is nobody's fault.
+            # The readers of events come first: oxenstored stops a writer permanently if its watchers are
+            # 2,000 events behind, which may happen on a busy machine.
             ["nice", "-n", "19", sys.executable, "-c", _FLOOD, place.socket, str(SECONDS)],
             stdout=subprocess.PIPE,
             text=True,

@@ -69,7 +69,7 @@ class Readers:
 
 
 class Programs:
-    """What goes on at the mountpoints meanwhile: ordinary tools, and transactions."""
+    """The work at the mountpoints meanwhile: ordinary tools, and transactions."""
 
     def __init__(self, mounts: list[Mount]) -> None:
         self.changes = 0
@@ -132,7 +132,7 @@ class Programs:
 
 
 def of_domain(domid: int) -> list[str]:
-    """Where a domain's nodes are."""
+    """The paths of a domain's nodes."""
     return [
         f"/local/domain/{domid}",
         f"/libxl/{domid}",

@@ -1,4 +1,4 @@
-"""Where the client's ring takes place: each real daemon, a guest of each, and the embedded store, with
+"""The stores for the tests of the client: each real daemon, a guest of each, and the embedded store, with
 their fixtures.
 """
 
@@ -27,7 +27,7 @@ MANY_PATH = "/many"
 SECRET = "/secret"
 
 WATCHES = 100
-"""What each store lets a guest have; it stops short of twice as many."""
+"""The quota of each store for a guest; it stops short of twice as many."""
 
 
 class Embedded:

@@ -58,7 +58,7 @@ class Talk:
         self.send(encode(Op.WATCH_EVENT, 0, 0, path + b"\0" + token + b"\0"))
 
     def ask(self, request: Message) -> bytes:
-        """What the daemon says: the bytes of the messages up to the reply, and of what came with it.
+        """The daemon's answer: the bytes of the messages up to the reply, and of those that came with it.
 
         Only while no other request is on its way to the daemon.
         """
@@ -71,7 +71,7 @@ class Talk:
         return found
 
     def _hear(self) -> list[Message]:
-        """What the daemon has said, in whole messages.
+        """The daemon's answers, in whole messages.
 
         C xenstored writes a reply in two parts.  Were the first relayed by itself, what a lie sends
         next would stand in the middle of a message, which is not the lie that was asked for.
@@ -258,7 +258,7 @@ def first_of(*lies: Lie) -> Lie:
 
 
 def quota(op: Op, gives_back: Op, most: int, error: str) -> Lie:
-    """At most so many of what one request takes and another one gives back; then an error."""
+    """At most this many of the things that one request takes and another returns; then an error."""
     count = 0
 
     def lie(talk: Talk, request: Message) -> bool:

@@ -1,7 +1,7 @@
 """Live mirrors under test, and what they must be equal to.
 
-What a mirror must be is made here anew from the store's own answers to an independent client; xsfs is
-only asked what a path alone does not tell: which empty nodes are directories.
+The expected mirror is made of the store's answers to an independent client.  xsfs only tells which empty
+nodes are directories, because a path alone does not tell that.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SHM = "/dev/shm"
 
 
 class Entry(NamedTuple):
-    """What is to be seen of one file or directory."""
+    """The visible attributes of one file or directory."""
 
     directory: bool
     content: bytes
@@ -126,10 +126,10 @@ def tree_of_store(
     render: Callable[[bytes], bytes] = TEXT.render,
     lasting: Sequence[str] = (),
 ) -> Tree:
-    """What a mirror of the store must be now.
+    """The expected mirror of the store now.
 
-    made_value  whether `.value` of this directory was made, and is there though it is empty
-    lasting     paths of directories that are there even without a node
+    made_value  whether `.value` of this directory was created, and exists although it is empty
+    lasting     paths of directories that exist even without a node
     """
     tree: Tree = {}
     level = [(root, "")]
@@ -161,7 +161,7 @@ def tree_of_store(
 
 
 def tree_of_files(top: Path, *, perms: bool) -> Tree:
-    """What is in a directory.  Raises FileNotFoundError for what goes meanwhile."""
+    """The names in a directory.  Raises FileNotFoundError for what goes meanwhile."""
     tree: Tree = {}
 
     left = [(str(top), "")]
@@ -180,7 +180,7 @@ def tree_of_files(top: Path, *, perms: bool) -> Tree:
             for name in os.listdir(path):
                 left.append((f"{path}/{name}", f"{place}/{name}".lstrip("/")))
         else:
-            # What the files' owner has put there may be anything, for a moment.
+            # The owner of the files may have put anything there for a moment.
             content = Path(path).read_bytes() if stat.S_ISREG(mode) else b"no file"
             tree[place] = Entry(False, content, text)
     return tree
@@ -195,7 +195,7 @@ def differences(must: Tree, found: Tree) -> list[str]:
 
 
 def busy() -> float:
-    """How many times longer things take because of what else this machine does; at least 1."""
+    """How many times longer work takes because of the load of this machine; at least 1."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
@@ -277,7 +277,7 @@ class Live:
         return await_none(self.differences, seconds)
 
     def emptied(self) -> XsClient:
-        """The witness; there is nothing below the root, which is there, and nothing is known of it."""
+        """The witness.  The root exists and is empty, and the mount knows no directories below it."""
         self.witness.rm(self.root)
         self.witness.mkdir(self.root)
         for path in list(self.sticky._has_value):
@@ -391,11 +391,11 @@ class Mirrored:
         return has_user_attributes(self.directory.parent)
 
     def found(self) -> Tree:
-        """What is in the mirror now."""
+        """The contents of the mirror now."""
         return tree_of_files((self.mount.path / ".mirror").resolve(strict=True), perms=self.perms)
 
     def differences(self, found: Tree | None = None) -> list[str]:
-        """Where the mirror is not what the store, and the mount, say."""
+        """The paths at which the mirror differs from the store and the mount."""
         if found is None:
             found = self.found()
         must = tree_of_store(

@@ -154,7 +154,7 @@ async def listed(w: World, fh: pyfuse3.FileHandleT, start: int = 0) -> dict[byte
 
 
 class Entry(NamedTuple):
-    """What the kernel is told of a name in a directory."""
+    """The reply to the kernel about a name in a directory."""
 
     inode: int
     mode: int
@@ -165,7 +165,7 @@ class Entry(NamedTuple):
 async def entries_of(
     w: World, fh: pyfuse3.FileHandleT, start: int = 0, most: int = 1_000_000
 ) -> dict[bytes, Entry]:
-    """The same, with all that the kernel is told; no more of them than `most`."""
+    """The names and the whole replies to the kernel, `most` of them at most."""
     entries: dict[bytes, Entry] = {}
 
     def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:

@@ -48,7 +48,7 @@ class Differs(Generic[T]):
         )
 
     def of(self, kind: str, version: Version) -> T:
-        """What a store of that kind ("embedded", "C", "ocaml") and that version of Xen does."""
+        """The result of a store of that kind ("embedded", "C", "ocaml") and that version of Xen."""
         if kind == "ocaml":
             return self.ocaml
         if self.c_4_20 is not None and version >= (4, 20):
@@ -71,7 +71,7 @@ class Part:
 Reply = bytes | Error | Part
 Event = tuple[str, str]
 
-# What changed in C xenstored.  Each is a `cause`.
+# Changes of C xenstored.  Each is a `cause`.
 SMALLER_RECORD: Final = "a node's record has a smaller header without tdb (45ce0cb38f)"
 GUESTS_PATHS: Final = "the limit of a path's length is a quota, which dom0 has not (domain_max_chk)"
 SPECIAL_NODES: Final = "special watches are nodes of their own (d6bb63924f)"

@@ -1,7 +1,7 @@
 """An outside client that changes random nodes until its stdin ends:
 `python -m tests.support.storming SOCKET ROOT SEED [PACE]`, with PACE changes a second at most.
 
-Values have a structure that can be checked (`is_whole`).  It begins anew when the daemon does.
+Values have a structure that can be checked (`is_whole`).  It starts again with the daemon.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.xenstored.harness import XsClient, XsEOF, XsError, XsTimeout
 NAMES = ("a", "b", "data", "device", "x" * 300, "n-1")
 
 REFUSED = {"ENOENT", "EAGAIN", "EINVAL", "EIO", "EBUSY", "ENOMEM", "EEXIST"}
-"""What a client may be told whose changes meet those of others."""
+"""Errors that a client may get if other clients make changes, too."""
 
 
 def whole(chance: random.Random) -> bytes:

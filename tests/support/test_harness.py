@@ -36,7 +36,7 @@ GUEST = 7
 HOME = f"/local/domain/{GUEST}"
 TRANSACTIONS = 9
 WATCHES = 100
-"""What every daemon certainly lets a guest have at once; C lets it have 27 watches more."""
+"""Every daemon allows a guest this many at once; C allows it 27 watches more."""
 
 
 @pytest.fixture(params=["C", "ocaml"])
@@ -60,7 +60,7 @@ def clients(xs: RealXenstored, count: int) -> Iterator[list[XsClient]]:
 
 
 def settle(xs: RealXenstored) -> None:
-    """Whoever has closed is forgotten when this returns.
+    """The daemon has forgotten closed clients when this returns.
 
     A client that connects later is heard later, and the daemon serves a ring in its order; what was
     still under way at the close is undone right after the reply to it, so before another request.

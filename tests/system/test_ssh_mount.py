@@ -487,7 +487,7 @@ def test_the_document(dom0: Host) -> None:
 
 
 def test_an_automount(dom0: Host) -> None:
-    """What waits in the kernel for the first look at a host's directory, as autofs and systemd have it."""
+    """An automount by autofs and systemd: the first look at a host's directory waits in the kernel."""
     dom0.fstab.write_text(
         "root@host2: /mnt/host2 fuse.xsfs ro,_netdev,noauto,x-systemd.automount 0 0\n"
     )

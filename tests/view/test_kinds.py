@@ -1,4 +1,4 @@
-"""Which empty nodes are directories: by Xen's conventions, and by what has happened in the mount."""
+"""Which empty nodes are directories: by Xen's conventions, and by the history of the mount."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ IN: Mapping[bytes, str] = {
     HOME + b"/error/device/vkbd": "0 12",
     HOME + b"/feature": "PVAddons backend device hotplug vbd vif",
 }
-"""What of libxl and xenstore-paths.pandoc is made empty, by what it is in."""
+"""The nodes of libxl and xenstore-paths.pandoc that are created empty, by their parents."""
 
 OTHERS = b"x a-b 5x 5a x5 A name suspend".split()
 
@@ -95,7 +95,7 @@ def test_a_directory_stays_one() -> None:
     sticky.add(b"/a")
     assert content(sticky, b"/a", b"/a/b", b"/") == {b"/a": False, b"/a/b": None, b"/": None}
     sticky.add(b"/b", with_value=True)
-    sticky.add(b"/b")  # its children were seen; its value was created all the same
+    sticky.add(b"/b")  # its children were seen; that its `.value` was created still counts
     assert sticky.has_value(b"/b")
     sticky.add(b"/a", with_value=True)
     assert sticky.has_value(b"/a")

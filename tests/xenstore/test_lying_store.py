@@ -2,8 +2,8 @@
 the client's own within its time limit, every waiter is woken, and the next request works as soon as
 the store behaves.
 
-The truth behind the lies is the C daemon's.  Each lie is told twice: at once, so that it is met while
-the request is still being sent, and late, when the client has gone to sleep over it.
+The truth behind the lies is the C daemon's.  The store tells each lie twice: at once, while the
+client is still sending, and late, when the client sleeps.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ HARMLESS: dict[str, Lie] = {
     "byte by byte": byte_by_byte,
     "events first": events_first,
 }
-"""What one must put up with."""
+"""Replies that a client must accept."""
 
 
 async def told(
@@ -214,7 +214,7 @@ async def test_a_change_whose_reply_is_a_lie(liar: LyingStore, name: str, late: 
 @pytest.mark.parametrize("name", FATAL)
 @trio_test
 async def test_what_only_reads_is_asked_again(liar: LyingStore, name: str, late: bool) -> None:
-    """The lie is told once; the caller does not hear of it."""
+    """The store lies once, and the caller gets no error."""
     times = itertools.count()
 
     def once(talk: Talk, request: Message) -> bool:
@@ -563,7 +563,7 @@ async def test_a_listing_that_changes_all_the_time(liar: LyingStore) -> None:
         with pytest.raises(XenstoreError) as caught:
             await store.list("/test")
         assert caught.value.name == "EAGAIN"
-        # Two parts each time; and all of it once more in a transaction, where it should stand still.
+        # Two parts each time; and all of it once more in a transaction, in which it should stand still.
         assert next(generations) == 2 * 2 * LISTING_RESTARTS + 1
         liar.behave()
         await works(store)

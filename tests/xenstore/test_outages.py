@@ -1,4 +1,4 @@
-"""The client's ring, where there is no store: real daemons that stop, die and come back, and sockets
+"""The client without a store: real daemons that stop, die and come back, and sockets
 without one.
 
 Nothing here sleeps.  That a task waits for a reply is known from trio's own `wait_all_tasks_blocked`.
@@ -78,7 +78,7 @@ Outcomes = dict[str, object]
 
 
 async def note(outcomes: Outcomes, name: str, call: Callable[[], Awaitable[object]]) -> None:
-    """What came of the call: its result, or the type of the error."""
+    """The outcome of the call: its result, or the type of the error."""
     try:
         outcomes[name] = await call()
     except StoreError as error:
@@ -302,7 +302,7 @@ async def test_the_end_of_a_watch_does_not_wait_long_for_a_silent_daemon(mortal:
             assert scope.cancelled_caught
 
         async def leave_behind_another() -> None:
-            """Whoever subscribes meanwhile waits for the daemon's reply, and holds the lock."""
+            """A task that subscribes meanwhile waits for the daemon's reply, and holds the lock."""
             async with trio.open_nursery() as nursery, store.watch(base) as events:
                 await anext(events)
                 mortal.daemon.pause()

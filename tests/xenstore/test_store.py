@@ -88,7 +88,7 @@ async def test_what_a_value_may_be(place: Place, value: Value, stored: bytes) ->
 )
 @trio_test
 async def test_what_is_no_value(place: Place, value: Any) -> None:
-    """What str() or bytes() would make of it is not what the caller means."""
+    """The caller does not mean the result of str() or bytes()."""
     async with opened(place) as (store, base):
         with pytest.raises(TypeError, match="value"):
             await store.write(f"{base}/v", value)
@@ -163,7 +163,7 @@ async def test_deleting(place: Place) -> None:
         await store.delete(f"{base}/a")
         assert not await store.exists(f"{base}/a/b/c")
         assert not await store.exists(f"{base}/a")
-        await store.delete(f"{base}/a")  # its parent is there
+        await store.delete(f"{base}/a")  # its parent exists
         with fails_with("ENOENT"):
             await store.delete(f"{base}/a/b")
 
@@ -451,7 +451,7 @@ MANY_READS = 20_000
 
 @trio_test
 async def test_other_tasks_have_their_turn_beside_a_loop_of_reads(place: Place) -> None:
-    """A task that reads, each time a reply is there, must not keep the event loop to itself."""
+    """A task whose reads all return immediately must not keep the event loop to itself."""
     async with opened(place) as (store, base):
         turns = count = 0
 

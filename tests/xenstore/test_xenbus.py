@@ -1,6 +1,6 @@
 """The kernel's device, as far as it can be had without Xen: pairs of sockets that keep messages apart.
 
-What the real one does is checked on real Xen (tests/system/xen).
+Tests on real Xen (tests/system/xen) check the real device.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Device:
         return ours.detach()
 
     def look(self) -> list[tuple[int, Message]]:
-        """What has come, each with its descriptor; never a second one before the first is answered."""
+        """The new requests, each with its descriptor; never a second one before the first is answered."""
         new = []
         for number, side in enumerate(self.sides):
             try:

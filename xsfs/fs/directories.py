@@ -338,8 +338,8 @@ class Directory(XenstoreNode):
             await self._unlink_dot_value()
             return
         if self.is_scratch(name):
-            node, scratch = self.present_scratch(name)
-            self.open_files.unlink(scratch, node)
+            node, file = self.present_scratch(name)
+            self.open_files.unlink(file, node)
             return
         path = await self.path_of_present(name)
         async with self.open_files.changing(path):

@@ -3,11 +3,11 @@
 The text is made at the open(2), by one walk (view/subtree.py), and stays with the handle until its close.  A
 `.dump` that is written to restores the nodes that its lines name.
 
-What a `SubtreeHandle` owns: its text, whose memory counts in `table.text_bytes` from the walk to the close.
+A `SubtreeHandle` owns its text, whose memory counts in `table.text_bytes` from the walk to the close.
 
-What a `DumpHandle` owns: the start of a line whose end has not been written yet.  What always holds: all
-complete lines before a wrong line are restored, RESTORE_WINDOW of them in one transaction, so that no other
-client sees a node between its creation and its permissions.
+A `DumpHandle` owns the start of a line whose end has not been written yet.  It restores all complete lines
+before a wrong line, RESTORE_WINDOW of them in one transaction.  So no other client sees a node between its
+creation and its permissions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files that are a node's value.
+"""Values as files: reads of a value, and the WRITE that `echo 42 > FILE` becomes.
 
 An open(2) for reading fetches the value, and each later read at offset 0 fetches it again.  A fetched value
 serves for FRESH_SECONDS; after that only reads that follow each other use it, so that they see one value,
@@ -87,7 +87,7 @@ class ValueFile(XenstoreNode):
                 return await self.state()
             except FUSEError:
                 pass
-        # A removal or renames through the mount may have been under way, so what was seen may not count.
+        # A removal or renames through the mount may have been under way, so the first result may be wrong.
         async with self.open_files.changing(self.path):
             if self.in_memory is not None:
                 return None

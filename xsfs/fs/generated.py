@@ -1,5 +1,4 @@
-"""Files, directories and links whose content xsfs makes: their bases, `.domid`, `.stats`, and the mirror's
-link."""
+"""Generated files, directories and links: their bases, and `.domid`, `.stats` and `.mirror`."""
 
 from __future__ import annotations
 

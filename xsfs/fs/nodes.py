@@ -1,7 +1,8 @@
 """The bases of all kinds of files: a node, which is one inode, and a handle, which is one open file.
 
 A kind of file is a subclass of `Node`.  It answers the operations that make sense on it; the defaults here
-refuse.  If it can be open in a way of its own, it has a subclass of `Handle`.
+refuse.  If it can be open in a way of its own, it has a subclass of `Handle`.  The tables `own` in
+directories.py and transaction_dirs.py give each kind its name.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ tasks that handle FUSE requests touch it.  An `OpenFile` is in one of three stat
     scratch file -> orphan          `unlink`: it was removed or replaced, or its directory was removed
     (no change of state)            `move`: a rename, of it or of a directory above
 
-The handles go on in each state.  An orphan is forgotten with its last handle.
+The handles stay usable in each state.  An orphan goes with its handles and inodes.
 
 Invariants:
 
@@ -32,9 +32,9 @@ Invariants:
   stays, and the next write replaces all of it.
 - After the last close xsfs settles the debt at once, and any later look-up of the path waits for that.
 - Nothing of a content in memory reaches the store before a rename.  It has no debt.
-- While a task changes, removes or renames an open file (`changing`), no other one does.
-- If another client removes a directory, its scratch files go when the mount notices that, and at the latest
-  when it needs the room.
+- While a task changes, removes or renames an open file (`changing`), no other task does.
+- If another client removes a directory, xsfs drops its scratch files when it notices that, at the latest when
+  it needs their room.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Debt:
 
     @property
     def is_recent(self) -> bool:
-        """Whether the open was so lately that its look at the node still counts."""
+        """Whether the open was so recent that the value it found still counts."""
         return self.is_blind or time.monotonic() - self._since <= FRESH_SECONDS
 
     def replaces(self, value: bytes | None) -> bool:

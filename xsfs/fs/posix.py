@@ -53,12 +53,12 @@ async def _removed(view: View, commands: Commands, path: bytes, state: NodeState
     if isinstance(reply, XenstoreError) and reply.name != "EACCES":
         raise reply
     perms = None if isinstance(reply, XenstoreError) else reply
-    perms_text(perms or b"")  # WireError, if it makes no sense, before anything is changed
+    perms_text(perms or b"")  # raises WireError before anything is changed
     return orphan_content(view, path, state.value or b"", perms)
 
 
 def orphan_content(view: View, path: bytes, value: bytes, perms: bytes | None) -> MemoryContent:
-    """A content that may become as large as that of the node at this path, and a newline."""
+    """A content that may become as large as the longest value of the node, and a newline."""
     size_max = protocol.value_max(path, view.commands.payload_max) + 1
     return MemoryContent(view.content.render(value), perms, size_max)
 

@@ -109,13 +109,13 @@ async def _rename_to_node(
 ) -> None:
     """Rename a scratch file to a node: one WRITE of its content."""
     path = await target.path_for_rename(target_name)
-    scratch, file = source.present_scratch(name)
+    node, file = source.present_scratch(name)
     async with source.open_files.changing_below(file.path, path):
         if source.open_files.get(file.path) is not file or file.memory is None:
             refuse(errno.ENOENT)
         if (mode := file.memory.mode) is not None:
             # The node cannot have any other mode, and to drop this one could let other users in.
-            scratch.require_mode(mode, source.table.ownership.mode(stat.S_IFREG, True, True))
+            node.require_mode(mode, source.table.ownership.mode(stat.S_IFREG, True, True))
         perms, value = file.memory.perms, source.view.content.parse(file.memory.data)
         if len(value) > protocol.value_max(path, source.view.commands.payload_max):
             refuse(errno.EFBIG)
@@ -140,7 +140,7 @@ async def _rename_to_node(
             target.was_removed(ValueFile, path, replaced)
         source.view.sticky.discard(path)
         source.was_written()
-        source.open_files.move_to_store(file, scratch, path)
+        source.open_files.move_to_store(file, node, path)
 
 
 async def _rename_to_scratch(
@@ -151,7 +151,7 @@ async def _rename_to_scratch(
     replace: bool,
     caller: Caller,
 ) -> None:
-    """Rename a file's node to a scratch name, with its value and permissions."""
+    """Rename a file's node to a temporary name, with its value and permissions."""
     path = await source.path_of_present(name)
     if join(target.path, b"").startswith(join(path, b"")):
         refuse(errno.EINVAL)
@@ -167,7 +167,7 @@ async def _rename_to_scratch(
         nonlocal is_taken
         taken = await posix.removed(source.view, commands, path, if_directory=errno.EINVAL)
         if taken.perms is None:
-            refuse(errno.EACCES)  # they would be lost
+            refuse(errno.EACCES)  # the permissions would be lost
         content.perms = taken.perms
         await source.open_files.set_data(file, content, taken.data)
         is_taken = True

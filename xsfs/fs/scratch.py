@@ -1,5 +1,7 @@
 """Contents in memory: of scratch files, and of files that were removed or replaced while they are open.
 
+`OpenFiles` in open_files.py says which file has one.
+
 vim, rsync, patch, `sed -i.bak` and many others make a file of another name first and then rename it.
 Xenstore cannot hold these names (see view.names.is_scratch_name), so xsfs keeps these *scratch files* in
 memory.  Their number and bytes are bounded for the mount, and for each unprivileged user.
@@ -22,7 +24,7 @@ BYTES_MAX: Final = 64 << 20
 
 EACH_UNPRIVILEGED_FILES_MAX: Final = FILES_MAX // 8
 EACH_UNPRIVILEGED_BYTES_MAX: Final = BYTES_MAX // 8
-"""The scratch files of one user who is neither root nor the one who mounted."""
+"""The scratch files of one user who is neither root nor the mounting user."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +33,7 @@ class MemoryContent:
 
     perms       a reply to GET_PERMS; None if they are unknown, or were never set
     size_max    in bytes
-    owner       the user whose share it takes; None for root and the one who mounted
+    owner       the user whose share it takes; None for root and the mounting user
     mode        the permission bits that chmod(2) has set; None before
     """
 

@@ -36,7 +36,7 @@ CENSUS_SECONDS: Final = 30.0
 """How old the knowledge of a reader may be."""
 
 CENSUS_SECONDS_WRITABLE: Final = 1.0
-"""The same for a file that is open for writing: a write(2) must wait for the read before it."""
+"""How old if the file is open for writing: a write(2) must wait for the read before it."""
 
 UNKNOWN_SECONDS: Final = 10.0
 """How long a reader that the census did not find is left unknown."""

@@ -1,4 +1,4 @@
-"""Watch files: `.watch` of a directory is a stream of the changes at or below it.
+"""Watch files: a read of `.watch` blocks until something changes at or below its directory.
 
 A `WatchHandle` owns a subscription for each path that it watches, and the events that its reader has not
 read yet.  The tasks of FUSE requests add and remove subscriptions, one at a time (`_turn`).  The task of

@@ -61,7 +61,7 @@ class XenstoreNode(Node):
         self._fingerprint: int | None = None
         self.mtime_ns = 0
         self.detached: OpenFile | None = None
-        """The open file that it still is, if its position does not lead there any more: the file was removed,
+        """The open file to which it still belongs, if its position leads there no more: the file was removed,
         replaced, or renamed by another name."""
 
     @property
@@ -91,7 +91,7 @@ class XenstoreNode(Node):
 
     @property
     def in_memory(self) -> tuple[OpenFile, MemoryContent] | None:
-        """Its file and the content of that, if it is in memory."""
+        """The open file and its content, if the content is in memory."""
         file = self.detached
         return None if file is None or file.memory is None else (file, file.memory)
 

@@ -1,7 +1,7 @@
-"""What a transaction would change: the nodes that it has touched, compared with the store.
+"""The changes that a commit would make: the nodes that a transaction has touched, compared with the store.
 
 A `TouchedPaths` owns the paths for which a transaction has sent changes.  Only the tasks that use the
-transaction touch it.  What always holds: it has TOUCHED_MAX paths at most, or it `overflows`, and the
+transaction touch it.  It has TOUCHED_MAX paths at most.  With one more it `overflows`, and the
 differences are unknown from then on.
 """
 
@@ -121,7 +121,7 @@ async def differences(
 
 
 async def _contents(commands: Commands, paths: Sequence[bytes]) -> list[_Content | None]:
-    """What the nodes contain; None if there is no node."""
+    """The contents of the nodes; None for a node that does not exist."""
     replies = iter(
         await commands.pipeline(
             [each for path in paths for each in (protocol.read(path), protocol.get_perms(path))]

@@ -127,7 +127,7 @@ class View:
     """Whether its transaction is over, so that everything seen through it is stale."""
 
     log_prefix: bytes = b""
-    """What the log shows before its paths."""
+    """A prefix of its paths in the log."""
 
     def __init__(
         self, store: Store, domid: int, root: bytes, content: ValueFormat, sticky: StickyDirectories

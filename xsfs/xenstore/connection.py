@@ -126,7 +126,7 @@ class Connection:
         self._waiting: dict[_Batch, None] = {}
         """The batches for which a task sleeps, or slept until it was cancelled."""
         self._outgoing: list[_Batch] = []
-        """What the writer is to send."""
+        """Messages that the writer has to send."""
         self._unsent = b""
         """The rest of messages for which the peer had no room."""
         self._room = trio.lowlevel.ParkingLot()

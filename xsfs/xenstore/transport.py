@@ -1,4 +1,4 @@
-"""What a transport to Xenstore is, the one over a Unix socket, and the search for a socket or device.
+"""Transports to Xenstore: their interface, the one over a Unix socket, and the search for a socket or device.
 
 A transport moves bytes and never blocks, except for a WATCH over the device (see xenbus.py).
 """

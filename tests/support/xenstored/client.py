@@ -20,7 +20,7 @@ from xsfs.xenstore.protocol import Op
 HEADER: Final = struct.Struct("=IIII")  # type, req_id, tx_id, length
 
 OPS: Final[dict[str, int]] = {op.name: op.value for op in Op} | {"RESTRICT": 20}
-"""Numbers by name.  RESTRICT is of old versions, and here for tests of what is no longer known."""
+"""Numbers by name.  RESTRICT is of old versions, for tests of unknown requests."""
 
 WATCH_EVENT: Final = OPS["WATCH_EVENT"]
 ERROR: Final = OPS["ERROR"]
@@ -41,7 +41,7 @@ class XsError(Exception):
 
 
 class XsTimeout(Exception):
-    """What was waited for has not come in time."""
+    """The message that a test waited for has not come in time."""
 
 
 class XsEOF(Exception):
@@ -242,7 +242,7 @@ class XsClient:
         return [name.decode() for name in reply.split(b"\0")[:-1]]
 
     def ls_part(self, path: str, tx: int = 0) -> list[str]:
-        """The whole listing by DIRECTORY_PART, begun anew whenever the node changes."""
+        """The whole listing by DIRECTORY_PART, started again whenever the node changes."""
         listing, generation = b"", None
         while True:
             reply = self.call("DIRECTORY_PART", strings(path, str(len(listing))), tx)

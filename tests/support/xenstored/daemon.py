@@ -93,7 +93,7 @@ class RealXenstored:
 
     @property
     def log_file(self) -> str:
-        """What the daemon wrote to its stdout and stderr."""
+        """The output of the daemon on stdout and stderr."""
         return self._path("daemon.log")
 
     def guest_socket(self, domid: int) -> str:
@@ -207,7 +207,7 @@ class RealXenstored:
         return self._daemon
 
     def restart(self, sig: int = signal.SIGKILL) -> None:
-        """A new daemon with an empty store; all guests are introduced anew."""
+        """A new daemon with an empty store; all guests are introduced again."""
         self.kill(sig)
         self.start()
 
