@@ -122,7 +122,10 @@ def test_each_change_is_one_line(place: Place, mount: Mount, box: Path, witness:
 def test_what_is_written_through_the_mount_is_seen_too(mount: Mount, box: Path) -> None:
     with watching(box) as lines:
         mount.bash(f"echo 42 > {box}/x; mkdir {box}/d; mv {box}/x {box}/y")
-        assert sorted(lines.next() for _ in range(3)) == ["d", "x", "y"]
+        seen = set()
+        while len(seen) < 3:  # "x" comes twice if the reader is faster than mv
+            seen.add(lines.next())
+        assert seen == {"d", "x", "y"}
 
 
 def test_every_directory_has_one_and_none_lists_it(

@@ -48,12 +48,14 @@ class Machine:
                 *("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--wdns=/"),
                 *("chroot", str(self._root), "sh", "-c", f"cd /tmp/xsfs\n{script}"),
             ],
-            # The installed xsfs must not find the sources under test, nor the machine another's TMPDIR.
+            # The installed xsfs must not find the sources under test, nor the machine another's TMPDIR, and
+            # no virtual environment may come first.
             env={
                 name: value
                 for name, value in os.environ.items()
                 if name not in ("PYTHONPATH", "TMPDIR")
-            },
+            }
+            | {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
