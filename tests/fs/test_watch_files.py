@@ -122,7 +122,7 @@ def test_each_change_is_one_line(place: Place, mount: Mount, box: Path, witness:
 def test_what_is_written_through_the_mount_is_seen_too(mount: Mount, box: Path) -> None:
     with watching(box) as lines:
         mount.bash(f"echo 42 > {box}/x; mkdir {box}/d; mv {box}/x {box}/y")
-        seen = set()
+        seen: set[str] = set()
         while len(seen) < 3:  # "x" comes twice if the reader is faster than mv
             seen.add(lines.next())
         assert seen == {"d", "x", "y"}
