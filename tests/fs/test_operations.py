@@ -31,7 +31,7 @@ from tests.support.operating import (
     listed,
     refused,
 )
-from xsfs.fs import dumps, files, inodes, open_files
+from xsfs.fs import dumps, files, inodes, listing, open_files
 from xsfs.fs.directories import Directory
 from xsfs.fs.errnos import errno_of
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
@@ -185,9 +185,40 @@ def test_a_listing_shows_a_file_whose_creation_is_carried_out_meanwhile(
             before=trio.lowlevel.checkpoint,
             after=lambda: w.operations.release(info.fh),
         )
-        listing = await listed(w, await w.operations.opendir(data, ctx()))
+        found = await listed(w, await w.operations.opendir(data, ctx()))
         assert await w.store.exists("data/new")
-        assert listing[b"new"] is False
+        assert found[b"new"] is False
+
+    test()
+
+
+def test_the_kind_of_a_file_whose_creation_is_carried_out_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A long listing asks for the kinds of its names once more, window by window."""
+
+    @in_world
+    async def test(w: World) -> None:
+        monkeypatch.setattr(listing, "FETCH_WINDOW", 1)
+        await w.store.write("data/a", "1")
+        data = (await w.lookup(b"data")).st_ino
+        info, _ = await w.operations.create(data, b"new", 0o644, WRONLY, ctx())
+        fh = await w.operations.opendir(data, ctx())
+
+        async def carry_out_at_the_second() -> None:
+            around_request(
+                *(monkeypatch, w, Op.DIRECTORY),
+                before=trio.lowlevel.checkpoint,
+                after=lambda: w.operations.release(info.fh),
+            )
+
+        around_request(
+            *(monkeypatch, w, Op.DIRECTORY),
+            before=trio.lowlevel.checkpoint,
+            after=carry_out_at_the_second,
+        )
+        assert (await listed(w, fh))[b"new"] is False
+        assert await w.store.exists("data/new")
 
     test()
 
