@@ -6,7 +6,12 @@ import json
 import os
 from pathlib import Path
 
-from tests.support.mounting import Mount, mounted
+import pytest
+
+from tests.support.lying_store import Lie, LyingStore, Talk, on, says
+from tests.support.messages import Message
+from tests.support.mounting import Mount, mounted, open_place
+from xsfs.xenstore.protocol import Op, encode
 
 SECRET = "correct-horse-battery-staple"
 
@@ -42,3 +47,35 @@ def _use_the_secret(mount: Mount) -> None:
     dump = mount.path / "tool" / ".dump"
     if dump.exists():
         dump.write_text(json.dumps({"path": "restored", "value": SECRET, "perms": "n0"}) + "\n")
+
+
+def nonsense_event(talk: Talk, request: Message) -> bool:
+    if request.op != Op.WATCH:
+        return False
+    talk.send(encode(Op.WATCH_EVENT, 0, 0, SECRET.encode() + b"\0"))
+    return True
+
+
+@pytest.mark.parametrize(
+    ("lie", "script"),
+    [
+        (on(Op.READ, says(SECRET.encode() + b"\0", Op.ERROR)), "cat data/x"),
+        (on(Op.GET_PERMS, says(SECRET.encode() + b"\0")), "stat data/x"),
+        (on(Op.TRANSACTION_START, says(SECRET.encode() + b"\0")), "mkdir data/d"),
+        (on(Op.DIRECTORY, says(SECRET.encode())), "ls data"),
+        (nonsense_event, "timeout 60 head -n 2 data/.watch"),
+    ],
+)
+def test_no_reply_that_makes_no_sense_is_logged(lie: Lie, script: str, tmp_path: Path) -> None:
+    """A daemon that got out of step may send a value where something else belongs."""
+    with (
+        open_place("C-guest", tmp_path) as place,
+        LyingStore(tmp_path / "liar", place.socket) as liar,
+        mounted(["-d", liar.path], tmp_path / "m") as mount,
+    ):
+        mount.bash("echo 1 > data/x")
+        liar.lie = lie
+        assert mount.run(script).returncode != 0
+        liar.behave()
+        assert "Xenstore broke the protocol" in mount.stderr
+        assert SECRET not in mount.stderr

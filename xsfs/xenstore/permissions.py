@@ -108,8 +108,8 @@ def decode_perms(payload: bytes) -> Permissions:
     """The permissions in a GET_PERMS reply.  WireError for anything else."""
     try:
         perms = tuple(parse_permission(entry.decode("ascii")) for entry in strings(payload))
-    except ValueError as error:
-        raise WireError(f"a GET_PERMS reply with {error}") from error
+    except ValueError:
+        raise WireError(f"{len(payload)} bytes that are no permissions") from None
     if not perms:
         raise WireError("a GET_PERMS reply without an owner")
     return perms

@@ -80,7 +80,10 @@ ERRORS: Final = frozenset(
 
 
 class WireError(Exception):
-    """The peer broke the protocol: nothing more that this connection delivers can be trusted."""
+    """The peer broke the protocol: nothing more that this connection delivers can be trusted.
+
+    The text goes to the log, so it never shows a payload, which may be a value.
+    """
 
 
 Message = tuple[int, int, int, bytes]
@@ -294,7 +297,7 @@ def decode_error(payload: bytes) -> str:
     """The name in an ERROR reply, such as `ENOENT`.  It need not be among ERRORS."""
     name = payload.rstrip(b"\0")
     if not name.isalnum() or len(name) > 40:
-        raise WireError(f"an ERROR reply that is no name: {payload[:80]!r}")
+        raise WireError(f"an ERROR reply of {len(payload)} bytes that is no name")
     return name.decode("ascii", "replace")
 
 
@@ -311,7 +314,7 @@ def decode_part(payload: bytes) -> tuple[bytes, bytes, bool]:
     """
     generation, nul, part = payload.partition(b"\0")
     if not nul or not generation.isdigit() or not part:
-        raise WireError(f"not a DIRECTORY_PART reply: {payload[:80]!r}")
+        raise WireError(f"{len(payload)} bytes that are no DIRECTORY_PART reply")
     last = part == b"\0" or part.endswith(b"\0\0")
     return generation, part[:-1] if last else part, last
 
@@ -319,7 +322,7 @@ def decode_part(payload: bytes) -> tuple[bytes, bytes, bool]:
 def decode_transaction_id(payload: bytes) -> int:
     digits = payload.rstrip(b"\0")
     if not digits.isdigit() or len(digits) > 10 or not 0 < int(digits) < 1 << 32:
-        raise WireError(f"not a transaction id: {payload[:80]!r}")
+        raise WireError(f"{len(payload)} bytes that are no transaction id")
     return int(digits)
 
 
@@ -327,7 +330,7 @@ def decode_string(payload: bytes) -> bytes:
     """GET_DOMAIN_PATH and IS_DOMAIN_INTRODUCED: one string."""
     found = strings(payload)
     if len(found) != 1:
-        raise WireError(f"not one string: {payload[:80]!r}")
+        raise WireError(f"{len(payload)} bytes that are not one string")
     return found[0]
 
 
@@ -335,5 +338,5 @@ def decode_event(payload: bytes) -> tuple[bytes, bytes]:
     """A WATCH_EVENT: (path, token).  Newer daemons add a third string to special events."""
     found = strings(payload)
     if len(found) < 2:
-        raise WireError(f"not a watch event: {payload[:80]!r}")
+        raise WireError(f"{len(payload)} bytes that are no watch event")
     return found[0], found[1]
