@@ -33,7 +33,7 @@ import trio
 
 from xsfs.xenstore import protocol
 from xsfs.xenstore.connection import Connection
-from xsfs.xenstore.errors import RequestTimeout, StoreError, XenstoreError
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
 from xsfs.xenstore.event_reader import with_event_reader
 from xsfs.xenstore.home import Home, moved
 from xsfs.xenstore.reconnect import BACKOFF_MAX, CircuitBreaker, Connect, ReconnectingConnection
@@ -316,7 +316,12 @@ class Watches:
         watch.connection = connection
         for depth in dict.fromkeys((watch.depth, None)):  # None for a daemon that knows no depth
             request = protocol.watch(watch.path, watch.token, depth)
-            (reply,) = await connection.pipeline((request,), 0, deadline)
+            try:
+                (reply,) = await connection.pipeline((request,), 0, deadline)
+            except ConnectionLost as error:
+                if not error.unsent:
+                    raise
+                return await self._arm(watch, deadline)  # the connection had just died
             self._answered_at = trio.current_time()
             if isinstance(reply, bytes) or reply.name != "EINVAL":
                 break
