@@ -27,7 +27,8 @@ from tests.support.operating import (
     listed,
     refused,
 )
-from xsfs.fs.inodes import FORGOTTEN, LISTING_BYTES_MAX
+from xsfs.fs.inodes import LISTING_BYTES_MAX
+from xsfs.fs.nodes import FORGOTTEN
 from xsfs.view.names import join
 from xsfs.view.view import FETCH_WINDOW, NodeState
 from xsfs.xenstore.errors import ConnectionLost

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import errno
 import logging
+import stat
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pyfuse3
 import pytest
 import trio
 from pyfuse3 import FUSEError
+from trio.testing import wait_all_tasks_blocked
 
 from tests.support.operating import (
     APPEND,
@@ -36,6 +39,7 @@ from xsfs.fs.directories import Directory
 from xsfs.fs.errnos import errno_of
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
 from xsfs.view.names import OWN_NAMES
+from xsfs.view.view import Work
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import (
@@ -291,24 +295,29 @@ def test_scratch_files_of_a_directory_that_is_renamed_meanwhile(
         }
         operate = operations[operation]
 
+        async def try_it() -> None:
+            with suppress(FUSEError):
+                await operate()
+
         def rename() -> Awaitable[None]:
             return w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx())
 
         if when == "before the rename":
             op = Op.DIRECTORY if operation in ("lookup", "stat") else Op.READ
             around_request(monkeypatch, w, op, before=rename, after=trio.lowlevel.checkpoint)
-            with suppress(FUSEError):
-                await operate()
+            await try_it()
         else:
             apart = w.view.atomically_apart
 
-            async def late(work: Callable[[Commands], Awaitable[None]]) -> None:
-                await apart(work)
-                with suppress(FUSEError):
-                    await operate()
+            async with trio.open_nursery() as nursery:
 
-            monkeypatch.setattr(w.view, "atomically_apart", late)
-            await rename()
+                async def late(work: Callable[[Commands], Awaitable[None]]) -> None:
+                    await apart(work)
+                    nursery.start_soon(try_it)
+                    await wait_all_tasks_blocked()
+
+                monkeypatch.setattr(w.view, "atomically_apart", late)
+                await rename()
         assert await content_of(w, b"data", b"e", b".x") == b"1"
 
     test()
@@ -328,6 +337,233 @@ async def test_a_value_of_a_directory_that_was_renamed_by_another_name(w: World)
     assert await w.store.read("data/e") == b"2"
     await w.store.write("data/d", "1")
     assert (await listed(w, await w.operations.opendir(data, ctx())))[b"d"] is False
+
+
+def renaming(w: World, directory: pyfuse3.InodeT, old: bytes, new: bytes) -> Awaitable[None]:
+    names = cast(Any, old), cast(Any, new)
+    return w.operations.rename(directory, names[0], directory, names[1], cast(Any, 0), ctx())
+
+
+@contextmanager
+def beside_the_commit(
+    w: World, before: Callable[[], Awaitable[object]], after: Callable[[], Awaitable[object]]
+) -> Iterator[None]:
+    """Run `before` when the next transaction has done its work, and `after` when it is committed, before the
+    task that waits for the commit goes on."""
+    names = "atomically", "atomically_apart"
+    is_due = True
+
+    def late(run: Callable[[Work], Awaitable[None]]) -> Callable[[Work], Awaitable[None]]:
+        async def atomically(work: Work) -> None:
+            nonlocal is_due
+            if not is_due:
+                return await run(work)
+            is_due = False
+
+            async def work_and_more(commands: Commands) -> Request | None:
+                last = await work(commands)
+                await before()
+                return last
+
+            await run(work_and_more)
+            await after()
+
+        return atomically
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(w.view, name, late(getattr(w.view, name)))
+        yield
+
+
+@pytest.mark.parametrize("flags", [RDWR, RDWR | TRUNC, RDWR | APPEND])
+@pytest.mark.parametrize(
+    ("new", "found"), [(b"g", "data/g"), (b"g~", None), (None, None)], ids=["node", "scratch", "rm"]
+)
+def test_a_file_that_is_opened_while_its_rename_or_removal_is_committed(
+    flags: int, new: bytes | None, found: str | None
+) -> None:
+    """A write reaches the file, and never makes the old name again."""
+
+    @in_world
+    async def test(w: World) -> None:
+        await w.store.write("data/f", "1")
+        data = (await w.lookup(b"data")).st_ino
+        handles: list[pyfuse3.FileHandleT] = []
+
+        async def open_it() -> None:
+            handles.append(await opened(w, flags, b"data", b"f"))
+
+        async with trio.open_nursery() as nursery:
+
+            async def write_it() -> None:
+                nursery.start_soon(w.operations.write, handles[0], 0, b"2\n")
+                await wait_all_tasks_blocked()
+
+            with beside_the_commit(w, open_it, write_it):
+                if new is None:
+                    await w.operations.unlink(data, cast(Any, b"f"), ctx())
+                else:
+                    await renaming(w, data, b"f", new)
+        assert not await w.store.exists("data/f")
+        written = b"1\n2\n" if flags & APPEND else b"2\n"
+        assert await w.operations.read(handles[0], 0, 4096) == written
+        if found is not None:
+            assert await w.store.read(found) + b"\n" == written
+        await w.operations.release(handles[0])
+        assert not await w.store.exists("data/f")
+
+    test()
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        *("look up", "stat", "list", "create"),
+        *("unlink", "rmdir", "mkdir", "rename", "rename away", "aside"),
+    ],
+)
+def test_a_name_in_a_directory_that_is_renamed_meanwhile(operation: str) -> None:
+    """As by a program that has the directory open."""
+
+    @in_world
+    async def test(w: World) -> None:
+        await w.store.write("data/d/x", "1")
+        await w.store.mkdir("data/d/y")
+        data = (await w.lookup(b"data")).st_ino
+        directory = (await w.lookup(b"data", b"d")).st_ino
+        w.view.sticky.add(b"/local/domain/0/data/d/y")
+        name, mode = cast(Any, b"x"), cast(Any, 0o755)
+        operations: dict[str, Callable[[], Awaitable[object]]] = {
+            "look up": lambda: w.operations.lookup(directory, name, ctx()),
+            "stat": lambda: w.operations.getattr(directory, ctx()),
+            "list": lambda: w.operations.opendir(directory, ctx()),
+            "create": lambda: fill(w, directory, b"z", b"1\n"),
+            "unlink": lambda: w.operations.unlink(directory, name, ctx()),
+            "rmdir": lambda: w.operations.rmdir(directory, cast(Any, b"y"), ctx()),
+            "mkdir": lambda: w.operations.mkdir(directory, cast(Any, b"z"), mode, ctx()),
+            "rename": lambda: renaming(w, directory, b"x", b"z"),
+            "rename away": lambda: w.operations.rename(
+                directory, name, data, cast(Any, b"z"), cast(Any, 0), ctx()
+            ),
+            "aside": lambda: renaming(w, directory, b"x", b"x~"),
+        }
+        async with trio.open_nursery() as nursery:
+
+            async def operate() -> None:
+                nursery.start_soon(operations[operation])
+                await wait_all_tasks_blocked()
+
+            with beside_the_commit(w, trio.lowlevel.checkpoint, operate):
+                await renaming(w, data, b"d", b"e")
+        changed = {
+            "create": {b"x", b"y", b"z"},
+            "unlink": {b"y"},
+            "rmdir": {b"x"},
+            "mkdir": {b"x", b"y", b"z"},
+            "rename": {b"y", b"z"},
+            "rename away": {b"y"},
+            "aside": {b"y"},
+        }
+        assert set(await w.store.list("data/e")) == changed.get(operation, {b"x", b"y"})
+        moved = {b"z"} if operation == "rename away" else set()
+        assert set(await w.store.list("data")) == {b"e"} | moved
+        if operation == "aside":
+            assert await content_of(w, b"data", b"e", b"x~") == b"1\n"
+
+    test()
+
+
+@in_world
+async def test_an_open_file_that_is_renamed_while_its_old_name_is_created(w: World) -> None:
+    """Its handles stay with it."""
+    await w.store.write("data/f", "1")
+    data = (await w.lookup(b"data")).st_ino
+    handle = await opened(w, RDWR, b"data", b"f")
+    mode, flags = cast(Any, 0o644), cast(Any, WRONLY | EXCL)
+
+    async with trio.open_nursery() as nursery:
+
+        async def create() -> None:
+            nursery.start_soon(w.operations.create, data, b"f", mode, flags, ctx())
+            await wait_all_tasks_blocked()
+
+        with beside_the_commit(w, trio.lowlevel.checkpoint, create):
+            await renaming(w, data, b"f", b"g")
+    await w.operations.write(handle, 0, b"2\n")
+    assert await w.store.read("data/g") == b"2"
+    assert await w.store.read("data/f") == b""
+
+
+@in_world
+async def test_inodes_that_the_kernel_has_forgotten_are_not_kept(w: World) -> None:
+    """A file may be open by one name while others come and go."""
+    await w.store.write("data/f", "1")
+    handle = await opened(w, RDONLY, b".root", b"local", b"domain", b"0", b"data", b"f")
+    file = w.table.open_files_of(w.view).get(b"/local/domain/0/data/f")
+    assert file is not None
+    for _ in range(20):
+        entry = await w.lookup(b"data", b"f")
+        info = await w.operations.open(entry.st_ino, RDONLY, ctx())
+        await w.operations.release(info.fh)
+        await w.operations.forget([(entry.st_ino, 1)])
+    assert len(file.nodes) <= 2
+    await w.operations.release(handle)
+
+
+@pytest.mark.parametrize("flags", [WRONLY, WRONLY | EXCL])
+@pytest.mark.parametrize("operation", ["unlink", "rename", "aside", "replace"])
+def test_an_open_empty_file_of_the_name_of_a_container(operation: str, flags: int) -> None:
+    """It stays a file as long as it is open."""
+
+    @in_world
+    async def test(w: World) -> None:
+        home = b"/local/domain/0"
+        name, mode = cast(Any, b"device"), cast(Any, 0o644)
+        fh = (await w.operations.create(ROOT, name, mode, cast(Any, flags), ctx()))[0].fh
+        if operation == "replace":
+            await w.operations.mkdir(ROOT, cast(Any, b"other"), mode, ctx())
+            await refused(errno.ENOTDIR, renaming(w, ROOT, b"other", name))
+            await w.operations.rmdir(ROOT, cast(Any, b"other"), ctx())
+        elif operation == "unlink":
+            await w.operations.unlink(ROOT, name, ctx())
+            await w.operations.release(fh)
+            assert not await w.store.exists(home + b"/device")
+            return
+        elif operation == "rename":
+            await renaming(w, ROOT, name, b"plain")
+            assert not stat.S_ISDIR((await w.lookup(b"plain")).st_mode)
+        else:
+            await renaming(w, ROOT, name, b"device~")
+            assert await content_of(w, b"device~") == b""
+        await w.operations.write(fh, 0, b"1\n")
+        await w.operations.release(fh)
+
+    test()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_late_write_needs_no_transaction(exists: bool) -> None:
+    """A guest has ten, and others may have taken them."""
+
+    @in_world
+    async def test(w: World) -> None:
+        data = (await w.lookup(b"data")).st_ino
+        if exists:
+            await w.store.write("data/f", "1")
+            handle = await opened(w, WRONLY | TRUNC, b"data", b"f")
+        else:
+            mode, flags = cast(Any, 0o644), cast(Any, WRONLY)
+            handle = (await w.operations.create(data, b"f", mode, flags, ctx()))[0].fh
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(open_files, "FRESH_SECONDS", -1.0)
+            full = XenstoreError("EQUOTA", Request(Op.TRANSACTION_START, b"\0"))
+            patch.setattr(w.view, "atomically", Mock(side_effect=full))
+            await w.operations.write(handle, 0, b"2\n")
+            assert await w.store.read("data/f") == b"2"
+            await w.operations.release(handle)
+
+    test()
 
 
 # --------------------------------------------------------- files that other clients remove or change
@@ -498,6 +734,13 @@ async def test_what_is_due_at_the_end_is_written(w: World) -> None:
     assert await w.store.read("data/x") == b""
     assert await w.store.read("data/touched") == b""
     assert len(w.operations) == 0
+
+
+@in_world
+async def test_data_that_does_not_exist_is_a_directory_by_both_of_its_names(w: World) -> None:
+    await w.store.delete("data")
+    for name in (b"data", b"data.d"):
+        assert stat.S_ISDIR((await w.lookup(name)).st_mode)
 
 
 @in_world

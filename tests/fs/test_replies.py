@@ -208,6 +208,40 @@ async def test_a_value_survives_a_rename_whose_commit_is_uncertain(liar: LyingSt
 
 
 @trio_test
+async def test_a_rename_that_fails_after_a_conflict_leaves_both_files(
+    daemon: RealXenstored, liar: LyingStore
+) -> None:
+    """The conflict is certain, so a connection that is lost later leaves no doubt."""
+    starts = 0
+
+    def conflict_and_hang_up(talk: Talk, request: Message) -> bool:
+        nonlocal starts
+        if request.op == Op.TRANSACTION_START:
+            starts += 1
+            if starts > 1:
+                raise HangUp
+        elif request.op == Op.TRANSACTION_END:
+            with daemon.client() as dom0:
+                dom0.write("/top/a", "another")
+        return False
+
+    async with operating(liar) as (operations, store):
+        mode = cast(Any, 0o644)
+        info, _ = await operations.create(ROOT, b"a~", mode, cast(Any, WRONLY), ctx())
+        await operations.write(info.fh, 0, b"kept\n")
+        await operations.release(info.fh)
+        liar.lie = conflict_and_hang_up
+        with pytest.raises(FUSEError):
+            await operations.rename(ROOT, b"a", ROOT, b"a~", cast(Any, 0), ctx())
+        liar.behave()
+        assert starts > 1
+        assert await store.read("/top/a") == b"another"
+        entry = await operations.lookup(ROOT, b"a~", ctx())
+        info = await operations.open(entry.st_ino, RDONLY, ctx())
+        assert await operations.read(info.fh, 0, 100) == b"kept\n"
+
+
+@trio_test
 async def test_a_scratch_file_that_becomes_a_node_keeps_no_other_name(liar: LyingStore) -> None:
     """Another program may rename it, by another path, while the commit is under way."""
     async with operating(liar) as (operations, store):

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Coroutine, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyfuse3 import EntryAttributes, InodeT
@@ -106,7 +107,7 @@ class Directory(XenstoreNode):
         if not is_missing(reply):
             return True
         await self.open_files.drop_lost(path)
-        return self.path != path and await self._is_present()
+        return await self.was_renamed(path) and await self._is_present()
 
     def value_was_written(self) -> None:
         self.view.sticky.add(self.path, with_value=True)
@@ -174,6 +175,8 @@ class Directory(XenstoreNode):
             # A cached entry may have led here, and a write would create the directory again.
             self.require()
             self.was_missing = not await self._is_present()
+            if join(self.path, name) != path:
+                return await self._lookup_child(name, pid)
             refuse(errno.ENOENT)
         child = self.child(name, state, path)
         entry = child.attributes(state)
@@ -204,16 +207,10 @@ class Directory(XenstoreNode):
         """The node for a child of this state."""
         # The path is only made if the kind depends on it.
         if state.has_children or (
-            state is not LEAF and self._is_directory(path or join(self.path, name), state)
+            state is not LEAF and self.open_files.is_directory(path or join(self.path, name), state)
         ):
             return self.table.node(Directory, self, name)
         return self.table.node(ValueFile, self, name)
-
-    def _is_directory(self, path: bytes, state: NodeState) -> bool:
-        file = self.open_files.get(path)
-        if file is not None and file.debt is not None and file.is_pinned:
-            return False
-        return self.view.is_directory(path, state)
 
     def _found(self, node: Node, entry: EntryAttributes) -> EntryAttributes:
         self.table.remember(node)
@@ -266,7 +263,7 @@ class Directory(XenstoreNode):
         path = self._new_path(name)
         is_exclusive = bool(flags & os.O_EXCL)
         if is_exclusive:
-            await self._make(path, directory=False, missing_parent=errno.ESTALE)
+            await self._make(name, directory=False, missing_parent=errno.ESTALE)
         else:
             if self.was_missing:
                 await self.require_present()
@@ -297,15 +294,12 @@ class Directory(XenstoreNode):
             await self.require_present(errno.ENOENT)
             scratch = await self._make_scratch(name, caller, present=errno.EEXIST)
             return self._found(scratch, scratch.attributes_in_memory())
-        path = self._new_path(name)
-        await self._make(path, directory=False, missing_parent=errno.ENOENT)
+        await self._make(name, directory=False, missing_parent=errno.ENOENT)
         file = self.table.node(ValueFile, self, name)
         return self._found(file, file.attributes(EMPTY_NODE))
 
     async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
-        path = self._new_path(name)
-        await self._make(path, directory=True, missing_parent=errno.ENOENT)
-        self.view.sticky.add(path)
+        await self._make(name, directory=True, missing_parent=errno.ENOENT)
         directory = self.table.node(Directory, self, name)
         return self._found(directory, directory.attributes(EMPTY_NODE))
 
@@ -313,9 +307,8 @@ class Directory(XenstoreNode):
         await self.require_present(errno.ENOENT)
         refuse(errno.EPERM)
 
-    async def _make(self, path: bytes, *, directory: bool, missing_parent: int) -> None:
+    async def _make(self, name: bytes, *, directory: bool, missing_parent: int) -> None:
         """Create a node.  Fails with `missing_parent` if this directory does not exist."""
-        await self.open_files.settle(path)
 
         async def work(commands: Commands) -> Request:
             return await posix.make(
@@ -325,10 +318,13 @@ class Directory(XenstoreNode):
                 missing_parent=None if self.always_there else missing_parent,
             )
 
-        before = self.open_files.get(path)
-        await self.view.atomically(work)
-        self.open_files.retire(before)
-        self.was_written()
+        async with self.open_files.changing_below(partial(self._new_path, name)) as (path,):
+            before = self.open_files.get(path)
+            await self.view.atomically(work)
+            self.open_files.retire(before)
+            if directory:
+                self.view.sticky.add(path)
+            self.was_written()
 
     # -------------------------------------------------------------------------------- removal
 
@@ -341,14 +337,13 @@ class Directory(XenstoreNode):
             node, file = self.present_scratch(name)
             self.open_files.unlink(file, node)
             return
-        path = await self.path_of_present(name)
-        async with self.open_files.changing(path):
+        child = partial(self.path_below, await self.name_of_present(name))
+        async with self.open_files.changing_below(child, settles=False) as (path,):
             await self._remove(ValueFile, path)
 
     async def _unlink_dot_value(self) -> None:
         """Empty the value and keep the node, so that `rm -r` and rmdir can follow."""
-        path = self.path
-        async with self.open_files.changing(path):
+        async with self.open_files.changing_below(lambda: self.path, settles=False) as (path,):
             value = await self.view.commands.read(path)
             await self.view.commands.write(path, b"")
             self.view.sticky.discard_value(path)
@@ -359,8 +354,8 @@ class Directory(XenstoreNode):
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
-        path = await self.path_of_present(name)
-        async with self.open_files.changing_below(path):
+        child = partial(self.path_below, await self.name_of_present(name))
+        async with self.open_files.changing_below(child) as (path,):
             await self._remove(Directory, path)
 
     async def _remove(self, kind: type[XenstoreNode], path: bytes) -> None:
@@ -375,7 +370,7 @@ class Directory(XenstoreNode):
                 (state,) = await self.view.fetch((path,), commands)
                 if state is None:
                     return None  # its creation is still owed
-            content = await posix.removed(self.view, commands, path, directory=is_directory)
+            content = await posix.removed(self.open_files, commands, path, directory=is_directory)
             if is_directory and self.open_files.scratch_names(path):
                 refuse(errno.ENOTEMPTY)
             return protocol.rm(path)
@@ -383,10 +378,16 @@ class Directory(XenstoreNode):
         await self.view.atomically(work)
         self.was_removed(kind, path, content)
 
-    async def path_of_present(self, name: bytes) -> bytes:
+    async def name_of_present(self, name: bytes) -> bytes:
+        """The Xenstore name of a child that is to be removed or renamed."""
         if name in self.own or forced_name(name) is not None:
             refuse(errno.EPERM)
-        return join(self.path, await self._child_name(name))
+        return await self._child_name(name)
+
+    def path_below(self, name: bytes) -> bytes:
+        """The present path of a child."""
+        self.require()
+        return join(self.path, name)
 
     def was_removed(self, kind: type[XenstoreNode], path: bytes, content: MemoryContent) -> None:
         self.forget_names(path)
@@ -399,9 +400,12 @@ class Directory(XenstoreNode):
         self.open_files.drop_below(path)
         self.was_written()
 
-    async def path_for_rename(self, name: bytes) -> bytes:
-        """The path of a node to which something is renamed."""
-        return await self.path_of_present(name) if is_alias(name) else self._new_path(name)
+    async def name_for_rename(self, name: bytes) -> bytes:
+        """The Xenstore name that something is to get by a rename."""
+        if is_alias(name):
+            return await self.name_of_present(name)
+        self._new_path(name)  # fails if there can be no such node
+        return name
 
     # --------------------------------------------------------------------------- scratch files
 

@@ -231,7 +231,7 @@ class DumpHandle(SubtreeHandle):
         if not lines:
             return
         try:
-            async with node.directory.open_files.changing_below(node.path):
+            async with node.directory.open_files.changing_below(lambda: node.path):
                 for start in range(0, len(lines), RESTORE_WINDOW):
                     await self._restore_window(lines[start : start + RESTORE_WINDOW])
         finally:

@@ -25,6 +25,7 @@ from xsfs.view.names import parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import StoreError, XenstoreError
 from xsfs.xenstore.protocol import Request
 
@@ -58,11 +59,7 @@ class ValueFile(XenstoreNode):
         return self.entry(size, state.readable, state.writable, self.seen(hash(state.value)))
 
     def is_of_kind(self, state: NodeState) -> bool:
-        if not state.has_children:
-            file = self.open_files.get(self.path)
-            if file is not None and file.is_pinned:
-                return True
-        return not self.view.is_directory(self.path, state)
+        return not self.open_files.is_directory(self.path, state)
 
     async def state(self) -> NodeState:
         """The state that the mount shows now.  Fails with ESTALE if the node is no file any more."""
@@ -128,8 +125,7 @@ class ValueFile(XenstoreNode):
         """The open file, with one more handle."""
         if (found := self.in_memory) is not None:
             file, _ = found
-            file.handles += 1
-            file.nodes.add(self)
+            file.add(self)
             return file
         self.require()
         return self.open_files.open(self.path, self)
@@ -360,15 +356,15 @@ class ValueHandle(ReadHandle):
             node.require()
             debt = file.debt
             try:
-                if debt is not None and not needs_present and debt.is_recent:
+                if debt is not None and not needs_present:
                     # One request, as for `echo 42 > FILE`.
+                    if not debt.is_recent:
+                        await self._read(node.view.commands, as_file=as_file)
                     result = change(b"")
                     request = protocol.write(file.path, self._value_of(result))
                     await node.view.commands.call(request)
                 else:
-                    result = await self._splice(
-                        change, needs_present=needs_present, as_file=as_file
-                    )
+                    result = await self._splice(change, as_file=as_file)
             except (FUSEError, XenstoreError):
                 if debt is not None:
                     debt.is_refused = True
@@ -386,38 +382,36 @@ class ValueHandle(ReadHandle):
             refuse(errno.EFBIG)
         return value
 
-    async def _splice(self, change: Change, *, needs_present: bool, as_file: bool) -> bytes:
+    async def _splice(self, change: Change, *, as_file: bool) -> bytes:
         """Change the present content in a transaction.  Returns the new content."""
-        file, view = self.file, self.node.view
         result = b""
 
         async def work(commands: Commands) -> Request:
             nonlocal result
-            if as_file:
-                (state,) = await view.fetch((file.path,), commands)
-                if state is not None and not self.node.is_of_kind(state):
-                    refuse(errno.ESTALE)
-            (reply,) = await commands.pipeline((protocol.read(file.path),))
-            if is_missing(reply):
-                await self._require_place(commands)
-            is_replaced = file.debt is not None and not needs_present
-            result = change(b"" if is_replaced else self._present(reply))
-            return protocol.write(file.path, self._value_of(result))
+            result = change(self._present(await self._read(commands, as_file=as_file)))
+            return protocol.write(self.file.path, self._value_of(result))
 
-        await view.atomically(work)
+        await self.node.view.atomically(work)
         return result
 
-    async def _require_place(self, commands: Commands) -> None:
-        """The node is missing: fail with ESTALE if it must exist, or if its directory must and does not."""
-        debt, parent = self.file.debt, parent_path(self.file.path)
-        if self.node.always_there:
-            return
-        if debt is None or debt.found is not None:
-            refuse(errno.ESTALE)
-        if not (self.node.view.is_always_there(parent) or await commands.exists(parent)):
-            refuse(errno.ESTALE)
+    async def _read(self, commands: Commands, *, as_file: bool) -> Reply:
+        """The reply to READ.  Fails with ESTALE if a write may not create the missing node, or if the node
+        has become a directory and must not be one (`as_file`)."""
+        node, path, debt = self.node, self.file.path, self.file.debt
+        if as_file:
+            (state,) = await node.view.fetch((path,), commands)
+            if state is not None and not node.is_of_kind(state):
+                refuse(errno.ESTALE)
+        (reply,) = await commands.pipeline((protocol.read(path),))
+        if is_missing(reply) and not node.always_there:
+            parent = parent_path(path)
+            if debt is None or debt.found is not None:
+                refuse(errno.ESTALE)
+            if not (node.view.is_always_there(parent) or await commands.exists(parent)):
+                refuse(errno.ESTALE)
+        return reply
 
-    def _present(self, reply: bytes | XenstoreError) -> bytes:
+    def _present(self, reply: Reply) -> bytes:
         """The present content of the file, by the reply to READ."""
         debt = self.file.debt
         if isinstance(reply, XenstoreError):

@@ -30,7 +30,7 @@ from typing import Final, Protocol, TypeVar, cast
 import pyfuse3
 
 from xsfs.fs.dumps import TEXTS_MAX
-from xsfs.fs.nodes import Node, refuse
+from xsfs.fs.nodes import FORGOTTEN, Node, refuse
 from xsfs.fs.open_files import OpenFiles
 from xsfs.fs.quotas import Quota
 from xsfs.fs.watch_files import READERS_MAX
@@ -40,10 +40,6 @@ from xsfs.view.ownership import Ownership
 from xsfs.view.view import View
 
 PATHS_MAX: Final = 256
-
-FORGOTTEN: Final = -1
-"""The lookup count of a node that has left the table.  It never comes back: its number may belong to another
-position, from which it was renamed."""
 
 ALIASES_MAX: Final = 4096
 """How many names behind aliases are kept: 8 MiB at most.  Without them each look-up of an alias lists all

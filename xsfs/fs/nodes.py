@@ -34,6 +34,10 @@ ATTRIBUTES_TIMEOUT: Final = 0.001
 """Seconds, which the kernel rounds up to its tick.  So an fstat(2) right after an open(2) or a listing sends
 no request."""
 
+FORGOTTEN: Final = -1
+"""The lookup count of a node that has left the table.  It never comes back: its number may belong to another
+position, from which it was renamed."""
+
 BLOCK_SIZE: Final = 512
 """The unit of st_blocks."""
 

@@ -32,7 +32,9 @@ Invariants:
   stays, and the next write replaces all of it.
 - After the last close xsfs settles the debt at once, and any later look-up of the path waits for that.
 - Nothing of a content in memory reaches the store before a rename.  It has no debt.
-- While a task changes, removes or renames an open file (`changing`), no other task does.
+- While a task changes, removes or renames an open file (`changing`), no other task does.  Removals and
+  renames (`changing_below`) of one path, or of paths of which one lies below the other, come one after the
+  other.  A file that is opened below the path meanwhile cannot be changed until they are done.
 - If another client removes a directory, xsfs drops its scratch files when it notices that, at the latest when
   it needs their room.
 """
@@ -41,13 +43,14 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from itertools import product
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from xsfs.fs.nodes import Caller, Handle, refuse
+from xsfs.fs.nodes import FORGOTTEN, Caller, Handle, refuse
 from xsfs.fs.scratch import MemoryContent, shortage
 from xsfs.view.names import join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
@@ -124,13 +127,13 @@ class OpenFile:
     """See the module's docstring.
 
     handles     how many there are
-    nodes       the inodes by which it was opened
+    nodes       the inodes by which it was opened, and that the kernel still knows
     debt        what it owes the store
     memory      its content, if that is not in the store
     is_pinned   whether it was created as a file, and stays one while it is open and has no children
     """
 
-    __slots__ = ("_changing", "debt", "handles", "is_pinned", "memory", "nodes", "path")
+    __slots__ = ("debt", "handles", "is_pinned", "lock", "memory", "nodes", "path")
 
     def __init__(self, path: bytes) -> None:
         self.path = path
@@ -139,7 +142,15 @@ class OpenFile:
         self.debt: Debt | None = None
         self.memory: MemoryContent | None = None
         self.is_pinned = False
-        self._changing: _Changing | None = None
+        self.lock: _Changing | None = None
+        """Held while a task changes it; made when it is needed."""
+
+    def add(self, node: XenstoreNode) -> None:
+        """One more handle, by this inode."""
+        self.handles += 1
+        if node not in self.nodes:
+            self.nodes = {each for each in self.nodes if each.lookups != FORGOTTEN}
+            self.nodes.add(node)
 
     def owe(self, handle: Handle, found: bytes | None, *, is_blind: bool = False) -> None:
         """The handle truncates the file, or creates it if `found` is None."""
@@ -152,24 +163,25 @@ class OpenFile:
     def owes_creation(self) -> bool:
         return self.debt is not None and self.debt.found is None
 
-    def changing(self) -> AbstractAsyncContextManager[None]:
+    def changing(self) -> _Changing:
         """No other task changes the file within the block."""
-        if self._changing is None:
-            self._changing = _Changing()
-        return self._changing
+        if self.lock is None:
+            self.lock = _Changing()
+        return self.lock
 
 
 class OpenFiles:
     """See the module's docstring."""
 
     def __init__(self, view: View) -> None:
-        self._view = view
+        self.view = view
         self._by_path: dict[bytes, OpenFile] = {}
         self._scratch: set[OpenFile] = set()
         """The files whose memory is bounded: those with a name, those that had one and are open, and those
         that are about to get one."""
-        self._changing_below: list[bytes] = []
-        """The paths below which a task renames or removes files now."""
+        self._removals: list[tuple[Sequence[bytes], _Changing]] = []
+        """The removals and renames under way: their paths, and a lock that is held until the end, also in the
+        name of each file that is opened there meanwhile."""
 
     def get(self, path: bytes) -> OpenFile | None:
         return self._by_path.get(path)
@@ -184,8 +196,8 @@ class OpenFiles:
         file = self._by_path.get(path)
         if file is None:
             file = self._by_path[path] = OpenFile(path)
-        file.handles += 1
-        file.nodes.add(node)
+            file.lock = self._removal_at(path)
+        file.add(node)
         return file
 
     def close(self, file: OpenFile) -> None:
@@ -224,7 +236,7 @@ class OpenFiles:
             if file is not None and debt is not None and debt.is_closing:
                 async with file.changing():
                     pass
-            state = await self._view.fetch_one(path)
+            state = await self.view.fetch_one(path)
             # If the debt was settled meanwhile, the reply may contain the value from before.
             if file is None or debt is None or file.debt is debt:
                 return self.as_seen(path, state)
@@ -242,30 +254,57 @@ class OpenFiles:
             file for path, file in self._by_path.items() if path in tops or path.startswith(below)
         ]
 
+    def is_directory(self, path: bytes, state: NodeState) -> bool:
+        """Whether the mount shows a node of this state as a directory."""
+        file = self._by_path.get(path)
+        if file is not None and file.is_pinned and not state.has_children:
+            return False
+        return self.view.is_directory(path, state)
+
     async def settle(self, path: bytes) -> None:
         """Carry out what the file at this path owes, if it is open and owes anything."""
         if (file := self._by_path.get(path)) is not None:
             await self.settle_file(file)
 
+    def _removal_at(self, *paths: bytes) -> _Changing | None:
+        """The lock of a removal or rename under way at, above or below one of these paths."""
+        for tops, lock in self._removals:
+            for one, other in product(tops, paths):
+                if is_at_or_below(one, other) or is_at_or_below(other, one):
+                    return lock
+        return None
+
     def changing(self, path: bytes) -> AbstractAsyncContextManager[None]:
         """No other task changes the file at this path within the block, if it is open."""
         file = self._by_path.get(path)
-        return nullcontext() if file is None else file.changing()
+        if file is not None:
+            return file.changing()
+        return self._removal_at(path) or nullcontext()
 
     @asynccontextmanager
-    async def changing_below(self, *tops: bytes) -> AsyncIterator[None]:
-        """No other task changes a file at or below these paths within the block, and none owes anything."""
+    async def changing_below(
+        self, *paths: Callable[[], bytes], settles: bool = True
+    ) -> AsyncIterator[Sequence[bytes]]:
+        """No other task changes a file at or below some paths within the block.
+
+        paths       return them: renames may change them before the block begins, and none within it
+        settles     whether to carry out the debts of the files first
+        """
+        while under_way := self._removal_at(*(tops := [path() for path in paths])):
+            async with under_way:
+                pass
         files = self.at_and_below(*tops)
-        async with AsyncExitStack() as stack:
-            for top in tops:
-                self._changing_below.append(top)
-                stack.callback(self._changing_below.remove, top)
+        lock = _Changing()
+        async with lock, AsyncExitStack() as stack:
+            self._removals.append((tops, lock))
+            stack.callback(self._removals.remove, (tops, lock))
             # In an order that no rename changes, or two tasks could wait for each other.
-            for file in sorted(files, key=id):
-                await stack.enter_async_context(file.changing())
-            for file in files:
-                await self._settle(file)
-            yield
+            for other in sorted({file.changing() for file in files}, key=id):
+                await stack.enter_async_context(other)
+            if settles:
+                for file in files:
+                    await self._settle(file)
+            yield tops
 
     async def settle_all(self) -> None:
         for file in list(self._by_path.values()):
@@ -284,7 +323,7 @@ class OpenFiles:
         async def work(commands: Commands) -> Request | None:
             return await self._settlement(commands, file.path, debt)
 
-        await self._view.atomically(work)
+        await self.view.atomically(work)
         if file.debt is debt:
             file.debt = None
 
@@ -302,7 +341,7 @@ class OpenFiles:
             raise reply
         if debt.found is not None:
             return None  # another client has removed it
-        if is_missing(parent) and not self._view.is_always_there(parent_path(path)):
+        if is_missing(parent) and not self.view.is_always_there(parent_path(path)):
             return None  # with its directory
         return protocol.write(path, b"")
 
@@ -314,7 +353,7 @@ class OpenFiles:
         """The file at this path was removed or replaced."""
         file = self._by_path.get(path) or OpenFile(path)
         if file.debt is not None:
-            if file.debt.replaces(self._view.content.parse(content.data)):
+            if file.debt.replaces(self.view.content.parse(content.data)):
                 content.data = b""
             file.debt = None
         file.memory = content
@@ -358,7 +397,7 @@ class OpenFiles:
         if (file := self._by_path.get(path)) is None:
             return
         async with file.changing():
-            state = await self._view.fetch_one(path)
+            state = await self.view.fetch_one(path)
         if state is None and file.path == path and not file.owes_creation:
             self.retire(file)
 
@@ -425,15 +464,14 @@ class OpenFiles:
         if not found:
             return
         above = sorted({parent_path(path) for _, path in found})
-        replies = await self._view.commands.pipeline([protocol.read(path) for path in above])
+        replies = await self.view.commands.pipeline([protocol.read(path) for path in above])
         gone = {
             path
             for path, reply in zip(above, replies, strict=True)
-            if is_missing(reply) and not self._view.is_always_there(path)
+            if is_missing(reply) and not self.view.is_always_there(path)
         }
-        changing = self.at_and_below(*self._changing_below)
         for file, path in found:
-            is_there = self._by_path.get(path) is file and file not in changing
+            is_there = self._by_path.get(path) is file and not self._removal_at(path)
             if is_there and parent_path(path) in gone:
                 self.unlink(file)
 
@@ -472,6 +510,10 @@ class OpenFiles:
         file.is_pinned = True
         self._attach(file, target)
         self.release(file)
+
+
+def is_at_or_below(path: bytes, top: bytes) -> bool:
+    return path == top or path.startswith(join(top, b""))
 
 
 def is_missing(reply: bytes | XenstoreError) -> bool:

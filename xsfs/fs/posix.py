@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from xsfs.fs.nodes import refuse
-from xsfs.fs.open_files import is_missing
+from xsfs.fs.open_files import OpenFiles, is_missing
 from xsfs.fs.scratch import MemoryContent
 from xsfs.view.names import join, parent_path
 from xsfs.view.view import NodeState, View
@@ -72,7 +72,7 @@ def _check_empty(state: NodeState) -> None:
 
 
 async def removed(
-    view: View,
+    open_files: OpenFiles,
     commands: Commands,
     path: bytes,
     *,
@@ -80,18 +80,18 @@ async def removed(
     if_directory: int = errno.EISDIR,
 ) -> MemoryContent:
     """A node that is to be removed.  Fails with ENOENT, ENOTDIR or `if_directory`, EACCES, ENOTEMPTY."""
-    (state,) = await view.fetch((path,), commands)
+    (state,) = await open_files.view.fetch((path,), commands)
     if state is None:
         refuse(errno.ENOENT)
-    if view.is_directory(path, state) != directory:
+    if open_files.is_directory(path, state) != directory:
         refuse(errno.ENOTDIR if directory else if_directory)
     if directory:
         _check_empty(state)
-    return await _removed(view, commands, path, state)
+    return await _removed(open_files.view, commands, path, state)
 
 
 async def replaced(
-    view: View,
+    open_files: OpenFiles,
     commands: Commands,
     path: bytes,
     state: NodeState | None,
@@ -112,13 +112,13 @@ async def replaced(
         return None
     if not replace:
         refuse(errno.EEXIST)
-    if view.is_directory(path, state):
+    if open_files.is_directory(path, state):
         if not by_directory:
             refuse(errno.EISDIR)
         _check_empty(state)
     elif by_directory:
         refuse(errno.ENOTDIR)
-    return await _removed(view, commands, path, state)
+    return await _removed(open_files.view, commands, path, state)
 
 
 async def write_with_perms(
@@ -139,7 +139,7 @@ async def write_with_perms(
 
 
 async def rename(
-    view: View,
+    open_files: OpenFiles,
     commands: Commands,
     source: bytes,
     target: bytes,
@@ -154,12 +154,12 @@ async def rename(
 
     All changes are sent before the commit: a commit succeeds even if a request sent with it fails.
     """
-    moved, target_state = await view.fetch((source, target), commands)
+    moved, target_state = await open_files.view.fetch((source, target), commands)
     if moved is None:
         refuse(errno.ENOENT)
-    is_directory = view.is_directory(source, moved)
+    is_directory = open_files.is_directory(source, moved)
     gone = await replaced(
-        *(view, commands, target, target_state),
+        *(open_files, commands, target, target_state),
         by_directory=is_directory,
         replace=replace,
         needs_parent=needs_parent,

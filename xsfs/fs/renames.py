@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat
+from functools import partial
 
 import pyfuse3
 
@@ -11,12 +12,14 @@ from xsfs.fs import posix
 from xsfs.fs.directories import Directory
 from xsfs.fs.files import ValueFile
 from xsfs.fs.nodes import Caller, Node, refuse
+from xsfs.fs.open_files import is_at_or_below
 from xsfs.fs.scratch import MemoryContent
 from xsfs.view.names import VALUE_NAME, join
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout
 from xsfs.xenstore.protocol import Request
+from xsfs.xenstore.store import Transaction
 
 
 async def rename(
@@ -46,28 +49,29 @@ async def rename(
 async def _rename_node(
     source: Directory, name: bytes, target: Directory, target_name: bytes, replace: bool
 ) -> None:
-    source_path = await source.path_of_present(name)
-    target_path = await target.path_for_rename(target_name)
-    if source_path == target_path:
-        return
-    if target_path.startswith(source_path + b"/"):
-        refuse(errno.EINVAL)
-    if source_path.startswith(target_path + b"/"):
-        refuse(errno.ENOTEMPTY)
+    child = await source.name_of_present(name)
+    new_child = await target.name_for_rename(target_name)
+    paths = partial(source.path_below, child), partial(target.path_below, new_child)
     is_directory = False
     replaced: MemoryContent | None = None
 
     async def work(commands: Commands) -> None:
         nonlocal is_directory, replaced
         is_directory, replaced = await posix.rename(
-            *(source.view, commands, source_path, target_path),
+            *(source.open_files, commands, source_path, target_path),
             replace=replace,
             needs_parent=not target.always_there,
         )
         if is_directory and replaced is not None and source.open_files.scratch_names(target_path):
             refuse(errno.ENOTEMPTY)
 
-    async with source.open_files.changing_below(source_path, target_path):
+    async with source.open_files.changing_below(*paths) as (source_path, target_path):
+        if source_path == target_path:
+            return
+        if target_path.startswith(source_path + b"/"):
+            refuse(errno.EINVAL)
+        if source_path.startswith(target_path + b"/"):
+            refuse(errno.ENOTEMPTY)
         before = source.open_files.at_and_below(target_path)
         await source.view.atomically_apart(work)
         if replaced is not None:
@@ -75,9 +79,9 @@ async def _rename_node(
         for lost in before:
             source.open_files.retire(lost)
         for moved_kind in (Directory, ValueFile):
-            node = source.table.find(moved_kind, source, source_path.rpartition(b"/")[2])
+            node = source.table.find(moved_kind, source, child)
             if node is not None:
-                source.table.move(node, target, target_path.rpartition(b"/")[2])
+                source.table.move(node, target, new_child)
         source.was_written()
         source.open_files.move(source_path, target_path)
         source.view.sticky.move(source_path, target_path)
@@ -108,9 +112,9 @@ async def _rename_to_node(
     source: Directory, name: bytes, target: Directory, target_name: bytes, replace: bool
 ) -> None:
     """Rename a scratch file to a node: one WRITE of its content."""
-    path = await target.path_for_rename(target_name)
+    new = partial(target.path_below, await target.name_for_rename(target_name))
     node, file = source.present_scratch(name)
-    async with source.open_files.changing_below(file.path, path):
+    async with source.open_files.changing_below(lambda: file.path, new) as (_, path):
         if source.open_files.get(file.path) is not file or file.memory is None:
             refuse(errno.ENOENT)
         if (mode := file.memory.mode) is not None:
@@ -125,7 +129,7 @@ async def _rename_to_node(
             nonlocal replaced
             (state,) = await source.view.fetch((path,), commands)
             replaced = await posix.replaced(
-                *(source.view, commands, path, state),
+                *(source.open_files, commands, path, state),
                 by_directory=False,
                 replace=replace,
                 needs_parent=not target.always_there,
@@ -152,8 +156,8 @@ async def _rename_to_scratch(
     caller: Caller,
 ) -> None:
     """Rename a file's node to a temporary name, with its value and permissions."""
-    path = await source.path_of_present(name)
-    if join(target.path, b"").startswith(join(path, b"")):
+    child = await source.name_of_present(name)
+    if is_at_or_below(target.path, source.path_below(child)):
         refuse(errno.EINVAL)
     await target.require_present()
     if not replace and target.scratch_file(target_name) is not None:
@@ -161,27 +165,30 @@ async def _rename_to_scratch(
     file = await source.open_files.new_scratch(caller)
     content = file.memory
     assert content is not None
-    is_taken = False
+    attempt: Transaction | None = None
+    """The last one whose outcome may be unknown."""
 
     async def work(commands: Commands) -> Request:
-        nonlocal is_taken
-        taken = await posix.removed(source.view, commands, path, if_directory=errno.EINVAL)
+        nonlocal attempt
+        taken = await posix.removed(source.open_files, commands, path, if_directory=errno.EINVAL)
         if taken.perms is None:
             refuse(errno.EACCES)  # the permissions would be lost
         content.perms = taken.perms
         await source.open_files.set_data(file, content, taken.data)
-        is_taken = True
+        assert isinstance(commands, Transaction)
+        attempt = commands
         return protocol.rm(path)
 
     try:
-        async with source.open_files.changing_below(path):
+        old = partial(source.path_below, child)
+        async with source.open_files.changing_below(old) as (path,):
             await source.view.atomically(work)
-            node = source.table.find(ValueFile, source, path.rpartition(b"/")[2])
+            node = source.table.find(ValueFile, source, child)
             source.forget_names(path)
             target_path = join(target.path, target_name)
             source.open_files.move_to_scratch(path, node, target_path, file)
     except (ConnectionLost, RequestTimeout):
-        if is_taken:
+        if attempt is not None and not attempt.has_ended:
             # If the transaction was committed after all, the value is nowhere else.
             source.open_files.link(file, join(target.path, target_name))
         raise
