@@ -165,6 +165,57 @@ def test_several_paths_and_the_first_line_of_each(
         assert running.lines.next() == str(box / "d" / "x")
 
 
+@pytest.mark.parametrize("values", [(), ("-v",)])
+@pytest.mark.parametrize("form", [(), ("-j",)])
+@pytest.mark.parametrize("skips", [(), ("-s",)])
+@pytest.mark.parametrize("end", [(), ("-n", "2"), ("-t", "3600"), ("-t", "3600", "-n", "2")])
+def test_options_go_together_and_with_several_paths(
+    place: Place,
+    mount: Mount,
+    box: Path,
+    witness: XsClient,
+    values: tuple[str, ...],
+    form: tuple[str, ...],
+    skips: tuple[str, ...],
+    end: tuple[str, ...],
+) -> None:
+    """-n counts the lines of all paths together."""
+    top = node(place, box)
+    witness.write(f"{top}/d/x", b"")
+    witness.write(f"{top}/f", b"1")
+    paths = [box / "d", box / "f", box / "missing"]
+
+    def line(path: Path, value: str | None) -> str:
+        if form:
+            return json.dumps({"path": str(path), **({"value": value} if values else {})})
+        return f"{path} = {value}" if values and value is not None else str(path)
+
+    first = {line(paths[0], ""), line(paths[1], "1"), line(paths[2], None)}
+    count = 2 if "-n" in end else 1000
+    with watcher(*values, *form, *skips, *end, *paths) as running:
+        if skips:
+            poll_watched(mount, 3)
+        else:
+            shown = {running.lines.next() for _ in range(min(count, len(first)))}
+            assert shown <= first
+            assert len(shown) == min(count, len(first))
+            count -= len(shown)
+        for path, value in ((f"{top}/d/x", "2"), (f"{top}/missing", "3")):
+            if count:
+                witness.write(path, value.encode())
+                assert running.lines.next() == line(box / path.removeprefix(f"{top}/"), value)
+                count -= 1
+        if "-n" in end:
+            assert running.process.wait(LIMIT) == EXIT_COUNT
+        else:
+            assert running.process.poll() is None
+
+
+def test_time_is_over_for_several_paths(box: Path) -> None:
+    done = run("-v", "-j", "-s", "-t", "1", box, box / "f")
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_TIME, "", "")
+
+
 def poll_watched(mount: Mount, readers: int) -> None:
     deadline = time.monotonic() + LIMIT
     while mount.counter("readers") != readers:

@@ -572,7 +572,7 @@ def test_a_file_is_empty_right_after_the_close_that_emptied_it(mount: Mount, box
 
 @pytest.mark.parametrize("flags", [os.O_CREAT, os.O_CREAT | os.O_EXCL])
 def test_a_file_that_is_being_created_is_there(
-    place: Place, mount: Mount, box: Path, flags: int
+    place: Place, mount: Mount, box: Path, witness: XsClient, flags: int
 ) -> None:
     directory = box / "d"
     directory.mkdir()
@@ -583,6 +583,9 @@ def test_a_file_that_is_being_created_is_there(
         for name in (file, by_root(place, mount, file)):
             assert name.stat().st_size == 0
             assert mount.bash(f"cat {name}; flock -n {name} echo locked") == "locked\n"
+        mount.bash(f"ls -l {directory}")  # which asks for attributes of its own
+        in_store = value_of(witness, node(place, file))
+        assert in_store == (b"" if flags & os.O_EXCL else None)
         with pytest.raises(OSError, match=os.strerror(errno.ENOTEMPTY)):
             directory.rmdir()
     assert os.listdir(directory) == ["f"]
@@ -674,7 +677,8 @@ def test_dd_with_fsync_beside_mv(mount: Mount, box: Path) -> None:
     assert done.stdout == "new\n"
 
 
-INCREMENTS = """
+INCREMENTS = {
+    "one descriptor": """
 import fcntl, os, sys
 lock = getattr(fcntl, sys.argv[1])
 for _ in range(100):
@@ -684,15 +688,26 @@ for _ in range(100):
     os.lseek(fd, 0, os.SEEK_SET)
     os.write(fd, b"%d\\n" % (number + 1))
     os.close(fd)
-"""
+""",
+    "two descriptors": """
+import fcntl, os, sys
+lock = getattr(fcntl, sys.argv[1])
+locked, other = (os.open("n", os.O_RDWR) for _ in range(2))
+for _ in range(100):
+    lock(locked, fcntl.LOCK_EX)
+    number = int(os.pread(locked, 100, 0))
+    os.pwrite(other, b"%d\\n" % (number + 1), 0)
+    lock(locked, fcntl.LOCK_UN)
+""",
+}
 
 
+@pytest.mark.parametrize("how", INCREMENTS)
 @pytest.mark.parametrize("lock", ["flock", "lockf"])
-def test_increments_under_a_lock_lose_nothing(mount: Mount, box: Path, lock: str) -> None:
+def test_increments_under_a_lock_lose_nothing(mount: Mount, box: Path, lock: str, how: str) -> None:
     (box / "n").write_text("0\n")
-    workers = [
-        subprocess.Popen([sys.executable, "-c", INCREMENTS, lock], cwd=box) for _ in range(4)
-    ]
+    command = [sys.executable, "-c", INCREMENTS[how], lock]
+    workers = [subprocess.Popen(command, cwd=box) for _ in range(4)]
     for worker in workers:
         assert worker.wait(LIMIT * 6) == 0
     assert (box / "n").read_text() == "400\n"
@@ -762,8 +777,10 @@ def test_a_database_that_fits_a_value_loses_no_update(
 
 
 def test_tail_follows_what_is_appended(
-    place: Place, mount: Mount, box: Path, witness: XsClient
+    place: Place, mount: Mount, other_mount: Mount, box: Path, witness: XsClient
 ) -> None:
+    """By this mount, another client, and another mount."""
+    (box / "child").write_text("or the other mount takes it for a file\n")
     file = box / "log"
     file.write_text("first\n")
     tail = subprocess.Popen(["tail", "-f", "-s", "0.1", file], stdout=subprocess.PIPE)
@@ -780,6 +797,8 @@ def test_tail_follows_what_is_appended(
         assert line() == b"second\n"
         witness.write(node(place, file), b"first\nsecond\nthird")
         assert line() == b"third\n"
+        other_mount.bash(f"echo fourth >> {file.relative_to(mount.path)}")
+        assert line() == b"fourth\n"
     finally:
         tail.kill()
         tail.wait()

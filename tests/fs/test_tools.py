@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fs.test_values import node
-from tests.support.mounting import Mount, Place
+from tests.support.mounting import Mount, Place, mounted
 from tests.support.xenstored.harness import XsClient
 
 Tree = dict[str, tuple[bytes, list[str]]]
@@ -105,6 +106,26 @@ def test_mv_to_another_file_system_and_back(
     assert not os.listdir(box)
     mount.bash(f"mv {tmp_path}/away {box}/src")
     assert values(copied(place, box, witness, "src")) == values(sample)
+
+
+@pytest.fixture(scope="module")
+def other_mount(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    with mounted([place.socket], tmp_path_factory.mktemp("other") / "m") as mount:
+        yield mount
+
+
+def test_between_two_mounts(
+    place: Place, mount: Mount, other_mount: Mount, box: Path, witness: XsClient, sample: Tree
+) -> None:
+    there = other_mount.path / box.relative_to(mount.path)
+    mount.bash(f"cp -a {box}/src {there}/copy")
+    assert copied(place, box, witness, "copy") == sample
+    mount.bash(f"mv {box}/src {there}/moved")
+    assert copied(place, box, witness, "moved") == sample
+    assert sorted(os.listdir(box)) == ["copy", "moved"]
+    mount.bash(f"mv {there}/moved/text {box}/text; mv {there}/moved {box}/src")
+    assert copied(place, box, witness, "text")[""] == sample.pop("/text")
+    assert copied(place, box, witness, "src") == sample
 
 
 def test_sed_in_place(place: Place, mount: Mount, box: Path, witness: XsClient) -> None:

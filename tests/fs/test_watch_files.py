@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import resource
 import select
 import selectors
@@ -21,15 +22,15 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from pyfuse3 import FUSEError
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.fs.test_values import fails, node
 from tests.support.mounting import LIMIT, Mount, Place, mounted
-from tests.support.operating import RDONLY, World, ctx, in_world
+from tests.support.operating import RDONLY, World, ctx, in_world, refused, world
 from tests.support.programs import Lines, Program, needs_poll, program
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsError
-from xsfs.fs import watch_files
-from xsfs.fs.waiting_readers import CENSUS
+from xsfs.fs import waiting_readers, watch_files
+from xsfs.fs.waiting_readers import CENSUS, Outcome
 from xsfs.fs.watch_files import READERS_MAX, WATCHES_MAX, line_of, path_of
 from xsfs.xenstore.watches import EVENTS_MAX
 
@@ -860,6 +861,41 @@ def test_a_path_that_is_refused_is_an_errno() -> None:
     with pytest.raises(FUSEError) as caught:
         path_of(b"a b", b"/local")
     assert caught.value.errno == errno.EINVAL
+
+
+def test_a_signal_acts_within_half_a_second() -> None:
+    clock = MockClock()
+
+    async def test() -> None:
+        async with world() as w:
+            file = await w.lookup(b"data", b".watch")
+            info = await w.operations.open(file.st_ino, RDONLY, ctx())
+            assert await w.operations.read(info.fh, 0, 100) == b".\n"
+            ended = trio.Event()
+
+            async def read() -> None:
+                await refused(errno.EINTR, w.operations.read(info.fh, 0, 100))
+                ended.set()
+
+            outcome = Outcome.WAITS
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(random, "uniform", lambda least, most: most)
+                patch.setattr(CENSUS, "possible", True)
+                patch.setattr(waiting_readers, "look", lambda thread, writable: outcome)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(read)
+                    for _ in range(5):
+                        await wait_all_tasks_blocked()
+                        clock.jump(0.5)
+                    await wait_all_tasks_blocked()
+                    assert not ended.is_set()
+                    outcome = Outcome.INTERRUPTED
+                    clock.jump(0.5)
+                    await wait_all_tasks_blocked()
+                    assert ended.is_set()
+            await w.operations.release(info.fh)
+
+    trio.run(test, clock=clock)
 
 
 @in_world
