@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import shutil
@@ -369,6 +370,10 @@ NEWER = (
     "sort",
     "od",
     "tee",
+    "dd",
+    "unexpand",
+    "wc",
+    "base64",
 )
 
 
@@ -405,6 +410,7 @@ def test_the_newest_coreutils(place: Place, box: Path, witness: XsClient, sid: P
                 assert failing(readers, lambda r: until(lambda: r.state == "T", SOON)) == []
         assert all_wait(readers)
         all_read_on(place, witness, readers)
-        for reader in readers:
-            reader.process.terminate()
+        numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT, signal.SIGKILL))
+        for reader, number in zip(readers, numbers, strict=False):
+            reader.process.send_signal(number)
         assert failing(readers, lambda r: until(lambda: r.process.poll() is not None, SOON)) == []
