@@ -43,7 +43,7 @@ class ReceiveLock:
 
     async def __aexit__(self, *raised: object) -> None:
         self._is_taken = False
-        if self._waiting and not self._has_woken:
+        if not self._has_woken and self._waiting:
             self._waiting.unpark()
             self._has_woken = True
 

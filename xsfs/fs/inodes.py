@@ -277,13 +277,14 @@ class InodeTable:
         if node.lookups <= 0 and inode != pyfuse3.ROOT_INODE:
             del self._nodes[inode]
             node.lookups = FORGOTTEN
-            self._unmove(node)
+            if self._moved:
+                self._unmove(node)
             if node.view is not self.root_view:
                 self._inside[node.view].discard(inode)
 
     def _unmove(self, node: Node) -> None:
         """The node leaves its position."""
-        if self._moved and node.parent is not None:
+        if node.parent is not None:
             position = type(node), node.parent, node.name
             if self._moved.get(position) is node:
                 del self._moved[position]

@@ -6,12 +6,12 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, FUSEError
+from pyfuse3 import EntryAttributes, FUSEError, InodeT
 
 from xsfs.fs.nodes import Caller, Handle, Node, refuse
 from xsfs.fs.quotas import Share
 from xsfs.view.names import VALUE_NAME
-from xsfs.view.view import EMPTY_NODE, FETCH_WINDOW, NodeState
+from xsfs.view.view import EMPTY_NODE, FETCH_WINDOW, LEAF, NodeState
 
 if TYPE_CHECKING:
     from xsfs.fs.directories import Directory
@@ -92,39 +92,49 @@ class DirectoryHandle(Handle):
     async def _reply(self, start: int, token: pyfuse3.ReaddirToken, told: list[Node]) -> None:
         """Put entries into the reply until it is full, and their nodes into `told`."""
         directory, table = self.node, self.node.table
+        of_self = directory.entry(0) if start < len(SELF_AND_PARENT) else None
+        of_leaf: EntryAttributes | None = None
         for position in range(start, len(self._entries)):
             name = self._entries[position]
-            if position < len(SELF_AND_PARENT):
-                if not pyfuse3.readdir_reply(token, name, directory.entry(0), position + 1):
+            if of_self is not None and position < len(SELF_AND_PARENT):
+                if not pyfuse3.readdir_reply(token, name, of_self, position + 1):
                     return
                 continue
-            found = await self._node_and_entry(position)
-            if found is None:
-                continue  # it has vanished meanwhile
-            node, entry = found
+            if name in self._own or name in self._scratch:
+                found = await self._node_and_entry(name)
+                if found is None:
+                    continue  # it has vanished meanwhile
+                node, entry = found
+            else:
+                if name not in self._kinds:
+                    await self._fetch_kinds(position)
+                if (state := self._kinds[name]) is None:
+                    continue
+                child = directory.child(name, state)
+                if state is not LEAF:
+                    entry = child.attributes(state)
+                elif of_leaf is None:
+                    entry = of_leaf = child.attributes(LEAF)
+                else:  # most children, which differ in their inodes
+                    entry = of_leaf
+                    entry.st_ino = InodeT(child.inode)
+                node = child
             if not pyfuse3.readdir_reply(token, table.file_name(name), entry, position + 1):
                 return
             table.remember(node)
             told.append(node)
 
-    async def _node_and_entry(self, position: int) -> tuple[Node, EntryAttributes] | None:
-        directory, name = self.node, self._entries[position]
+    async def _node_and_entry(self, name: bytes) -> tuple[Node, EntryAttributes] | None:
+        """One of xsfs's own names, or a scratch file; None if it has vanished."""
+        directory = self.node
         if (kind := self._own.get(name)) is not None:
             try:
                 return await directory.own_entry(kind, name)
             except FUSEError:
                 return None
-        if name in self._scratch:
-            if (found := directory.scratch_file(name)) is None:
-                return None
-            return found[0], found[0].attributes_in_memory()
-        if name not in self._kinds:
-            await self._fetch_kinds(position)
-        state = self._kinds[name]
-        if state is None:
+        if (found := directory.scratch_file(name)) is None:
             return None
-        child = directory.child(name, state)
-        return child, child.attributes(state)
+        return found[0], found[0].attributes_in_memory()
 
     async def _fetch_kinds(self, position: int) -> None:
         """Fetch the kinds of the entries from `position` on.  Those of the entries before are dropped."""

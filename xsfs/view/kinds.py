@@ -98,7 +98,7 @@ class StickyDirectories:
 
     def add(self, path: bytes, *, with_value: bool = False) -> None:
         """The node is a directory; `with_value` if its `.value` was created."""
-        self._set(path, with_value or self.has_value(path))
+        self._set(path, with_value or bool(self._get(path)))
 
     def discard(self, path: bytes) -> None:
         """The node was removed, or renamed, through the mount."""

@@ -285,7 +285,7 @@ class View:
             self.hints.was_listed(path, listing)
         else:
             listing = b"".join(b"%s\0" % name for name in await self.commands.list(path))
-        names = shown_names(path, listing)
+        names = hinted if listing == hint else shown_names(path, listing)
         if len(names) < listing.count(b"\0"):
             _log_hidden(path, protocol.decode_names(listing))
         kinds = await self._understand_kinds(path, hinted, replies[len(own) :]) if hinted else {}

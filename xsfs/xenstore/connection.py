@@ -422,8 +422,8 @@ class Connection:
                 if not batch.missing and batch.deadline:
                     del self._waiting[batch]
                     batch.wake(outcome.Value(batch.replies))
-            if self._room:
-                self._room.unpark()
+                    if self._room:
+                        self._room.unpark()
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)
             self.close(f"Xenstore broke the protocol: {error}")

@@ -135,16 +135,20 @@ class Parser:
         """How many bytes are missing until a header or a message is whole; negative if there are more."""
 
     def feed(self, data: bytes) -> None:
-        self._more += data
         self._missing -= len(data)
+        if self.partial:
+            self._more += data
+        else:
+            self._buffer, self._start = data, 0
 
     def messages(self) -> Iterator[Message]:
         """The whole messages that have come.  After the next `feed`, iterate again."""
         if self._missing > 0:
             return
-        buffer = self._buffer = self._buffer[self._start :] + self._more
-        start = self._start = 0
-        self._more.clear()
+        if self._more:
+            self._buffer, self._start = self._buffer[self._start :] + self._more, 0
+            self._more.clear()
+        buffer, start = self._buffer, self._start
         size = len(buffer)
         self._missing = 0
         unpack, payload_max = HEADER.unpack_from, self._payload_max
@@ -211,12 +215,17 @@ def value_max(path: bytes, payload_max: int = PAYLOAD_MAX) -> int:
 # ------------------------------------------------------------------------------------- requests
 
 
+# Most requests are these two, and to find a member of an enum takes 0.2 microseconds.
+_READ: Final = Op.READ
+_DIRECTORY: Final = Op.DIRECTORY
+
+
 def read(path: bytes) -> Request:
-    return Request(Op.READ, path + b"\0")
+    return Request(_READ, path + b"\0")
 
 
 def directory(path: bytes) -> Request:
-    return Request(Op.DIRECTORY, path + b"\0")
+    return Request(_DIRECTORY, path + b"\0")
 
 
 def directory_part(path: bytes, offset: int) -> Request:

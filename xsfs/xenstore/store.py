@@ -252,9 +252,10 @@ class Store(Commands):
         if self.breaker.error is not None:
             await self.breaker.check()
         self.requests += len(requests)
+        answers, start = self.breaker.answers, trio.current_time()
+        deadline = start + self.timeout
         failure: ConnectionLost | RequestTimeout | None = None
-        with Observation(self.breaker) as observation:
-            deadline = observation.start + self.timeout
+        try:
             while True:
                 connection = link.current
                 if connection is None or not connection.alive:
@@ -265,15 +266,19 @@ class Store(Commands):
                         raise failure if isinstance(failure, RequestTimeout) else error from None
                 try:
                     replies = await connection.pipeline(requests, 0, deadline)
+                    break
                 except (ConnectionLost, RequestTimeout) as error:
                     is_late = connection.alive or trio.current_time() >= deadline
                     if is_late or not (error.unsent or all(r.repeatable for r in requests)):
                         raise
                     failure = error
-                    continue
-                if self.is_far and requests:
-                    self.is_far = trio.current_time() - observation.start >= FAR_SECONDS
-                return replies
+        except (ConnectionLost, RequestTimeout) as error:
+            self.breaker.failed(error, answers, start)
+            raise
+        self.breaker.answered()
+        if self.is_far and requests:
+            self.is_far = trio.current_time() - start >= FAR_SECONDS
+        return replies
 
     async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
         """As in Commands.  A node that never stops changing is listed in a transaction, in which it
