@@ -238,8 +238,11 @@ class Run:
 
     @staticmethod
     def receive_reply(client: XsClient) -> tuple[int, int, int, bytes]:
-        while (message := client.receive())[0] == Op.WATCH_EVENT:
+        while (message := client.receive())[0] == Op.WATCH_EVENT or not message[1]:
             assert message[1:3] == (0, 0)
+            if message[0] == Op.ERROR:
+                client.events.append((message[3].rstrip(b"\0").decode(), ""))
+                continue
             path, token, rest = message[3].split(b"\0")
             assert rest == b""
             client.events.append((path.decode(), token.decode()))
