@@ -25,6 +25,15 @@ NEEDED = {
     "fusermount3": "fuse3",
     "getfattr": "attr",
     "gcc": "gcc",
+    "inotifywait": "inotify-tools",
+    "xenstore-ls": "xenstore-utils",
+    "nsenter": "util-linux",
+    "mount": "mount",
+    "ssh": "openssh-client",
+    "/usr/sbin/sshd": "openssh-server",
+}
+
+PROGRAMS = {
     "rsync": "rsync",
     "gawk": "gawk",
     "mawk": "mawk",
@@ -32,10 +41,6 @@ NEEDED = {
     "lua5.4": "lua5.4",
     "busybox": "busybox",
     "xxd": "xxd",
-    "inotifywait": "inotify-tools",
-    "xenstore-ls": "xenstore-utils",
-    "nsenter": "util-linux",
-    "mount": "mount",
     "man": "man-db",
     "mandoc": "mandoc",
     "zsh": "zsh",
@@ -63,21 +68,26 @@ NEEDED = {
     "debootstrap": "debootstrap",
     "lintian": "lintian",
     "pipx": "pipx",
-    "ssh": "openssh-client",
-    "/usr/sbin/sshd": "openssh-server",
     "rpmbuild": "rpm",
     "rpmlint": "rpmlint",
 }
+"""What else is run in a mount, and what builds packages and machines."""
+
+WITHOUT_PROGRAMS = ("xenstore", "embedded", "view", "mirror")
+"""The rooms whose tests need none of PROGRAMS.  test.sh knows them, too."""
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     # A child made by vfork(2) holds this process up until it has changed its directory.  If that leads into
     # a mount of a guest, whose ring a thread of this process serves, both would wait.
     vars(subprocess)["_USE_VFORK"] = False
     faulthandler.enable()
     # A command that a script starts by `&` ignores it, and the processes of the tests would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for program, package in NEEDED.items():
+    named = [Path(argument.partition("::")[0]).resolve() for argument in session.config.args]
+    rooms = [Path(__file__).parent / room for room in WITHOUT_PROGRAMS]
+    is_few = all(any(path.is_relative_to(room) for room in rooms) for path in named)
+    for program, package in (NEEDED if is_few else NEEDED | PROGRAMS).items():
         if shutil.which(program) is None:
             pytest.exit(f"{program} is missing: apt-get install {package}", returncode=3)
 

@@ -10,7 +10,7 @@ import pytest
 from tests.support.mirroring import Live, await_true, live_at
 from tests.support.mounting import Place, each_place
 from tests.support.xenstored.harness import XsClient, strings
-from xsfs.mirror.mirror import RELEASE
+from xsfs.mirror.mirror import BATCH, RELEASE
 
 ROOT = "/test"
 
@@ -46,19 +46,22 @@ def without_end(alive: Live, event: Callable[[], object]) -> Iterator[None]:
     alive.settle()
 
 
-def changes(alive: Live, path: bytes) -> Callable[[], object]:
-    return lambda: alive.mirror._changes.put(path)
+def changes(alive: Live, *paths: bytes) -> Callable[[], object]:
+    return lambda: [alive.mirror._changes.put(path) for path in paths]
 
 
 def domain_ends(alive: Live) -> None:
     alive.mirror._domain_ends.put(RELEASE)
 
 
+@pytest.mark.parametrize("many", [1, 2 * BATCH])
 def test_one_who_writes_without_end_does_not_keep_new_directories_out(
-    alive: Live, store: XsClient
+    alive: Live, store: XsClient, many: int
 ) -> None:
-    store.write("/test/counter", "v")
-    with without_end(alive, changes(alive, b"/test/counter")):
+    """Not even if more events come than one pipeline has room for."""
+    store.pipeline(("WRITE", strings(f"/test/counter/{n}") + b"v") for n in range(many))
+    paths = [b"/test/counter/%d" % n for n in range(many)]
+    with without_end(alive, changes(alive, *paths)):
         for number in range(5):
             store.write(f"/test/new/{number}/a/b", "v")
             await_true(alive.path(f"new/{number}/a/b").exists)

@@ -22,7 +22,7 @@ NAMES = st.sampled_from(
 
 
 IN: Mapping[bytes, str] = {
-    b"/": "libxl local tool vm",
+    b"/": "guest_agent_features libxl local mh tool vm vss xapi",
     b"/libxl": "0 12",
     b"/libxl/5": "device remus",
     b"/local": "domain pool",
@@ -31,14 +31,18 @@ IN: Mapping[bytes, str] = {
     b"/tool": "xenstored",
     b"/vm": "a-B_c 0",
     b"/vm/x": "device image rtc",
-    HOME: "attr backend bios-strings console control cpu data device device-model drivers error "
-    "feature hvmloader image libxl memory platform serial store",
+    HOME: "attr backend bios-strings console control cpu data device device-misc device-model "
+    "drivers error feature hvmloader image libxl memory messages platform rrd serial store vm-data "
+    "xenserver",
     HOME + b"/attr": "PVAddons backend device hotplug vbd vif",
     HOME + b"/backend": "vbd 9pfs a_2",
     HOME + b"/backend/vbd": "0 12",
     HOME + b"/backend/vbd/7": "51712",
     HOME + b"/cpu": "0 12",
-    HOME + b"/device": "console pvcalls suspend vbd vfb vif vkbd vscsi vusb",
+    HOME + b"/data": "vchan",
+    HOME + b"/device": "console pvcalls suspend vbd vfb vif vkbd vscsi vusb 9pfs",
+    HOME + b"/device-misc": "vif vbd",
+    HOME + b"/device-misc/vif": "0 12",
     HOME + b"/device-model": "0 12",
     HOME + b"/device-model/7": "backends",
     HOME + b"/device/vif": "0 12",
@@ -50,7 +54,7 @@ IN: Mapping[bytes, str] = {
     HOME + b"/error/device/vkbd": "0 12",
     HOME + b"/feature": "PVAddons backend device hotplug vbd vif",
 }
-"""The nodes of libxl and xenstore-paths.pandoc that are created empty, by their parents."""
+"""The nodes of xenstore-paths.pandoc, libxl, XAPI and Qubes that are created empty, by their parents."""
 
 OTHERS = b"x a-b 5x 5a x5 A name suspend".split()
 
@@ -64,7 +68,7 @@ def test_what_is_a_container(above: bytes) -> None:
 @pytest.mark.parametrize("above", [above for above in IN if above != b"/vm"])
 def test_what_is_none(above: bytes) -> None:
     own = IN[above].encode().split()
-    types = above.endswith(b"/backend")
+    types = above.endswith((b"/backend", b"/device", b"/device-misc"))
     for name in OTHERS:
         if name not in own and not (types and re.fullmatch(rb"[a-z0-9]+", name)):
             assert not is_container(join(above, name)), name

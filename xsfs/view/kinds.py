@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Final
 
 _ABOUT: Final = "vif|vbd|hotplug|PVAddons|device|backend"
-_DEVICE: Final = "console|pvcalls|vbd|vfb|vif|vkbd|vscsi|vusb"
 
 _CONTAINERS: Final = (
     "/",
@@ -24,12 +23,13 @@ _CONTAINERS: Final = (
     "/local(/pool(/N)?)?",
     "/local/domain(/N)?",
     "/local/domain/N/(bios-strings|console|control|data|drivers|hvmloader|image|libxl)",
-    "/local/domain/N/(memory|platform|serial|store|device/suspend)",
+    "/local/domain/N/(memory|messages|platform|rrd|serial|store|vm-data|xenserver|data/vchan)",
     f"/local/domain/N/(attr|error|feature)(/({_ABOUT}))?",
     "/local/domain/N/(error/)?backend(/[a-z0-9_]+(/N(/N)?)?)?",
-    f"/local/domain/N/(error/)?device(/({_DEVICE})(/N)?)?",
+    "/local/domain/N/(device|device-misc|error/device)(/[a-z0-9_]+(/N)?)?",
     "/local/domain/N/cpu(/N)?",
     "/local/domain/N/device-model(/N(/backends)?)?",
+    "/(guest_agent_features|mh|vss|xapi)",
     "/tool(/xenstored)?",
     "/vm(/[^/]+(/(image|rtc|device))?)?",
 )
