@@ -46,7 +46,6 @@ from xsfs.xenstore.protocol import Request
 from xsfs.xenstore.reconnect import (
     CircuitBreaker,
     Connect,
-    Observation,
     ReconnectingConnection,
     open_transport_by,
 )
@@ -125,7 +124,7 @@ class Transaction(Commands):
         if deadline is None:
             deadline = trio.current_time() + self._timeout
         try:
-            with Observation(self._breaker):
+            with self._breaker.observe():
                 return await self.connection.pipeline(requests, self._tx_id, deadline)
         except ConnectionLost as error:
             self._tx_id = None
@@ -228,8 +227,8 @@ class Store(Commands):
             await self.breaker.check()
         self.requests += len(requests)
         failure: ConnectionLost | RequestTimeout | None = None
-        with Observation(self.breaker) as observation:
-            deadline = observation.start + self.timeout
+        with self.breaker.observe() as start:
+            deadline = start + self.timeout
             while True:
                 connection = self._main.current
                 if connection is None or not connection.alive:
@@ -247,7 +246,7 @@ class Store(Commands):
                     failure = error
                     continue
                 if self.is_far and requests:
-                    self.is_far = trio.current_time() - observation.start >= FAR_SECONDS
+                    self.is_far = trio.current_time() - start >= FAR_SECONDS
                 return replies
 
     async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
@@ -287,7 +286,7 @@ class Store(Commands):
         """Start a transaction with a connection of its own.  The caller must `abandon` it later."""
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with Observation(self.breaker):
+        with self.breaker.observe():
             connection = await self._open(deadline)
             try:
                 tx_id = await self._start(connection, deadline)
@@ -344,7 +343,7 @@ class Store(Commands):
         """
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with Observation(self.breaker):
+        with self.breaker.observe():
             async with self._one_of_few(deadline):
                 in_doubt = 0
                 while True:
