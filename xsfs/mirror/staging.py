@@ -568,8 +568,11 @@ class MirrorDirectory:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             directory, name = self._place(path)
-            with open(os.open(name, flags, dir_fd=directory), "rb", buffering=0) as file:
-                return file.read(CONTENT_MAX) or b"", self._attribute(file.fileno())
+            fd = os.open(name, flags, dir_fd=directory)
+            try:
+                return os.read(fd, CONTENT_MAX), self._attribute(fd)
+            finally:
+                os.close(fd)
         except OSError:
             return None
 
