@@ -150,6 +150,19 @@ def test_a_directory_that_was_taken_away_is_none(shm: Path) -> None:
     assert (shm / "away" / "f").read_bytes() == b"w"
 
 
+def test_a_directory_in_the_place_of_a_file_is_not_read(shm: Path) -> None:
+    """The files' owner can make it, and xsfs may read it again and again."""
+    with opened(shm / "mirror") as files:
+        files.begin()
+        carry_out(files.publish())
+        (shm / "mirror" / "d").mkdir()
+        os.mkfifo(shm / "mirror" / "p")
+        before = os.listdir("/proc/self/fd")
+        assert files.read(b"d") is None
+        assert files.read(b"p") == (b"", b"")
+        assert os.listdir("/proc/self/fd") == before
+
+
 # ---------------------------------------------------------------------------------- trusted places
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -66,10 +65,6 @@ TASKS_IDLE: Final = 64
 """How many of pyfuse3's tasks stay when there is nothing to do.  Each allocates a MiB when it starts
 and frees it when it ends.  With pyfuse3's default they come and go whenever two requests coincide."""
 
-GC_THRESHOLD: Final = 20_000
-"""How many more objects must exist before the collector looks for cycles.  One pipeline of requests
-makes thousands of objects that are freed with it, without the collector."""
-
 C_XENSTORED: Final = "C xenstored"
 OXENSTORED: Final = "oxenstored"
 
@@ -112,9 +107,6 @@ def _run(options: Options, background: Background | None) -> None:
 
 async def _serve(options: Options, background: Background | None) -> bool:
     """Returns whether the tree was ever usable."""
-    # The objects that exist by now stay: the collector need not look at them again.
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD)
     was_ready = False
     source = _source(options)
     with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals, trio.CancelScope() as scope:

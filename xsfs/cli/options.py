@@ -118,10 +118,10 @@ class Options:
 class Option(NamedTuple):
     """One name of `-o`."""
 
-    parse: Callable[[str], Any] | None
-    """Makes the value of its text; ValueError says what it must be.  None: a flag without value."""
-    placeholder: str
     help: str
+    parse: Callable[[str], Any] | None = None
+    """Makes the value of its text; ValueError says what it must be.  None: a flag without value."""
+    placeholder: str = ""
     details: str = ""
     """Whole sentences that the manual has after `help`."""
     without_value: str | None = None
@@ -178,56 +178,50 @@ def _domid(text: str) -> int:
 
 OPTIONS: Final[dict[str, Option]] = {
     "root": Option(
+        "mount the tree below PATH (default: the domain's home)",
         _root,
         "PATH",
-        "mount the tree below PATH (default: the domain's home)",
         "PATH must begin with /. Its node need not exist.",
     ),
-    "raw": Option(None, "", "exact values: do not add or strip a newline"),
+    "raw": Option("exact values: do not add or strip a newline"),
     "ro": Option(
-        None,
-        "",
         "mount read-only",
-        "Every change fails with EROFS. If both ro and rw are given, the last one counts.",
+        details="Every change fails with EROFS. If both ro and rw are given, the last one counts.",
     ),
     "visible": Option(
-        None,
-        "",
         "list .root, .stats and the like in the root of the mount",
-        "Then ls -a and completion by the Tab key find them. .watch is never listed.",
+        details="Then ls -a and completion by the Tab key find them. .watch is never listed.",
     ),
     "allow_other": Option(
-        None,
-        "",
         "allow other users access, subject to file modes",
-        "Without it only the user who mounted has access, and not even root. Use it together with "
-        "umask, uid or gid: anyone who may read a file reads it with the rights of xsfs. If you are "
+        details="Without it only the user who mounted has access, and not even root. Use it together "
+        "with umask, uid or gid: anyone who may read a file reads it with the rights of xsfs. If you are "
         "not root, it requires user_allow_other in /etc/fuse.conf.",
     ),
-    "uid": Option(_user, "USER", "owner of all files (default: the user who mounts)"),
-    "gid": Option(_group, "GROUP", "group of all files (default: that user's group)"),
+    "uid": Option("owner of all files (default: the user who mounts)", _user, "USER"),
+    "gid": Option("group of all files (default: that user's group)", _group, "GROUP"),
     "umask": Option(
+        "permission bits to remove from all files (default: 077)",
         _octal,
         "OCTAL",
-        "permission bits to remove from all files (default: 077)",
         "The store contains secrets, such as VNC passwords.",
     ),
     "timeout": Option(
+        f"time limit of one request to Xenstore (default: {DEFAULT_TIMEOUT:g})",
         _seconds,
         "SECONDS",
-        f"time limit of one request to Xenstore (default: {DEFAULT_TIMEOUT:g})",
         "After that the operation fails with ETIMEDOUT. A change that conflicts with other changes is "
         "retried for the same time, and then fails with EAGAIN.",
     ),
     "tx_timeout": Option(
+        f"roll back a transaction idle for SECONDS (default: {DEFAULT_TX_TIMEOUT:g})",
         _seconds,
         "SECONDS",
-        f"roll back a transaction idle for SECONDS (default: {DEFAULT_TX_TIMEOUT:g})",
     ),
     "mirror": Option(
+        "keep a live copy in DIR (default: in /run/xsfs)",
         os.path.abspath,
         "DIR",
-        "keep a live copy in DIR (default: in /run/xsfs)",
         "The copy consists of plain files. Changes arrive within milliseconds. The symbolic link "
         ".mirror in the mount leads to the copy; it is missing while the copy is not current. Reading "
         "the copy makes no requests. DIR must be empty or missing, and its parent directory must be on "
@@ -235,18 +229,18 @@ OPTIONS: Final[dict[str, Option]] = {
         without_value="",
     ),
     "listen": Option(
+        "embedded store only: also accept Xenstore clients on SOCKET",
         os.path.abspath,
         "SOCKET",
-        "embedded store only: also accept Xenstore clients on SOCKET",
         "Set XENSTORED_PATH=SOCKET to connect xenstore-ls and other programs to it.",
     ),
     "ssh_command": Option(
+        f"other hosts only: how to run ssh (default: {DEFAULT_SSH})",
         parse_command,
         "CMD",
-        f"other hosts only: how to run ssh (default: {DEFAULT_SSH})",
         "CMD is ssh and options for it, quoted as for a shell.",
     ),
-    "domid": Option(_domid, "N", "embedded store only: mount as domain N (default: 0)"),
+    "domid": Option("embedded store only: mount as domain N (default: 0)", _domid, "N"),
 }
 
 IGNORED: Final = frozenset(

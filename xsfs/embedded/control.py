@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import resource
-from collections.abc import Collection
-from typing import Final, NamedTuple
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Final
 
 from xsfs.embedded.client_connection import ClientConnection, transactions_of, watches_of
 from xsfs.embedded.database import Database
@@ -36,22 +37,11 @@ _QUOTAS: Final = {
 """xenstored's names and descriptions.  For each name `Quotas` has an attribute."""
 
 
-class MemoryReport(NamedTuple):
-    """A text to append to the file `path`."""
+Report = Callable[[], None]
+"""Writes a report to a file, which may block for any time; OSError if it fails."""
 
-    path: bytes
-    text: str
-
-    def write(self) -> None:
-        """Append the text, which may block for any time; OSError if it fails."""
-        # Without O_NONBLOCK, opening a FIFO waits for a reader.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        with open(os.open(self.path, flags, 0o600), "w") as file:
-            file.write(self.text)
-
-
-Result = bytes | MemoryReport | None
-"""The payload of the reply, None for OK; or a report, and the reply is OK once the caller has written it."""
+Result = bytes | Report | None
+"""The payload of the reply, None for OK; or a report, and the reply is OK once it is written."""
 
 
 def run(
@@ -77,7 +67,7 @@ def run(
                 log.info("memreport: %s", line)
         case [b"memreport", path]:
             lines = _memory(database, connections)
-            return MemoryReport(path, "".join(line + "\n" for line in lines))
+            return partial(_append, path, "".join(line + "\n" for line in lines))
         case _:
             raise Refused("EINVAL")
     return None
@@ -110,6 +100,13 @@ def _usage(database: Database, connections: Collection[ClientConnection], domid:
         f"watches         : {watches_of(connections, domid):>8}\n"
         f"transactions    : {transactions_of(connections, domid):>8}\n\0"
     ).encode()
+
+
+def _append(path: bytes, text: str) -> None:
+    # Without O_NONBLOCK, opening a FIFO waits for a reader.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o600), "w") as file:
+        file.write(text)
 
 
 def _memory(database: Database, connections: Collection[ClientConnection]) -> list[str]:

@@ -7,7 +7,7 @@ in the order of their creation, because xenstored lists them in that order.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 ROOT: Final = b"/"
@@ -158,9 +158,6 @@ class Record:
 
     `generation` is the number of the node's last change.  The database sets it.
 
-    A transaction keeps copies of records.  A copy shares `children` with the original until one of
-    the two changes them, so copying takes no longer for many children than for few.
-
     `children` has the names as its values.  The key is the name, too, unless the record lists the
     name twice.  As in xenstored, that happens in a transaction when another client has removed a
     child and the transaction creates it.  (Such a transaction cannot succeed.)
@@ -171,42 +168,30 @@ class Record:
     generation: int = 0
     children: dict[bytes, bytes] = field(default_factory=dict)
     child_bytes: int = 0
-    _shared: bool = False
     _listing: bytes | None = b""
 
     def copy(self) -> Record:
-        self._shared = True
-        listed = self.children, self.child_bytes, self._shared, self._listing
-        return Record(self.value, self.perms, self.generation, *listed)
+        return replace(self, children=self.children.copy())
 
     def add_child(self, name: bytes) -> None:
-        self._own_children()
-        self._append(name)
-        self.child_bytes += len(name) + 1
-
-    def _append(self, name: bytes) -> None:
         key = name
         while key in self.children:
             key += b"\0"
         self.children[key] = name
+        self.child_bytes += len(name) + 1
+        self._listing = None
 
     def remove_child(self, name: bytes) -> None:
-        self._own_children()
         if name + b"\0" in self.children:
             names = list(self.children.values())
             names.remove(name)
-            self.children = {}
+            self.children, self.child_bytes = {}, 0
             for kept in names:
-                self._append(kept)
+                self.add_child(kept)
         else:
             del self.children[name]
-        self.child_bytes -= len(name) + 1
-
-    def _own_children(self) -> None:
+            self.child_bytes -= len(name) + 1
         self._listing = None
-        if self._shared:
-            self.children = dict(self.children)
-            self._shared = False
 
     @property
     def listing(self) -> bytes:

@@ -19,7 +19,7 @@ from xsfs.embedded.client_connection import (
     transactions_of,
     watches_of,
 )
-from xsfs.embedded.control import OK, MemoryReport, Result
+from xsfs.embedded.control import OK, Report, Result
 from xsfs.embedded.database import Database
 from xsfs.embedded.domains import DOM0, DOMID_LIMIT, Change, Domain
 from xsfs.embedded.record import (
@@ -46,6 +46,7 @@ class _Request(NamedTuple):
     """
 
     client: ClientConnection
+    tx_id: int
     payload: bytes
     tx: DatabaseTransaction | None
 
@@ -87,7 +88,7 @@ class Requests:
         self._watches = WatchTable()
         self.database = Database(self._fire_watches)
 
-    def serve(self, connection: ClientConnection, request: protocol.Message) -> MemoryReport | None:
+    def serve(self, connection: ClientConnection, request: protocol.Message) -> Report | None:
         """Handle one request.
 
         If it returns a report, the caller must write the report and queue the reply.
@@ -95,7 +96,7 @@ class Requests:
         op, req_id, tx_id, payload = request
         try:
             result = self._handle(connection, op, tx_id, payload)
-            if isinstance(result, MemoryReport):
+            if callable(result):
                 return result
             reply = OK if result is None else result
             if len(reply) > protocol.PAYLOAD_MAX:
@@ -125,7 +126,7 @@ class Requests:
             tx = connection.transactions.get(tx_id)
             if tx is None:
                 raise Refused("ENOENT")
-        return handler(self, _Request(connection, payload, tx))
+        return handler(self, _Request(connection, tx_id, payload, tx))
 
     def _fire_watches(self, change: Change) -> None:
         """Queue the event of a change for each watch whose domain may get it."""
@@ -234,20 +235,18 @@ class Requests:
         used = transactions_of(self.connections, client.domid)
         if client.domid != DOM0 and used > self.database.quotas.transactions:
             raise Refused("ENOSPC")
-        started = self.database.start(client.domid)
-        started.number = client.new_transaction_number()
-        client.transactions[started.number] = started
-        return b"%d\0" % started.number
+        number = client.new_transaction_number()
+        client.transactions[number] = self.database.start(client.domid)
+        return b"%d\0" % number
 
     def _transaction_end(self, request: _Request) -> None:
         if request.payload not in (b"T\0", b"F\0"):
             raise Refused("EINVAL")
-        tx = request.tx
-        if tx is None:
+        if request.tx is None:
             raise Refused("ENOENT")
-        del request.client.transactions[tx.number]
+        del request.client.transactions[request.tx_id]
         if request.payload == b"T\0":
-            self.database.commit(tx)
+            self.database.commit(request.tx)
 
     # -- domains
 

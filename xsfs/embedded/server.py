@@ -26,7 +26,7 @@ import trio
 
 from xsfs.embedded.client_connection import ClientConnection
 from xsfs.embedded.contents import create_nodes, dom0_nodes, guest_nodes
-from xsfs.embedded.control import OK, MemoryReport
+from xsfs.embedded.control import OK, Report
 from xsfs.embedded.domains import DOM0
 from xsfs.embedded.requests import Requests
 from xsfs.xenstore import protocol
@@ -187,7 +187,7 @@ class EmbeddedStore:
 
     @staticmethod
     async def _write_report(
-        connection: ClientConnection, request: protocol.Message, report: MemoryReport
+        connection: ClientConnection, request: protocol.Message, report: Report
     ) -> None:
         """Write the report and queue the reply.
 
@@ -196,7 +196,7 @@ class EmbeddedStore:
         op, req_id, tx_id, _ = request
         payload = OK
         try:
-            await run_in_thread(report.write)
+            await run_in_thread(report)
         except OSError as error:
             log.warning("cannot write a memory report: %s", error)
             op, payload = Op.ERROR, b"EINVAL\0"

@@ -20,24 +20,22 @@ MISSING: Final = -1
 """The generation of a node that does not exist."""
 
 
+@dataclass(slots=True, eq=False)
 class AccessedNode:
-    """The copy of one node's record; `record` is None if the node does not exist.
+    """The copy of one node's record, and what the transaction found when it made the copy.
 
-    modified  the commit writes or removes the node
-    fires     the commit sends an event for the node; `exact`: only to watches at its path
-    perms     the permissions that the transaction found.  A domain that they let read the node
-              gets the event.
+    record      None if the node does not exist
+    perms       a domain that these permissions let read the node gets the event
+    modified    the commit writes or removes the node
+    fires       the commit sends an event for the node; `exact`: only to watches at its path
     """
 
-    __slots__ = ("exact", "fires", "generation", "modified", "perms", "record")
-
-    def __init__(self, found: Record | None) -> None:
-        self.record = None if found is None else found.copy()
-        self.generation = MISSING if found is None else found.generation
-        self.perms: Perms | None = None if found is None else found.perms
-        self.modified = False
-        self.fires = False
-        self.exact = False
+    record: Record | None = None
+    generation: int = MISSING
+    perms: Perms | None = None
+    modified: bool = False
+    fires: bool = False
+    exact: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +43,6 @@ class DatabaseTransaction:
     """See the module's docstring.
 
     nodes_max   how many nodes it may access; None: any number
-    number      the tx_id, which the connection chooses
     owned       by how many the commit changes the number of each domain's nodes
     created     it has tried to create a node, so the commit checks the quota `nodes`
     failed      a request could not be undone: the commit fails with ENOMEM
@@ -53,7 +50,6 @@ class DatabaseTransaction:
 
     domid: int
     nodes_max: int | None
-    number: int = 0
     accessed: dict[bytes, AccessedNode] = field(default_factory=dict)
     owned: dict[int, int] = field(default_factory=dict)
     created: bool = False
@@ -64,7 +60,10 @@ class DatabaseTransaction:
         if self.nodes_max is not None and len(self.accessed) >= self.nodes_max:
             self.failed = True
             raise Refused("ENOSPC")
-        accessed = self.accessed[path] = AccessedNode(found)
+        accessed = AccessedNode()
+        if found is not None:
+            accessed = AccessedNode(found.copy(), found.generation, found.perms)
+        self.accessed[path] = accessed
         return accessed.record
 
     def count(self, owner: int, difference: int) -> None:

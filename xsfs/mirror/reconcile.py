@@ -7,6 +7,7 @@ fetched as a consequence go into the work queue (xsfs/mirror/mirror.py).
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections import OrderedDict
@@ -67,8 +68,7 @@ class Reconciler:
 
     def place(self, path: bytes) -> bytes:
         """The path of a node's file, relative to the mirror's directory."""
-        root = self._view.root
-        inside = path[1:] if root == b"/" else path[len(root) + 1 :]
+        inside = path[len(self._view.root) :].lstrip(b"/")
         if _LONG_NAME.search(inside) is None:
             return inside
         return b"/".join(map(file_name, inside.split(b"/")))
@@ -84,15 +84,11 @@ class Reconciler:
         if kind != stat.S_IFDIR:
             return kind == stat.S_IFREG and path in sticky
         has_value = sticky.has_value(path)
-        value = self._files.read(self._in(place, VALUE_NAME))
+        value = self._files.read(os.path.join(place, VALUE_NAME))
         # A `.value` that is not empty is shown whatever is known.
         if (has_value and value is None) or (value is not None and not (value[0] or has_value)):
             return True
         return path != self._view.root and not self._has_children(place)
-
-    @staticmethod
-    def _in(place: bytes, name: bytes) -> bytes:
-        return place + b"/" + name if place else name
 
     def _has_children(self, place: bytes) -> bool:
         with closing(self._files.names(place)) as names:
@@ -134,7 +130,7 @@ class Reconciler:
             with closing(self._files.names(place)) as found:
                 for name in found:
                     yield b""
-                    child = self._in(place, name)
+                    child = os.path.join(place, name)
                     if is_alias(name):
                         self._queue.setdefault(path, False)  # its children follow
                     elif self._files.kind(child) == stat.S_IFDIR:
@@ -165,11 +161,11 @@ class Reconciler:
             self._nodeless.add(path)
         if not self._has_parent(path):
             return
+        if state is not None:
+            yield from self._show(path, state, node, renew=renew)
+            return
         place = self.place(path)
         kind = self._files.kind(place)
-        if state is not None:
-            yield from self._show(path, place, kind, state, node, renew=renew)
-            return
         if kind:
             yield from self._remove(place, kind)
         if kind or renew:
@@ -184,21 +180,14 @@ class Reconciler:
     def _is_directory(self, path: bytes, state: NodeState) -> bool:
         return path == self._view.root or self._view.is_directory(path, state)
 
-    def _show(
-        self,
-        path: bytes,
-        place: bytes,
-        kind: int,
-        state: NodeState,
-        node: FetchedNode,
-        *,
-        renew: bool,
-    ) -> Steps:
+    def _show(self, path: bytes, state: NodeState, node: FetchedNode, *, renew: bool) -> Steps:
+        place = self.place(path)
+        kind = self._files.kind(place)
         is_directory = self._is_directory(path, state)
         if kind not in (0, stat.S_IFDIR if is_directory else stat.S_IFREG):
             yield from self._remove(place, kind)
             kind = 0
-            is_directory = self._is_directory(path, state)  # by what was learned meanwhile
+            is_directory = self._is_directory(path, state)  # the mount may have learned more
         content = self._view.content.render(state.value or b"")
         perms = node.perms.rstrip(b"\0").replace(b"\0", b",") if self._files.has_perms else b""
         is_new = not kind
@@ -211,7 +200,7 @@ class Reconciler:
             self.nodes += 1
         else:
             self._files.set_perms(place, perms)
-        value_place = self._in(place, VALUE_NAME)
+        value_place = os.path.join(place, VALUE_NAME)
         kind = 0 if is_new else self._files.kind(value_place)
         if kind == stat.S_IFDIR:  # the files' owner has made it
             yield from self._files.removing(value_place)
@@ -247,7 +236,7 @@ class Reconciler:
         with closing(self._files.names(place)) as found:
             for number, name in enumerate(found, 1):
                 if name not in shown:
-                    child = self._in(place, name)
+                    child = os.path.join(place, name)
                     yield from self._remove(child, self._files.kind(child))
                 elif number % CHUNK == 0:
                     yield b""

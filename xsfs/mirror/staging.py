@@ -42,10 +42,9 @@ RUN_DIRECTORY: Final = "/run/xsfs"
 PERMS_ATTRIBUTE: Final = "user.xs.perms"
 
 RESERVE: Final = 20
-"""The mirror leaves one part in so many of its file system free, in bytes and in inodes; but at least
-the first and at most the second of these:"""
 RESERVE_BYTES: Final = (1 << 20, 64 << 20)
 RESERVE_INODES: Final = (64, 4096)
+"""The mirror leaves one twentieth of its file system free, within these limits."""
 
 CHECK_EVERY: Final = 16
 """After how many new files and directories xsfs looks how much room is left.  A file takes a page or
@@ -83,7 +82,7 @@ log = logging.getLogger(__name__)
 
 
 class MirrorPlaceError(Exception):
-    """Why there can be no mirror in this directory, with what to do about it."""
+    """There can be no mirror in this directory; the text is the reason."""
 
     def __init__(self, reason: str, hint: str) -> None:
         super().__init__(reason)
@@ -217,7 +216,7 @@ class StagingDirectory:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def remove(self) -> None:
-        """Remove it.  It must be empty but for the lock file."""
+        """Remove it.  It must contain nothing except the lock file."""
         with suppress(FileNotFoundError):
             os.unlink(_LOCK, dir_fd=self.fd)
         with suppress(FileNotFoundError):
@@ -259,7 +258,7 @@ class _OpenDirectories:
             above = above.rpartition(b"/")[0]
         fd = self._open[above] if above else self.top
         for name in path[len(above) :].lstrip(b"/").split(b"/"):
-            above = above + b"/" + name if above else name
+            above = os.path.join(above, name)
             try:
                 fd = os.open(name, _DIRECTORY, dir_fd=fd)
             except (FileNotFoundError, NotADirectoryError) as error:
@@ -353,7 +352,6 @@ class MirrorDirectory:
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
         self._is_root = os.geteuid() == 0
-        self._chown = (ownership.uid, ownership.gid) != (os.geteuid(), os.getegid())
         self._made = 0
         self._unique = os.urandom(8).hex().encode()
         self.has_perms = False
@@ -363,7 +361,7 @@ class MirrorDirectory:
 
     def is_inside(self, directory: str) -> bool:
         above = os.fsencode(os.path.realpath(directory))
-        return self.directory == above or self.directory.startswith(above.rstrip(b"/") + b"/")
+        return os.path.commonpath((above, self.directory)) == above
 
     # ------------------------------------------------------------------------ begin and end
 
@@ -529,9 +527,7 @@ class MirrorDirectory:
 
         renamed     by names that are not used there yet
         """
-        with closing(source.scan(b"")) as entries:
-            names = list(entries)
-        for number, (name, is_directory) in enumerate(names):
+        for number, (name, is_directory) in enumerate(list(source.scan(b""))):
             if is_directory and not self._is_root:
                 source.enter(name, change=True)  # a move changes what `..` is in it
             new_name = b"%s-%d" % (self._unique, number) if renamed else name
@@ -572,8 +568,11 @@ class MirrorDirectory:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             directory, name = self._place(path)
-            with open(os.open(name, flags, dir_fd=directory), "rb", buffering=0) as file:
-                return file.read(CONTENT_MAX) or b"", self._attribute(file.fileno())
+            fd = os.open(name, flags, dir_fd=directory)
+            try:
+                return os.read(fd, CONTENT_MAX), self._attribute(fd)
+            finally:
+                os.close(fd)
         except OSError:
             return None
 
@@ -629,8 +628,7 @@ class MirrorDirectory:
         if perms and self.has_perms:
             self._set_attribute(fd, perms)
         os.fchmod(fd, mode)
-        if self._chown:
-            os.fchown(fd, self.ownership.uid, self.ownership.gid)
+        os.fchown(fd, self.ownership.uid, self.ownership.gid)
 
     def _set_attribute(self, fd: int, perms: bytes) -> bool:
         """Whether the file system can store the permissions: a guest can make them too long."""

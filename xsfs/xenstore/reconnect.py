@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable
-from types import TracebackType
-from typing import Final, Self
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
 
 import trio
 
@@ -102,12 +102,8 @@ class ReconnectingConnection:
         """The last connection; it need not be alive."""
         self._delay = 0.0
         self._opened_at = -BACKOFF_MAX
-        self.opened = 0
-        """How many connections were opened."""
-
-    @property
-    def reconnects(self) -> int:
-        return max(0, self.opened - 1)
+        self.reconnects = 0
+        """How many connections have replaced another one."""
 
     async def get(self, deadline: float) -> Connection:
         """The live connection.  Raises ConnectionLost, StoreUnavailable."""
@@ -132,7 +128,7 @@ class ReconnectingConnection:
         except StoreUnavailable as error:
             log.warning("Xenstore is gone: %s", error)
             raise
-        if self.opened > 1:
+        if self.reconnects:
             log.warning("connected to Xenstore again")
         return connection
 
@@ -141,9 +137,9 @@ class ReconnectingConnection:
         answered is replaced while it is alive."""
         if self.current is not None:
             self.current.close("Xenstore did not answer in time", RequestTimeout)
+            self.reconnects += 1
         connection = Connection(transport, self._timeout, self._on_event, self._home)
         self._nursery.start_soon(connection.run)
-        self.opened += 1
         self.current = connection
         self._opened_at = trio.current_time()
         return connection
@@ -151,36 +147,6 @@ class ReconnectingConnection:
     def close(self, reason: str) -> None:
         if self.current is not None:
             self.current.close(reason)
-
-
-class Observation:
-    """A context manager that tells the circuit breaker the outcome of its block, which asks something.
-
-    start   when the block began, in trio's time
-
-    A class, because a generator takes 2 microseconds more, and each request of the mount is observed.
-    """
-
-    __slots__ = ("_answers", "_breaker", "start")
-
-    def __init__(self, breaker: CircuitBreaker) -> None:
-        self._breaker = breaker
-        self._answers = breaker.answers
-        self.start = trio.current_time()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self._breaker.answered()
-        elif isinstance(error, (RequestTimeout, ConnectionLost)):
-            self._breaker.failed(error, self._answers, self.start)
 
 
 class CircuitBreaker:
@@ -223,6 +189,17 @@ class CircuitBreaker:
             error = type(self.error)(*self.error.args)
             error.during_outage = True
             raise error
+
+    @contextmanager
+    def observe(self) -> Iterator[float]:
+        """Learn the outcome of the block, which sends requests.  Gives the time of its start."""
+        answers, start = self.answers, trio.current_time()
+        try:
+            yield start
+        except (RequestTimeout, ConnectionLost) as error:
+            self.failed(error, answers, start)
+            raise
+        self.answered()
 
     def answered(self) -> None:
         self.answers += 1

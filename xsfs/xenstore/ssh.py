@@ -22,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import logging
 import math
 import os
@@ -525,9 +526,7 @@ def _remove(path: str, lock: int) -> None:
 
 def _remove_stale(above: str) -> None:
     """Remove the directories of xsfs processes that have been killed."""
-    for name in os.listdir(above):
-        if not name.startswith(PREFIX):
-            continue
+    for name in glob.glob(f"{PREFIX}*", root_dir=above):
         path = os.path.join(above, name)
         with suppress(OSError):
             if (lock := _lock(path)) is not None:

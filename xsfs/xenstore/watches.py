@@ -259,8 +259,8 @@ class Watches:
         Never raises a StoreError.  Takes REMOVE_SECONDS at most, even if the caller is cancelled.
         """
         if self._leave(subscription):
-            deadline = trio.current_time() + REMOVE_SECONDS
-            with trio.CancelScope(deadline=deadline, shield=True) as scope:
+            with trio.move_on_after(REMOVE_SECONDS) as scope:
+                scope.shield = True
                 await self._clear()
             if scope.cancelled_caught:
                 self._nursery.start_soon(self._clear)
