@@ -1,6 +1,10 @@
 """The command `xsfs-watch`: prints a line for each change in a mount.
 
 It uses the watch files of the mount, and nothing but the standard library: no pyfuse3, no trio.
+
+Each path has a `Watch`: an open `.watch`.  The main thread polls them all.  A pyfuse3 without poll(2)
+makes the kernel report each of them as readable at all times.  Then one thread for each path reads it
+without O_NONBLOCK, and passes the lines through a pipe that the main thread polls instead.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import select
 import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,10 +38,6 @@ STATUSES: Final = {
 }
 
 READ_SIZE: Final = 65536
-
-POLL_SECONDS: Final = 0.05
-"""How often xsfs-watch reads if pyfuse3 is older than 3.5: then the kernel reports each watch file as
-readable at all times."""
 
 USAGE: Final = "xsfs-watch [-v] [-j] [-s] [-n COUNT] [-t SECONDS] PATH..."
 
@@ -70,15 +71,16 @@ def node_of(path: bytes, otherwise: str) -> bytes:
 
 
 class Watch:
-    """One path that is watched, by an open `.watch`.  Raises WatchError and OSError.
+    """One path that is watched.  Raises WatchError and OSError.
 
     path            as the user wrote it
-    descriptor      what to poll before `read`
+    descriptor      what to poll, and then to `read`
     """
 
     def __init__(self, path: bytes) -> None:
         self.path = path
         self._rest = b""
+        self._error: OSError | None = None
         try:
             directory = stat.S_ISDIR(os.stat(path).st_mode)
         except FileNotFoundError:
@@ -89,9 +91,8 @@ class Watch:
         else:
             parent, name = os.path.split(path)
             parent = parent or b"."
-            if name.startswith((b"-", b"@")):
-                name = b"./" + name  # without `./` it would be a command, or a special event
-            self._own = b"." if name == b".value" else name
+            # A line that begins otherwise would be a command or a special event.
+            self._own = b"." if name == b".value" else _as_line(name)
             self._own_lines = {self._own}
         node_of(os.path.join(parent, b"."), "not in an xsfs mount")
         self.descriptor = self._open(os.path.join(parent, b".watch"))
@@ -101,35 +102,66 @@ class Watch:
         if node not in (None, b".") and os.path.lexists(self.path):
             # The name may be an alias, if the node's own name is too long for a file.
             node = node_of(self.path, "no node of Xenstore")
-        if node is not None:
-            try:
-                descriptor = os.open(file, os.O_RDWR | os.O_NONBLOCK)
-            except OSError as error:
-                if error.errno not in (errno.EROFS, errno.EACCES):
-                    raise
-                # Not permitted to tell the file what to watch: it watches the directory, and its `.`
-                # may stand for all below it.
-                self._own_lines.add(b".")
-            else:
-                os.write(descriptor, node + b"\n")
-                return descriptor
-        return os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-
-    def read(self) -> list[bytes] | None:
-        """The paths that have changed, as they are in the mount.  None if there was nothing to read."""
+        mode = os.O_RDONLY if node is None else os.O_RDWR
         try:
-            data = os.read(self.descriptor, READ_SIZE)
-        except BlockingIOError:
-            return None
+            descriptor = os.open(file, mode | os.O_NONBLOCK)
+        except OSError as error:
+            if mode == os.O_RDONLY or error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            # Not permitted to tell the file what to watch: it watches the directory, and its `.` may
+            # stand for all below it.
+            mode = os.O_RDONLY
+            self._own_lines.add(b".")
+            descriptor = os.open(file, mode | os.O_NONBLOCK)
+        pollable = _pollable(descriptor, mode)
+        if not pollable:
+            os.close(descriptor)
+            descriptor = os.open(file, mode)
+        if node is not None and mode == os.O_RDWR:
+            os.write(descriptor, node + b"\n")
+        return descriptor if pollable else self._read_in_thread(descriptor)
+
+    def _read_in_thread(self, source: int) -> int:
+        """Have all that comes from a descriptor copied into a pipe, whose reading end is returned."""
+        reader, writer = os.pipe()
+
+        def copy() -> None:
+            try:
+                while data := os.read(source, READ_SIZE):
+                    os.write(writer, data)
+            except OSError as error:
+                self._error = error
+            os.close(writer)
+
+        threading.Thread(target=copy, daemon=True).start()
+        return reader
+
+    def read(self) -> Iterator[bytes]:
+        """The paths that have changed, as they are in the mount."""
+        data = os.read(self.descriptor, READ_SIZE)
         if not data:
-            raise WatchError("the mount has ended")
+            raise self._error or WatchError("the mount has ended")
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if self._own is not None:
-            return [self.path for line in lines if line in self._own_lines]
-        return [
-            self.path if line == b"." else os.path.join(self.path, line.removeprefix(b"./"))
-            for line in lines
-        ]
+        for line in lines:
+            if self._own is None:
+                relative = line.removeprefix(b"./")
+                yield self.path if line == b"." else os.path.join(self.path, relative)
+            elif line in self._own_lines:
+                yield self.path
+
+
+def _as_line(name: bytes) -> bytes:
+    """A name as watch files write it."""
+    return b"./" + name if name.startswith((b"-", b"@")) else name
+
+
+def _pollable(descriptor: int, mode: int) -> bool:
+    """Whether poll(2) works.  If not, the kernel says that everything is possible at all times."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN | select.POLLOUT)
+    ready = dict(poll.poll(0)).get(descriptor, 0)
+    # A file for reading only cannot be written; one that watches nothing yet has no lines.
+    return not ready & (select.POLLOUT if mode == os.O_RDONLY else select.POLLIN)
 
 
 # ------------------------------------------------------------------------------------- the output
@@ -235,21 +267,18 @@ def changes(watches: Sequence[Watch], timeout: float | None) -> Iterator[tuple[W
         poll.register(output, 0)  # only for errors
     while True:
         left = deadline - time.monotonic()
-        was_early = False
-        for descriptor, _ in poll.poll(None if left == math.inf else max(0.0, left)):
+        ready = poll.poll(None if left == math.inf else max(0.0, left))
+        for descriptor, _ in ready:
             if descriptor == output:
                 os.kill(os.getpid(), signal.SIGPIPE)
                 return
             watch = by_descriptor[descriptor]
             with _failure_of(os.fsdecode(watch.path)):
-                paths = watch.read()
-            was_early = was_early or paths is None
-            for path in paths or ():
+                paths = list(watch.read())
+            for path in paths:
                 yield watch, path
         if left <= 0:
             return
-        if was_early:
-            time.sleep(min(POLL_SECONDS, left))
 
 
 @contextmanager
