@@ -462,6 +462,27 @@ def test_a_name_that_was_a_directory_is_one_for_a_second_at_most(
     assert (box / "0" / "X").read_text() == "1\n"
 
 
+def test_a_directory_that_was_replaced_in_the_kernel_alone(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    """By a rename to the name of a directory that another client has removed, or to its own other name."""
+    top, one, two = node(place, box), box / "one", box / "two"
+    for name in ("one", "two"):
+        witness.write(f"{top}/{name}/child", b"1")
+        assert os.listdir(box / name) == ["child"]
+    witness.rm(f"{top}/two")
+    one.rename(two)
+    two.rename(one)
+    witness.write(f"{top}/two/child", b"1")
+    other = mount.path / ".root" / top.lstrip("/")
+    assert os.listdir(other / "one") == ["child"]
+    one.rename(other / "one")
+    time.sleep(DIRECTORY_ENTRY_TIMEOUT + 0.1)
+    for path in (one, two, other / "one", other / "two"):
+        assert os.listdir(path) == ["child"]
+    mount.bash(f"rm -r {one} {two}")
+
+
 @pytest.mark.quick_if(place=["C"])
 def test_a_directory_is_renamed_while_others_make_and_remove_nodes_in_it(
     place: Place, box: Path, witness: XsClient
