@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -462,25 +462,20 @@ def test_a_name_that_was_a_directory_is_one_for_a_second_at_most(
     assert (box / "0" / "X").read_text() == "1\n"
 
 
-def test_a_directory_that_was_replaced_in_the_kernel_alone(
+def test_a_directory_that_is_renamed_to_its_other_name(
     place: Place, mount: Mount, box: Path, witness: XsClient
 ) -> None:
-    """By a rename to the name of a directory that another client has removed, or to its own other name."""
-    top, one, two = node(place, box), box / "one", box / "two"
-    for name in ("one", "two"):
-        witness.write(f"{top}/{name}/child", b"1")
-        assert os.listdir(box / name) == ["child"]
-    witness.rm(f"{top}/two")
-    one.rename(two)
-    two.rename(one)
-    witness.write(f"{top}/two/child", b"1")
-    other = mount.path / ".root" / top.lstrip("/")
-    assert os.listdir(other / "one") == ["child"]
-    one.rename(other / "one")
-    time.sleep(DIRECTORY_ENTRY_TIMEOUT + 0.1)
-    for path in (one, two, other / "one", other / "two"):
-        assert os.listdir(path) == ["child"]
-    mount.bash(f"rm -r {one} {two}")
+    """For the kernel it replaces another directory, which a program may have open."""
+    witness.write(f"{node(place, box)}/d/child", b"1")
+    paths = box / "d", mount.path / ".root" / node(place, box / "d").lstrip("/")
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(os.close, os.open(path, os.O_DIRECTORY))
+        paths[0].rename(paths[1])
+        time.sleep(DIRECTORY_ENTRY_TIMEOUT + 0.1)
+        for path in paths:
+            assert os.listdir(path) == ["child"]
+    mount.bash(f"rm -r {paths[0]}")
 
 
 @pytest.mark.quick_if(place=["C"])
