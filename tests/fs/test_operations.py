@@ -590,6 +590,36 @@ async def test_a_directory_that_replaces_one_that_another_client_removed(w: Worl
     assert await w.store.read("data/e/f") == b"new"
 
 
+@in_world
+async def test_a_directory_that_is_renamed_to_a_name_that_another_client_removed(w: World) -> None:
+    """For the kernel it replaces the inode that it has for the name.  That inode is dead, and must not come
+    back."""
+    await w.store.write("data/d/f", "1")
+    await w.store.write("data/e/f", "1")
+    data = (await w.lookup(b"data")).st_ino
+    dead = (await w.lookup(b"data", b"e")).st_ino
+    await w.lookup(b"data", b"d")
+    await w.store.delete("data/e")
+    await renaming(w, data, b"d", b"e")
+    assert (await w.lookup(b"data", b"e")).st_ino != dead
+    await renaming(w, data, b"e", b"d")
+    await w.store.write("data/e/f", "1")
+    assert (await w.lookup(b"data", b"e")).st_ino != dead
+
+
+@in_world
+async def test_a_directory_that_is_renamed_to_its_other_name(w: World) -> None:
+    """For the kernel these are two directories, and the second is dead."""
+    await w.store.write("data/d/f", "1")
+    data = (await w.lookup(b"data")).st_ino
+    other_name = (b".root", b"local", b"domain", b"0", b"data")
+    other = (await w.lookup(*other_name)).st_ino
+    dead = (await w.lookup(*other_name, b"d")).st_ino
+    name, flags = cast(Any, b"d"), cast(Any, 0)
+    await w.operations.rename(data, name, other, name, flags, ctx())
+    assert (await w.lookup(*other_name, b"d")).st_ino != dead
+
+
 @pytest.mark.parametrize("flags", [RDWR, RDWR | TRUNC])
 def test_a_file_that_is_created_where_another_client_removed_an_open_one(flags: int) -> None:
     @in_world

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -460,6 +460,22 @@ def test_a_name_that_was_a_directory_is_one_for_a_second_at_most(
     # A directory that became a value meanwhile.
     witness.write(f"{node(place, box)}/0/X", b"1")
     assert (box / "0" / "X").read_text() == "1\n"
+
+
+def test_a_directory_that_is_renamed_to_its_other_name(
+    place: Place, mount: Mount, box: Path, witness: XsClient
+) -> None:
+    """For the kernel it replaces another directory, which a program may have open."""
+    witness.write(f"{node(place, box)}/d/child", b"1")
+    paths = box / "d", mount.path / ".root" / node(place, box / "d").lstrip("/")
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(os.close, os.open(path, os.O_DIRECTORY))
+        paths[0].rename(paths[1])
+        time.sleep(DIRECTORY_ENTRY_TIMEOUT + 0.1)
+        for path in paths:
+            assert os.listdir(path) == ["child"]
+    mount.bash(f"rm -r {paths[0]}")
 
 
 @pytest.mark.quick_if(place=["C"])

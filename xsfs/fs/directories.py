@@ -300,6 +300,7 @@ class Directory(XenstoreNode):
 
     async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
         await self._make(name, directory=True, missing_parent=errno.ENOENT)
+        self.view.sticky.add(self.path_below(name))
         directory = self.table.node(Directory, self, name)
         return self._found(directory, directory.attributes(EMPTY_NODE))
 
@@ -322,8 +323,6 @@ class Directory(XenstoreNode):
             before = self.open_files.get(path)
             await self.view.atomically(work)
             self.open_files.retire(before)
-            if directory:
-                self.view.sticky.add(path)
             self.was_written()
 
     # -------------------------------------------------------------------------------- removal
@@ -402,10 +401,9 @@ class Directory(XenstoreNode):
 
     async def name_for_rename(self, name: bytes) -> bytes:
         """The Xenstore name that something is to get by a rename."""
-        if is_alias(name):
-            return await self.name_of_present(name)
-        self._new_path(name)  # fails if there can be no such node
-        return name
+        if not is_alias(name):
+            return self._new_path(name).rpartition(b"/")[2]
+        return await self.name_of_present(name)
 
     # --------------------------------------------------------------------------- scratch files
 

@@ -124,9 +124,8 @@ class ValueFile(XenstoreNode):
     def _open_file(self) -> OpenFile:
         """The open file, with one more handle."""
         if (found := self.in_memory) is not None:
-            file, _ = found
-            file.add(self)
-            return file
+            found[0].add(self)
+            return found[0]
         self.require()
         return self.open_files.open(self.path, self)
 

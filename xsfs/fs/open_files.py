@@ -45,7 +45,6 @@ import errno
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
-from itertools import product
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -269,9 +268,8 @@ class OpenFiles:
     def _removal_at(self, *paths: bytes) -> _Changing | None:
         """The lock of a removal or rename under way at, above or below one of these paths."""
         for tops, lock in self._removals:
-            for one, other in product(tops, paths):
-                if is_at_or_below(one, other) or is_at_or_below(other, one):
-                    return lock
+            if any(is_at_or_below(a, b) or is_at_or_below(b, a) for a in tops for b in paths):
+                return lock
         return None
 
     def changing(self, path: bytes) -> AbstractAsyncContextManager[None]:

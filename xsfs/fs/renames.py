@@ -67,6 +67,7 @@ async def _rename_node(
 
     async with source.open_files.changing_below(*paths) as (source_path, target_path):
         if source_path == target_path:
+            _lose(Directory, target, new_child)
             return
         if target_path.startswith(source_path + b"/"):
             refuse(errno.EINVAL)
@@ -79,6 +80,7 @@ async def _rename_node(
         for lost in before:
             source.open_files.retire(lost)
         for moved_kind in (Directory, ValueFile):
+            _lose(moved_kind, target, new_child)
             node = source.table.find(moved_kind, source, child)
             if node is not None:
                 source.table.move(node, target, new_child)
@@ -88,6 +90,12 @@ async def _rename_node(
         if is_directory:
             # The old name may have made it a directory by convention, and the new one does not.
             source.view.sticky.add(target_path)
+
+
+def _lose(kind: type[Node], directory: Directory, name: bytes) -> None:
+    """For the kernel the inode of a new name is dead after the rename, even if its node did not exist."""
+    if (node := directory.table.find(kind, directory, name)) is not None:
+        node.gone = True
 
 
 async def _rename_scratch(
@@ -165,30 +173,28 @@ async def _rename_to_scratch(
     file = await source.open_files.new_scratch(caller)
     content = file.memory
     assert content is not None
-    attempt: Transaction | None = None
-    """The last one whose outcome may be unknown."""
+    taken_in: Transaction | None = None
 
     async def work(commands: Commands) -> Request:
-        nonlocal attempt
+        nonlocal taken_in
         taken = await posix.removed(source.open_files, commands, path, if_directory=errno.EINVAL)
         if taken.perms is None:
             refuse(errno.EACCES)  # the permissions would be lost
         content.perms = taken.perms
         await source.open_files.set_data(file, content, taken.data)
         assert isinstance(commands, Transaction)
-        attempt = commands
+        taken_in = commands
         return protocol.rm(path)
 
     try:
-        old = partial(source.path_below, child)
-        async with source.open_files.changing_below(old) as (path,):
+        async with source.open_files.changing_below(partial(source.path_below, child)) as (path,):
             await source.view.atomically(work)
             node = source.table.find(ValueFile, source, child)
             source.forget_names(path)
             target_path = join(target.path, target_name)
             source.open_files.move_to_scratch(path, node, target_path, file)
     except (ConnectionLost, RequestTimeout):
-        if attempt is not None and not attempt.has_ended:
+        if taken_in is not None and not taken_in.has_ended:
             # If the transaction was committed after all, the value is nowhere else.
             source.open_files.link(file, join(target.path, target_name))
         raise

@@ -80,10 +80,8 @@ ERRORS: Final = frozenset(
 
 
 class WireError(Exception):
-    """The peer broke the protocol: nothing more that this connection delivers can be trusted.
-
-    The text goes to the log, so it never shows a payload, which may be a value.
-    """
+    """The peer broke the protocol: nothing more that this connection delivers can be trusted.  The text goes
+    to the log, so it shows no payload, which may be a value."""
 
 
 Message = tuple[int, int, int, bytes]
