@@ -202,18 +202,14 @@ class Directory(XenstoreNode):
         self, name: bytes, state: NodeState, path: bytes | None = None
     ) -> Directory | ValueFile:
         """The node for a child of this state."""
-        # The path is only made if the kind depends on it.
-        if state.has_children or (
-            state is not LEAF and self._is_directory(path or join(self.path, name), state)
-        ):
-            return self.table.node(Directory, self, name)
-        return self.table.node(ValueFile, self, name)
-
-    def _is_directory(self, path: bytes, state: NodeState) -> bool:
-        file = self.open_files.get(path)
-        if file is not None and file.debt is not None and file.is_pinned:
-            return False
-        return self.view.is_directory(path, state)
+        is_directory = state.has_children
+        if not is_directory and state is not LEAF:
+            path = path or join(self.path, name)  # only made if the kind depends on it
+            file = self.open_files.get(path)
+            is_pinned = file is not None and file.debt is not None and file.is_pinned
+            is_directory = not is_pinned and self.view.is_directory(path, state)
+        kind: type[Directory | ValueFile] = Directory if is_directory else ValueFile
+        return self.table.node(kind, self, name)
 
     def _found(self, node: Node, entry: EntryAttributes) -> EntryAttributes:
         self.table.remember(node)
