@@ -31,13 +31,13 @@ class DirectoryHandle(Handle):
     __slots__ = ("_entries", "_kinds", "_own", "_scratch", "_share", "_was_read")
 
     node: Directory
+    _entries: list[bytes]
+    _kinds: dict[bytes, NodeState | None]
+    _own: dict[bytes, type[Node]]
+    _scratch: frozenset[bytes]
 
     def __init__(self, node: Directory, caller: Caller) -> None:
-        super().__init__(node)
-        self._entries: list[bytes] = []
-        self._kinds: dict[bytes, NodeState | None] = {}
-        self._own: dict[bytes, type[Node]] = {}
-        self._scratch: frozenset[bytes] = frozenset()
+        self.node = node
         self._share = Share(node.table.listing_bytes, caller)
         self._was_read = False
 
@@ -57,14 +57,16 @@ class DirectoryHandle(Handle):
         if node.view.has_dot_value(path, state):
             own[VALUE_NAME] = node.own[VALUE_NAME]
         scratch = node.open_files.scratch_names(node.path)  # it may have been renamed
-        existing = dict.fromkeys((*own, *scratch, *listing.names))
-        missing = [name for name in self._always_shown(path) if name not in existing]
+        entries = dict.fromkeys((*SELF_AND_PARENT, *own, *scratch, *listing.names))
+        for name in self._always_shown(path):
+            if name not in entries:
+                entries[name] = None
+                listing.kinds[name] = EMPTY_NODE
         # A creation that was carried out meanwhile may be too late for the listing.
-        created = [name for name in owed if name not in existing and name not in missing]
-        entries = [*SELF_AND_PARENT, *existing, *missing, *created]
+        entries.update(dict.fromkeys(owed))
         self._share.resize(sum(map(len, entries)) + ENTRY_BYTES * len(entries))
-        self._entries = entries
-        self._kinds = listing.kinds | dict.fromkeys(missing, EMPTY_NODE)
+        self._entries = list(entries)
+        self._kinds = listing.kinds
         self._own = own
         self._scratch = frozenset(scratch)
 
