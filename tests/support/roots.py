@@ -52,6 +52,9 @@ set -eu
 root=$1
 # A copy of a mount keeps its xsfs running when the mount itself has gone.
 umount -l -a -t fuse.xsfs
+# One root at a time has the downloads of its suite: apt does not wait for another's lock.
+exec 9> "$2/lock"
+flock 9
 # A mount, as "/" is on a machine.
 mount --bind "$root" "$root"
 cd "$root"
