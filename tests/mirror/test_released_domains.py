@@ -1,7 +1,7 @@
 """The live mirror without a mount, over daemons that tell which domain has ended.
 
 Xen 4.22 and xapi's oxenstored do, if the watch of `@releaseDomain` has a depth.  Here a relay to an older
-daemon does it for them.
+daemon does it for xapi's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.lying_store import LyingStore, Talk
+from tests.support.lying_store import LyingStore, Talk, first_of, on, says
 from tests.support.messages import Message
 from tests.support.mirroring import PERMS, Live, await_true, live
 from tests.support.xenstored.harness import RealXenstored, XsClient
@@ -81,6 +81,26 @@ def alive(naming: NamingStore, witness: XsClient) -> Iterator[Live]:
     with live(naming.liar.path, witness) as alive:
         alive.settle()
         yield alive
+
+
+def test_xenstored_that_knows_features_gets_no_depth(
+    daemon: RealXenstored, witness: XsClient, tmp_path: Path
+) -> None:
+    """C xenstored 4.22.0 writes too little of such a watch at a live update, and dies at the next one."""
+    watches: list[bytes] = []
+
+    def note(talk: Talk, request: Message) -> bool:
+        watches.append(request.payload)
+        return False
+
+    with LyingStore(tmp_path / "liar.sock", daemon.socket) as liar:
+        liar.lie = first_of(on(Op.GET_FEATURE, says(b"14\0")), on(Op.WATCH, note))
+        with live(liar.path, witness) as alive:
+            alive.settle()
+            assert {payload.split(b"\0")[0] for payload in watches} == {b"/", RELEASE}
+            assert all(len(strings(payload)) == 2 for payload in watches)
+            daemon.destroy_domain(ENDING)
+            alive.settle()
 
 
 def end_the_guest(daemon: RealXenstored, alive: Live) -> None:

@@ -95,11 +95,11 @@ OLDEST = ("pyfuse3==3.4.2", "trio==0.22.0")
 """Versions that are as old as those that distributions have, or nearly so."""
 
 TESTED_WITH_OLDEST = (
-    "tests/embedded/test_server.py",
-    "tests/fs/test_watch_files.py",
-    "tests/fs/test_transactions.py",
-    "tests/fs/test_opening.py",
-    "tests/mirror/test_inotify.py",
+    ("-k", "embedded", "tests/fs", "tests/embedded/test_server.py"),
+    (
+        *("tests/fs/test_opening.py", "tests/mirror/test_inotify.py"),
+        *(f"tests/xenstore/test_{name}.py" for name in ("store", "connection", "watches")),
+    ),
 )
 
 
@@ -107,12 +107,11 @@ TESTED_WITH_OLDEST = (
 def test_the_oldest_versions(tmp_path: Path) -> None:
     """What poll(2) needs is skipped, and nothing else."""
     python = tmp_path / "environment/bin/python"
-    tools = ("pytest", "hypothesis", "pyxs", "watchdog")
+    tools = ("pytest", "pytest-xdist", "hypothesis", "pyxs", "watchdog")
     run("/usr/bin/python3", "-m", "venv", tmp_path / "environment")
     run(python, "-m", "pip", "install", "-q", *OLDEST, *tools)
-    printed = run(
-        *(python, "-m", "pytest", "-q", "-k", "embedded", *TESTED_WITH_OLDEST), limit=1800.0
-    )
+    command = (python, "-m", "pytest", "-q", "-n", "4", "--dist", "loadfile", "-m", "not slow")
+    printed = "".join(run(*command, *tests, limit=3600.0) for tests in TESTED_WITH_OLDEST)
     reasons = [line for line in printed.splitlines() if line.startswith("SKIPPED")]
     assert reasons
     assert all("pyfuse3 older than 3.5 has no poll" in line for line in reasons)

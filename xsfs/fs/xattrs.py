@@ -232,7 +232,7 @@ async def permissions_of(view: View, text: str) -> Permissions:
         refuse(errno.EINVAL)
     if any(abs(signed_domid(entry.domid)) > DOMID_LIMIT for entry in perms):
         refuse(errno.EINVAL)
-    if any(entry.is_reserved for entry in perms) and not await view.takes_reserved_domids():
+    if any(entry.is_reserved for entry in perms) and await view.has_features():
         refuse(errno.EINVAL)
     return perms
 

@@ -23,7 +23,7 @@ the order of the fetches.  Take any node N and its last change:
   If it finds a new A, it removes the files of all children that the new A does not list, and fetches the
   others.
 - A domain died, and N vanished or lost permissions.  Some daemons send no event for N, but all send
-  @releaseDomain.  A daemon that knows depths names the domain, and then the task queues the nodes whose
+  @releaseDomain.  xapi's oxenstored names the domain, and then the task queues the nodes whose
   permissions in the mirror name it.  Otherwise the task queues the root, and everything below follows.
 - Events were lost.  If the backlog was full, the client reports an event of the root instead.  If the
   connection was lost, the task removes the copy and makes another one.
@@ -165,6 +165,8 @@ class Mirror:
         self._view.sticky.on_change = self._sticky_changed
         try:
             await self._watches.subscribe(self._changes)
+            if await self._view.has_features():
+                self._domain_ends.depth = None
             await self._watches.subscribe(self._domain_ends)
             with trio.move_on_after(self.store.timeout):
                 await self._wait_until_armed()

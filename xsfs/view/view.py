@@ -144,7 +144,6 @@ class View:
         self.hints = ListingHints()
         self._requests_max: int | None = None
         self._has_probed = domid == 0
-        self._takes_reserved_domids: bool | None = None
         self._moves = trio.lowlevel.ParkingLot()
         """Tasks that wait for `move_home`."""
         self.at_end: dict[object, Callable[[], None]] = {}
@@ -336,17 +335,13 @@ class View:
 
     # -------------------------------------------------------------------------------- changes
 
-    async def takes_reserved_domids(self) -> bool:
-        """Whether SET_PERMS may name a reserved domid.  C xenstored 4.22.0 dies of it on its socket.
+    async def has_features(self) -> bool:
+        """Whether the daemon knows GET_FEATURE, and so may be C xenstored 4.22.
 
-        A daemon that knows GET_FEATURE may be of that version.
+        That dies of SET_PERMS with a reserved domid on its socket, and at a live update of a watch's depth.
         """
-        if self._takes_reserved_domids is None:
-            (reply,) = await self.store.pipeline((protocol.get_feature(),))
-            self._takes_reserved_domids = (
-                isinstance(reply, XenstoreError) and reply.name == "ENOSYS"
-            )
-        return self._takes_reserved_domids
+        (reply,) = await self.store.pipeline((protocol.get_feature(),))
+        return not (isinstance(reply, XenstoreError) and reply.name == "ENOSYS")
 
     async def atomically(self, work: Work) -> None:
         """Run `work` in a transaction: all that it reads and writes happens together, or not at all.
