@@ -1,5 +1,6 @@
 #!/bin/sh
 # Install on Debian 12 or 13, as root, everything that the tests need, and run them: style, types, tests.
+# Without root it installs nothing, and runs what needs no root.
 #
 #   ./test.sh [ARGUMENT OF PYTEST...]           the tests that take seconds, four files at a time: 10 minutes
 #   ./test.sh --ci                              these, whole matrices, long storms, and real Xen: 50 minutes
@@ -13,39 +14,49 @@ cd "$(dirname "$0")"
 
 # Some tests run xsfs as another user.  If that user cannot reach the checkout, as it is in /root, the
 # tests run in a view of it that everybody can reach, which ends with them.
-place=/opt/xsfs-checkout
-if [ "$PWD" != "$place" ] && ! setpriv --reuid=65534 --regid=65534 --clear-groups test -r "$PWD/xsfs"; then
-    mkdir -p "$place"
-    chmod -R a+rX .
-    exec unshare --mount --propagation=private sh -c '
-        mount --bind "$PWD" "$0" && chmod 755 "$0" && exec "$0/test.sh" "$@"' "$place" "$@"
-fi
+show_to_all() {
+    place=/opt/xsfs-checkout
+    if [ "$PWD" != "$place" ] && ! setpriv --reuid=65534 --regid=65534 --clear-groups test -r "$PWD/xsfs"; then
+        mkdir -p "$place"
+        chmod -R a+rX .
+        exec unshare --mount --propagation=private sh -c '
+            mount --bind "$PWD" "$0" && chmod 755 "$0" && exec "$0/test.sh" "$@"' "$place" "$@"
+    fi
+}
 
-# Each of hundreds of interpreters would compile xsfs again, which takes longer than all the rest of a mount.
-unset PYTHONDONTWRITEBYTECODE
-
-export DEBIAN_FRONTEND=noninteractive
-apt-get update -qq
-# The programs that are run in a mount, and what builds packages and machines.  They take minutes to install,
-# and these four rooms need none of them.
+# These programs run in a mount, or build packages and machines.  They take minutes to install, and the tests
+# of four rooms need none of them.
 programs="man-db mandoc bash-completion zsh gawk mawk lua5.4 busybox xxd bsdextrautils rust-coreutils
     vim nano emacs-nox ed patch perl git make cpio jq ripgrep nodejs sqlite3 zip unzip less rsync
     restic borgbackup ansible-core debootstrap dpkg-dev lintian pipx rpm rpmlint
     qemu-system-x86 kmod e2fsprogs"
-needed=$programs
-for argument in "$@"; do
-    case $argument in
-    tests/xenstore* | tests/embedded* | tests/view* | tests/mirror*) needed= ;;
-    tests/*) needed=$programs && break ;;
-    esac
-done
-# xen-utils-4.17 on Debian 12, xen-utils-4.20 on Debian 13.
-xen_utils=$(apt-cache search --names-only '^xen-utils-[0-9.]+$' | sort -V | tail -n 1)
-# shellcheck disable=SC2086
-apt-get install -y -qq --no-install-recommends \
-    python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3 \
-    "${xen_utils%% *}" xenstore-utils attr inotify-tools dash procps util-linux mount systemd \
-    openssh-server openssh-client $needed >/dev/null
+install_packages() {
+    needed=$programs
+    for argument in "$@"; do
+        case $argument in
+        tests/xenstore* | tests/embedded* | tests/view* | tests/mirror*) needed= ;;
+        tests/*) needed=$programs && break ;;
+        esac
+    done
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    # xen-utils-4.17 on Debian 12, xen-utils-4.20 on Debian 13.
+    xen_utils=$(apt-cache search --names-only '^xen-utils-[0-9.]+$' | sort -V | tail -n 1)
+    # shellcheck disable=SC2086
+    apt-get install -y -qq --no-install-recommends \
+        python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3 \
+        "${xen_utils%% *}" xenstore-utils attr inotify-tools dash procps util-linux mount systemd \
+        openssh-server openssh-client $needed >/dev/null
+}
+
+# Other users have to install these packages before.
+if [ "$(id -u)" -eq 0 ]; then
+    show_to_all "$@"
+    install_packages "$@"
+fi
+
+# Each of hundreds of interpreters would compile xsfs again, which takes longer than all the rest of a mount.
+unset PYTHONDONTWRITEBYTECODE
 
 venv=${XSFS_VENV:-.venv}
 /usr/bin/python3 -m venv "$venv"

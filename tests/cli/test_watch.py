@@ -117,8 +117,8 @@ def test_of_a_file_only_its_own_changes(place: Place, box: Path, witness: XsClie
     for name in ("x", "-rf", "@a", alias):
         own = name if name != alias else long
         witness.write(f"{top}/{own}", b"1")
-        with watcher(box / name) as running:
-            assert running.lines.next() == str(box / name)
+        with watcher(box / name, box / "end") as running:
+            assert {running.lines.next(), running.lines.next()} == {str(box / name), f"{box}/end"}
             for other in (f"{top}/other", f"{top}/{own}/child", top):
                 witness.write(other, b"")
             witness.write(f"{top}/{own}", b"2")
@@ -127,6 +127,8 @@ def test_of_a_file_only_its_own_changes(place: Place, box: Path, witness: XsClie
             assert running.lines.next() == str(box / name)
             witness.write(f"{top}/{own}", b"3")
             assert running.lines.next() == str(box / name)
+            witness.write(f"{top}/end", b"")
+            assert running.lines.next() == f"{box}/end"
 
 
 def test_of_a_name_that_is_missing(place: Place, box: Path, witness: XsClient) -> None:

@@ -20,14 +20,7 @@ import pytest
 from tests.fs.test_watch_files import flood, wait_stopped
 from tests.support.mounting import GUEST, LIMIT, Mount, mounted
 from tests.support.programs import program
-from tests.support.xenstored.harness import (
-    RealXenstored,
-    XsClient,
-    XsEOF,
-    XsError,
-    XsTimeout,
-    strings,
-)
+from tests.support.xenstored.harness import RealXenstored, XsClient, XsError, strings
 from xsfs.view.names import file_name
 
 HOME = f"/local/domain/{GUEST}"
@@ -384,15 +377,3 @@ def test_a_storm_of_events(
         guest.write("data/evil/end", b"")
         awake.lines.until("end")
     still_works(mount)
-
-
-def test_a_guest_that_does_not_read_its_replies(
-    daemon: RealXenstored, mount: Mount, guest: XsClient
-) -> None:
-    """It harms nobody but itself."""
-    with daemon.client(GUEST) as silent, contextlib.suppress(XsTimeout, XsEOF, OSError):
-        silent.sock.settimeout(0.5)
-        for _ in range(3000):
-            silent.send("READ", strings("name"))
-    assert (mount.path / "name").read_text()
-    assert guest.read("name")
