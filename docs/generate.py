@@ -159,7 +159,7 @@ WIDE: Final = 115
 INTERNAL: Final = frozenset(
     (
         *("abandon", "begin", "connect", "drop_connection", "finish", "is_conflict"),
-        *("walk_in_windows", "alert", "end", "interrupt", "put"),
+        *("pipelines", "walk_in_windows", "alert", "end", "interrupt", "put"),
     )
 )
 """Methods of the public classes that only the file system uses."""

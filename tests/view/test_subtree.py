@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import trio
@@ -13,7 +14,7 @@ from tests.support.operating import World, in_world
 from xsfs.view import subtree
 from xsfs.view.subtree import (
     WINDOW,
-    WINDOWS,
+    WINDOWS_MIN,
     DumpFormat,
     JsonFormat,
     LsFormat,
@@ -26,6 +27,7 @@ from xsfs.xenstore import store
 from xsfs.xenstore.background import open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.protocol import Request
+from xsfs.xenstore.store import WALK_CONNECTIONS
 
 TOP = b"/local/domain/0/data"
 
@@ -33,21 +35,24 @@ TOP = b"/local/domain/0/data"
 class Recorder:
     """The sizes of the pipelines that a view's commands send.
 
-    most    how many requests were in flight at once
+    most            how many requests were in flight at once
+    connections     those that were named: a walk's
     """
 
     def __init__(self, w: World, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[int] = []
         self.most = 0
+        self.connections: set[object] = set()
         pipeline = w.store.pipeline
         in_flight = 0
 
-        async def record(requests: Sequence[Request]) -> list[Reply]:
+        async def record(requests: Sequence[Request], **connection: Any) -> list[Reply]:
             nonlocal in_flight
             self.sizes.append(len(requests))
+            self.connections.update(connection.values())
             in_flight += len(requests)
             self.most = max(self.most, in_flight)
-            replies = await pipeline(requests)
+            replies = await pipeline(requests, **connection)
             in_flight -= len(requests)
             return replies
 
@@ -71,8 +76,46 @@ async def test_no_pipeline_is_long_and_none_is_wasted(w: World) -> None:
         text = await text_of(w, LsFormat)
     assert text.count(b"\n") == 2040
     assert max(recorder.sizes) <= 3 * WINDOW
-    assert recorder.most == 3 * WINDOW * WINDOWS
+    assert recorder.most == 3 * WINDOW * WALK_CONNECTIONS
+    assert len(recorder.connections) == WALK_CONNECTIONS
     assert len(recorder.sizes) <= 2041 // WINDOW + 1 + 3
+
+
+@in_world
+async def test_over_the_kernels_device_a_walk_uses_the_connection_of_all(w: World) -> None:
+    for number in range(200):
+        await w.store.write(b"%s/%d" % (TOP, number), b"x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w.store, "is_far", False)
+        assert w.store._main.current is not None
+        patch.setattr(w.store._main.current, "is_served_in_turn", False)
+        recorder = Recorder(w, patch)
+        await text_of(w, LsFormat)
+    assert recorder.most == 3 * WINDOW * WINDOWS_MIN
+    assert not recorder.connections
+
+
+@in_world
+async def test_a_walk_goes_on_if_a_connection_is_lost(w: World) -> None:
+    for number in range(2000):
+        await w.store.write(b"%s/%d" % (TOP, number), b"x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w.store, "is_far", False)
+        text = await text_of(w, LsFormat)
+
+        windows = 0
+
+        def lose(size: int) -> None:
+            nonlocal windows
+            windows += 1
+            if windows == 50:
+                for each in w.store._walking:
+                    each.close("lost")
+
+        made = await Walk(LsFormat(w.view, TOP), lose).run()
+    assert made is not None
+    assert bytes(made.text) == text
+    assert [each.reconnects for each in w.store._walking] == [1] * WALK_CONNECTIONS
 
 
 @in_world
@@ -125,12 +168,12 @@ async def test_walks_at_once_share_the_windows_in_flight(w: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(w.store, "is_far", True)
         patch.setattr(store, "FAR_SECONDS", 0.0)  # any store is far
-        patch.setattr(subtree, "FAR_WINDOWS", 5 * WINDOWS)
+        patch.setattr(subtree, "FAR_WINDOWS", 5 * WINDOWS_MIN)
         recorder = Recorder(w, patch)
         async with trio.open_nursery() as nursery:
             for _ in range(5):
                 nursery.start_soon(text_of, w, LsFormat)
-    assert recorder.most == 5 * WINDOWS * 3 * WINDOW
+    assert recorder.most == 5 * WINDOWS_MIN * 3 * WINDOW
     assert w.store.walks == 0
 
 
@@ -209,7 +252,7 @@ async def test_before_each_window_the_caller_may_end_the_walk(w: World) -> None:
         with pytest.raises(OverflowError):
             await Walk(LsFormat(w.view, TOP), check).run()
     assert sizes == sorted(sizes)
-    assert sizes[-1] < 20_000 + WINDOW * WINDOWS * 200
+    assert sizes[-1] < 20_000 + WINDOW * WALK_CONNECTIONS * 200
 
 
 @in_world

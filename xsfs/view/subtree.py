@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import repeat
+from itertools import cycle, repeat
 from time import perf_counter
 from typing import ClassVar, Final, NamedTuple
 
@@ -35,7 +35,7 @@ from xsfs.view.names import VALUE_NAME, join, shown_names
 from xsfs.view.view import View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.background import BackgroundCall, open_background
-from xsfs.xenstore.commands import Names
+from xsfs.xenstore.commands import Names, Pipeline
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import perms_text
@@ -44,9 +44,9 @@ from xsfs.xenstore.protocol import Op, Request
 WINDOW: Final = 16
 """How many nodes one pipeline asks about."""
 
-WINDOWS: Final = 2
-"""How many windows are in flight.  The store replies to one while xsfs works on the other, and the requests
-of other tasks wait half a millisecond behind them."""
+WINDOWS_MIN: Final = 2
+"""How many windows are in flight on a single connection: the store replies to one while xsfs works on the
+other.  If there are more connections, each has one window in flight."""
 
 FAR_WINDOWS: Final = 640
 """How many windows of all walks are in flight to a store that is far: 10,000 nodes in a round trip."""
@@ -350,14 +350,17 @@ class Walk:
         assert self._first is not None
         top = _Run(b"", (self._format.top,), self._first, True)
         self._runs.append(top)
+        pipelines = self._view.commands.pipelines()
+        turns = cycle(pipelines)
         async with open_background() as nursery:
             asked: deque[tuple[_Window, BackgroundCall[Iterator[Answer]]]] = deque()
             while self._runs or asked:
                 # The store replies to the next windows while this task works on one.
-                while self._runs and len(asked) < self._windows_max():
+                while self._runs and len(asked) < self._windows_max(len(pipelines)):
                     self._before_window(self._size)
                     window = self._next_window()
-                    asked.append((window, BackgroundCall(nursery, partial(self._ask, window))))
+                    ask = partial(self._ask, window, next(turns))
+                    asked.append((window, BackgroundCall(nursery, ask)))
                 window, answers = asked.popleft()
                 await self._add_window(window, await answers.result())
                 self._flush()
@@ -368,9 +371,9 @@ class Walk:
             return None
         return SubtreeText(self._text, self._error)
 
-    def _windows_max(self) -> int:
+    def _windows_max(self, connections: int) -> int:
         store = self._view.store
-        return max(WINDOWS, FAR_WINDOWS // store.walks) if store.is_far else WINDOWS
+        return max(WINDOWS_MIN, connections, FAR_WINDOWS // store.walks if store.is_far else 0)
 
     def _next_window(self) -> _Window:
         window = _Window()
@@ -388,7 +391,7 @@ class Walk:
             window.nodes += [(run, name, prefix + name) for name in names]
         return window
 
-    async def _ask(self, window: _Window) -> Iterator[Answer]:
+    async def _ask(self, window: _Window, pipeline: Pipeline) -> Iterator[Answer]:
         asks_perms = self._format.asks_perms
         requests: list[Request] = []
         for _, _, path in window.nodes:
@@ -397,7 +400,7 @@ class Walk:
             requests.append(Request(Op.DIRECTORY, payload))
             if asks_perms:
                 requests.append(Request(Op.GET_PERMS, payload))
-        replies = iter(await self._view.commands.pipeline(requests))
+        replies = iter(await pipeline(requests))
         return zip(replies, replies, replies if asks_perms else repeat(b""), strict=False)
 
     async def _add_window(self, window: _Window, answers: Iterator[Answer]) -> None:

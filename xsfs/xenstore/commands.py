@@ -8,7 +8,7 @@ Paths are bytes or str, absolute or relative to the domain's home.  Values and n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 from xsfs.xenstore import protocol
@@ -27,6 +27,8 @@ Path = bytes | str
 Value = bytes | bytearray | memoryview | str | int
 Names = list[bytes]
 NamesOfEach = list[Names]
+Pipeline = Callable[[Sequence[Request]], Awaitable[list[Reply]]]
+"""See `Commands.pipeline`."""
 WalkedNode = tuple[bytes, bytes, Names]
 """(path, value, names of the children)"""
 WalkedNodes = list[WalkedNode]
@@ -69,6 +71,10 @@ class Commands(ABC):
     async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
         """Send all requests at once and wait for the replies: in order, with errors of single requests
         among them.  Raises StoreError if no reply came."""
+
+    def pipelines(self) -> Sequence[Pipeline]:
+        """How a walk sends many pipelines at once: by turns with each of these."""
+        return (self.pipeline,)
 
     @property
     @abstractmethod

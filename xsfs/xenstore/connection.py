@@ -146,6 +146,7 @@ class Connection:
         self._scope = trio.CancelScope()
         self.ended = trio.Event()
         self.payload_max = transport.payload_max
+        self.is_served_in_turn = transport.is_served_in_turn
 
     # ------------------------------------------------------------------------------- requests
 

@@ -39,6 +39,8 @@ class Transport(Protocol):
     """One end of an open connection."""
 
     payload_max: int
+    is_served_in_turn: bool
+    """Whether the store takes the requests of this connection and of others in turn."""
 
     def send(self, messages: Sequence[bytes]) -> bytes:
         """Send whole messages.  Returns the bytes that could not be sent yet.
@@ -84,6 +86,7 @@ class SocketTransport:
     """A connected Unix socket."""
 
     payload_max = PAYLOAD_MAX
+    is_served_in_turn = True
 
     def __init__(self, sock: socket.socket, *, same_loop: bool = False) -> None:
         """`same_loop`: the peer is a task of this event loop, which cannot run while `receive_soon` waits."""

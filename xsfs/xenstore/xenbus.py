@@ -88,6 +88,7 @@ class DeviceTransport:
     """
 
     payload_max = DEVICE_PAYLOAD_MAX
+    is_served_in_turn = False
 
     def __init__(self, open_device: Callable[[], int]) -> None:
         self._open_device = open_device
