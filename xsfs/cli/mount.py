@@ -29,6 +29,7 @@ from xsfs.cli.exit_statuses import (
 from xsfs.cli.mountpoint import check_fuse, check_mountpoint, fuse_failure
 from xsfs.cli.options import AUTOMATIC_SOURCES, Options
 from xsfs.cli.service import READY, STOPPING, describe_tasks, notify, status
+from xsfs.embedded.server import EmbeddedStore
 from xsfs.fs.inodes import InodeTable
 from xsfs.fs.migration import follow_home
 from xsfs.fs.operations import Operations
@@ -45,6 +46,7 @@ from xsfs.xenstore.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.xenstore.event_reader import SWITCH_SECONDS
 from xsfs.xenstore.protocol import decode_names, directory, directory_part, read
 from xsfs.xenstore.reconnect import Connect
+from xsfs.xenstore.ssh import open_forward
 from xsfs.xenstore.store import Store, open_store
 from xsfs.xenstore.transport import NO_STORE_HINT, SocketTransport, find_store, open_transport
 
@@ -195,8 +197,6 @@ async def _obey_signals(signals: AsyncIterator[int], ended: Sequence[trio.Cancel
 async def _connect(options: Options, source: str) -> AsyncIterator[Connect]:
     """The function that connects to the source; the embedded store or ssh runs as long as the block."""
     if options.destination is not None:
-        from xsfs.xenstore.ssh import open_forward
-
         async with open_forward(
             options.destination, timeout=options.timeout, command=options.ssh_command
         ) as forward:
@@ -206,9 +206,6 @@ async def _connect(options: Options, source: str) -> AsyncIterator[Connect]:
         # xsfs connects later, too, and has changed its working directory by then.
         yield partial(open_transport, os.path.abspath(source))
         return
-    # A real store does not need it, and loading it is a thirtieth of the time until the mount.
-    from xsfs.embedded.server import EmbeddedStore
-
     async with open_background() as nursery:
         embedded = EmbeddedStore(nursery)
         if options.listen is not None:

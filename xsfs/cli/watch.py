@@ -292,20 +292,16 @@ def _failure_of(what: str) -> Iterator[None]:
         raise WatchError(f"{what}: {error}") from None
 
 
-def opened(paths: Sequence[bytes]) -> list[Watch]:
-    watches = []
-    for path in paths:
-        with _failure_of(f"cannot watch {os.fsdecode(path)}"):
-            watches.append(Watch(path))
-    return watches
-
-
 def watch(command: argparse.Namespace) -> int:
     """Print the lines; the exit status.  Raises WatchError."""
+    watches = []
+    for path in command.paths:
+        with _failure_of(f"cannot watch {os.fsdecode(path)}"):
+            watches.append(Watch(path))
     format_line = json_line if command.json else plain_line
     skipped: set[Watch] = set()
     printed = 0
-    for source, path in changes(opened(command.paths), command.timeout):
+    for source, path in changes(watches, command.timeout):
         if command.skip_first and source not in skipped:
             skipped.add(source)
             continue

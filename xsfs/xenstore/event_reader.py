@@ -34,7 +34,6 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -167,17 +166,12 @@ class EventReader(SocketTransport):
             self.socket.close()
 
 
-def with_event_reader(connect: Callable[[], Transport]) -> Callable[[], Transport]:
-    """`connect`, with an EventReader around each socket.
+def with_event_reader(transport: Transport) -> Transport:
+    """An EventReader in place of a socket.
 
     The device needs none, because the kernel reads events from the ring by itself.  A store in this event
     loop is no faster than the loop.
     """
-
-    def connect_reader() -> Transport:
-        transport = connect()
-        if isinstance(transport, SocketTransport) and not transport.same_loop:
-            return EventReader(transport.socket)
-        return transport
-
-    return connect_reader
+    if isinstance(transport, SocketTransport) and not transport.same_loop:
+        return EventReader(transport.socket)
+    return transport

@@ -172,13 +172,12 @@ class SshForward:
         Raises ConnectionRefusedError if ssh has failed, StoreUnavailable.
         """
         try:
-            self.connect().close()
-            if self._process is not None:
-                await self._process.settle()
             transport = self.connect()
         except BlockingIOError:
             return False
         try:
+            assert self._process is not None
+            await self._process.settle()
             request = directory(b"/")
             transport.send((encode(request.op, 1, 0, request.payload),))
             with trio.fail_after(self._settings.timeout):

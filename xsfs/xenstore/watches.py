@@ -160,7 +160,7 @@ class Watches:
         self._breaker = breaker
         self._timeout = timeout
         self._reconnecting = ReconnectingConnection(
-            nursery, with_event_reader(connect), timeout, home, self._dispatch
+            nursery, lambda: with_event_reader(connect()), timeout, home, self._dispatch
         )
         self._lock = trio.Lock()
         """Held while a WATCH or UNWATCH is outstanding."""
