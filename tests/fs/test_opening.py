@@ -6,6 +6,7 @@ import errno
 import stat
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 from pyfuse3 import FUSEError
@@ -105,6 +106,27 @@ async def test_what_a_write_made_outdated_is_not_handed_over(w: World) -> None:
         await w.store.write("data/x", "another")
         info = await w.operations.open((await w.lookup(b"data", b"x")).st_ino, RDONLY, ctx())
         assert await w.operations.read(info.fh, 0, 4096) == b"another\n"
+
+
+@in_world
+async def test_a_directory_that_was_just_opened_is_not_fetched_for_fstat(w: World) -> None:
+    """Once, for the thread that has opened it, and not if the mount has changed it since."""
+    await w.store.write("data/x", "1")
+    data = (await w.lookup(b"data")).st_ino
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inodes, "HANDOVER_SECONDS", 1000.0)
+        for pid, requests in ((1, 0), (2, 1)):
+            listing = await w.operations.opendir(data, ctx(1))
+            assert await w.costs(partial(w.operations.getattr, data, ctx(pid))) == requests
+            assert await w.costs(lambda: w.operations.getattr(data, ctx(2))) == 1
+            await w.operations.releasedir(listing)
+        before = await w.operations.getattr(data, ctx(2))
+        await w.operations.opendir(data, ctx(1))
+        same = await w.operations.getattr(data, ctx(1))
+        assert (same.st_mode, same.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+        await w.operations.opendir(data, ctx(1))
+        await w.operations.mknod(data, b"y", 0o100644, 0, ctx(2))
+        assert (await w.operations.getattr(data, ctx(1))).st_mtime_ns > before.st_mtime_ns
 
 
 async def furnish(w: World) -> None:

@@ -46,8 +46,12 @@ def without_end(alive: Live, event: Callable[[], object]) -> Iterator[None]:
     alive.settle()
 
 
-def changes(alive: Live, *paths: bytes) -> Callable[[], object]:
-    return lambda: [alive.mirror._changes.put(path) for path in paths]
+def changes(alive: Live, *paths: bytes) -> Callable[[], None]:
+    def put() -> None:
+        for path in paths:
+            alive.mirror._changes.put(path)
+
+    return put
 
 
 def domain_ends(alive: Live) -> None:

@@ -89,6 +89,12 @@ class Directory(XenstoreNode):
             return await self.getattr()
         return self.attributes(await self.require_directory(state))
 
+    async def getattr_by(self, pid: int) -> EntryAttributes:
+        found = self.table.handover.take(pid, self.inode)
+        if found is None or self.gone or self.view.ended:
+            return await self.getattr()
+        return self.attributes(found[0])
+
     async def require_present(self, missing: int = errno.ESTALE) -> None:
         """Fail with this errno if the node does not exist.
 
@@ -126,7 +132,7 @@ class Directory(XenstoreNode):
 
     async def opendir(self, caller: Caller) -> Handle:
         handle = DirectoryHandle(self, caller)
-        await handle.fetch()
+        self.table.handover.put(caller.pid, self.inode, await handle.fetch())
         return handle
 
     # --------------------------------------------------------------------------------- lookup
@@ -181,7 +187,7 @@ class Directory(XenstoreNode):
         child = self.child(name, state, path)
         entry = child.attributes(state)
         if isinstance(child, ValueFile) and state.readable and state.value is not None:
-            self.table.handover.put(pid, child.inode, state.value)
+            self.table.handover.put(pid, child.inode, state)
         return self._found(child, entry)
 
     async def _lookup_alias(self, name: bytes, pid: int) -> EntryAttributes:

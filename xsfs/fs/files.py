@@ -138,7 +138,7 @@ class ValueFile(XenstoreNode):
         if truncates or reads:
             found = self.table.handover.take(caller.pid, self.inode)
             if found is not None:
-                value, fetched_at = found
+                value, fetched_at = found[0].value, found[1]
             elif (state := await self._state_in_store()) is not None:
                 value, fetched_at = state.value, time.monotonic()
                 is_readable = state.readable
@@ -186,7 +186,7 @@ class DotValue(FileOfDirectory, ValueFile):
         if not self.directory.has_dot_value(state):
             refuse(errno.ENOENT)
         if state.readable and state.value is not None:
-            self.table.handover.put(pid, self.inode, state.value)
+            self.table.handover.put(pid, self.inode, state)
         return self.attributes(state)
 
     def was_written(self) -> None:

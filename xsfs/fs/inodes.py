@@ -1,4 +1,4 @@
-"""The table of inodes, and the hand-over from a LOOKUP to the OPEN that follows it.
+"""The table of inodes, and the hand-over from one request of a thread to the next.
 
 An `InodeTable` owns each `Node` for which the kernel holds a lookup count, and the few facts that all nodes
 of a mount share.  Only the tasks that handle FUSE requests touch it.  The table may change while a task
@@ -37,7 +37,7 @@ from xsfs.fs.watch_files import READERS_MAX
 from xsfs.view.bounded import Bounded
 from xsfs.view.names import NAME_MAX, file_name, join
 from xsfs.view.ownership import Ownership
-from xsfs.view.view import View
+from xsfs.view.view import LEAF, NodeState, View
 
 PATHS_MAX: Final = 256
 
@@ -67,26 +67,27 @@ class LiveMirror(Protocol):
 
 
 class Handover:
-    """Values that LOOKUPs have fetched, for the OPEN of the same open(2).
+    """States that one request has fetched for the next: a LOOKUP for the OPEN of the same open(2), and an
+    OPENDIR for the GETATTR of the fstat(2) that follows, as programs that list a directory do.
 
-    The kernel sends both in the name of one thread, one right after the other.  A value is given once, to
+    The kernel sends both in the name of one thread, one right after the other.  A state is given once, to
     that thread, for that inode, and within HANDOVER_SECONDS.
     """
 
     def __init__(self) -> None:
-        self._by_thread: dict[int, tuple[int, bytes, float]] = {}
+        self._by_thread: dict[int, tuple[int, NodeState, float]] = {}
 
-    def put(self, pid: int, inode: int, value: bytes) -> None:
+    def put(self, pid: int, inode: int, state: NodeState) -> None:
         if len(self._by_thread) >= HANDOVERS_MAX:
             self._by_thread.clear()
-        self._by_thread[pid] = inode, value, time.monotonic()
+        self._by_thread[pid] = inode, state, time.monotonic()
 
-    def take(self, pid: int, inode: int) -> tuple[bytes, float] | None:
-        """The value, and when it was fetched, in seconds of time.monotonic()."""
-        found, value, fetched_at = self._by_thread.pop(pid, (None, b"", 0.0))
+    def take(self, pid: int, inode: int) -> tuple[NodeState, float] | None:
+        """The state, and when it was fetched, in seconds of time.monotonic()."""
+        found, state, fetched_at = self._by_thread.pop(pid, (None, LEAF, 0.0))
         if found != inode or time.monotonic() - fetched_at > HANDOVER_SECONDS:
             return None
-        return value, fetched_at
+        return state, fetched_at
 
     def clear(self) -> None:
         """Something was written through the mount, so what was fetched before may be outdated."""

@@ -41,8 +41,9 @@ class DirectoryHandle(Handle):
         self._share = Share(node.table.listing_bytes, caller)
         self._was_read = False
 
-    async def fetch(self) -> None:
-        """Fetch the names.  Fails with ENFILE if the open listings would take too much memory."""
+    async def fetch(self) -> NodeState:
+        """Fetch the names, and the state of the directory.  Fails with ENFILE if the open listings would
+        take too much memory."""
         node = self.node
         node.require()
         path = node.path
@@ -69,6 +70,7 @@ class DirectoryHandle(Handle):
         self._kinds = listing.kinds
         self._own = own
         self._scratch = frozenset(scratch)
+        return state
 
     def _always_shown(self, path: bytes) -> list[bytes]:
         """The names of children that the mount shows even if they do not exist."""

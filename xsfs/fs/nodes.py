@@ -11,7 +11,8 @@ import errno
 import select
 import stat
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, NoReturn
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
@@ -161,6 +162,10 @@ class Node(ABC):
     @abstractmethod
     async def getattr(self) -> EntryAttributes:
         """The attributes as they are now.  Fails with ESTALE if it does not exist, or is of another kind."""
+
+    def getattr_by(self, pid: int) -> Coroutine[Any, Any, EntryAttributes]:
+        """The attributes for a GETATTR of thread `pid`."""
+        return self.getattr()
 
     async def looked_up(self, pid: int) -> EntryAttributes:
         """The attributes for the LOOKUP of one of xsfs's own names by thread `pid`."""

@@ -285,7 +285,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     def getattr(self, inode: InodeT, ctx: RequestContext) -> Coroutine[Any, Any, EntryAttributes]:
-        return self.table.get(inode).getattr()
+        return self.table.get(inode).getattr_by(ctx.pid)
 
     @handler
     async def setattr(
