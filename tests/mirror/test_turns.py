@@ -47,7 +47,11 @@ def without_end(alive: Live, event: Callable[[], object]) -> Iterator[None]:
 
 
 def changes(alive: Live, *paths: bytes) -> Callable[[], object]:
-    return lambda: [alive.mirror._changes.put(path) for path in paths]
+    def come() -> None:
+        for path in paths:
+            alive.mirror._changes.put(path)
+
+    return come
 
 
 def domain_ends(alive: Live) -> None:
