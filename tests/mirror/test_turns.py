@@ -46,12 +46,12 @@ def without_end(alive: Live, event: Callable[[], object]) -> Iterator[None]:
     alive.settle()
 
 
-def changes(alive: Live, *paths: bytes) -> Callable[[], None]:
-    def put() -> None:
+def changes(alive: Live, *paths: bytes) -> Callable[[], object]:
+    def come() -> None:
         for path in paths:
             alive.mirror._changes.put(path)
 
-    return put
+    return come
 
 
 def domain_ends(alive: Live) -> None:
