@@ -45,7 +45,7 @@ from xsfs.xenstore.errors import (
     TransactionEnded,
     XenstoreError,
 )
-from xsfs.xenstore.reconnect import CircuitBreaker, Observation
+from xsfs.xenstore.reconnect import CircuitBreaker
 from xsfs.xenstore.store import Transaction, open_store
 from xsfs.xenstore.watches import Subscription
 
@@ -414,7 +414,7 @@ async def test_only_a_whole_time_limit_opens_the_circuit_breaker(clock: LeapingC
         raise RequestTimeout("still silent")
 
     async def fail_after(breaker: CircuitBreaker, seconds: float) -> None:
-        with Observation(breaker):
+        with breaker.observing():
             clock.leap(seconds)
             raise RequestTimeout("no reply")
 

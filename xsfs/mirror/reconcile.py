@@ -105,12 +105,12 @@ class Reconciler:
             # It may have been made implicitly with this node, and has no event of its own.
             if path.startswith(directory + b"/"):
                 self._queue.setdefault(directory, False)
-        return self._has_parent(path)
+        return self._has_parent(path, self.place(path))
 
-    def _has_parent(self, path: bytes) -> bool:
+    def _has_parent(self, path: bytes, place: bytes) -> bool:
         """Whether the mirror has the directory of this node.  If not, its highest missing ancestor is queued,
         from which the way down leads to the node."""
-        missing = self._files.first_missing(self.place(path).rpartition(b"/")[0])
+        missing = self._files.first_missing(place.rpartition(b"/")[0])
         if missing is None:
             return True
         names = path[len(self._view.root) :].lstrip(b"/").split(b"/")
@@ -163,9 +163,9 @@ class Reconciler:
         if state is None and self._view.is_always_there(path):
             state = EMPTY_NODE
             self._nodeless.add(path)
-        if not self._has_parent(path):
-            return
         place = self.place(path)
+        if not self._has_parent(path, place):
+            return
         kind = self._files.kind(place)
         if state is not None:
             yield from self._show(path, place, kind, state, node, renew=renew)
