@@ -414,7 +414,7 @@ async def test_only_a_whole_time_limit_opens_the_circuit_breaker(clock: LeapingC
         raise RequestTimeout("still silent")
 
     async def fail_after(breaker: CircuitBreaker, seconds: float) -> None:
-        with breaker.observe():
+        with breaker.observing():
             clock.leap(seconds)
             raise RequestTimeout("no reply")
 

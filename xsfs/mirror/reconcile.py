@@ -101,12 +101,12 @@ class Reconciler:
             # It may have been made implicitly with this node, and has no event of its own.
             if path.startswith(directory + b"/"):
                 self._queue.setdefault(directory, False)
-        return self._has_parent(path)
+        return self._has_parent(path, self.place(path))
 
-    def _has_parent(self, path: bytes) -> bool:
+    def _has_parent(self, path: bytes, place: bytes) -> bool:
         """Whether the mirror has the directory of this node.  If not, its highest missing ancestor is queued,
         from which the way down leads to the node."""
-        missing = self._files.first_missing(self.place(path).rpartition(b"/")[0])
+        missing = self._files.first_missing(place.rpartition(b"/")[0])
         if missing is None:
             return True
         names = path[len(self._view.root) :].lstrip(b"/").split(b"/")
@@ -159,13 +159,13 @@ class Reconciler:
         if state is None and self._view.is_always_there(path):
             state = EMPTY_NODE
             self._nodeless.add(path)
-        if not self._has_parent(path):
-            return
-        if state is not None:
-            yield from self._show(path, state, node, renew=renew)
-            return
         place = self.place(path)
+        if not self._has_parent(path, place):
+            return
         kind = self._files.kind(place)
+        if state is not None:
+            yield from self._show(path, place, kind, state, node, renew=renew)
+            return
         if kind:
             yield from self._remove(place, kind)
         if kind or renew:
@@ -180,9 +180,16 @@ class Reconciler:
     def _is_directory(self, path: bytes, state: NodeState) -> bool:
         return path == self._view.root or self._view.is_directory(path, state)
 
-    def _show(self, path: bytes, state: NodeState, node: FetchedNode, *, renew: bool) -> Steps:
-        place = self.place(path)
-        kind = self._files.kind(place)
+    def _show(
+        self,
+        path: bytes,
+        place: bytes,
+        kind: int,
+        state: NodeState,
+        node: FetchedNode,
+        *,
+        renew: bool,
+    ) -> Steps:
         is_directory = self._is_directory(path, state)
         if kind not in (0, stat.S_IFDIR if is_directory else stat.S_IFREG):
             yield from self._remove(place, kind)

@@ -191,11 +191,11 @@ class CircuitBreaker:
             raise error
 
     @contextmanager
-    def observe(self) -> Iterator[float]:
-        """Learn the outcome of the block, which sends requests.  Gives the time of its start."""
+    def observing(self) -> Iterator[None]:
+        """Take note of the outcome of the block, which asks something."""
         answers, start = self.answers, trio.current_time()
         try:
-            yield start
+            yield
         except (RequestTimeout, ConnectionLost) as error:
             self.failed(error, answers, start)
             raise

@@ -131,7 +131,7 @@ class Transaction(Commands):
         if deadline is None:
             deadline = trio.current_time() + self._timeout
         try:
-            with self._breaker.observe():
+            with self._breaker.observing():
                 return await self.connection.pipeline(requests, self._tx_id, deadline)
         except ConnectionLost as error:
             self._tx_id = None
@@ -251,6 +251,7 @@ class Store(Commands):
         if self.breaker.error is not None:
             await self.breaker.check()
         self.requests += len(requests)
+        # Not `observing`, which takes 2 microseconds more.
         answers, start = self.breaker.answers, trio.current_time()
         deadline = start + self.timeout
         failure: ConnectionLost | RequestTimeout | None = None
@@ -316,7 +317,7 @@ class Store(Commands):
         """Start a transaction with a connection of its own.  The caller must `abandon` it later."""
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe():
+        with self.breaker.observing():
             connection = await self._open(deadline)
             try:
                 tx_id = await self._start(connection, deadline)
@@ -373,7 +374,7 @@ class Store(Commands):
         """
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
-        with self.breaker.observe():
+        with self.breaker.observing():
             async with self._one_of_few(deadline):
                 in_doubt = 0
                 while True:
