@@ -165,8 +165,6 @@ class Mirror:
         self._view.sticky.on_change = self._sticky_changed
         try:
             await self._watches.subscribe(self._changes)
-            if await self._view.has_features():
-                self._domain_ends.depth = None
             await self._watches.subscribe(self._domain_ends)
             with trio.move_on_after(self.store.timeout):
                 await self._wait_until_armed()

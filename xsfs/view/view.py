@@ -336,10 +336,8 @@ class View:
     # -------------------------------------------------------------------------------- changes
 
     async def has_features(self) -> bool:
-        """Whether the daemon knows GET_FEATURE, and so may be C xenstored 4.22.
-
-        That dies of SET_PERMS with a reserved domid on its socket, and at a live update of a watch's depth.
-        """
+        """Whether the daemon knows GET_FEATURE, and so may be C xenstored 4.22, which dies of SET_PERMS with
+        a reserved domid on its socket."""
         (reply,) = await self.store.pipeline((protocol.get_feature(),))
         return not (isinstance(reply, XenstoreError) and reply.name == "ENOSYS")
 

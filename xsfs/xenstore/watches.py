@@ -32,7 +32,7 @@ from typing import Final
 import trio
 
 from xsfs.xenstore import protocol
-from xsfs.xenstore.connection import Connection
+from xsfs.xenstore.connection import Connection, Reply
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
 from xsfs.xenstore.event_reader import with_event_reader
 from xsfs.xenstore.home import Home, moved
@@ -314,20 +314,31 @@ class Watches:
         await self._remove_unwanted()
         connection = await self._reconnecting.get(deadline)
         watch.connection = connection
-        for depth in dict.fromkeys((watch.depth, None)):  # None for a daemon that knows no depth
-            request = protocol.watch(watch.path, watch.token, depth)
-            try:
-                (reply,) = await connection.pipeline((request,), 0, deadline)
-            except ConnectionLost as error:
-                if not error.unsent:
-                    raise
-                return await self._arm(watch, deadline)  # the connection had just died
-            self._answered_at = trio.current_time()
-            if isinstance(reply, bytes) or reply.name != "EINVAL":
-                break
+        try:
+            reply = await self._set(watch, connection, deadline)
+        except ConnectionLost as error:
+            if not error.unsent:
+                raise
+            return await self._arm(watch, deadline)  # the connection had just died
         if isinstance(reply, XenstoreError):
             raise reply
         watch.armed = True
+
+    async def _set(self, watch: _Watch, connection: Connection, deadline: float) -> Reply:
+        """Send WATCH, with the depth if the daemon takes one."""
+        if watch.depth is not None:
+            # C xenstored 4.22.0 dies at a live update of a watch with a depth.  It knows GET_FEATURE.
+            (features,) = await connection.pipeline((protocol.get_feature(),), 0, deadline)
+            if isinstance(features, XenstoreError) and features.name == "ENOSYS":
+                request = protocol.watch(watch.path, watch.token, watch.depth)
+                (reply,) = await connection.pipeline((request,), 0, deadline)
+                self._answered_at = trio.current_time()
+                if isinstance(reply, bytes) or reply.name != "EINVAL":
+                    return reply
+        request = protocol.watch(watch.path, watch.token)
+        (reply,) = await connection.pipeline((request,), 0, deadline)
+        self._answered_at = trio.current_time()
+        return reply
 
     # ------------------------------------------------------------------------------ reconnects
 
