@@ -7,6 +7,7 @@ import stat
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Any, cast
 
 import pytest
 from pyfuse3 import FUSEError
@@ -127,6 +128,18 @@ async def test_a_directory_that_was_just_opened_is_not_fetched_for_fstat(w: Worl
         await w.operations.opendir(data, ctx(1))
         await w.operations.mknod(data, b"y", 0o100644, 0, ctx(2))
         assert (await w.operations.getattr(data, ctx(1))).st_mtime_ns > before.st_mtime_ns
+
+
+@in_world
+async def test_a_transactions_directory_looks_alike_right_after_its_open(w: World) -> None:
+    transactions = (await w.lookup(b".transaction")).st_ino
+    entry = await w.operations.mkdir(transactions, cast(Any, b"t"), cast(Any, 0o755), ctx())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inodes, "HANDOVER_SECONDS", 1000.0)
+        await w.operations.opendir(entry.st_ino, ctx())
+        seen = await w.operations.getattr(entry.st_ino, ctx())
+        later = await w.operations.getattr(entry.st_ino, ctx())
+    assert (seen.st_mode, seen.st_mtime_ns) == (later.st_mode, later.st_mtime_ns)
 
 
 async def furnish(w: World) -> None:

@@ -419,7 +419,7 @@ def test_a_file_that_is_opened_while_its_rename_or_removal_is_committed(
 @pytest.mark.parametrize(
     "operation",
     [
-        *("look up", "stat", "list", "create"),
+        *("look up", "stat", "list", "create", "stat its watch file", "read its nodes"),
         *("unlink", "rmdir", "mkdir", "rename", "rename away", "aside"),
     ],
 )
@@ -433,12 +433,16 @@ def test_a_name_in_a_directory_that_is_renamed_meanwhile(operation: str) -> None
         data = (await w.lookup(b"data")).st_ino
         directory = (await w.lookup(b"data", b"d")).st_ino
         w.view.sticky.add(b"/local/domain/0/data/d/y")
+        watch = (await w.lookup(b"data", b"d", b".watch")).st_ino
+        nodes = (await w.lookup(b"data", b"d", b".ls")).st_ino
         name, mode = cast(Any, b"x"), cast(Any, 0o755)
         operations: dict[str, Callable[[], Awaitable[object]]] = {
             "look up": lambda: w.operations.lookup(directory, name, ctx()),
             "stat": lambda: w.operations.getattr(directory, ctx()),
             "list": lambda: w.operations.opendir(directory, ctx()),
             "create": lambda: fill(w, directory, b"z", b"1\n"),
+            "stat its watch file": lambda: w.operations.getattr(watch, ctx()),
+            "read its nodes": lambda: w.operations.open(nodes, RDONLY, ctx()),
             "unlink": lambda: w.operations.unlink(directory, name, ctx()),
             "rmdir": lambda: w.operations.rmdir(directory, cast(Any, b"y"), ctx()),
             "mkdir": lambda: w.operations.mkdir(directory, cast(Any, b"z"), mode, ctx()),
@@ -472,6 +476,46 @@ def test_a_name_in_a_directory_that_is_renamed_meanwhile(operation: str) -> None
             assert await content_of(w, b"data", b"e", b"x~") == b"1\n"
 
     test()
+
+
+@in_world
+async def test_a_dump_that_is_written_while_its_directory_is_removed(w: World) -> None:
+    data = (await w.lookup(b"data")).st_ino
+    await w.operations.mkdir(data, cast(Any, b"d"), cast(Any, 0o755), ctx())
+    handle = await opened(w, WRONLY, b"data", b"d", b".dump")
+
+    async with trio.open_nursery() as nursery:
+
+        async def write() -> None:
+            line = b'{"path": "x", "value": "1"}\n'
+            nursery.start_soon(refused, errno.ESTALE, w.operations.write(handle, 0, line))
+            await wait_all_tasks_blocked()
+
+        with beside_the_commit(w, write, trio.lowlevel.checkpoint):
+            await w.operations.rmdir(data, cast(Any, b"d"), ctx())
+    assert not await w.store.exists("data/d")
+
+
+@in_world
+async def test_a_file_that_is_created_by_another_name_while_its_directory_is_removed(
+    w: World,
+) -> None:
+    data = (await w.lookup(b"data")).st_ino
+    await w.operations.mkdir(data, cast(Any, b"d"), cast(Any, 0o755), ctx())
+    other = (await w.lookup(b".root", b"local", b"domain", b"0", b"data", b"d")).st_ino
+
+    async with trio.open_nursery() as nursery:
+
+        async def create() -> None:
+            name, mode, flags = cast(Any, b"x"), cast(Any, 0o644), cast(Any, WRONLY)
+            info, _ = await w.operations.create(other, name, mode, flags, ctx())
+            write = w.operations.write(info.fh, 0, b"1\n")
+            nursery.start_soon(refused, errno.ESTALE, write)
+            await wait_all_tasks_blocked()
+
+        with beside_the_commit(w, create, trio.lowlevel.checkpoint):
+            await w.operations.rmdir(data, cast(Any, b"d"), ctx())
+    assert not await w.store.exists("data/d")
 
 
 @in_world

@@ -180,7 +180,7 @@ class Directory(XenstoreNode):
             await self.open_files.drop_lost(path)
             # A cached entry may have led here, and a write would create the directory again.
             self.require()
-            self.was_missing = not await self._is_present()
+            self.was_missing = join(self.path, name) == path and not await self._is_present()
             if join(self.path, name) != path:
                 return await self._lookup_child(name, pid)
             refuse(errno.ENOENT)
@@ -397,6 +397,9 @@ class Directory(XenstoreNode):
     def was_removed(self, kind: type[XenstoreNode], path: bytes, content: MemoryContent) -> None:
         self.forget_names(path)
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
+        for file in self.open_files.at_and_below(path):
+            if file.path != path:
+                self.open_files.retire(file)  # its creation came too late
         self.open_files.orphan(path, node, content)
 
     def forget_names(self, path: bytes) -> None:

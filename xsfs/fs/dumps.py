@@ -150,7 +150,10 @@ class SubtreeHandle(Handle):
         self._next_look = trio.current_time() + LOOK_SECONDS
         await node.directory.open_files.wait_closed_below(node.path)
         try:
+            path = node.path
             made = await node.make_text(self._check)
+            if made is None and await node.directory.was_renamed(path):
+                made = await node.make_text(self._check)
             if made is None:
                 if not node.directory.always_there:
                     refuse(errno.ESTALE)
@@ -230,8 +233,13 @@ class DumpHandle(SubtreeHandle):
         lines = [line for line in lines if line.strip()]
         if not lines:
             return
+
+        def path() -> bytes:
+            node.directory.require()  # it may have been removed meanwhile
+            return node.path
+
         try:
-            async with node.directory.open_files.changing_below(lambda: node.path):
+            async with node.directory.open_files.changing_below(path):
                 for start in range(0, len(lines), RESTORE_WINDOW):
                     await self._restore_window(lines[start : start + RESTORE_WINDOW])
         finally:

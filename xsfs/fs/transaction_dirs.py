@@ -6,8 +6,8 @@ Below it are the kinds of files that every tree has, over the transaction's own 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, ClassVar
 
 from pyfuse3 import EntryAttributes
 
@@ -104,6 +104,9 @@ class TransactionRoot(RootDirectory):
     async def getattr(self) -> EntryAttributes:
         # Without a request: a listing of `.transaction` must not count as use of the transactions.
         return self.entry(0)
+
+    def getattr_by(self, pid: int) -> Coroutine[Any, Any, EntryAttributes]:
+        return self.getattr()
 
 
 class TransactionsDirectory(GeneratedDirectory):

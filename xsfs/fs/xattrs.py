@@ -187,6 +187,8 @@ class XenstoreNode(Node):
 
     async def was_renamed(self, path: bytes) -> bool:
         """Whether the node, which was missing at `path`, was renamed, perhaps by a rename under way."""
+        if self.path != path:
+            return True  # another rename may be about to bring it back
         async with self.open_files.changing(path):
             return self.path != path
 
@@ -219,9 +221,7 @@ class FileOfDirectory(Node):
 
     async def require_node(self) -> None:
         """Fail with ESTALE if the directory's node does not exist."""
-        self.directory.require()
-        if not self.directory.always_there and await self.view.fetch_one(self.path) is None:
-            refuse(errno.ESTALE)
+        await self.directory.require_present()
 
 
 async def permissions_of(view: View, text: str) -> Permissions:
