@@ -83,8 +83,9 @@ def alive(naming: NamingStore, witness: XsClient) -> Iterator[Live]:
         yield alive
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["from the start", "later"])
 def test_xenstored_that_knows_features_gets_no_depth(
-    daemon: RealXenstored, witness: XsClient, tmp_path: Path
+    daemon: RealXenstored, witness: XsClient, tmp_path: Path, replaced: bool
 ) -> None:
     """C xenstored 4.22.0 writes too little of such a watch at a live update, and dies at the next one."""
     watches: list[bytes] = []
@@ -93,9 +94,16 @@ def test_xenstored_that_knows_features_gets_no_depth(
         watches.append(request.payload)
         return False
 
+    new = first_of(on(Op.GET_FEATURE, says(b"14\0")), on(Op.WATCH, note))
     with LyingStore(tmp_path / "liar.sock", daemon.socket) as liar:
-        liar.lie = first_of(on(Op.GET_FEATURE, says(b"14\0")), on(Op.WATCH, note))
+        liar.lie = on(Op.WATCH, note) if replaced else new
         with live(liar.path, witness) as alive:
+            if replaced:
+                assert any(len(strings(payload)) == 3 for payload in watches)
+                watches.clear()
+                liar.lie = new
+                liar.hang_up()
+                await_true(lambda: len(watches) == 2)
             alive.settle()
             assert {payload.split(b"\0")[0] for payload in watches} == {b"/", RELEASE}
             assert all(len(strings(payload)) == 2 for payload in watches)
