@@ -186,6 +186,7 @@ class Store(Commands):
             ReconnectingConnection(nursery, connect, timeout, self.home)
             for _ in range(WALK_CONNECTIONS)
         )
+        """The connections for walks, which `pipelines` gives."""
         self._short_limit = trio.CapacityLimiter(SHORT_MAX)
         self._idle: list[Connection] = []
         """Connections for transactions of `atomically`, with none open."""

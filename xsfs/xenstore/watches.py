@@ -67,8 +67,8 @@ class Subscription:
         """The connection's reader calls `on_event` at each event, and when the watch was lost, set again, or
         ended.  It must not wait, nor take longer than a few microseconds.
 
-        depth       how many levels below the path changes count.  A daemon older than Xen 4.22, or the
-                    kernel's device, sends the events without a limit.
+        depth       how many levels below the path changes count.  Only xapi's oxenstored gets it; all other
+                    daemons send the events without a limit.
         """
         self.path = path
         self.depth = depth
