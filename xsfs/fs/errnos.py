@@ -1,7 +1,8 @@
 """Error translation: what an exception of an operation is to the kernel, an errno, and to the log.
 
-The client raises StoreError, which has an errno.  The kinds of files raise pyfuse3's FUSEError.  Any other
-exception that left an operation would end the mount, so it is logged with its traceback and becomes EIO.
+The client raises StoreError, whose errno xenstore/errors.py decides.  The kinds of files raise pyfuse3's
+FUSEError.  Any other exception that left an operation would end the mount, so it is logged with its traceback
+and becomes EIO.
 """
 
 from __future__ import annotations

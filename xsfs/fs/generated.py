@@ -12,7 +12,6 @@ import pyfuse3
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
-from xsfs.view.names import join
 
 
 class TextFile(Node):
@@ -52,14 +51,6 @@ class GeneratedDirectory(Node):
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
     writable: ClassVar[bool] = False
-
-    @property
-    def path(self) -> bytes:
-        return self.view.root
-
-    @property
-    def label(self) -> bytes:
-        return join(super().label, self.name)
 
     @abstractmethod
     async def children(self) -> list[tuple[bytes, int]]:

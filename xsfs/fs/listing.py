@@ -1,4 +1,8 @@
-"""Listings: the names in a directory, and the kinds of the children, in as few round trips as possible."""
+"""Listings: the names in a directory, and the kinds of the children, in as few round trips as possible.
+
+`View.list_directory` fetches all names at the OPENDIR.  If they do not fit one reply, `Commands.list` fetches
+them in parts.  The kinds follow while the kernel reads on, FETCH_WINDOW children at a time.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,7 @@ ENTRY_BYTES: Final = 80
 
 
 class DirectoryHandle(Handle):
-    """An open directory: its children's names as they were when it was opened, or last rewound.
-
-    The kinds of the children are fetched as the listing goes on, FETCH_WINDOW of them at a time.
-    """
+    """An open directory: its children's names as they were when it was opened, or last rewound."""
 
     __slots__ = ("_entries", "_kinds", "_own", "_scratch", "_share", "_was_read")
 

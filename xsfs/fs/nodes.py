@@ -2,7 +2,7 @@
 
 A kind of file is a subclass of `Node`.  It answers the operations that make sense on it; the defaults here
 refuse.  If it can be open in a way of its own, it has a subclass of `Handle`.  The tables `own` in
-directories.py and transaction_dirs.py give each kind its name.
+directories.py and transaction_dirs.py give each kind its name, which OWN_NAMES of view/names.py has, too.
 """
 
 from __future__ import annotations

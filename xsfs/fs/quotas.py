@@ -1,4 +1,4 @@
-"""Limits on what all users of a mount have open together.
+"""The mount's own limits on what its users have open together; Xenstore's quotas are the daemon's.
 
 With `allow_other` every user of the system can open files.  Users who are neither root nor the mounting user
 share half of each quota, so that the other half is left to root.

@@ -1,4 +1,4 @@
-"""Whether the thread that waits in a read has been signalled, as /proc shows it.
+"""Whether the thread that waits in a read of a watch file has been signalled, as /proc shows it.
 
 The kernel reports a signal to a FUSE file system by FUSE_INTERRUPT, which pyfuse3 does not pass on.  So
 xsfs looks at the thread that waits.  It is in `request_wait_answer` from the request until the answer:

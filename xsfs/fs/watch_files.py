@@ -1,7 +1,7 @@
 """Watch files: a read of `.watch` blocks until something changes at or below its directory.
 
 A `WatchHandle` owns a subscription for each path that it watches, and the events that its reader has not
-read yet.  The tasks of FUSE requests add and remove subscriptions, one at a time (`_turn`).  The task of
+read yet.  The tasks of FUSE requests add and remove subscriptions, one at a time (`_changing`).  The task of
 the watches' connection puts events, and never waits for a reader.
 
 Invariants:
@@ -143,7 +143,7 @@ class WatchHandle(Handle):
         # A dict would be slow to take the oldest from: it goes over all that were taken before.
         self._events: OrderedDict[bytes, None] = OrderedDict()
         self._rest = b""
-        self._turn = trio.Lock()
+        self._changing = trio.Lock()
         self._reader = Reader(caller.pid, node.inode, writable=self.writable)
         self._waiting: trio.CancelScope | None = None
         """The wait of a read; it is cancelled when there is something to read."""
@@ -230,7 +230,7 @@ class WatchHandle(Handle):
         """Carry out the lines.  The write is short if a line fails.  A program then writes the rest, which
         begins with that line, and that write fails."""
         done = 0
-        async with self._turn:
+        async with self._changing:
             for line in data.removesuffix(b"\n").split(b"\n"):
                 try:
                     await self._obey(line)
@@ -256,7 +256,7 @@ class WatchHandle(Handle):
             refuse(errno.EEXIST)
         if len(self._subscriptions) >= WATCHES_MAX:
             refuse(errno.ENOSPC)
-        subscription = _Tap(path, self)
+        subscription = _HandleSubscription(path, self)
         store = self.node.view.store
         try:
             # Other subscribers may be waiting for the connection, one after the other.
@@ -280,7 +280,7 @@ class WatchHandle(Handle):
         self._subscriptions.clear()
 
 
-class _Tap(Subscription):
+class _HandleSubscription(Subscription):
     """A subscription that passes its events to its handle at once."""
 
     def __init__(self, path: bytes, handle: WatchHandle) -> None:

@@ -1,4 +1,4 @@
-"""The errors that a client of Xenstore can meet.
+"""The errors that a client of Xenstore can meet, and the errno of each error reply (`_number_of`).
 
 Each of them is an OSError.  Its `errno` says what it means in POSIX's terms.
 """
