@@ -48,7 +48,7 @@ class DirectoryHandle(Handle):
         node = self.node
         node.require()
         path = node.path
-        owed = self._always_shown(path)
+        shown_before = self._always_shown(path)
         listing = await node.view.list_directory(path)
         if await node.is_elsewhere(path, listing.state):
             return await self.fetch()
@@ -65,7 +65,7 @@ class DirectoryHandle(Handle):
                 entries[name] = None
                 listing.kinds[name] = EMPTY_NODE
         # A creation that was carried out meanwhile may be too late for the listing.
-        entries.update(dict.fromkeys(owed))
+        entries.update(dict.fromkeys(shown_before))
         self._share.resize(sum(map(len, entries)) + ENTRY_BYTES * len(entries))
         self._entries = list(entries)
         self._kinds = listing.kinds
@@ -85,17 +85,17 @@ class DirectoryHandle(Handle):
         if start == 0 and self._was_read:
             await self.fetch()
         self._was_read = True
-        told: list[Node] = []
+        remembered: list[Node] = []
         try:
-            await self._reply(start, token, told)
+            await self._reply(start, token, remembered)
         except BaseException:
             # The kernel gets an error, and nothing of the reply.
-            for node in told:
+            for node in remembered:
                 self.node.table.forget(node.inode, 1)
             raise
 
-    async def _reply(self, start: int, token: pyfuse3.ReaddirToken, told: list[Node]) -> None:
-        """Put entries into the reply until it is full, and their nodes into `told`."""
+    async def _reply(self, start: int, token: pyfuse3.ReaddirToken, remembered: list[Node]) -> None:
+        """Put entries into the reply until it is full, and their nodes into `remembered`."""
         directory, table = self.node, self.node.table
         of_self = directory.entry(0) if start < len(SELF_AND_PARENT) else None
         of_leaf: EntryAttributes | None = None
@@ -127,7 +127,7 @@ class DirectoryHandle(Handle):
             if not pyfuse3.readdir_reply(token, table.file_name(name), entry, position + 1):
                 return
             table.remember(node)
-            told.append(node)
+            remembered.append(node)
 
     async def _node_and_entry(self, name: bytes) -> tuple[Node, EntryAttributes] | None:
         """One of xsfs's own names, or a scratch file; None if it has vanished."""
@@ -147,8 +147,8 @@ class DirectoryHandle(Handle):
         entries = self._entries[position : position + FETCH_WINDOW]
         # Xenstore has no nodes of xsfs's own names.
         window = [name for name in entries if name not in self._own and name not in self._scratch]
-        owed = self._always_shown(path)
+        shown_before = self._always_shown(path)
         self._kinds = await view.kinds(path, window)
-        for name in (*owed, *self._always_shown(path)):
+        for name in (*shown_before, *self._always_shown(path)):
             if name in self._kinds and self._kinds[name] is None:
                 self._kinds[name] = EMPTY_NODE
