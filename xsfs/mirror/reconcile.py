@@ -1,8 +1,9 @@
 """Turns one node's state into files of the mirror.
 
-`Reconciler` keeps no copy in memory; it looks at the files.  It owns the number of nodes shown, and the set
-of directories that are shown without a node.  Only the mirror's task may call `apply`.  Nodes that must be
-fetched as a consequence go into the work queue (xsfs/mirror/mirror.py).
+`Reconciler` keeps no copy in memory; it looks at the files.  `_show_file` decides whether a file is stale,
+and `MirrorDirectory.put` (staging.py) replaces it by a rename.  `Reconciler` owns the number of nodes shown,
+and the set of directories that are shown without a node.  Only the mirror's task may call `apply`.  Nodes
+that must be fetched as a consequence go into the work queue (mirror.py).
 """
 
 from __future__ import annotations
