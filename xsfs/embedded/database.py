@@ -227,21 +227,22 @@ class Database:
     # -- removal
 
     def rm(self, domid: int, path: bytes, tx: Tx = None) -> None:
-        if self._find(domid, path, WRITE, tx) is None:
+        record = self._find(domid, path, WRITE, tx)
+        if record is None:
             if self._lookup(parent_of(path), tx) is None:
                 raise Refused("ENOENT")
             return
         if path == ROOT:
             raise Refused("EINVAL")
-        self._remove(path, tx)
+        self._remove(path, record, tx)
 
-    def _remove(self, path: bytes, tx: Tx) -> None:
+    def _remove(self, path: bytes, record: Record, tx: Tx) -> None:
         """Remove the tree at `path`, the deepest nodes first.  Events below `path` are exact."""
         parent = self._lookup(parent_of(path), tx)
         if parent is None:
             raise Refused("EINVAL")
         try:
-            self._remove_tree(path, tx)
+            self._remove_tree(path, record, tx)
         except Refused as refused:
             # Only in a transaction: it accesses too many nodes, or it copied the lists of children
             # at different times and they name missing nodes.
@@ -252,10 +253,7 @@ class Database:
         parent.remove_child(name)
         self._modified(parent_of(path), parent, tx)
 
-    def _remove_tree(self, top: bytes, tx: Tx) -> None:
-        record = self._lookup(top, tx)
-        if record is None:
-            raise Refused("ENOENT")
+    def _remove_tree(self, top: bytes, record: Record, tx: Tx) -> None:
         # A path may have a thousand components, too many for recursion.
         stack = [(top, record, iter(tuple(record.children.values())))]
         while stack:
@@ -377,7 +375,7 @@ class Database:
             record = self._records[path]
             owned = record.perms[0].domid == domain.domid
             if owned and path != ROOT:
-                self._remove(path, None)
+                self._remove(path, record, None)
             else:
                 if owned:
                     # xenstored removes the root, and the whole store with it.
