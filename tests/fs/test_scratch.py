@@ -25,7 +25,7 @@ from tests.support.lying_store import LyingStore, on, says
 from tests.support.mounting import LIMIT, Mount, Place, mounted, open_place
 from tests.support.programs import await_screen, on_terminal
 from tests.support.xenstored.harness import XsClient
-from xsfs.fs import scratch
+from xsfs.fs import memory_content
 from xsfs.view.names import is_scratch_name
 from xsfs.xenstore.protocol import Op
 
@@ -430,8 +430,8 @@ def test_too_large_a_content_stays(place: Place, box: Path, witness: XsClient) -
     assert value(place, witness, box / "f") == b"old"
     assert (box / ".x").read_bytes() == b"x" * 5000
     with fails(errno.EFBIG):
-        os.truncate(box / ".x", scratch.FILE_MAX + 1)
-    os.truncate(box / ".x", scratch.FILE_MAX)
+        os.truncate(box / ".x", memory_content.FILE_MAX + 1)
+    os.truncate(box / ".x", memory_content.FILE_MAX)
     with open(box / ".x", "ab", buffering=0) as full, fails(errno.EFBIG):
         full.write(b"x")
 
@@ -685,7 +685,7 @@ def test_number_and_bytes_are_bounded(place: Place, tmp_path: Path, witness: XsC
     with mounted([place.socket], tmp_path / "m") as mount:
         full = mount.path / "data" / "full"
         full.mkdir()
-        assert fill(full, b"") == (scratch.FILES_MAX, errno.ENOSPC)
+        assert fill(full, b"") == (memory_content.FILES_MAX, errno.ENOSPC)
         (full / "f").write_text("1\n")
         with fails(errno.ENOSPC):
             (full / "f").rename(full / "f~")
@@ -694,11 +694,11 @@ def test_number_and_bytes_are_bounded(place: Place, tmp_path: Path, witness: XsC
         other = mount.path / "data" / "other"
         other.mkdir()
         # The lost directory has given its room back.
-        count = scratch.BYTES_MAX // scratch.FILE_MAX
-        assert fill(other, b"x" * scratch.FILE_MAX) == (count, errno.ENOSPC)
+        count = memory_content.BYTES_MAX // memory_content.FILE_MAX
+        assert fill(other, b"x" * memory_content.FILE_MAX) == (count, errno.ENOSPC)
         assert os.stat(other / f".{count}").st_size == 0
         (other / ".0").unlink()
-        (other / f".{count}").write_bytes(b"x" * scratch.FILE_MAX)
+        (other / f".{count}").write_bytes(b"x" * memory_content.FILE_MAX)
         mount.bash("rm -r data/other")
         witness.rm(node(place, mount.path / "data" / "full"))
 
@@ -719,8 +719,11 @@ for number in itertools.count():
 @pytest.mark.parametrize(
     ("size", "count"),
     [
-        (0, scratch.EACH_UNPRIVILEGED_FILES_MAX),
-        (scratch.FILE_MAX, scratch.EACH_UNPRIVILEGED_BYTES_MAX // scratch.FILE_MAX),
+        (0, memory_content.EACH_UNPRIVILEGED_FILES_MAX),
+        (
+            memory_content.FILE_MAX,
+            memory_content.EACH_UNPRIVILEGED_BYTES_MAX // memory_content.FILE_MAX,
+        ),
     ],
 )
 def test_each_user_has_a_share(place: Place, tmp_path: Path, size: int, count: int) -> None:

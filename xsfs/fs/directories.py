@@ -22,9 +22,9 @@ from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
 from xsfs.fs.files import DotValue, ScratchFile, ValueFile, ValueHandle
 from xsfs.fs.generated import DomidFile, StatsFile
 from xsfs.fs.listing import DirectoryHandle
+from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
-from xsfs.fs.scratch import MemoryContent
 from xsfs.fs.watch_files import WatchFile
 from xsfs.fs.xattrs import XenstoreNode
 from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, is_scratch_name, join
@@ -354,8 +354,8 @@ class Directory(XenstoreNode):
             self.view.sticky.discard_value(path)
             self.was_written()
             node = self.table.find(DotValue, self, VALUE_NAME)
-            content = posix.orphan_content(self.view, path, value, None)
-            self.open_files.orphan(path, node, content)
+            memory = posix.orphan_content(self.view, path, value, None)
+            self.open_files.orphan(path, node, memory)
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
@@ -367,21 +367,21 @@ class Directory(XenstoreNode):
         """Remove the node at a path.  Fails with EISDIR or ENOTDIR if it is of another kind."""
         file = self.open_files.get(path)
         is_directory = kind is Directory
-        content = posix.orphan_content(self.view, path, b"", None)
+        memory = posix.orphan_content(self.view, path, b"", None)
 
         async def work(commands: Commands) -> Request | None:
-            nonlocal content
+            nonlocal memory
             if file is not None and file.owes_creation:
                 (state,) = await self.view.fetch((path,), commands)
                 if state is None:
                     return None  # its creation is still owed
-            content = await posix.removed(self.open_files, commands, path, directory=is_directory)
+            memory = await posix.removed(self.open_files, commands, path, directory=is_directory)
             if is_directory and self.open_files.scratch_names(path):
                 refuse(errno.ENOTEMPTY)
             return protocol.rm(path)
 
         await self.view.atomically(work)
-        self.was_removed(kind, path, content)
+        self.was_removed(kind, path, memory)
 
     async def name_of_present(self, name: bytes) -> bytes:
         """The Xenstore name of a child that is to be removed or renamed."""
@@ -394,13 +394,13 @@ class Directory(XenstoreNode):
         self.require()
         return join(self.path, name)
 
-    def was_removed(self, kind: type[XenstoreNode], path: bytes, content: MemoryContent) -> None:
+    def was_removed(self, kind: type[XenstoreNode], path: bytes, memory: MemoryContent) -> None:
         self.forget_names(path)
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
         for file in self.open_files.at_and_below(path):
             if file.path != path:
                 self.open_files.retire(file)  # its creation came too late
-        self.open_files.orphan(path, node, content)
+        self.open_files.orphan(path, node, memory)
 
     def forget_names(self, path: bytes) -> None:
         """The node at this path was removed."""

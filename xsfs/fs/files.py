@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 from pyfuse3 import EntryAttributes, FUSEError
 
+from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.open_files import FRESH_SECONDS, OpenFile, is_missing
-from xsfs.fs.scratch import MemoryContent
 from xsfs.fs.xattrs import FileOfDirectory, XenstoreNode
 from xsfs.view.names import parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState
@@ -95,12 +95,12 @@ class ValueFile(XenstoreNode):
     def attributes_in_memory(self) -> EntryAttributes:
         if (found := self.in_memory) is None:
             refuse(errno.ESTALE)
-        file, content = found
-        entry = self.entry(len(content.data), mtime_ns=content.mtime_ns)
-        if content.mode is not None:
-            entry.st_mode = stat.S_IFREG | content.mode
-        entry.st_atime_ns = content.atime_ns
-        entry.st_ctime_ns = content.ctime_ns
+        file, memory = found
+        entry = self.entry(len(memory.data), mtime_ns=memory.mtime_ns)
+        if memory.mode is not None:
+            entry.st_mode = stat.S_IFREG | memory.mode
+        entry.st_atime_ns = memory.atime_ns
+        entry.st_ctime_ns = memory.ctime_ns
         entry.st_nlink = int(self.open_files.get(file.path) is file)
         return entry
 

@@ -49,8 +49,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from xsfs.fs.memory_content import MemoryContent, shortage
 from xsfs.fs.nodes import FORGOTTEN, Caller, Handle, refuse
-from xsfs.fs.scratch import MemoryContent, shortage
 from xsfs.view.names import join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
 from xsfs.xenstore import protocol
@@ -347,17 +347,17 @@ class OpenFiles:
 
     # `node` is the inode at the path that an operation takes away, if the kernel knows one.
 
-    def orphan(self, path: bytes, node: XenstoreNode | None, content: MemoryContent) -> OpenFile:
+    def orphan(self, path: bytes, node: XenstoreNode | None, memory: MemoryContent) -> OpenFile:
         """The file at this path was removed or replaced."""
         file = self._by_path.get(path) or OpenFile(path)
         if file.debt is not None:
-            if file.debt.replaces(self.view.content.parse(content.data)):
-                content.data = b""
+            if file.debt.replaces(self.view.content.parse(memory.data)):
+                memory.data = b""
             file.debt = None
-        file.memory = content
+        file.memory = memory
         self._detach(file, node)
         if seen := max((each.mtime_ns for each in file.nodes), default=0):
-            content.mtime_ns = seen
+            memory.mtime_ns = seen
         return file
 
     def _detach(self, file: OpenFile, node: XenstoreNode | None) -> None:
@@ -433,20 +433,20 @@ class OpenFiles:
         self._scratch.add(file)
         return file
 
-    async def set_data(self, file: OpenFile, content: MemoryContent, data: bytes) -> None:
+    async def set_data(self, file: OpenFile, memory: MemoryContent, data: bytes) -> None:
         """Replace its content in memory.  Fails with EFBIG, ENOSPC or EDQUOT, and then changes nothing."""
-        if len(data) > content.size_max:
+        if len(data) > memory.size_max:
             refuse(errno.EFBIG)
-        if file in self._scratch and len(data) > len(content.data):
-            await self._make_room(file, content, len(data))
-        content.write(data)
+        if file in self._scratch and len(data) > len(memory.data):
+            await self._make_room(file, memory, len(data))
+        memory.write(data)
 
-    async def _make_room(self, file: OpenFile, content: MemoryContent, size: int) -> None:
+    async def _make_room(self, file: OpenFile, memory: MemoryContent, size: int) -> None:
         """Fail with ENOSPC or EDQUOT if the file cannot have this size."""
 
         def error() -> int:
             others = [each.memory for each in self._scratch if each is not file and each.memory]
-            return shortage(others, content.owner, size)
+            return shortage(others, memory.owner, size)
 
         if error():
             await self.drop_lost(b"/")

@@ -12,9 +12,9 @@ import errno
 from collections.abc import Sequence
 from typing import Final
 
+from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import refuse
 from xsfs.fs.open_files import OpenFiles, is_missing
-from xsfs.fs.scratch import MemoryContent
 from xsfs.view.names import join, parent_path
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol

@@ -11,9 +11,9 @@ import pyfuse3
 from xsfs.fs import posix
 from xsfs.fs.directories import Directory
 from xsfs.fs.files import ValueFile
+from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import Caller, Node, refuse
 from xsfs.fs.open_files import is_at_or_below
-from xsfs.fs.scratch import MemoryContent
 from xsfs.view.names import VALUE_NAME, join
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -171,8 +171,8 @@ async def _rename_to_scratch(
     if not replace and target.scratch_file(target_name) is not None:
         refuse(errno.EEXIST)
     file = await source.open_files.new_scratch(caller)
-    content = file.memory
-    assert content is not None
+    memory = file.memory
+    assert memory is not None
     taken_in: Transaction | None = None
 
     async def work(commands: Commands) -> Request:
@@ -180,8 +180,8 @@ async def _rename_to_scratch(
         taken = await posix.removed(source.open_files, commands, path, if_directory=errno.EINVAL)
         if taken.perms is None:
             refuse(errno.EACCES)  # the permissions would be lost
-        content.perms = taken.perms
-        await source.open_files.set_data(file, content, taken.data)
+        memory.perms = taken.perms
+        await source.open_files.set_data(file, memory, taken.data)
         assert isinstance(commands, Transaction)
         taken_in = commands
         return protocol.rm(path)

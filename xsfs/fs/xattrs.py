@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 from pyfuse3 import EntryAttributes
 
+from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import Node, refuse
 from xsfs.fs.open_files import OpenFile
-from xsfs.fs.scratch import MemoryContent
 from xsfs.view.names import join, parent_path
 from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
@@ -100,11 +100,11 @@ class XenstoreNode(Node):
             # Never ENOSYS, which would turn extended attributes off for the whole mount.
             refuse(errno.EOPNOTSUPP if name.startswith(b"system.") else pyfuse3.ENOATTR)
         if (found := self.in_memory) is not None:
-            _, content = found
+            _, memory = found
             if name == VALUE_ATTRIBUTE_NAME:
-                return self.view.content.parse(content.data)
-            if name == PERMS_NAME and content.perms is not None:
-                return perms_text(content.perms)
+                return self.view.content.parse(memory.data)
+            if name == PERMS_NAME and memory.perms is not None:
+                return perms_text(memory.perms)
             refuse(pyfuse3.ENOATTR)
         async with self._settled():
             if name == PATH_NAME:
@@ -122,14 +122,14 @@ class XenstoreNode(Node):
             refuse(errno.E2BIG)
         perms = await permissions_to_set(self.view, value) if name == PERMS_NAME else None
         if (found := self.in_memory) is not None:
-            file, content = found
+            file, memory = found
             async with file.changing():
-                if file.memory is content:
+                if file.memory is memory:
                     if perms is not None:
-                        content.set_perms(encode_perms(perms))
+                        memory.set_perms(encode_perms(perms))
                     else:
                         data = self.view.content.render(value)
-                        await self.open_files.set_data(file, content, data)
+                        await self.open_files.set_data(file, memory, data)
                     return
         async with self._settled():
             if perms is None:
@@ -163,10 +163,10 @@ class XenstoreNode(Node):
         if name != PERMS_NAME:
             refuse(errno.EPERM if name in ATTRIBUTES else pyfuse3.ENOATTR)
         if (found := self.in_memory) is not None:
-            _, content = found
-            if content.perms is None:
+            _, memory = found
+            if memory.perms is None:
                 refuse(pyfuse3.ENOATTR)
-            content.set_perms(None)
+            memory.set_perms(None)
             return
         async with self._settled():
             await _inherit_perms(self)
