@@ -51,6 +51,9 @@ from xsfs.xenstore.errors import (
 )
 from xsfs.xenstore.protocol import Op, Request, WireError, read
 
+OTHER_NAME = (b".root", b"local", b"domain", b"0", b"data")
+"""The path to `data` by the other of its names."""
+
 
 async def opened(w: World, flags: int, *names: bytes) -> pyfuse3.FileHandleT:
     entry = await w.lookup(*names)
@@ -163,13 +166,13 @@ def around_request(
     pipeline = w.store.pipeline
     is_due = True
 
-    async def outdated(requests: Sequence[Request]) -> list[Reply]:
+    async def outdated(requests: Sequence[Request], **options: Any) -> list[Reply]:
         nonlocal is_due
         if not is_due or all(request.op != op for request in requests):
-            return await pipeline(requests)
+            return await pipeline(requests, **options)
         is_due = False
         await before()
-        replies = await pipeline(requests)
+        replies = await pipeline(requests, **options)
         await after()
         return replies
 
@@ -242,6 +245,36 @@ def test_a_listing_of_a_directory_that_is_renamed_meanwhile(
             after=lambda: w.operations.rename(data, b"d", data, b"e", cast(Any, 0), ctx()),
         )
         assert b".x" in await listed(w, await w.operations.opendir(directory, ctx()))
+
+    test()
+
+
+@pytest.mark.parametrize("by_other_name", [False, True])
+@pytest.mark.parametrize("operation", ["look up", "stat", "list", "read its nodes", "make a file"])
+def test_a_directory_that_is_renamed_there_and_back_meanwhile(
+    operation: str, by_other_name: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @in_world
+    async def test(w: World) -> None:
+        await w.store.write("data/d/x", "1")
+        directory = (await w.lookup(b"data", b"d")).st_ino
+        above = (await w.lookup(*(OTHER_NAME if by_other_name else (b"data",)))).st_ino
+        await w.operations.lookup(above, cast(Any, b"d"), ctx())
+        nodes = (await w.lookup(b"data", b"d", b".ls")).st_ino
+        name, mode = cast(Any, b".x"), cast(Any, 0o600 | stat.S_IFREG)
+        operations: dict[str, Callable[[], Awaitable[object]]] = {
+            "look up": lambda: w.operations.lookup(directory, cast(Any, b"x"), ctx()),
+            "stat": lambda: w.operations.getattr(directory, ctx()),
+            "list": lambda: w.operations.opendir(directory, ctx()),
+            "read its nodes": lambda: w.operations.open(nodes, RDONLY, ctx()),
+            "make a file": lambda: w.operations.mknod(directory, name, mode, 0, ctx()),
+        }
+        around_request(
+            *(monkeypatch, w, Op.DIRECTORY if operation in ("stat", "list") else Op.READ),
+            before=lambda: renaming(w, above, b"d", b"e"),
+            after=lambda: renaming(w, above, b"e", b"d"),
+        )
+        await operations[operation]()
 
     test()
 
@@ -537,6 +570,49 @@ async def test_an_open_file_that_is_renamed_while_its_old_name_is_created(w: Wor
     await w.operations.write(handle, 0, b"2\n")
     assert await w.store.read("data/g") == b"2"
     assert await w.store.read("data/f") == b""
+
+
+@pytest.mark.parametrize("flags", [WRONLY, WRONLY | APPEND, RDWR, WRONLY | TRUNC])
+@pytest.mark.parametrize("by_other_name", [False, True])
+@pytest.mark.parametrize("when", ["looked up", "opened"])
+def test_a_file_that_is_removed_while_it_is(
+    when: str, by_other_name: bool, flags: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The open fails with ESTALE, and the kernel looks the path up again; or the handle's writes succeed.
+    They never bring the file back."""
+
+    @in_world
+    async def test(w: World) -> None:
+        await w.store.write("data/f", "1")
+        data = (await w.lookup(b"data")).st_ino
+        above = (await w.lookup(*OTHER_NAME)).st_ino if by_other_name else data
+        if when == "opened":
+            file = (await w.lookup(b"data", b"f")).st_ino
+            w.table.handover.clear()
+        around_request(
+            *(monkeypatch, w, Op.READ),
+            before=trio.lowlevel.checkpoint,
+            after=lambda: w.operations.unlink(above, cast(Any, b"f"), ctx()),
+        )
+        if when == "looked up":
+            file = (await w.operations.lookup(data, cast(Any, b"f"), ctx())).st_ino
+            await refused(errno.ESTALE, w.operations.open(file, cast(Any, flags), ctx()))
+        else:
+            handle = (await w.operations.open(file, cast(Any, flags), ctx())).fh
+            await w.operations.write(handle, 0, b"2\n")
+            await w.operations.release(handle)
+        assert not await w.store.exists("data/f")
+        assert not w.table.open_files_of(w.view).at_and_below(b"/")
+
+    test()
+
+
+@in_world
+async def test_a_file_that_is_removed_by_its_other_name_before_the_open(w: World) -> None:
+    await w.store.write("data/f", "1")
+    file = (await w.lookup(b"data", b"f")).st_ino
+    await w.operations.unlink((await w.lookup(*OTHER_NAME)).st_ino, cast(Any, b"f"), ctx())
+    await refused(errno.ESTALE, w.operations.open(file, cast(Any, WRONLY | APPEND), ctx()))
 
 
 @in_world

@@ -61,6 +61,7 @@ class Directory(XenstoreNode):
 
     @property
     def path(self) -> bytes:
+        """The absolute Xenstore path.  After a rename of any directory it is another object."""
         return self.table.paths.get(self) or self.table.path_of(self)
 
     @property
@@ -80,6 +81,23 @@ class Directory(XenstoreNode):
         if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         return state
+
+    async def was_renamed(self, path: bytes) -> bool:
+        """Whether the node, which was missing at `path`, was renamed, perhaps by a rename under way.
+
+        path    the object that `self.path` was, so that a rename there and back counts, too
+        """
+        if self.path is not path:
+            return True  # another rename may be about to bring it back
+        async with self.open_files.changing(path):
+            return self.path is not path
+
+    async def is_elsewhere(self, path: bytes, state: NodeState | None) -> bool:
+        """Whether the node was not found, or is unreadable, because it was renamed, or the domain's home has
+        moved, since `path` was its path."""
+        if state is not None and state.readable:
+            return False
+        return await self.was_renamed(path) or await self.view.has_moved(path)
 
     async def getattr(self) -> EntryAttributes:
         self.require()
@@ -132,7 +150,8 @@ class Directory(XenstoreNode):
 
     async def opendir(self, caller: Caller) -> Handle:
         handle = DirectoryHandle(self, caller)
-        self.table.handover.put(caller.pid, self.inode, await handle.fetch())
+        changes = self.table.handover.changes
+        self.table.handover.put(caller.pid, self.inode, await handle.fetch(), changes)
         return handle
 
     # --------------------------------------------------------------------------------- lookup
@@ -167,9 +186,11 @@ class Directory(XenstoreNode):
         return node, entry
 
     async def _lookup_child(self, name: bytes, pid: int) -> EntryAttributes:
-        path = join(self.path, name)
+        directory = self.path
+        path = join(directory, name)
         if len(path) > protocol.PATH_MAX:
             refuse(errno.ENAMETOOLONG)
+        changes = self.table.handover.changes
         if self.open_files.get(path) is None:
             state = self.open_files.as_seen(path, await self.view.fetch_one(path))
         else:
@@ -180,14 +201,14 @@ class Directory(XenstoreNode):
             await self.open_files.drop_lost(path)
             # A cached entry may have led here, and a write would create the directory again.
             self.require()
-            self.was_missing = join(self.path, name) == path and not await self._is_present()
-            if join(self.path, name) != path:
+            self.was_missing = self.path is directory and not await self._is_present()
+            if self.path is not directory:
                 return await self._lookup_child(name, pid)
             refuse(errno.ENOENT)
         child = self.child(name, state, path)
         entry = child.attributes(state)
         if isinstance(child, ValueFile) and state.readable and state.value is not None:
-            self.table.handover.put(pid, child.inode, state)
+            self.table.handover.put(pid, child.inode, state, changes)
         return self._found(child, entry)
 
     async def _lookup_alias(self, name: bytes, pid: int) -> EntryAttributes:

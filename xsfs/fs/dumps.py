@@ -151,9 +151,10 @@ class SubtreeHandle(Handle):
         await node.directory.open_files.wait_closed_below(node.path)
         try:
             path = node.path
-            made = await node.make_text(self._check)
-            if made is None and await node.directory.was_renamed(path):
-                made = await node.make_text(self._check)
+            while (made := await node.make_text(self._check)) is None:
+                if not await node.directory.was_renamed(path):
+                    break
+                path = node.path
             if made is None:
                 if not node.directory.always_there:
                     refuse(errno.ESTALE)

@@ -135,16 +135,19 @@ class ValueFile(XenstoreNode):
         truncates = bool(flags & os.O_TRUNC)
         value, fetched_at = None, 0.0
         is_readable = True
-        if truncates or reads:
-            found = self.table.handover.take(caller.pid, self.inode)
-            if found is not None:
+        # First of all, so that a removal meanwhile finds it, even by another name.
+        file = self._open_file()
+        try:
+            if (found := self.table.handover.take(caller.pid, self.inode)) is not None:
                 value, fetched_at = found[0].value, found[1]
             elif (state := await self._state_in_store()) is not None:
                 value, fetched_at = state.value, time.monotonic()
                 is_readable = state.readable
-        if reads and not is_readable:
-            refuse(errno.EACCES)
-        file = self._open_file()
+            if reads and not is_readable:
+                refuse(errno.EACCES)
+        except BaseException:
+            self.open_files.close(file)
+            raise
         if not (writes or truncates):
             if value is None or file.memory is not None:
                 return ReadHandle(self, file)
@@ -182,11 +185,12 @@ class DotValue(FileOfDirectory, ValueFile):
         return super()._checked(state)
 
     async def looked_up(self, pid: int) -> EntryAttributes:
+        changes = self.table.handover.changes
         state = await self.state()
         if not self.directory.has_dot_value(state):
             refuse(errno.ENOENT)
         if state.readable and state.value is not None:
-            self.table.handover.put(pid, self.inode, state)
+            self.table.handover.put(pid, self.inode, state, changes)
         return self.attributes(state)
 
     def was_written(self) -> None:

@@ -14,7 +14,7 @@ Invariants:
   position, the later node takes the next free number.
 - A node is in the table while its lookup count is above 0 (the root always) and its view has not ended.  The
   numbers of the nodes of an ended view mean ESTALE, and no other node gets them.
-- `paths` holds paths of directories.  A rename, which may change any, empties it.
+- `paths` holds paths of directories.  A rename of a directory, which may change any, empties it.
 - A node that was removed or replaced through the mount is `gone`.  A new node at its position is another
   one.
 """
@@ -22,6 +22,7 @@ Invariants:
 from __future__ import annotations
 
 import errno
+import stat
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -76,8 +77,13 @@ class Handover:
 
     def __init__(self) -> None:
         self._by_thread: dict[int, tuple[int, NodeState, float]] = {}
+        self.changes = 0
+        """How many changes were carried out through the mount."""
 
-    def put(self, pid: int, inode: int, state: NodeState) -> None:
+    def put(self, pid: int, inode: int, state: NodeState, changes: int) -> None:
+        """Keep a state that was fetched when there were so many `changes`, if there are no more now."""
+        if changes != self.changes:
+            return
         if len(self._by_thread) >= HANDOVERS_MAX:
             self._by_thread.clear()
         self._by_thread[pid] = inode, state, time.monotonic()
@@ -91,6 +97,7 @@ class Handover:
 
     def clear(self) -> None:
         """Something was written through the mount, so what was fetched before may be outdated."""
+        self.changes += 1
         self._by_thread.clear()
 
 
@@ -236,7 +243,8 @@ class InodeTable:
     def move(self, node: Node, parent: Node, name: bytes) -> None:
         """The node was renamed.  It keeps its number, which is not the hash of its new position."""
         self._unmove(node)
-        self.paths.clear()
+        if node.kind == stat.S_IFDIR:
+            self.paths.clear()
         node.parent = parent
         node.name = name
         self._moved[type(node), parent, name] = node

@@ -185,20 +185,6 @@ class XenstoreNode(Node):
                 raise
             refuse(errno.ESTALE)
 
-    async def was_renamed(self, path: bytes) -> bool:
-        """Whether the node, which was missing at `path`, was renamed, perhaps by a rename under way."""
-        if self.path != path:
-            return True  # another rename may be about to bring it back
-        async with self.open_files.changing(path):
-            return self.path != path
-
-    async def is_elsewhere(self, path: bytes, state: NodeState | None) -> bool:
-        """Whether the node was not found, or is unreadable, because it was renamed, or the domain's home has
-        moved, since `path` was its path."""
-        if state is not None and state.readable:
-            return False
-        return await self.was_renamed(path) or await self.view.has_moved(path)
-
 
 class FileOfDirectory(Node):
     """A file in each directory that shows the directory's own node, or all below it."""
