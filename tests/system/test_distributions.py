@@ -30,6 +30,7 @@ mkdir .transaction/t
 echo 42 > .transaction/t/data/x
 echo commit > .transaction/t/.control
 head -c 2 data/.watch
+xsfs-watch -n 1 data
 grep -r . data
 cat .mirror/name
 end
@@ -86,6 +87,7 @@ def check_installation(root: Root, *, compiled: bool) -> None:
     assert "xsfs is mounted at /mnt/xenstore already" in printed
     assert printed.count("\nDomain-0\n") == 2
     assert "\n.\n" in printed
+    assert "\ndata\n" in printed
     assert "\ndata/x:42\n" in printed
     compiler = root.sh("command -v gcc || echo none").strip()
     assert (compiler != "none") == compiled
