@@ -98,6 +98,7 @@ OLDEST = ("pyfuse3==3.4.2", "trio==0.22.0")
 
 TESTED_WITH_OLDEST = (
     ("-k", "embedded", "tests/fs", "tests/embedded/test_server.py"),
+    ("tests/cli/test_command.py::test_a_signal_shows_the_tasks",),
     (
         *("tests/fs/test_opening.py", "tests/mirror/test_inotify.py"),
         *(f"tests/xenstore/test_{name}.py" for name in ("store", "connection", "watches")),
