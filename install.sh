@@ -4,8 +4,8 @@
 #   ./install.sh [MOUNTPOINT]       default: /mnt/xenstore; "-" mounts nothing
 #   ./install.sh --uninstall        remove everything that this script has installed, packages excepted
 #
-# The program goes to its own virtual environment (XSFS_PREFIX, default /opt/xsfs), with links to it as
-# xsfs and mount.xsfs.  Run the script again to upgrade: it restarts the services xsfs and xsfs@..., and
+# The programs go to a virtual environment (XSFS_PREFIX, default /opt/xsfs), with links to xsfs, xsfs-watch and
+# mount.xsfs.  Run the script again to upgrade: it restarts the services xsfs and xsfs@..., and
 # leaves other mounts alone, since unmounting an embedded store loses its contents.
 set -eu
 umask 022
@@ -81,7 +81,7 @@ pip() { "$prefix/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
 step "building xsfs"
 pip install "pyfuse3>=$needed"
 pip install --no-build-isolation --no-index --upgrade "$copy"
-ln -sf "$prefix/bin/xsfs" /usr/local/bin/xsfs
+ln -sf "$prefix/bin/xsfs" "$prefix/bin/xsfs-watch" /usr/local/bin
 # mount(8) looks for its helpers here alone.
 ln -sf "$prefix/bin/mount.xsfs" /usr/sbin/mount.xsfs
 # The manual and the completions.

@@ -30,6 +30,7 @@ mkdir .transaction/t
 echo 42 > .transaction/t/data/x
 echo commit > .transaction/t/.control
 head -c 2 data/.watch
+xsfs-watch -n 1 data
 grep -r . data
 cat .mirror/name
 end
@@ -86,6 +87,7 @@ def check_installation(root: Root, *, compiled: bool) -> None:
     assert "xsfs is mounted at /mnt/xenstore already" in printed
     assert printed.count("\nDomain-0\n") == 2
     assert "\n.\n" in printed
+    assert "\ndata\n" in printed
     assert "\ndata/x:42\n" in printed
     compiler = root.sh("command -v gcc || echo none").strip()
     assert (compiler != "none") == compiled
@@ -96,6 +98,7 @@ OLDEST = ("pyfuse3==3.4.2", "trio==0.22.0")
 
 TESTED_WITH_OLDEST = (
     ("-k", "embedded", "tests/fs", "tests/embedded/test_server.py"),
+    ("tests/cli/test_command.py::test_a_signal_shows_the_tasks",),
     (
         *("tests/fs/test_opening.py", "tests/mirror/test_inotify.py"),
         *(f"tests/xenstore/test_{name}.py" for name in ("store", "connection", "watches")),

@@ -97,7 +97,7 @@ def test_the_quick_reference(mounted_dom0: Host, old: list[str], new: list[str])
 
     def outcome(commands: list[str]) -> str:
         # P is a file, or a directory in these rows.
-        path = "data" if "watch" in commands[0] or "/.ls" in commands[0] else "data/x"
+        path = "data" if "watch" in commands[0] or "P/." in commands[0] else "data/x"
         script = "\n".join(
             # A watcher never ends by itself: its first line must come.
             f"exec 3< <(exec {command}); read -r line <&3 || exit; kill $!"

@@ -27,7 +27,7 @@ cd "$root/all"
 mount --rbind /dev dev
 mount -t proc proc proc
 for directory in run mnt tmp; do mount -t tmpfs none "$directory"; done
-rm -rf opt/xsfs usr/local/bin/xsfs usr/sbin/mount.xsfs
+rm -rf opt/xsfs usr/local/bin/xsfs* usr/sbin/mount.xsfs
 cp -R "$sources" tmp/xsfs
 echo ready
 # The end of stdin is the end of it.
@@ -100,6 +100,7 @@ def test_install_upgrade_and_uninstall(machine: Machine) -> None:
     before = machine.sh("find . | sort")
     assert machine.sh("./install.sh").endswith("to unmount: umount /mnt/xenstore\n")
     assert machine.sh("cat /mnt/xenstore/name; echo 42 > /mnt/xenstore/data/x") == "Domain-0\n"
+    assert machine.sh("xsfs-watch -n 1 /mnt/xenstore/data") == "/mnt/xenstore/data\n"
     assert "mount Xenstore" in machine.sh("man -M /usr/local/share/man xsfs")
     assert machine.sh("find . | sort") == before, "the build has left something"
 

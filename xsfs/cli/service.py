@@ -3,10 +3,12 @@ journal (sd-daemon(3)), and on request the state of every task."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
 from collections.abc import Iterator
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Final
 
 log = logging.getLogger(__name__)
@@ -61,8 +63,26 @@ def describe_tasks() -> Iterator[str]:
         task, indent = found.pop()
         assert task is not None
         yield f"{indent}{task.name}"
-        for frame, line in task.iter_await_frames():
+        for frame in _frames(task.coro):
             code = frame.f_code
-            yield f"{indent}    {code.co_filename}:{line} {code.co_qualname}"
+            yield f"{indent}    {code.co_filename}:{frame.f_lineno} {code.co_qualname}"
         for nursery in task.child_nurseries:
             found += [(child, indent + "  ") for child in nursery.child_tasks]
+
+
+def _frames(awaited: object) -> Iterator[FrameType]:
+    """The frames of a suspended call.  trio 0.22, which Debian 12 has, does not tell them."""
+    while awaited is not None:
+        frame: FrameType | None = None
+        if isinstance(awaited, CoroutineType):
+            frame, awaited = awaited.cr_frame, awaited.cr_await
+        elif isinstance(awaited, GeneratorType):
+            frame, awaited = awaited.gi_frame, awaited.gi_yieldfrom
+        elif isinstance(awaited, AsyncGeneratorType):
+            frame, awaited = awaited.ag_frame, awaited.ag_await
+        else:
+            # The next item of an asynchronous generator has no attribute that leads to the generator.
+            referents = gc.get_referents(awaited)
+            awaited = next((one for one in referents if isinstance(one, AsyncGeneratorType)), None)
+        if frame is not None:
+            yield frame
