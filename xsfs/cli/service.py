@@ -3,13 +3,12 @@ journal (sd-daemon(3)), and on request the state of every task."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import socket
 from collections.abc import Iterator
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
-from typing import Final
+from types import FrameType
+from typing import Any, Final
 
 log = logging.getLogger(__name__)
 
@@ -70,19 +69,11 @@ def describe_tasks() -> Iterator[str]:
             found += [(child, indent + "  ") for child in nursery.child_tasks]
 
 
-def _frames(awaited: object) -> Iterator[FrameType]:
+def _frames(awaited: Any) -> Iterator[FrameType]:
     """The frames of a suspended call.  trio 0.22, which Debian 12 has, does not tell them."""
+    # pyfuse3's coroutines have a type of their own.
     while awaited is not None:
-        frame: FrameType | None = None
-        if isinstance(awaited, CoroutineType):
-            frame, awaited = awaited.cr_frame, awaited.cr_await
-        elif isinstance(awaited, GeneratorType):
-            frame, awaited = awaited.gi_frame, awaited.gi_yieldfrom
-        elif isinstance(awaited, AsyncGeneratorType):
-            frame, awaited = awaited.ag_frame, awaited.ag_await
-        else:
-            # The next item of an asynchronous generator has no attribute that leads to the generator.
-            referents = gc.get_referents(awaited)
-            awaited = next((one for one in referents if isinstance(one, AsyncGeneratorType)), None)
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
         if frame is not None:
             yield frame
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from xsfs.view.names import join, parent_path
-from xsfs.view.subtree import ABSENT, TextFormat, Walk
-from xsfs.view.view import View
+from xsfs.view.subtree import TextFormat, Walk
+from xsfs.view.view import ABSENT, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.connection import Reply

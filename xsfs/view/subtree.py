@@ -32,7 +32,7 @@ from typing import ClassVar, Final, NamedTuple
 import trio
 
 from xsfs.view.names import VALUE_NAME, join, shown_names
-from xsfs.view.view import View
+from xsfs.view.view import ABSENT, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.background import BackgroundCall, open_background
 from xsfs.xenstore.commands import Names, Pipeline
@@ -53,9 +53,6 @@ FAR_WINDOWS: Final = 640
 
 TURN_SECONDS: Final = 0.0005
 """After so long other tasks get a turn."""
-
-ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
-"""EINVAL: the path is longer than the store accepts, so there can be no such node."""
 
 
 class TextFormat(ABC):

@@ -64,7 +64,7 @@ EMPTY_NODE: Final = NodeState(b"", False, True, True)
 LEAF: Final = NodeState(None, False, True, True)
 """A node without children, whose value was not fetched."""
 
-_ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
+ABSENT: Final = frozenset(("ENOENT", "EINVAL"))
 """EINVAL: the path is longer than the store accepts, so there can be no such node."""
 
 
@@ -96,7 +96,7 @@ def interpret(
     """
     for reply in (value, children):
         if isinstance(reply, XenstoreError) and (reply is value or reply.name != "E2BIG"):
-            if reply.name in _ABSENT:
+            if reply.name in ABSENT:
                 return None
             if reply.name == "EACCES":
                 return UNREADABLE
