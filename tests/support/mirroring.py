@@ -257,7 +257,7 @@ class Live:
             self.root,
             self.is_directory,
             made_value=lambda path: self.sticky.has_value(path.encode()),
-            render=self.view.content.render,
+            render=self.view.value_format.render,
             lasting=[
                 f"{self.root}/{name.decode()}"
                 for name in self.view.always_there_below(self.root.encode())

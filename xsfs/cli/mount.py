@@ -278,7 +278,7 @@ async def _mirror(options: Options, connect: Connect, view: View) -> AsyncIterat
         ):
             if view.domid:
                 store.home.move(view.home)
-            own = View(store, view.domid, view.root, view.content, view.sticky)
+            own = View(store, view.domid, view.root, view.value_format, view.sticky)
             mirror = Mirror(store, own, files)
             try:
                 async with open_background() as progress:

@@ -55,7 +55,7 @@ class ValueFile(XenstoreNode):
             entry = self.entry(0, state.readable, state.writable)
             entry.attr_timeout = 0  # the kernel asks before a program sees the size
             return entry
-        size = len(self.view.content.render(state.value))
+        size = len(self.view.value_format.render(state.value))
         return self.entry(size, state.readable, state.writable, self.seen(hash(state.value)))
 
     def is_of_kind(self, state: NodeState) -> bool:
@@ -151,7 +151,7 @@ class ValueFile(XenstoreNode):
         if not (writes or truncates):
             if value is None or file.memory is not None:
                 return ReadHandle(self, file)
-            return ReadHandle(self, file, self.view.content.render(value), fetched_at)
+            return ReadHandle(self, file, self.view.value_format.render(value), fetched_at)
         writer = ValueHandle(self, file, flags)
         if truncates:
             writer.empty(value, is_readable=is_readable)
@@ -279,7 +279,7 @@ class ReadHandle(Handle):
             reply = b""
         elif debt is not None and debt.replaces(reply):
             reply = b""
-        content = node.view.content.render(reply)
+        content = node.view.value_format.render(reply)
         self._content = content
         self._fetched_at = time.monotonic()
         return content
@@ -380,7 +380,7 @@ class ValueHandle(ReadHandle):
 
     def _value_of(self, content: bytes) -> bytes:
         """The value of a content that is to be written.  Fails with EFBIG if it does not fit."""
-        value = self.node.view.content.parse(content)
+        value = self.node.view.value_format.parse(content)
         if len(value) > self._limit:
             refuse(errno.EFBIG)
         return value
@@ -425,10 +425,10 @@ class ValueHandle(ReadHandle):
             return b""
         # In text mode a program may write a content without the newline that reading would show, or an
         # empty line, whose value is that of an empty file.  For this handle its own content counts.
-        content = self.node.view.content
-        if self._written is not None and content.parse(self._written) == reply:
+        value_format = self.node.view.value_format
+        if self._written is not None and value_format.parse(self._written) == reply:
             return self._written
-        return content.render(reply)
+        return value_format.render(reply)
 
     async def release(self) -> None:
         file, debt = self.file, self.file.debt

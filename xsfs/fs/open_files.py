@@ -351,7 +351,7 @@ class OpenFiles:
         """The file at this path was removed or replaced."""
         file = self._by_path.get(path) or OpenFile(path)
         if file.debt is not None:
-            if file.debt.replaces(self.view.content.parse(memory.data)):
+            if file.debt.replaces(self.view.value_format.parse(memory.data)):
                 memory.data = b""
             file.debt = None
         file.memory = memory

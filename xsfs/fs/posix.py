@@ -60,7 +60,7 @@ async def _removed(view: View, commands: Commands, path: bytes, state: NodeState
 def orphan_content(view: View, path: bytes, value: bytes, perms: bytes | None) -> MemoryContent:
     """A content that may become as large as the longest value of the node, and a newline."""
     size_max = protocol.value_max(path, view.commands.payload_max) + 1
-    return MemoryContent(view.content.render(value), perms, size_max)
+    return MemoryContent(view.value_format.render(value), perms, size_max)
 
 
 def _check_empty(state: NodeState) -> None:

@@ -128,7 +128,7 @@ async def _rename_to_node(
         if (mode := file.memory.mode) is not None:
             # The node cannot have any other mode, and to drop this one could let other users in.
             node.require_mode(mode, source.table.ownership.mode(stat.S_IFREG, True, True))
-        perms, value = file.memory.perms, source.view.content.parse(file.memory.data)
+        perms, value = file.memory.perms, source.view.value_format.parse(file.memory.data)
         if len(value) > protocol.value_max(path, source.view.commands.payload_max):
             refuse(errno.EFBIG)
         replaced: MemoryContent | None = None

@@ -92,7 +92,7 @@ class TransactionView(View):
     def __init__(self, outer: View, transaction: Transaction, name: bytes, number: int) -> None:
         """`number` differs for each transaction of the mount."""
         sticky = StickyDirectories(outer.sticky)
-        super().__init__(outer.store, outer.domid, outer.root, outer.content, sticky)
+        super().__init__(outer.store, outer.domid, outer.root, outer.value_format, sticky)
         self.name = name
         self.log_prefix = name + b":"
         self.number = number

@@ -102,7 +102,7 @@ class XenstoreNode(Node):
         if (found := self.in_memory) is not None:
             _, memory = found
             if name == VALUE_ATTRIBUTE_NAME:
-                return self.view.content.parse(memory.data)
+                return self.view.value_format.parse(memory.data)
             if name == PERMS_NAME and memory.perms is not None:
                 return perms_text(memory.perms)
             refuse(pyfuse3.ENOATTR)
@@ -128,7 +128,7 @@ class XenstoreNode(Node):
                     if perms is not None:
                         memory.set_perms(encode_perms(perms))
                     else:
-                        data = self.view.content.render(value)
+                        data = self.view.value_format.render(value)
                         await self.open_files.set_data(file, memory, data)
                     return
         async with self._settled():

@@ -196,7 +196,7 @@ class Reconciler:
             yield from self._remove(place, kind)
             kind = 0
             is_directory = self._is_directory(path, state)  # the mount may have learned more
-        content = self._view.content.render(state.value or b"")
+        content = self._view.value_format.render(state.value or b"")
         perms = node.perms.rstrip(b"\0").replace(b"\0", b",") if self._files.has_perms else b""
         is_new = not kind
         if not is_directory:

@@ -130,14 +130,19 @@ class View:
     """A prefix of its paths in the log."""
 
     def __init__(
-        self, store: Store, domid: int, root: bytes, content: ValueFormat, sticky: StickyDirectories
+        self,
+        store: Store,
+        domid: int,
+        root: bytes,
+        value_format: ValueFormat,
+        sticky: StickyDirectories,
     ) -> None:
         self.store = store
         self.commands: Commands = store
         self.domid = domid
         self.home = home_of(domid)
         self.root = root
-        self.content = content
+        self.value_format = value_format
         self.sticky = sticky
         self.asks_perms = domid != 0
         """Whether each pipeline asks for permissions, too.  Domain 0 may do everything anyway."""
