@@ -190,6 +190,20 @@ async def test_only_requests_that_wait_are_under_way(liar: LyingStore) -> None:
 
 
 @trio_test
+async def test_a_walk_is_not_under_way(liar: LyingStore) -> None:
+    """A worker polls for the next request of a reader beside the walk."""
+    async with operating(liar) as (operations, _):
+        entry = await operations.lookup(ROOT, b".ls", ctx())
+        held = liar.lie = Held(b"/top/a")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(operations.open, entry.st_ino, RDONLY, ctx())
+            await held.arrived()
+            assert operations.kernel.under_way == 0
+            await held.let_go()
+        assert operations.kernel.under_way == 0
+
+
+@trio_test
 async def test_a_value_survives_a_rename_whose_commit_is_uncertain(liar: LyingStore) -> None:
     """Its node may be gone by then, and the scratch file is all that is left of it."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +30,7 @@ from xsfs.xenstore.background import open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.protocol import Request
 from xsfs.xenstore.store import WALK_CONNECTIONS
+from xsfs.xenstore.transport import Transport
 
 TOP = b"/local/domain/0/data"
 
@@ -115,6 +118,40 @@ async def test_a_walk_goes_on_if_a_connection_is_lost(w: World) -> None:
         made = await Walk(LsFormat(w.view, TOP), lose).run()
     assert made is not None
     assert bytes(made.text) == text
+    assert [each.reconnects for each in w.store._walking] == [1] * WALK_CONNECTIONS
+
+
+@in_world
+async def test_a_walk_without_free_descriptors_uses_the_connection_of_all(w: World) -> None:
+    for number in range(200):
+        await w.store.write(b"%s/%d" % (TOP, number), b"x")
+
+    def connect() -> Transport:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "the socket")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w.store, "is_far", False)
+        for each in w.store._walking:
+            patch.setattr(each, "_connect", connect)
+        text = await text_of(w, LsFormat)
+    assert text.count(b"\n") == 200
+    assert not any(each.current for each in w.store._walking)
+
+
+def test_after_a_restart_one_connection_logs(caplog: pytest.LogCaptureFixture) -> None:
+    in_world(walk_after_restart)()
+    assert caplog.messages.count("connected to Xenstore again") == 1
+
+
+async def walk_after_restart(w: World) -> None:
+    for number in range(200):
+        await w.store.write(b"%s/%d" % (TOP, number), b"x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w.store, "is_far", False)
+        text = await text_of(w, LsFormat)
+        w.store.drop_connection("the daemon restarts")
+        await w.store.read(b"%s/1" % TOP)
+        assert await text_of(w, LsFormat) == text
     assert [each.reconnects for each in w.store._walking] == [1] * WALK_CONNECTIONS
 
 

@@ -69,6 +69,7 @@ class SubtreeFile(FileOfDirectory):
 
     text_format: ClassVar[type[TextFormat]]
     writable: ClassVar[bool] = False
+    opens_by_walk = True
 
     def require(self) -> None:
         super().require()

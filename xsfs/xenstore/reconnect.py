@@ -50,11 +50,16 @@ OnEvent = Callable[[bytes, bytes], None]
 
 
 async def open_transport_by(
-    connect: Connect, deadline: float, *, wait_for_daemon: bool = True
+    connect: Connect,
+    deadline: float,
+    *,
+    wait_for_daemon: bool = True,
+    wait_for_descriptor: bool = True,
 ) -> Transport:
     """Connect, with back-off until `deadline` (in trio's time).
 
-    wait_for_daemon     whether to retry if the daemon is gone, and not only if it is busy
+    wait_for_daemon         whether to retry if the daemon is gone, and not only if it is busy
+    wait_for_descriptor     whether to retry if this process has no free descriptor
 
     Raises StoreUnavailable if a retry is of no use, else ConnectionLost.
     """
@@ -67,12 +72,14 @@ async def open_transport_by(
         except OSError as error:
             # EAGAIN: the daemon's backlog of 1 is full.  ECONNREFUSED, ENOENT: it restarts.
             failure = error
+        is_local = failure.errno in (errno.EMFILE, errno.ENFILE)
         is_busy = isinstance(failure, BlockingIOError)
-        if not (wait_for_daemon or is_busy) or trio.current_time() + delay >= deadline:
+        may_retry = wait_for_descriptor if is_local else wait_for_daemon or is_busy
+        if not may_retry or trio.current_time() + delay >= deadline:
             where = failure.filename or "its socket"
             reason = f"cannot connect to Xenstore at {where}: {failure.strerror}"
             lost = ConnectionLost(reason)
-            lost.is_local = failure.errno in (errno.EMFILE, errno.ENFILE)
+            lost.is_local = is_local
             raise lost from failure
         await trio.sleep(delay)
         delay = min(2 * delay, BACKOFF_MAX)
@@ -82,6 +89,8 @@ class ReconnectingConnection:
     """See the module's docstring.
 
     nursery     runs the tasks of each connection
+    is_extra    there is another connection to the store, which can serve instead and which logs: `get` does
+                not wait for a free descriptor
     """
 
     def __init__(
@@ -91,12 +100,15 @@ class ReconnectingConnection:
         timeout: float,
         home: Home,
         on_event: OnEvent | None = None,
+        *,
+        is_extra: bool = False,
     ) -> None:
         self._nursery = nursery
         self._connect = connect
         self._timeout = timeout
         self._home = home
         self._on_event = on_event
+        self._is_extra = is_extra
         self._lock = trio.Lock()
         self.current: Connection | None = None
         """The last connection; it need not be alive."""
@@ -124,11 +136,14 @@ class ReconnectingConnection:
         self._delay = min(2 * self._delay or BACKOFF_FIRST, longest) if was_short else 0.0
         await trio.sleep(self._delay)
         try:
-            connection = self.adopt(await open_transport_by(self._connect, deadline))
+            transport = await open_transport_by(
+                self._connect, deadline, wait_for_descriptor=not self._is_extra
+            )
         except StoreUnavailable as error:
             log.warning("Xenstore is gone: %s", error)
             raise
-        if self.reconnects:
+        connection = self.adopt(transport)
+        if self.reconnects and not self._is_extra:
             log.warning("connected to Xenstore again")
         return connection
 

@@ -183,7 +183,7 @@ class Store(Commands):
         self.home = Home()
         self._main = ReconnectingConnection(nursery, connect, timeout, self.home)
         self._walking = tuple(
-            ReconnectingConnection(nursery, connect, timeout, self.home)
+            ReconnectingConnection(nursery, connect, timeout, self.home, is_extra=True)
             for _ in range(WALK_CONNECTIONS)
         )
         """The connections for walks, which `pipelines` gives."""
@@ -246,7 +246,8 @@ class Store(Commands):
         """As in Commands.  If the connection was lost, requests are sent again that only read, or of which
         nothing was sent.
 
-        by      the connection for the requests, if it is not the usual one
+        by      the connection for the requests, if it is not the usual one; without a free descriptor for it
+                the usual one serves
         """
         link = by or self._main
         if self.breaker.error is not None:
@@ -263,6 +264,9 @@ class Store(Commands):
                     try:
                         connection = await link.get(deadline)
                     except ConnectionLost as error:
+                        if error.is_local and link is not self._main:
+                            link = self._main
+                            continue
                         # A timeout explains more than the attempt to connect again, a lost connection less.
                         raise failure if isinstance(failure, RequestTimeout) else error from None
                 try:
