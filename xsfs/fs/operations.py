@@ -13,6 +13,7 @@ import os
 import stat
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from itertools import count
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
@@ -362,12 +363,9 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         caller = self._admit(ctx)
         node = self.table.get(inode)
-        if node.opens_by_walk:
-            # A reader of values beside the walk has its next request served soon: a read takes 0.3 ms in the
-            # median, and 1.8 ms if each of its requests has to wait for a turn of the walk.
-            with self.kernel.not_under_way():
-                handle = await node.open(flags, caller)
-        else:
+        # The next request of a reader beside a walk is served soon: a read takes 0.3 ms in the median,
+        # and 1.8 ms if each of its requests has to wait for a turn of the walk.
+        with self.kernel.not_under_way() if node.opens_by_walk else nullcontext():
             handle = await node.open(flags, caller)
         return self._file_info(handle, caller)
 
