@@ -29,7 +29,7 @@ from pyfuse3 import (
 )
 
 from tests.support.xenstored.harness import XsClient
-from xsfs.fs.fuse_loop import install
+from xsfs.fs.fuse_loop import KernelDescriptor, install
 from xsfs.fs.nodes import ATTRIBUTES_TIMEOUT, DIRECTORY_ENTRY_TIMEOUT
 from xsfs.xenstore import protocol
 
@@ -110,7 +110,7 @@ class BareTree(Least):
 
 def main(socket: str, top: str, mountpoint: str) -> None:
     operations = BareTree(socket, top)
-    install()
+    install(KernelDescriptor())
     serve(operations, mountpoint)
 
 

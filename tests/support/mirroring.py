@@ -256,7 +256,7 @@ class Live:
             self.witness,
             self.root,
             self.is_directory,
-            made_value=lambda path: self.sticky.has_value(path.encode()),
+            made_value=lambda path: bool(self.sticky.has_value(path.encode())),
             render=self.view.value_format.render,
             lasting=[
                 f"{self.root}/{name.decode()}"

@@ -209,7 +209,8 @@ class Directory(XenstoreNode):
         entry = child.attributes(state)
         if isinstance(child, ValueFile) and state.readable and state.value is not None:
             self.table.handover.put(pid, child.inode, state, changes)
-        return self._found(child, entry)
+        self.table.remember(child)
+        return entry
 
     async def _lookup_alias(self, name: bytes, pid: int) -> EntryAttributes:
         return await self._lookup_child(await self._child_name(name), pid)

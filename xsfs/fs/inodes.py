@@ -31,6 +31,7 @@ from typing import Final, Protocol, TypeVar, cast
 import pyfuse3
 
 from xsfs.fs.dumps import TEXTS_MAX
+from xsfs.fs.fuse_loop import KernelDescriptor
 from xsfs.fs.nodes import FORGOTTEN, Node, refuse
 from xsfs.fs.open_files import OpenFiles
 from xsfs.fs.quotas import Quota
@@ -118,6 +119,7 @@ class InodeTable:
         visible: bool = False,
     ) -> None:
         self.ownership = ownership
+        self.kernel = KernelDescriptor()
         self.allow_other = allow_other
         self.counters = counters
         self.visible = visible

@@ -102,8 +102,6 @@ class Node(ABC):
 
     kind: ClassVar[int] = stat.S_IFREG
     entry_timeout: ClassVar[float] = FILE_ENTRY_TIMEOUT
-    opens_by_walk: ClassVar[bool] = False
-    """Whether an open(2) fetches a whole subtree."""
 
     def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
         self.table = table

@@ -148,7 +148,9 @@ class OpenFile:
         """One more handle, by this inode."""
         self.handles += 1
         if node not in self.nodes:
-            self.nodes = {each for each in self.nodes if each.lookups != FORGOTTEN}
+            for other in tuple(self.nodes):
+                if other.lookups == FORGOTTEN:
+                    self.nodes.remove(other)
             self.nodes.add(node)
 
     def owe(self, handle: Handle, found: bytes | None, *, is_blind: bool = False) -> None:
@@ -195,7 +197,8 @@ class OpenFiles:
         file = self._by_path.get(path)
         if file is None:
             file = self._by_path[path] = OpenFile(path)
-            file.lock = self._removal_at(path)
+            if self._removals:
+                file.lock = self._removal_at(path)
         file.add(node)
         return file
 

@@ -193,7 +193,8 @@ class WatchHandle(Handle):
             # The kernel lets in one read(2) of an open file at a time, but not so with io_uring.
             refuse(errno.EBUSY)
         try:
-            with self._reader.reading():
+            # It may wait for hours, and needs no reply of the store.
+            with self._reader.reading(), self.node.table.kernel.not_under_way():
                 while not self._events:
                     await self._wait_or_look()
         finally:

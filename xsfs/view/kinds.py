@@ -73,14 +73,14 @@ class StickyDirectories:
         for path, has_value in committed._has_value.items():
             self._set(path, has_value)
 
-    def _get(self, path: bytes) -> bool | None:
+    def has_value(self, path: bytes) -> bool | None:
         """Whether its `.value` was created; None if it is not a sticky directory."""
         if self._outer is None or path in self._has_value:
             return self._has_value.get(path)
-        return self._outer._get(path)
+        return self._outer.has_value(path)
 
     def _set(self, path: bytes, has_value: bool | None) -> None:
-        is_changed = has_value is not self._get(path)
+        is_changed = has_value is not self.has_value(path)
         if is_changed or self._outer is None:
             self._has_value.pop(path, None)  # so that it becomes the newest
             if has_value is not None or self._outer is not None:
@@ -98,7 +98,7 @@ class StickyDirectories:
 
     def add(self, path: bytes, *, with_value: bool = False) -> None:
         """The node is a directory; `with_value` if its `.value` was created."""
-        self._set(path, with_value or bool(self._get(path)))
+        self._set(path, with_value or bool(self.has_value(path)))
 
     def discard(self, path: bytes) -> None:
         """The node was removed, or renamed, through the mount."""
@@ -126,8 +126,4 @@ class StickyDirectories:
             self.add(target + path[len(source) :], with_value=has_value)
 
     def __contains__(self, path: bytes) -> bool:
-        return self._get(path) is not None
-
-    def has_value(self, path: bytes) -> bool:
-        """Whether it is a sticky directory in which `.value` was created."""
-        return bool(self._get(path))
+        return self.has_value(path) is not None

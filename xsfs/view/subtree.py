@@ -32,7 +32,7 @@ from typing import ClassVar, Final, NamedTuple
 import trio
 
 from xsfs.view.names import VALUE_NAME, join, shown_names
-from xsfs.view.view import ABSENT, View
+from xsfs.view.view import ABSENT, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.background import BackgroundCall, open_background
 from xsfs.xenstore.commands import Names, Pipeline
@@ -168,7 +168,8 @@ class JsonFormat(TextFormat):
     asks_perms = False
 
     def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
-        if path == self.top or self.view.is_directory_without_children(path, value):
+        state = NodeState(value, False, True, True)
+        if path == self.top or self.view.is_directory(path, state):
             return self.begin(path, name, value, perms, is_first) + self.end(path)
         return b'%s"%s": %s' % (b"" if is_first else b", ", name, _json_value(value))
 

@@ -28,7 +28,7 @@ from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.home import moved
 from xsfs.xenstore.permissions import access_of, decode_perms
-from xsfs.xenstore.protocol import Request
+from xsfs.xenstore.protocol import Op, Request
 from xsfs.xenstore.store import IN_DOUBT_MAX, Store, Transaction
 
 log = logging.getLogger(__name__)
@@ -78,12 +78,18 @@ class Listing(NamedTuple):
     """The states of the children whose names were hinted, by name."""
 
 
+# To find a member of an enum takes 0.2 microseconds.
+_READ: Final = Op.READ
+_DIRECTORY: Final = Op.DIRECTORY
+_GET_PERMS: Final = Op.GET_PERMS
+
+
 def requests_for(path: bytes, *, perms: bool, value: bool = True) -> tuple[Request, ...]:
     """The requests that tell the state of a node; without `value`, only its kind."""
-    asked: tuple[Request, ...] = (protocol.directory(path),)
-    if value:
-        asked = (protocol.read(path), *asked)
-    return (*asked, protocol.get_perms(path)) if perms else asked
+    payload = path + b"\0"
+    own = Request(_DIRECTORY, payload)
+    asked = (Request(_READ, payload), own) if value else (own,)
+    return (*asked, Request(_GET_PERMS, payload)) if perms else asked
 
 
 def interpret(
@@ -213,7 +219,9 @@ class View:
         asks_perms = self.asks_perms
         replies = await self.commands.pipeline(requests_for(path, perms=asks_perms))
         state = interpret(replies[0], replies[1], replies[2] if asks_perms else None, self.domid)
-        return self._learn(path, state)
+        if state is None or state.has_children:
+            self._learn(path, state)
+        return state
 
     async def fetch_directory(self, path: bytes) -> NodeState | None:
         """The state of a node that probably is a directory.  Its value is None if nothing depends on it."""
@@ -316,15 +324,13 @@ class View:
         """
         if state.has_children or not state.readable:
             return True
-        return state.value is not None and self.is_directory_without_children(path, state.value)
-
-    def is_directory_without_children(self, path: bytes, value: bytes) -> bool:
-        """`is_directory` of a node that can be read and has no children."""
-        return self.sticky.has_value(path) if value else self._may_be_directory(path)
+        if state.value:
+            return bool(self.sticky.has_value(path))
+        return state.value is not None and self._may_be_directory(path)
 
     def has_dot_value(self, path: bytes, state: NodeState) -> bool:
         """Whether a directory has a `.value`: if the value is not empty, or `.value` was just created."""
-        return bool(state.value) or self.sticky.has_value(path)
+        return bool(state.value or self.sticky.has_value(path))
 
     def always_there_below(self, path: bytes) -> Collection[bytes]:
         """The names of directories that are shown even if their nodes do not exist: in the root of a

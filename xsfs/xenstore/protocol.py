@@ -134,7 +134,7 @@ class Parser:
 
     def feed(self, data: bytes) -> None:
         self._missing -= len(data)
-        if self.partial:
+        if self._more or self._start < len(self._buffer):
             self._more += data
         else:
             self._buffer, self._start = data, 0
