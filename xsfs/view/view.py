@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 import trio
@@ -29,7 +30,7 @@ from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.home import moved
 from xsfs.xenstore.permissions import access_of, decode_perms
 from xsfs.xenstore.protocol import Op, Request
-from xsfs.xenstore.store import IN_DOUBT_MAX, Store, Transaction
+from xsfs.xenstore.store import Store, Transaction
 
 log = logging.getLogger(__name__)
 
@@ -358,14 +359,11 @@ class View:
         `work` gets the commands of a transaction, and returns its last change, which goes out together
         with the commit, or None.  It may run several times.  If it raises, nothing has happened.
         """
+        await self.store.atomically(partial(_work_and_commit, work))
 
-        async def and_commit(transaction: Transaction) -> None:
-            last = await work(transaction)
-            for reply in await transaction.finish(() if last is None else (last,)):
-                if isinstance(reply, XenstoreError):
-                    raise reply
-
-        await self.store.atomically(and_commit)
+    async def atomically_apart(self, work: Work) -> None:
+        """`atomically` on a connection of its own, for a transaction that may be long."""
+        await self.store.atomically(partial(_work_and_commit, work), self.begin)
 
     async def begin(self) -> Transaction:
         """Start a transaction on its own connection, which stays small enough for the daemon to end."""
@@ -379,27 +377,12 @@ class View:
         transaction.requests_max = self._requests_max
         return transaction
 
-    async def atomically_apart(self, work: Callable[[Commands], Awaitable[None]]) -> None:
-        """`atomically` on a connection of its own, for a transaction that may be long."""
-        deadline = trio.current_time() + self.store.timeout
-        in_doubt = 0
-        while True:
-            transaction = await self.begin()
-            try:
-                await work(transaction)
-                await transaction.commit()
-                return
-            except Exception as error:
-                if not await self.store.is_conflict(transaction, error):
-                    raise
-                in_doubt += isinstance(error, XenstoreError) and error.name == "EIO"
-                if in_doubt > IN_DOUBT_MAX:
-                    raise
-                if trio.current_time() >= deadline:
-                    # The error is only that of a moment, such as a child that was gone when it was read.
-                    raise XenstoreError("EAGAIN", protocol.transaction_end(True)) from None
-            finally:
-                await self.store.roll_back(transaction)
+
+async def _work_and_commit(work: Work, transaction: Transaction) -> None:
+    last = await work(transaction)
+    for reply in await transaction.finish(() if last is None else (last,)):
+        if isinstance(reply, XenstoreError):
+            raise reply
 
 
 def _log_hidden(path: bytes, names: Names) -> None:

@@ -296,11 +296,8 @@ class Store(Commands):
                 raise
 
         # Not `atomically`: a commit would conflict with the very changes that disturb the listing.
-        transaction = await self.begin()
-        try:
+        async with self._long(self.begin) as transaction:
             return await transaction.list_all(paths)
-        finally:
-            await self.roll_back(transaction)
 
     # -------------------------------------------------------------------------- transactions
 
@@ -311,11 +308,19 @@ class Store(Commands):
         It is committed at the end of the block unless it has ended before, and rolled back if the block
         raises.  The end of the block raises Conflict if there was one: start again.
         """
-        transaction = await self.begin()
-        try:
+        async with self._long(self.begin) as transaction:
             yield transaction
             if transaction.is_open:
                 await transaction.commit()
+
+    @asynccontextmanager
+    async def _long(
+        self, begin: Callable[[], Awaitable[Transaction]]
+    ) -> AsyncIterator[Transaction]:
+        """A transaction with a connection of its own, which is rolled back if it does not end."""
+        transaction = await begin()
+        try:
+            yield transaction
         finally:
             await self.roll_back(transaction)
 
@@ -368,8 +373,14 @@ class Store(Commands):
             raise reply
         return protocol.decode_transaction_id(reply)
 
-    async def atomically(self, work: Callable[[Transaction], Awaitable[Result]]) -> Result:
-        """Run `work` in a short transaction and commit it, again and again while it conflicts.
+    async def atomically(
+        self,
+        work: Callable[[Transaction], Awaitable[Result]],
+        begin: Callable[[], Awaitable[Transaction]] | None = None,
+    ) -> Result:
+        """Run `work` in a transaction and commit it, again and again while it conflicts.
+
+        begin   starts each transaction, which may be long; if None, they are short ones
 
         `work` may end the transaction itself.  If it raises, the transaction is rolled back.  An error may be
         the result of a conflict, so `atomically` first finds out whether there is one, and then retries
@@ -381,29 +392,29 @@ class Store(Commands):
         await self.breaker.check()
         deadline = trio.current_time() + self.timeout
         with self.breaker.observing():
-            async with self._one_of_few(deadline):
-                in_doubt = 0
-                while True:
-                    # The last attempt must not fail just because it started late.
-                    extended = trio.current_time() + self.timeout / 4
-                    self.requests += 1
-                    async with self._short_transaction(max(deadline, extended)) as transaction:
-                        try:
-                            result = await work(transaction)
-                            if transaction.is_open:
-                                await transaction.commit()
-                            return result
-                        except Exception as error:
-                            if not await self.is_conflict(transaction, error):
-                                raise
-                            conflict = XenstoreError("EAGAIN", protocol.transaction_end(True))
-                            if isinstance(error, XenstoreError) and transaction.has_written:
-                                conflict = error
-                    in_doubt += conflict.name in _MAYBE_CONFLICTS
-                    if trio.current_time() >= deadline or in_doubt > IN_DOUBT_MAX:
-                        raise conflict
+            in_doubt = 0
+            while True:
+                # The last attempt must not fail just because it started late.
+                extended = max(deadline, trio.current_time() + self.timeout / 4)
+                async with (
+                    self._short_transaction(extended) if begin is None else self._long(begin)
+                ) as transaction:
+                    try:
+                        result = await work(transaction)
+                        if transaction.is_open:
+                            await transaction.commit()
+                        return result
+                    except Exception as error:
+                        if not await self._is_conflict(transaction, error):
+                            raise
+                        conflict = XenstoreError("EAGAIN", protocol.transaction_end(True))
+                        if isinstance(error, XenstoreError) and transaction.has_written:
+                            conflict = error
+                in_doubt += conflict.name in _MAYBE_CONFLICTS
+                if trio.current_time() >= deadline or in_doubt > IN_DOUBT_MAX:
+                    raise conflict
 
-    async def is_conflict(self, transaction: Transaction, error: Exception) -> bool:
+    async def _is_conflict(self, transaction: Transaction, error: Exception) -> bool:
         """Whether `error`, which was met in the transaction, may be the result of a conflict.
 
         If the transaction has only read, this commits it to find out.
@@ -423,16 +434,24 @@ class Store(Commands):
     @asynccontextmanager
     async def _short_transaction(self, deadline: float) -> AsyncIterator[Transaction]:
         """A transaction on a connection that is used again if the transaction's end is certain."""
-        connection, tx_id = await self._start_on_idle(deadline)
-        transaction = Transaction(connection, tx_id, self.breaker, self.timeout, deadline)
+        with trio.move_on_at(deadline) as waiting:
+            await self._short_limit.acquire()
+        if waiting.cancelled_caught:
+            raise RequestTimeout("Xenstore did not end other transactions in time")
+        self.requests += 1
         try:
-            yield transaction
+            connection, tx_id = await self._start_on_idle(deadline)
+            transaction = Transaction(connection, tx_id, self.breaker, self.timeout, deadline)
+            try:
+                yield transaction
+            finally:
+                await self._clean_up(transaction)
+                if transaction.has_ended:
+                    self._idle.append(connection)
+                else:
+                    connection.close("the end of a transaction is uncertain")
         finally:
-            await self._clean_up(transaction)
-            if transaction.has_ended:
-                self._idle.append(connection)
-            else:
-                connection.close("the end of a transaction is uncertain")
+            self._short_limit.release()
 
     async def _start_on_idle(self, deadline: float) -> tuple[Connection, int]:
         while True:
@@ -449,18 +468,6 @@ class Store(Commands):
                 connection.close("the start of a transaction is uncertain")
                 if not (was_idle and isinstance(error, ConnectionLost)):
                     raise
-
-    @asynccontextmanager
-    async def _one_of_few(self, deadline: float) -> AsyncIterator[None]:
-        """One of SHORT_MAX places.  Raises RequestTimeout if none is free by the deadline."""
-        with trio.move_on_at(deadline) as waiting:
-            await self._short_limit.acquire()
-        if waiting.cancelled_caught:
-            raise RequestTimeout("Xenstore did not end other transactions in time")
-        try:
-            yield
-        finally:
-            self._short_limit.release()
 
     # ------------------------------------------------------------------------------- watches
 
