@@ -8,11 +8,12 @@ the mounting user share half of the table, so that root can still open files whe
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import wraps
 from itertools import count
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
@@ -60,6 +61,7 @@ def handler(operation: _Handler[P, R]) -> _Handler[P, R]:
     method, because each layer of coroutines costs half a microsecond in each request.
     """
     name = operation.__name__
+    parameters = tuple(inspect.signature(operation).parameters)[1:]
     call = cast(Callable[..., Awaitable[R]], operation)
 
     @wraps(operation)
@@ -68,7 +70,7 @@ def handler(operation: _Handler[P, R]) -> _Handler[P, R]:
         self.kernel.under_way += 1
         try:
             if self.traces:
-                return await self.trace(name, call, args)
+                return await self.trace(name, call, dict(zip(parameters, args, strict=True)))
             return await call(self, *args)
         except FUSEError:
             raise
@@ -142,14 +144,14 @@ class Operations(pyfuse3.Operations):
         return translate(operation, error, self._drop_connection)
 
     async def trace(
-        self, operation: str, call: Callable[..., Awaitable[R]], args: Sequence[object]
+        self, operation: str, call: Callable[..., Awaitable[R]], args: Mapping[str, object]
     ) -> R:
         """Carry out an operation, and log it in one line."""
         start = time.perf_counter()
         described, outcome = operation, "ok"
         try:
-            described = self._describe(operation, args)
-            return await call(self, *args)
+            described = " ".join((operation, *self._describe(args)))
+            return await call(self, **args)
         except Exception as error:
             failure = self.failure(operation, error)
             outcome = errno.errorcode.get(failure.errno, str(failure.errno))
@@ -158,20 +160,19 @@ class Operations(pyfuse3.Operations):
             microseconds = (time.perf_counter() - start) * 1e6
             trace.debug("%s: %s, %.0f us", described, outcome, microseconds)
 
-    def _describe(self, operation: str, args: Sequence[object]) -> str:
-        """The operation and its arguments.  A value is a secret, so the log shows only its length."""
-        words = [operation]
-        for position, argument in enumerate(args):
+    def _describe(self, args: Mapping[str, object]) -> Iterator[str]:
+        """The arguments of an operation.  A value is a secret, so the log shows only its length."""
+        for name, argument in args.items():
             if isinstance(argument, bytes):
-                is_value = position == _VALUES.get(operation)
-                words.append(f"{len(argument)} bytes" if is_value else repr(argument[:80])[1:])
-            elif isinstance(argument, int) and position in _INODES.get(operation, (0,)):
-                on_handle = operation in _ON_HANDLES
-                node = self._handles[argument].node if on_handle else self.table.peek(argument)
-                words.append(repr(node.label)[2:-1] if node is not None else str(argument))
+                is_value = name in ("buf", "value")
+                yield f"{len(argument)} bytes" if is_value else repr(argument[:80])[1:]
             elif isinstance(argument, int):
-                words.append(str(argument))
-        return " ".join(words)
+                node = None
+                if name == "fh":
+                    node = self._handles[argument].node
+                elif "inode" in name:
+                    node = self.table.peek(argument)
+                yield repr(node.label)[2:-1] if node is not None else str(argument)
 
     # -------------------------------------------------------------------------------- handles
 
@@ -427,14 +428,3 @@ class Operations(pyfuse3.Operations):
     @handler
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         """Does nothing, because a directory has no debts."""
-
-
-_INODES: Final = {"rename": (0, 2)}
-"""Which arguments are inodes or handles, if not the first alone."""
-
-_VALUES: Final = {"write": 2, "setxattr": 2}
-"""Which argument is a value."""
-
-_ON_HANDLES: Final = frozenset(
-    ("read", "write", "fsync", "release", "readdir", "releasedir", "fsyncdir")
-)
