@@ -30,6 +30,7 @@ import stat
 import struct
 from collections.abc import Generator
 from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 from typing import Final
 
 from xsfs.view.ownership import Ownership
@@ -133,22 +134,14 @@ def _open_trusted(path: bytes) -> int:
 
     path        absolute, without symbolic links
 
-    As sshd's StrictModes: all directories on the way are checked, each after it was opened.
+    As sshd's StrictModes: all directories on the way are checked, from the root down.  Nobody else can
+    swap what is below one that was checked.
     """
-    names = [name for name in path.split(b"/") if name]
-    fd = os.open(b"/", _DIRECTORY)
-    try:
-        for depth in range(len(names) + 1):
-            if (why := _distrust(os.fstat(fd), sticky=depth < len(names))) is not None:
-                shown = os.fsdecode(b"/" + b"/".join(names[:depth]))
-                raise MirrorPlaceError(f"the mirror is not safe in {shown}: it {why}", _TRUSTED)
-            if depth < len(names):
-                above, fd = fd, os.open(names[depth], _DIRECTORY, dir_fd=fd)
-                os.close(above)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    place = Path(os.fsdecode(path))
+    for directory in (*reversed(place.parents), place):
+        if (why := _distrust(directory.lstat(), sticky=directory != place)) is not None:
+            raise MirrorPlaceError(f"the mirror is not safe in {directory}: it {why}", _TRUSTED)
+    return os.open(place, _DIRECTORY)
 
 
 def _identity(fd: int) -> bytes:
