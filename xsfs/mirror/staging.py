@@ -47,10 +47,6 @@ RESERVE_BYTES: Final = (1 << 20, 64 << 20)
 RESERVE_INODES: Final = (64, 4096)
 """The mirror leaves one twentieth of its file system free, within these limits."""
 
-CHECK_EVERY: Final = 16
-"""After how many new files and directories xsfs looks how much room is left.  A file takes a page or
-two, so all of them together take a fraction of the reserve."""
-
 OPEN_MAX: Final = 64
 """How many directories are kept open.  A path of Xenstore may have 1,500 levels."""
 
@@ -345,7 +341,6 @@ class MirrorDirectory:
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
         self._is_root = os.geteuid() == 0
-        self._made = 0
         self._unique = os.urandom(8).hex().encode()
         self.has_perms = False
         """Whether files can have user attributes here: tmpfs has them since Linux 6.6."""
@@ -592,14 +587,9 @@ class MirrorDirectory:
             text = f"{os.strerror(errno.ENOSPC)}: xsfs leaves {least >> 20} MiB and {inodes} inodes free"
             raise OSError(errno.ENOSPC, text, os.fsdecode(self.directory))
 
-    def _count(self) -> None:
-        self._made += 1
-        if self._made % CHECK_EVERY == 0:
-            self._check_room()
-
     def put(self, path: bytes, content: bytes, perms: bytes) -> None:
         """Make the file, or replace it by a new one.  Raises OSError."""
-        self._count()
+        self._check_room()
         directory, name = self._place(path, change=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
@@ -636,7 +626,7 @@ class MirrorDirectory:
 
     def make_directory(self, path: bytes, perms: bytes) -> None:
         """Make the directory, which is missing.  Raises OSError."""
-        self._count()
+        self._check_room()
         directory, name = self._place(path, change=True)
         os.mkdir(name, 0o700, dir_fd=directory)
         # By a descriptor: the owner of the directory above may have put something else there.
