@@ -167,8 +167,7 @@ class Reconciler:
         if state is not None:
             yield from self._show(path, place, kind, state, node, renew=renew)
             return
-        if kind:
-            yield from self._remove(place, kind)
+        yield from self._remove(place)
         if kind or renew:
             self._queue_parent(path)
 
@@ -193,7 +192,7 @@ class Reconciler:
     ) -> Steps:
         is_directory = self._is_directory(path, state)
         if kind not in (0, stat.S_IFDIR if is_directory else stat.S_IFREG):
-            yield from self._remove(place, kind)
+            yield from self._remove(place)
             kind = 0
             is_directory = self._is_directory(path, state)  # the mount may have learned more
         content = self._view.value_format.render(state.value or b"")
@@ -209,14 +208,13 @@ class Reconciler:
         else:
             self._files.set_perms(place, perms)
         value_place = os.path.join(place, VALUE_NAME)
+        has_value = state is not EMPTY_NODE and self._view.has_dot_value(path, state)
         kind = 0 if is_new else self._files.kind(value_place)
-        if kind == stat.S_IFDIR:  # the files' owner has made it
+        if kind and not (has_value and kind == stat.S_IFREG):
             yield from self._files.removing(value_place)
             kind = 0
-        if state is not EMPTY_NODE and self._view.has_dot_value(path, state):
+        if has_value:
             self._show_file(value_place, kind, content, perms, renew=renew)
-        elif kind:
-            self._files.remove_file(value_place)
         yield from self._queue_children(path, place, node.names, is_new=is_new)
         if not self._is_directory(path, state):
             # That was learned when the files did not contradict it yet.
@@ -244,17 +242,11 @@ class Reconciler:
         with closing(self._files.names(place)) as found:
             for number, name in enumerate(found, 1):
                 if name not in shown:
-                    child = os.path.join(place, name)
-                    yield from self._remove(child, self._files.kind(child))
+                    yield from self._remove(os.path.join(place, name))
                 elif number % CHUNK == 0:
                     yield b""
 
-    def _remove(self, place: bytes, kind: int) -> Steps:
-        if kind != stat.S_IFDIR:
-            self._files.remove_file(place)
-            self.nodes -= 1
-            yield place
-            return
+    def _remove(self, place: bytes) -> Steps:
         for removed in self._files.removing(place):
             self.nodes -= removed != b"" and not removed.endswith(b"/" + VALUE_NAME)
             yield removed

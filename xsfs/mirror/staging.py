@@ -28,8 +28,8 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Generator
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -216,46 +216,34 @@ class _OpenDirectories:
     """The directories below an open one, opened on the way down and kept for the next operation.
 
     top     an open directory, which stays open
-    mode    the mode of all of them, which may deny writing to this user; xsfs then permits it for the time
-            of a change.  None for root
+    mode    the mode of all of them, which denies writing to every user except root
     """
 
-    def __init__(self, top: int, mode: int | None) -> None:
+    def __init__(self, top: int, mode: int) -> None:
         self.top = top
         self._mode = mode
         self._open: dict[bytes, int] = {}
-        self._writable: set[bytes] = set()
 
-    def enter(self, path: bytes, *, change: bool = False) -> int:
+    def enter(self, path: bytes) -> int:
         """A descriptor of the directory, good until the next call.
-
-        change      whether something in it, or of its attributes, is about to be changed
 
         Raises FileNotFoundError or NotADirectoryError if it is missing; `first_missing` tells which.
         """
-        fd = self._open.get(path, -1) if path else self.top
-        if fd < 0:
-            fd = self._walk(path)
-        if change and self._mode is not None and path not in self._writable:
-            os.fchmod(fd, 0o700)
-            self._writable.add(path)
-        return fd
-
-    def _walk(self, path: bytes) -> int:
         above = path
         while above and above not in self._open:
             above = above.rpartition(b"/")[0]
         fd = self._open[above] if above else self.top
-        for name in path[len(above) :].lstrip(b"/").split(b"/"):
-            above = os.path.join(above, name)
-            try:
-                fd = os.open(name, _DIRECTORY, dir_fd=fd)
-            except (FileNotFoundError, NotADirectoryError) as error:
-                error.filename = above
-                raise
-            self._open[above] = fd
-            if len(self._open) > OPEN_MAX:
-                self._close(next(iter(self._open)))
+        for name in path[len(above) :].split(b"/"):
+            if name:
+                above = os.path.join(above, name)
+                try:
+                    fd = os.open(name, _DIRECTORY, dir_fd=fd)
+                except (FileNotFoundError, NotADirectoryError) as error:
+                    error.filename = above
+                    raise
+                self._open[above] = fd
+                if len(self._open) > OPEN_MAX:
+                    self.forget(next(iter(self._open)))
         return fd
 
     def first_missing(self, path: bytes) -> bytes | None:
@@ -267,53 +255,28 @@ class _OpenDirectories:
             return missing
         return None
 
-    def _close(self, path: bytes) -> None:
-        fd = self._open.pop(path)
+    @contextmanager
+    def writable(self, path: bytes) -> Iterator[int]:
+        """A descriptor of the directory, whose entries and attributes may be changed in the block."""
+        fd = self.enter(path)
+        if os.geteuid() == 0:
+            yield fd
+            return
+        os.fchmod(fd, 0o700)
         try:
-            self._protect(path, fd)
+            yield fd
         finally:
-            os.close(fd)
-
-    def _protect(self, path: bytes, fd: int) -> None:
-        if path in self._writable:
-            assert self._mode is not None
-            self._writable.discard(path)
             os.fchmod(fd, self._mode)
 
     def forget(self, path: bytes) -> None:
-        """This directory has been removed."""
-        self._writable.discard(path)
+        """Close it.  The next operation opens the directory that is there then."""
         if path in self._open:
             os.close(self._open.pop(path))
 
     def close(self) -> None:
-        """Close all, which xsfs opens again when it needs them."""
+        """Close all except `top`."""
         while self._open:
-            self._close(next(iter(self._open)))
-        self._protect(b"", self.top)
-
-    def removing(self, top: bytes) -> Steps:
-        """Remove the directory with all below it, from the leaves up."""
-        stack = [top]
-        while stack:
-            path = stack[-1]
-            below = []
-            with closing(self.scan(path)) as entries:
-                for name, is_directory in entries:
-                    if is_directory:
-                        below.append(path + b"/" + name)
-                        yield b""
-                    else:
-                        os.unlink(name, dir_fd=self.enter(path, change=True))
-                        yield path + b"/" + name
-            if below:
-                stack += below
-                continue
-            stack.pop()
-            parent, _, name = path.rpartition(b"/")
-            self.forget(path)
-            os.rmdir(name, dir_fd=self.enter(parent, change=True))
-            yield path
+            os.close(self._open.popitem()[1])
 
     def scan(self, path: bytes) -> Generator[tuple[bytes, bool], None, None]:
         """The names in a directory, and which of them are directories.  Meanwhile, names may go."""
@@ -325,6 +288,33 @@ class _OpenDirectories:
                     yield os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)
         finally:
             os.close(fd)
+
+    def removing(self, top: bytes) -> Steps:
+        """Remove what is there, if anything, with all below it, from the leaves up."""
+        parent, _, name = top.rpartition(b"/")
+        try:
+            status = os.stat(name, dir_fd=self.enter(parent), follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        left = [(top, stat.S_ISDIR(status.st_mode))]
+        found = []
+        while left:
+            path, is_directory = left.pop()
+            found.append((path, is_directory))
+            if is_directory:
+                with closing(self.scan(path)) as entries:
+                    for name, is_below in entries:
+                        left.append((path + b"/" + name, is_below))
+                        yield b""
+        for path, is_directory in reversed(found):
+            parent, _, name = path.rpartition(b"/")
+            self.forget(path)
+            with self.writable(parent) as directory:
+                if is_directory:
+                    os.rmdir(name, dir_fd=directory)
+                else:
+                    os.unlink(name, dir_fd=directory)
+            yield path
 
 
 class MirrorDirectory:
@@ -340,7 +330,6 @@ class MirrorDirectory:
         self._name = os.path.basename(self.directory)
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
-        self._is_root = os.geteuid() == 0
         self._unique = os.urandom(8).hex().encode()
         self.has_perms = False
         """Whether files can have user attributes here: tmpfs has them since Linux 6.6."""
@@ -372,7 +361,7 @@ class MirrorDirectory:
                         with suppress(OSError):
                             self._staging.remove()
                     raise
-                self._copy = self._published = self._directories(self._fd, self._directory_mode)
+                self._copy = self._published = _OpenDirectories(self._fd, self._directory_mode)
                 undo.pop_all()
                 undo.callback(self.close)
                 self._clear_now()
@@ -460,9 +449,6 @@ class MirrorDirectory:
         to do: the next change finds the directories that are in place then."""
         self._copy.close()
 
-    def _directories(self, top: int, mode: int) -> _OpenDirectories:
-        return _OpenDirectories(top, None if self._is_root else mode)
-
     def _clear_now(self) -> None:
         for _ in self.clear():
             pass
@@ -474,15 +460,12 @@ class MirrorDirectory:
         if self._copy is not self._published:
             os.close(self._copy.top)
             self._copy = self._published
-        staging = self._directories(self._staging.fd, 0o700)
+        staging = _OpenDirectories(self._staging.fd, 0o700)
         try:
             if staging.first_missing(_OLD) is None:
                 yield from self._move_all(self._published, staging.enter(_OLD), renamed=True)
-            for name in (_OLD, _TREE):
-                if staging.first_missing(name) is None:
-                    yield from staging.removing(name)
-            with suppress(FileNotFoundError):
-                os.unlink(_NEW, dir_fd=self._staging.fd)
+            for name in (_OLD, _TREE, _NEW):
+                yield from staging.removing(name)
         finally:
             staging.close()
 
@@ -496,14 +479,15 @@ class MirrorDirectory:
         for name in (_OLD, _TREE):
             os.mkdir(name, 0o700, dir_fd=self._staging.fd)
         top = os.open(_TREE, _DIRECTORY, dir_fd=self._staging.fd)
-        self._copy = self._directories(top, self._directory_mode)
+        self._copy = _OpenDirectories(top, self._directory_mode)
 
     def publish(self) -> Steps:
         """Let all that was made be seen."""
         copy, perms = self._copy, self.perms(b"")
         self.close_directories()
         self.moves = True
-        yield from self._move_all(copy, self._published.enter(b"", change=True))
+        with self._published.writable(b"") as target:
+            yield from self._move_all(copy, target)
         os.rmdir(_TREE, dir_fd=self._staging.fd)
         os.close(copy.top)
         self._copy, self.moves = self._published, False
@@ -516,20 +500,21 @@ class MirrorDirectory:
         renamed     by names that are not used there yet
         """
         for number, (name, is_directory) in enumerate(list(source.scan(b""))):
-            if is_directory and not self._is_root:
-                source.enter(name, change=True)  # a move changes what `..` is in it
             new_name = b"%s-%d" % (self._unique, number) if renamed else name
-            directory = source.enter(b"", change=True)
-            os.rename(name, new_name, src_dir_fd=directory, dst_dir_fd=target)
+            with source.writable(b"") as directory, ExitStack() as stack:
+                if is_directory:
+                    # A move changes what `..` is in it.
+                    stack.enter_context(source.writable(name))
+                os.rename(name, new_name, src_dir_fd=directory, dst_dir_fd=target)
             yield name
         source.close()
 
     # ------------------------------------------------------------------------------- to see
 
-    def _place(self, path: bytes, *, change: bool = False) -> tuple[int, bytes]:
+    def _place(self, path: bytes) -> tuple[int, bytes]:
         """The directory that a path is in, and the name there."""
         parent, _, name = path.rpartition(b"/")
-        return self._copy.enter(parent, change=change), name
+        return self._copy.enter(parent), name
 
     def first_missing(self, path: bytes) -> bytes | None:
         """The highest directory on the way to this one, itself included, that is missing."""
@@ -590,21 +575,20 @@ class MirrorDirectory:
     def put(self, path: bytes, content: bytes, perms: bytes) -> None:
         """Make the file, or replace it by a new one.  Raises OSError."""
         self._check_room()
-        directory, name = self._place(path, change=True)
+        parent, _, name = path.rpartition(b"/")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(_NEW, flags, 0o600, dir_fd=self._staging.fd)
         try:
-            fd = os.open(_NEW, flags, 0o600, dir_fd=self._staging.fd)
-            try:
-                if content and os.write(fd, content) != len(content):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._finish(fd, self._file_mode, perms)
-            finally:
-                os.close(fd)
-            os.rename(_NEW, name, src_dir_fd=self._staging.fd, dst_dir_fd=directory)
+            if content and os.write(fd, content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._finish(fd, self._file_mode, perms)
+            with self._copy.writable(parent) as directory:
+                os.rename(_NEW, name, src_dir_fd=self._staging.fd, dst_dir_fd=directory)
         except OSError:
-            with suppress(FileNotFoundError):
-                os.unlink(_NEW, dir_fd=self._staging.fd)
+            os.unlink(_NEW, dir_fd=self._staging.fd)
             raise
+        finally:
+            os.close(fd)
 
     def _finish(self, fd: int, mode: int, perms: bytes) -> None:
         """Give a new file or directory its attributes."""
@@ -627,8 +611,9 @@ class MirrorDirectory:
     def make_directory(self, path: bytes, perms: bytes) -> None:
         """Make the directory, which is missing.  Raises OSError."""
         self._check_room()
-        directory, name = self._place(path, change=True)
-        os.mkdir(name, 0o700, dir_fd=directory)
+        parent, _, name = path.rpartition(b"/")
+        with self._copy.writable(parent) as directory:
+            os.mkdir(name, 0o700, dir_fd=directory)
         # By a descriptor: the owner of the directory above may have put something else there.
         self._finish(self._copy.enter(path), self._directory_mode, perms)
 
@@ -636,14 +621,10 @@ class MirrorDirectory:
         """Set a directory's permissions, if they are others; b"" removes them."""
         if not self.has_perms or (old := self.perms(path)) == perms:
             return
-        fd = self._copy.enter(path, change=True)
-        if not (perms and self._set_attribute(fd, perms)) and old:
-            os.removexattr(fd, PERMS_ATTRIBUTE)
-
-    def remove_file(self, path: bytes) -> None:
-        directory, name = self._place(path, change=True)
-        os.unlink(name, dir_fd=directory)
+        with self._copy.writable(path) as fd:
+            if not (perms and self._set_attribute(fd, perms)) and old:
+                os.removexattr(fd, PERMS_ATTRIBUTE)
 
     def removing(self, top: bytes) -> Steps:
-        """Remove the directory with all below it, from the leaves up."""
+        """Remove what is there, if anything, with all below it, from the leaves up."""
         return self._copy.removing(top)
