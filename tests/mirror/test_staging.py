@@ -215,7 +215,7 @@ def test_a_user_trusts_root_and_oneself(shm: Path, monkeypatch: pytest.MonkeyPat
     for path in ("own", "own/mirror"):
         os.chown(shm / path, NOBODY, NOBODY)
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
-    monkeypatch.setattr(staging.StagingDirectory, "__init__", lambda *_: pytest.fail("is trusted"))
+    monkeypatch.setattr(MirrorDirectory, "_open_staging", lambda *_: pytest.fail("is trusted"))
     with pytest.raises(pytest.fail.Exception, match="is trusted"):
         MirrorDirectory(str(shm / "own" / "mirror"), Ownership(0, 0, 0o077)).open()
     os.chown(shm / "own", 1, 1)

@@ -153,65 +153,6 @@ def _identity(fd: int) -> bytes:
 # ------------------------------------------------------------------------------ the directories
 
 
-class StagingDirectory:
-    """The directory `.NAME.xsfs`, locked while it is open, and the record of which DIR xsfs keeps.
-
-    parent      an open directory, in which it is
-    name        of DIR
-    """
-
-    def __init__(self, parent: int, name: bytes, shown: str) -> None:
-        self._parent = parent
-        self._name = b"." + name + b".xsfs"
-        with suppress(FileExistsError):
-            os.mkdir(self._name, 0o700, dir_fd=parent)
-        self.fd = os.open(self._name, _DIRECTORY, dir_fd=parent)
-        self._lock = -1
-        try:
-            if os.fstat(self.fd).st_uid != os.geteuid():
-                raise MirrorPlaceError(f"the mirror {shown} is another user's", _OTHER)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._lock = os.open(_LOCK, flags, 0o600, dir_fd=self.fd)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(self._lock).st_nlink:
-                raise BlockingIOError  # its owner has just removed it
-        except (BlockingIOError, FileNotFoundError):
-            self.release()
-            raise MirrorPlaceError(f"the mirror {shown} is that of another mount", _OTHER) from None
-        except BaseException:
-            self.release()
-            with suppress(OSError):
-                os.rmdir(self._name, dir_fd=parent)
-            raise
-
-    def release(self) -> None:
-        """Close it.  Its files stay, for the next start."""
-        for fd in (self._lock, self.fd):
-            if fd >= 0:
-                os.close(fd)
-
-    @property
-    def record(self) -> tuple[bytes, bytes]:
-        """The identity of the DIR that xsfs keeps, and what it was before: mode, owner and group, or
-        nothing if xsfs made it."""
-        identity, _, before = os.pread(self._lock, 4096, 0).partition(b" ")
-        return identity, before
-
-    @record.setter
-    def record(self, record: tuple[bytes, bytes]) -> None:
-        line = b" ".join(record) if record[0] else b""
-        os.ftruncate(self._lock, 0)
-        if os.pwrite(self._lock, line, 0) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def remove(self) -> None:
-        """Remove it.  It must contain nothing except the lock file."""
-        with suppress(FileNotFoundError):
-            os.unlink(_LOCK, dir_fd=self.fd)
-        with suppress(FileNotFoundError):
-            os.rmdir(self._name, dir_fd=self._parent)
-
-
 class _OpenDirectories:
     """The directories below an open one, opened on the way down and kept for the next operation.
 
@@ -327,7 +268,9 @@ class MirrorDirectory:
     def __init__(self, directory: str, ownership: Ownership) -> None:
         self.directory = os.fsencode(os.path.realpath(directory))
         self.ownership = ownership
+        self._shown = os.fsdecode(self.directory)
         self._name = os.path.basename(self.directory)
+        self._staging_name = b".%s.xsfs" % self._name
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
         self._unique = os.urandom(8).hex().encode()
@@ -344,72 +287,26 @@ class MirrorDirectory:
 
     def open(self) -> None:
         """Lock the directory, and remove what a dead xsfs has left.  Raises MirrorPlaceError."""
-        shown = os.fsdecode(self.directory)
         if len(self.directory) > DIRECTORY_PATH_MAX:
-            raise MirrorPlaceError(f"the mirror's path {shown} is too long", _OTHER)
+            raise MirrorPlaceError(f"the mirror's path {self._shown} is too long", _OTHER)
         try:
-            with ExitStack() as undo:
+            with ExitStack() as end:
                 self._parent = _open_trusted(os.path.dirname(self.directory))
-                undo.callback(os.close, self._parent)
-                self._staging = StagingDirectory(self._parent, self._name, shown)
-                undo.callback(self._staging.release)
-                try:
-                    self._fd = self._open_directory(shown)
-                except BaseException:
-                    # A record, and what a dead xsfs has left, stays for the next start.
-                    if not self._staging.record[0]:
-                        with suppress(OSError):
-                            self._staging.remove()
-                    raise
-                self._copy = self._published = _OpenDirectories(self._fd, self._directory_mode)
-                undo.pop_all()
-                undo.callback(self.close)
+                end.callback(os.close, self._parent)
+                self._open_staging(end)
+                self._open_directory(end)
                 self._clear_now()
                 self._finish(self._fd, self._directory_mode, b"")
-                undo.pop_all()
+                self._end = end.pop_all()
         except OSError as error:
             raise MirrorPlaceError(
-                f"cannot keep a mirror in {shown}: {error.strerror}", _OTHER
+                f"cannot keep a mirror in {self._shown}: {error.strerror}", _OTHER
             ) from error
         try:
-            os.setxattr(self._staging.fd, PERMS_ATTRIBUTE, b"n0")
+            os.setxattr(self._staging, PERMS_ATTRIBUTE, b"n0")
             self.has_perms = True
         except OSError as error:
             log.info("no permissions in the mirror: %s", error.strerror)
-
-    def _open_directory(self, shown: str) -> int:
-        """Open DIR, make it if it is missing, and record which one it is."""
-        try:
-            os.mkdir(self._name, 0o700, dir_fd=self._parent)
-            made = True
-        except FileExistsError:
-            made = False
-        try:
-            fd = os.open(self._name, _DIRECTORY, dir_fd=self._parent)
-        except NotADirectoryError:
-            raise MirrorPlaceError(f"the mirror {shown} is not a directory", _EMPTY) from None
-        try:
-            found = os.fstat(fd)
-            identity = _identity(fd)
-            if found.st_dev != os.fstat(self._staging.fd).st_dev:
-                raise MirrorPlaceError(f"the mirror {shown} is a mountpoint itself", _EMPTY)
-            if made:
-                self._staging.record = identity, b""
-            elif identity != self._staging.record[0]:
-                if (why := _distrust(found, sticky=False)) is not None:
-                    raise MirrorPlaceError(f"the mirror {shown} is not safe: it {why}", _TRUSTED)
-                if os.listdir(fd):
-                    raise MirrorPlaceError(f"the mirror {shown} is not empty", _EMPTY)
-                mode = stat.S_IMODE(found.st_mode)
-                before = b"%d %d %d" % (mode, found.st_uid, found.st_gid)
-                self._staging.record = identity, before
-        except BaseException:
-            os.close(fd)
-            if made:
-                os.rmdir(self._name, dir_fd=self._parent)
-                self._staging.record = b"", b""
-            raise
-        return fd
 
     def close(self) -> None:
         """Leave DIR as it was before, or remove it if xsfs made it.
@@ -417,32 +314,82 @@ class MirrorDirectory:
         Never raises: xsfs logs what it cannot remove, and leaves it to the next start.
         """
         try:
-            self._clear_now()
+            self._end.close()
+        except OSError as error:
+            log.error("the mirror %s cannot be removed: %s", self._shown, error)
+
+    def _open_staging(self, end: ExitStack) -> None:
+        """Open the staging directory and lock it."""
+        with suppress(FileExistsError):
+            os.mkdir(self._staging_name, 0o700, dir_fd=self._parent)
+        self._staging = os.open(self._staging_name, _DIRECTORY, dir_fd=self._parent)
+        end.callback(os.close, self._staging)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._lock = os.open(_LOCK, flags, 0o600, dir_fd=self._staging)
+        end.callback(os.close, self._lock)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MirrorPlaceError(
+                f"the mirror {self._shown} is that of another mount", _OTHER
+            ) from None
+        end.callback(self._remove_staging)
+
+    def _remove_staging(self) -> None:
+        if os.fstat(self._lock).st_size:
+            return  # DIR was not given back: the next start needs the record
+        with suppress(FileNotFoundError):
+            os.unlink(_LOCK, dir_fd=self._staging)
+            os.rmdir(self._staging_name, dir_fd=self._parent)
+        if os.path.dirname(self.directory) == os.fsencode(RUN_DIRECTORY):
+            with suppress(OSError):  # there are others
+                os.rmdir(RUN_DIRECTORY)
+
+    def _open_directory(self, end: ExitStack) -> None:
+        """Open DIR, make it if it is missing, and record which one it is.
+
+        The record is in the lock file: DIR's identity, and what DIR was before: its mode, owner and group,
+        or nothing if xsfs made it.
+        """
+        made = True
+        try:
+            os.mkdir(self._name, 0o700, dir_fd=self._parent)
+        except FileExistsError:
+            made = False
+        try:
+            self._fd = os.open(self._name, _DIRECTORY, dir_fd=self._parent)
+        except NotADirectoryError:
+            raise MirrorPlaceError(f"the mirror {self._shown} is not a directory", _EMPTY) from None
+        end.callback(os.close, self._fd)
+        found = os.fstat(self._fd)
+        if found.st_dev != os.fstat(self._staging).st_dev:
+            raise MirrorPlaceError(f"the mirror {self._shown} is a mountpoint itself", _EMPTY)
+        identity = _identity(self._fd)
+        recorded, _, before = os.pread(self._lock, 4096, 0).partition(b" ")
+        if made:
+            before = b""
+        elif identity != recorded:
+            if (why := _distrust(found, sticky=False)) is not None:
+                raise MirrorPlaceError(f"the mirror {self._shown} is not safe: it {why}", _TRUSTED)
+            if os.listdir(self._fd):
+                raise MirrorPlaceError(f"the mirror {self._shown} is not empty", _EMPTY)
+            before = b"%d %d %d" % (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+        self._copy = self._published = _OpenDirectories(self._fd, self._directory_mode)
+        end.callback(self._give_back, before)
+        os.ftruncate(self._lock, os.pwrite(self._lock, b"%s %s" % (identity, before), 0))
+
+    def _give_back(self, before: bytes) -> None:
+        self._clear_now()
+        if before:
             self.set_perms(b"", b"")
             self.close_directories()
-            self._give_back()
-            self._staging.remove()
-            if os.path.dirname(self.directory) == os.fsencode(RUN_DIRECTORY):
-                with suppress(OSError):  # there are others
-                    os.rmdir(RUN_DIRECTORY)
-        except OSError as error:
-            log.error("the mirror %s cannot be removed: %s", os.fsdecode(self.directory), error)
-        finally:
-            os.close(self._fd)
-            self._staging.release()
-            os.close(self._parent)
-
-    def _give_back(self) -> None:
-        before = self._staging.record[1]
-        if before:
             mode, uid, gid = map(int, before.split())
             os.fchown(self._fd, uid, gid)
             os.fchmod(self._fd, mode)
-            return
-        with suppress(FileNotFoundError):
-            there = os.stat(self._name, dir_fd=self._parent, follow_symlinks=False)
-            if os.path.samestat(there, os.fstat(self._fd)):
+        else:
+            with suppress(FileNotFoundError):
                 os.rmdir(self._name, dir_fd=self._parent)
+        os.ftruncate(self._lock, 0)
 
     def close_directories(self) -> None:
         """Close the directories that were opened for the last changes.  To be called when there is nothing
@@ -460,7 +407,7 @@ class MirrorDirectory:
         if self._copy is not self._published:
             os.close(self._copy.top)
             self._copy = self._published
-        staging = _OpenDirectories(self._staging.fd, 0o700)
+        staging = _OpenDirectories(self._staging, 0o700)
         try:
             if staging.first_missing(_OLD) is None:
                 yield from self._move_all(self._published, staging.enter(_OLD), renamed=True)
@@ -477,8 +424,8 @@ class MirrorDirectory:
         self._check_room()
         # Made now, since `clear` needs it when the file system may be full.
         for name in (_OLD, _TREE):
-            os.mkdir(name, 0o700, dir_fd=self._staging.fd)
-        top = os.open(_TREE, _DIRECTORY, dir_fd=self._staging.fd)
+            os.mkdir(name, 0o700, dir_fd=self._staging)
+        top = os.open(_TREE, _DIRECTORY, dir_fd=self._staging)
         self._copy = _OpenDirectories(top, self._directory_mode)
 
     def publish(self) -> Steps:
@@ -488,7 +435,7 @@ class MirrorDirectory:
         self.moves = True
         with self._published.writable(b"") as target:
             yield from self._move_all(copy, target)
-        os.rmdir(_TREE, dir_fd=self._staging.fd)
+        os.rmdir(_TREE, dir_fd=self._staging)
         os.close(copy.top)
         self._copy, self.moves = self._published, False
         self.set_perms(b"", perms)
@@ -563,7 +510,7 @@ class MirrorDirectory:
 
     def _check_room(self) -> None:
         """Raises OSError ENOSPC if less than the reserve is left."""
-        room = os.fstatvfs(self._staging.fd)
+        room = os.fstatvfs(self._staging)
         least = sorted((*RESERVE_BYTES, room.f_blocks * room.f_frsize // RESERVE))[1]
         inodes = sorted((*RESERVE_INODES, room.f_files // RESERVE))[1]
         # Some file systems have no limit of the one or the other.
@@ -577,15 +524,15 @@ class MirrorDirectory:
         self._check_room()
         parent, _, name = path.rpartition(b"/")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(_NEW, flags, 0o600, dir_fd=self._staging.fd)
+        fd = os.open(_NEW, flags, 0o600, dir_fd=self._staging)
         try:
             if content and os.write(fd, content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._finish(fd, self._file_mode, perms)
             with self._copy.writable(parent) as directory:
-                os.rename(_NEW, name, src_dir_fd=self._staging.fd, dst_dir_fd=directory)
+                os.rename(_NEW, name, src_dir_fd=self._staging, dst_dir_fd=directory)
         except OSError:
-            os.unlink(_NEW, dir_fd=self._staging.fd)
+            os.unlink(_NEW, dir_fd=self._staging)
             raise
         finally:
             os.close(fd)
