@@ -109,7 +109,6 @@ def copied(directory: Path) -> Iterator[Copied]:
     try:
         queue: OrderedDict[bytes, bool] = OrderedDict()
         it = Copied(files, Reconciler(view, files, queue), queue)
-        files.begin()
         it.copy.begin()
         it.apply(b"/", seen(b"", b"node"))
         yield it

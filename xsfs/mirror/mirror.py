@@ -225,7 +225,7 @@ class Mirror:
         if self._domid != self._view.domid:
             self._view.move_home(self._domid)
             self.store.home.move(self._view.home)
-        self._files.begin()
+        await self._carry_out(self._files.clear())
         self._reconciler.begin()
         await self._copy_all()
         if self._interruptions != interruptions:

@@ -77,14 +77,11 @@ class Reconciler:
     def contradicts(self, path: bytes) -> bool:
         """Whether the files may contradict what the sticky directories say of a node by now: that it is a
         directory, or that its `.value` was made."""
-        if self._files.moves:
-            return True
         place = self.place(path)
-        kind = self._files.kind(place)
-        sticky = self._view.sticky
-        if kind != stat.S_IFDIR:
-            return kind == stat.S_IFREG and path in sticky
-        has_value = sticky.has_value(path)
+        if self._files.kind(place) != stat.S_IFDIR:
+            # Perhaps it is on its way from the staging directory.
+            return True
+        has_value = self._view.sticky.has_value(path)
         value = self._files.read(os.path.join(place, VALUE_NAME))
         # A `.value` that is not empty is shown whatever is known.
         if (has_value and value is None) or (value is not None and not (value[0] or has_value)):

@@ -56,7 +56,6 @@ CONTENT_MAX: Final = 1 << 16
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOCK: Final = b"lock"
 _NEW: Final = b"new"
-_OLD: Final = b"old"
 _TREE: Final = b"tree"
 """In the staging directory: the lock file, the file on its way to its place, copies to be removed, and
 the copy that is being made."""
@@ -157,13 +156,15 @@ class _OpenDirectories:
     """The directories below an open one, opened on the way down and kept for the next operation.
 
     top     an open directory, which stays open
-    mode    the mode of all of them, which denies writing to every user except root
     """
 
-    def __init__(self, top: int, mode: int) -> None:
+    def __init__(self, top: int) -> None:
         self.top = top
-        self._mode = mode
         self._open: dict[bytes, int] = {}
+
+    def start_at(self, top: int) -> None:
+        self.close()
+        self.top = top
 
     def enter(self, path: bytes) -> int:
         """A descriptor of the directory, good until the next call.
@@ -196,19 +197,6 @@ class _OpenDirectories:
             return missing
         return None
 
-    @contextmanager
-    def writable(self, path: bytes) -> Iterator[int]:
-        """A descriptor of the directory, whose entries and attributes may be changed in the block."""
-        fd = self.enter(path)
-        if os.geteuid() == 0:
-            yield fd
-            return
-        os.fchmod(fd, 0o700)
-        try:
-            yield fd
-        finally:
-            os.fchmod(fd, self._mode)
-
     def forget(self, path: bytes) -> None:
         """Close it.  The next operation opens the directory that is there then."""
         if path in self._open:
@@ -230,33 +218,6 @@ class _OpenDirectories:
         finally:
             os.close(fd)
 
-    def removing(self, top: bytes) -> Steps:
-        """Remove what is there, if anything, with all below it, from the leaves up."""
-        parent, _, name = top.rpartition(b"/")
-        try:
-            status = os.stat(name, dir_fd=self.enter(parent), follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        left = [(top, stat.S_ISDIR(status.st_mode))]
-        found = []
-        while left:
-            path, is_directory = left.pop()
-            found.append((path, is_directory))
-            if is_directory:
-                with closing(self.scan(path)) as entries:
-                    for name, is_below in entries:
-                        left.append((path + b"/" + name, is_below))
-                        yield b""
-        for path, is_directory in reversed(found):
-            parent, _, name = path.rpartition(b"/")
-            self.forget(path)
-            with self.writable(parent) as directory:
-                if is_directory:
-                    os.rmdir(name, dir_fd=directory)
-                else:
-                    os.unlink(name, dir_fd=directory)
-            yield path
-
 
 class MirrorDirectory:
     """See the module's text.  `open` and `close` frame all else.
@@ -273,11 +234,9 @@ class MirrorDirectory:
         self._staging_name = b".%s.xsfs" % self._name
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
-        self._unique = os.urandom(8).hex().encode()
+        self._is_root = os.geteuid() == 0
         self.has_perms = False
         """Whether files can have user attributes here: tmpfs has them since Linux 6.6."""
-        self.moves = False
-        """Whether the copy is on its way from the staging directory to DIR."""
 
     def is_inside(self, directory: str) -> bool:
         above = os.fsencode(os.path.realpath(directory))
@@ -286,7 +245,10 @@ class MirrorDirectory:
     # ------------------------------------------------------------------------ begin and end
 
     def open(self) -> None:
-        """Lock the directory, and remove what a dead xsfs has left.  Raises MirrorPlaceError."""
+        """Lock the directory, and remove what a dead xsfs has left.  Raises MirrorPlaceError.
+
+        A copy is made in the staging directory from now on.
+        """
         if len(self.directory) > DIRECTORY_PATH_MAX:
             raise MirrorPlaceError(f"the mirror's path {self._shown} is too long", _OTHER)
         try:
@@ -334,10 +296,16 @@ class MirrorDirectory:
                 f"the mirror {self._shown} is that of another mount", _OTHER
             ) from None
         end.callback(self._remove_staging)
+        with suppress(FileExistsError):
+            os.mkdir(_TREE, 0o700, dir_fd=self._staging)
+        self._tree = os.open(_TREE, _DIRECTORY, dir_fd=self._staging)
+        end.callback(os.close, self._tree)
 
     def _remove_staging(self) -> None:
         if os.fstat(self._lock).st_size:
             return  # DIR was not given back: the next start needs the record
+        with suppress(FileNotFoundError):
+            os.rmdir(_TREE, dir_fd=self._staging)
         with suppress(FileNotFoundError):
             os.unlink(_LOCK, dir_fd=self._staging)
             os.rmdir(self._staging_name, dir_fd=self._parent)
@@ -374,15 +342,16 @@ class MirrorDirectory:
             if os.listdir(self._fd):
                 raise MirrorPlaceError(f"the mirror {self._shown} is not empty", _EMPTY)
             before = b"%d %d %d" % (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
-        self._copy = self._published = _OpenDirectories(self._fd, self._directory_mode)
+        self._copy = _OpenDirectories(self._fd)
         end.callback(self._give_back, before)
         os.ftruncate(self._lock, os.pwrite(self._lock, b"%s %s" % (identity, before), 0))
 
     def _give_back(self, before: bytes) -> None:
         self._clear_now()
+        self.close_directories()
         if before:
-            self.set_perms(b"", b"")
-            self.close_directories()
+            with self._writable(self._fd):
+                self._set_attribute(self._fd, b"")
             mode, uid, gid = map(int, before.split())
             os.fchown(self._fd, uid, gid)
             os.fchmod(self._fd, mode)
@@ -391,77 +360,56 @@ class MirrorDirectory:
                 os.rmdir(self._name, dir_fd=self._parent)
         os.ftruncate(self._lock, 0)
 
-    def close_directories(self) -> None:
-        """Close the directories that were opened for the last changes.  To be called when there is nothing
-        to do: the next change finds the directories that are in place then."""
-        self._copy.close()
+    # ------------------------------------------------------------------------ the whole copy
+
+    def clear(self) -> Steps:
+        """Remove the copy, finished or not; what readers see goes first.  The next copy is made in the
+        staging directory, and nobody sees it before `publish`."""
+        self._copy.start_at(self._fd)
+        yield from self._move_all(self._tree, renamed=True)
+        self._copy.start_at(self._tree)
+        for name, _ in list(self._copy.scan(b"")):
+            yield from self.removing(name)
+        with suppress(FileNotFoundError):
+            os.unlink(_NEW, dir_fd=self._staging)
 
     def _clear_now(self) -> None:
         for _ in self.clear():
             pass
 
-    def clear(self) -> Steps:
-        """Remove all copies, finished or not.  The one that readers see goes first."""
-        self.close_directories()
-        self.moves = False
-        if self._copy is not self._published:
-            os.close(self._copy.top)
-            self._copy = self._published
-        staging = _OpenDirectories(self._staging, 0o700)
-        try:
-            if staging.first_missing(_OLD) is None:
-                yield from self._move_all(self._published, staging.enter(_OLD), renamed=True)
-            for name in (_OLD, _TREE, _NEW):
-                yield from staging.removing(name)
-        finally:
-            staging.close()
-
-    # ----------------------------------------------------------------------- the whole copy
-
-    def begin(self) -> None:
-        """Make a new copy from now on, which nobody sees before `publish`."""
-        self.close_directories()
-        self._check_room()
-        # Made now, since `clear` needs it when the file system may be full.
-        for name in (_OLD, _TREE):
-            os.mkdir(name, 0o700, dir_fd=self._staging)
-        top = os.open(_TREE, _DIRECTORY, dir_fd=self._staging)
-        self._copy = _OpenDirectories(top, self._directory_mode)
-
     def publish(self) -> Steps:
-        """Let all that was made be seen."""
-        copy, perms = self._copy, self.perms(b"")
-        self.close_directories()
-        self.moves = True
-        with self._published.writable(b"") as target:
-            yield from self._move_all(copy, target)
-        os.rmdir(_TREE, dir_fd=self._staging)
-        os.close(copy.top)
-        self._copy, self.moves = self._published, False
+        """Let all that was made be seen.  From now on files change in DIR."""
+        perms = self.perms(b"")
+        yield from self._move_all(self._fd)
+        self._copy.start_at(self._fd)
         self.set_perms(b"", perms)
         self.close_directories()
 
-    def _move_all(self, source: _OpenDirectories, target: int, *, renamed: bool = False) -> Steps:
-        """Move what is in a directory to another.
+    def _move_all(self, target: int, *, renamed: bool = False) -> Steps:
+        """Move the copy to another directory.
 
         renamed     by names that are not used there yet
         """
-        for number, (name, is_directory) in enumerate(list(source.scan(b""))):
-            new_name = b"%s-%d" % (self._unique, number) if renamed else name
-            with source.writable(b"") as directory, ExitStack() as stack:
-                if is_directory:
-                    # A move changes what `..` is in it.
-                    stack.enter_context(source.writable(name))
-                os.rename(name, new_name, src_dir_fd=directory, dst_dir_fd=target)
+        for name, is_directory in list(self._copy.scan(b"")):
+            changed = [self._copy.top, target]
+            if is_directory and not self._is_root:
+                changed.append(self._copy.enter(name))  # a move changes what `..` is in it
+            new_name = os.urandom(16).hex().encode() if renamed else name
+            with self._writable(*changed):
+                os.rename(name, new_name, src_dir_fd=self._copy.top, dst_dir_fd=target)
             yield name
-        source.close()
+
+    def close_directories(self) -> None:
+        """Close the directories that were opened for the last changes.  To be called when there is nothing
+        to do: the next change finds the directories that are in place then."""
+        self._copy.close()
 
     # ------------------------------------------------------------------------------- to see
 
     def _place(self, path: bytes) -> tuple[int, bytes]:
         """The directory that a path is in, and the name there."""
         parent, _, name = path.rpartition(b"/")
-        return self._copy.enter(parent), name
+        return self._copy.enter(parent), name or b"."
 
     def first_missing(self, path: bytes) -> bytes | None:
         """The highest directory on the way to this one, itself included, that is missing."""
@@ -469,8 +417,6 @@ class MirrorDirectory:
 
     def kind(self, path: bytes) -> int:
         """S_IFDIR, S_IFREG or another file type; 0 for what is missing."""
-        if not path:
-            return stat.S_IFDIR
         try:
             directory, name = self._place(path)
             return stat.S_IFMT(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
@@ -529,7 +475,8 @@ class MirrorDirectory:
             if content and os.write(fd, content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._finish(fd, self._file_mode, perms)
-            with self._copy.writable(parent) as directory:
+            directory = self._copy.enter(parent)
+            with self._writable(directory):
                 os.rename(_NEW, name, src_dir_fd=self._staging, dst_dir_fd=directory)
         except OSError:
             os.unlink(_NEW, dir_fd=self._staging)
@@ -537,41 +484,78 @@ class MirrorDirectory:
         finally:
             os.close(fd)
 
+    @contextmanager
+    def _writable(self, *directories: int) -> Iterator[None]:
+        """Let this user change these directories.  Their mode denies it to everybody except root."""
+        if self._is_root:
+            directories = ()
+        for fd in directories:
+            os.fchmod(fd, 0o700)
+        try:
+            yield
+        finally:
+            for fd in directories:
+                os.fchmod(fd, self._directory_mode)
+
     def _finish(self, fd: int, mode: int, perms: bytes) -> None:
         """Give a new file or directory its attributes."""
-        if perms and self.has_perms:
+        if perms:
             self._set_attribute(fd, perms)
         os.fchmod(fd, mode)
         os.fchown(fd, self.ownership.uid, self.ownership.gid)
 
-    def _set_attribute(self, fd: int, perms: bytes) -> bool:
-        """Whether the file system can store the permissions: a guest can make them too long."""
+    def _set_attribute(self, fd: int, perms: bytes) -> None:
+        if not self.has_perms:
+            return
         try:
-            os.setxattr(fd, PERMS_ATTRIBUTE, perms)
+            if perms:
+                os.setxattr(fd, PERMS_ATTRIBUTE, perms)
+                return
         except OSError as error:
             if error.errno not in _UNSUITABLE:
                 raise
+            # A guest can make them too long.  None are better than old ones.
             log.debug("permissions of %d bytes are left out: %s", len(perms), error.strerror)
-            return False
-        return True
+        with suppress(OSError):  # there are none
+            os.removexattr(fd, PERMS_ATTRIBUTE)
 
     def make_directory(self, path: bytes, perms: bytes) -> None:
         """Make the directory, which is missing.  Raises OSError."""
         self._check_room()
         parent, _, name = path.rpartition(b"/")
-        with self._copy.writable(parent) as directory:
+        directory = self._copy.enter(parent)
+        with self._writable(directory):
             os.mkdir(name, 0o700, dir_fd=directory)
         # By a descriptor: the owner of the directory above may have put something else there.
         self._finish(self._copy.enter(path), self._directory_mode, perms)
 
     def set_perms(self, path: bytes, perms: bytes) -> None:
         """Set a directory's permissions, if they are others; b"" removes them."""
-        if not self.has_perms or (old := self.perms(path)) == perms:
-            return
-        with self._copy.writable(path) as fd:
-            if not (perms and self._set_attribute(fd, perms)) and old:
-                os.removexattr(fd, PERMS_ATTRIBUTE)
+        if self.perms(path) != perms:
+            fd = self._copy.enter(path)
+            with self._writable(fd):
+                self._set_attribute(fd, perms)
 
     def removing(self, top: bytes) -> Steps:
         """Remove what is there, if anything, with all below it, from the leaves up."""
-        return self._copy.removing(top)
+        kind = self.kind(top)
+        left = [(top, kind == stat.S_IFDIR)] if kind else []
+        found = []
+        while left:
+            path, is_directory = left.pop()
+            found.append((path, is_directory))
+            if is_directory:
+                with closing(self._copy.scan(path)) as entries:
+                    for name, is_below in entries:
+                        left.append((path + b"/" + name, is_below))
+                        yield b""
+        for path, is_directory in reversed(found):
+            parent, _, name = path.rpartition(b"/")
+            self._copy.forget(path)
+            directory = self._copy.enter(parent)
+            with self._writable(directory):
+                if is_directory:
+                    os.rmdir(name, dir_fd=directory)
+                else:
+                    os.unlink(name, dir_fd=directory)
+            yield path
