@@ -124,21 +124,15 @@ class Reconciler:
             path, place = left.pop()
             if names_one(self._files.perms(place)):
                 self._queue.setdefault(path, False)
-                continue
-            with closing(self._files.names(place)) as found:
-                for name in found:
-                    yield b""
-                    child = os.path.join(place, name)
-                    if is_alias(name):
-                        self._queue.setdefault(path, False)  # its children follow
-                    elif self._files.kind(child) == stat.S_IFDIR:
-                        left.append((join(path, name), child))
-                    elif (
-                        name != VALUE_NAME
-                        and (file := self._files.read(child)) is not None
-                        and names_one(file[1])
-                    ):
-                        self._queue.setdefault(join(path, name), False)
+            elif self._files.kind(place) == stat.S_IFDIR:
+                with closing(self._files.names(place)) as found:
+                    for name in found:
+                        if is_alias(name):
+                            self._queue.setdefault(path, False)  # its children follow
+                        elif name != VALUE_NAME:
+                            left.append((join(path, name), os.path.join(place, name)))
+                        yield b""
+            yield b""
 
     # ---------------------------------------------------------------------------------- apply
 

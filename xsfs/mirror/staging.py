@@ -356,7 +356,7 @@ class MirrorDirectory:
             os.fchown(self._fd, uid, gid)
             os.fchmod(self._fd, mode)
         else:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError):  # somebody has taken it away
                 os.rmdir(self._name, dir_fd=self._parent)
         os.ftruncate(self._lock, 0)
 
@@ -436,19 +436,20 @@ class MirrorDirectory:
             directory, name = self._place(path)
             fd = os.open(name, flags, dir_fd=directory)
             try:
-                return os.read(fd, CONTENT_MAX), self._attribute(fd)
+                return os.read(fd, CONTENT_MAX), self.perms(path)
             finally:
                 os.close(fd)
         except OSError:
             return None
 
     def perms(self, path: bytes) -> bytes:
-        """The permissions of a directory as xsfs set them; nothing if there are none."""
-        return self._attribute(self._copy.enter(path))
-
-    def _attribute(self, fd: int) -> bytes:
+        """The permissions of a file or directory as xsfs set them; nothing if there are none."""
+        if not self.has_perms:
+            return b""
         try:
-            return os.getxattr(fd, PERMS_ATTRIBUTE) if self.has_perms else b""
+            # getxattr(2) knows no path that is relative to a descriptor.
+            place = b"/proc/self/fd/%d/%s" % self._place(path)
+            return os.getxattr(place, PERMS_ATTRIBUTE, follow_symlinks=False)
         except OSError:
             return b""
 
