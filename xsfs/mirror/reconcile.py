@@ -9,7 +9,6 @@ that must be fetched as a consequence go into the work queue (mirror.py).
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
@@ -18,13 +17,8 @@ from itertools import chain
 from typing import Final, NamedTuple
 
 from xsfs.mirror.staging import MirrorDirectory, Steps
-from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, is_alias, join, parent_path
+from xsfs.view.names import VALUE_NAME, file_name, is_alias, join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
-
-_LONG_NAME: Final = re.compile(rb"[^/]{%d}" % (NAME_MAX + 1))
-
-CHUNK: Final = 256
-"""How many names one step goes through."""
 
 WorkQueue = OrderedDict[bytes, bool]
 """The nodes to be fetched, in the order in which they were queued.  True: an event named the node, so its
@@ -70,8 +64,6 @@ class Reconciler:
     def place(self, path: bytes) -> bytes:
         """The path of a node's file, relative to the mirror's directory."""
         inside = path[len(self._view.root) :].lstrip(b"/")
-        if _LONG_NAME.search(inside) is None:
-            return inside
         return b"/".join(map(file_name, inside.split(b"/")))
 
     def contradicts(self, path: bytes) -> bool:
@@ -81,10 +73,10 @@ class Reconciler:
         if self._files.kind(place) != stat.S_IFDIR:
             # Perhaps it is on its way from the staging directory.
             return True
-        has_value = self._view.sticky.has_value(path)
         value = self._files.read(os.path.join(place, VALUE_NAME))
         # A `.value` that is not empty is shown whatever is known.
-        if (has_value and value is None) or (value is not None and not (value[0] or has_value)):
+        is_empty = value is None or not value[0]
+        if is_empty and self._view.sticky.has_value(path) != (value is not None):
             return True
         return path != self._view.root and not self._has_children(place)
 
@@ -144,19 +136,19 @@ class Reconciler:
         # Since it was fetched, only nodes that were fetched before it can have queued it; or the mount
         # has learned something, which counts from here on.
         self._queue.pop(path, None)
-        state = node.state
-        if state is not None and not state.readable:
-            state = None
         self._nodeless.discard(path)
-        if state is None and self._view.is_always_there(path):
-            state = EMPTY_NODE
-            self._nodeless.add(path)
+        state = node.state
+        if state is None or not state.readable:
+            state = None
+            if self._view.is_always_there(path):
+                state = EMPTY_NODE
+                self._nodeless.add(path)
         place = self.place(path)
         if not self._has_parent(path, place):
             return
         kind = self._files.kind(place)
         if state is not None:
-            yield from self._show(path, place, kind, state, node, renew=renew)
+            yield from self._show(path, kind, state, node, renew=renew)
             return
         yield from self._remove(place)
         if kind or renew:
@@ -172,70 +164,50 @@ class Reconciler:
         return path == self._view.root or self._view.is_directory(path, state)
 
     def _show(
-        self,
-        path: bytes,
-        place: bytes,
-        kind: int,
-        state: NodeState,
-        node: FetchedNode,
-        *,
-        renew: bool,
+        self, path: bytes, kind: int, state: NodeState, node: FetchedNode, *, renew: bool
     ) -> Steps:
+        place = self.place(path)
         is_directory = self._is_directory(path, state)
-        if kind not in (0, stat.S_IFDIR if is_directory else stat.S_IFREG):
+        if kind != (stat.S_IFDIR if is_directory else stat.S_IFREG):
             yield from self._remove(place)
             kind = 0
-            is_directory = self._is_directory(path, state)  # the mount may have learned more
         content = self._view.value_format.render(state.value or b"")
         perms = node.perms.rstrip(b"\0").replace(b"\0", b",") if self._files.has_perms else b""
-        is_new = not kind
         if not is_directory:
-            self._show_file(place, kind, content, perms, renew=renew)
-            self.nodes += is_new
-            return
-        if is_new:
-            self._files.make_directory(place, perms)
-            self.nodes += 1
-        else:
+            self._show_file(place, content, perms, renew=renew or not kind)
+        elif kind:
             self._files.set_perms(place, perms)
-        value_place = os.path.join(place, VALUE_NAME)
-        has_value = state is not EMPTY_NODE and self._view.has_dot_value(path, state)
-        kind = 0 if is_new else self._files.kind(value_place)
-        if kind and not (has_value and kind == stat.S_IFREG):
-            yield from self._files.removing(value_place)
-            kind = 0
-        if has_value:
-            self._show_file(value_place, kind, content, perms, renew=renew)
-        yield from self._queue_children(path, place, node.names, is_new=is_new)
-        if not self._is_directory(path, state):
-            # That was learned when the files did not contradict it yet.
+        else:
+            self._files.make_directory(place, perms)
+        self.nodes += not kind
+        if is_directory:
+            value_place = os.path.join(place, VALUE_NAME)
+            has_value = state is not EMPTY_NODE and self._view.has_dot_value(path, state)
+            if self._files.kind(value_place) != (stat.S_IFREG if has_value else 0):
+                yield from self._files.removing(value_place)
+            if has_value:
+                self._show_file(value_place, content, perms, renew=renew)
+            yield from self._queue_children(path, place, node.names)
+        if self._is_directory(path, state) != is_directory:
+            # The mount has learned more meanwhile.
             self._queue.setdefault(path, False)
 
-    def _show_file(
-        self, place: bytes, kind: int, content: bytes, perms: bytes, *, renew: bool
-    ) -> None:
-        if not kind or renew or self._files.read(place) != (content, perms):
+    def _show_file(self, place: bytes, content: bytes, perms: bytes, *, renew: bool) -> None:
+        if renew or self._files.read(place) != (content, perms):
             self._files.put(place, content, perms)
 
-    def _queue_children(
-        self, path: bytes, place: bytes, names: Iterable[bytes], *, is_new: bool
-    ) -> Steps:
-        """Queue the children of a directory, and remove the files of all others if it is not new."""
-        above = join(path, b"")
+    def _queue_children(self, path: bytes, place: bytes, names: Iterable[bytes]) -> Steps:
+        """Queue the children of a directory, and remove all files of others."""
         shown = {VALUE_NAME}
-        for number, name in enumerate(chain(names, self._view.always_there_below(path)), 1):
-            self._queue.setdefault(above + name, False)
+        for name in chain(names, self._view.always_there_below(path)):
+            self._queue.setdefault(join(path, name), False)
             shown.add(file_name(name))
-            if number % CHUNK == 0:
-                yield b""
-        if is_new:
-            return
+            yield b""
         with closing(self._files.names(place)) as found:
-            for number, name in enumerate(found, 1):
+            for name in found:
                 if name not in shown:
                     yield from self._remove(os.path.join(place, name))
-                elif number % CHUNK == 0:
-                    yield b""
+                yield b""
 
     def _remove(self, place: bytes) -> Steps:
         for removed in self._files.removing(place):
