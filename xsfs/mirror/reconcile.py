@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Final, NamedTuple
 
 from xsfs.mirror.staging import MirrorDirectory, Steps
-from xsfs.view.names import VALUE_NAME, file_name, is_alias, join, parent_path
+from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, is_alias, join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
 
 WorkQueue = OrderedDict[bytes, bool]
@@ -64,6 +64,8 @@ class Reconciler:
     def place(self, path: bytes) -> bytes:
         """The path of a node's file, relative to the mirror's directory."""
         inside = path[len(self._view.root) :].lstrip(b"/")
+        if len(inside) <= NAME_MAX:
+            return inside
         return b"/".join(map(file_name, inside.split(b"/")))
 
     def contradicts(self, path: bytes) -> bool:
@@ -146,12 +148,10 @@ class Reconciler:
         place = self.place(path)
         if not self._has_parent(path, place):
             return
-        kind = self._files.kind(place)
         if state is not None:
-            yield from self._show(path, kind, state, node, renew=renew)
-            return
-        yield from self._remove(place)
-        if kind or renew:
+            yield from self._show(path, place, state, node, renew=renew)
+        elif self._files.kind(place) or renew:
+            yield from self._remove(place)
             self._queue_parent(path)
 
     def _queue_parent(self, path: bytes) -> None:
@@ -164,13 +164,14 @@ class Reconciler:
         return path == self._view.root or self._view.is_directory(path, state)
 
     def _show(
-        self, path: bytes, kind: int, state: NodeState, node: FetchedNode, *, renew: bool
+        self, path: bytes, place: bytes, state: NodeState, node: FetchedNode, *, renew: bool
     ) -> Steps:
-        place = self.place(path)
         is_directory = self._is_directory(path, state)
-        if kind != (stat.S_IFDIR if is_directory else stat.S_IFREG):
+        kind = self._files.kind(place)
+        if kind not in (0, stat.S_IFDIR if is_directory else stat.S_IFREG):
             yield from self._remove(place)
             kind = 0
+            is_directory = self._is_directory(path, state)  # the mount may have learned more
         content = self._view.value_format.render(state.value or b"")
         perms = node.perms.rstrip(b"\0").replace(b"\0", b",") if self._files.has_perms else b""
         if not is_directory:
@@ -183,26 +184,30 @@ class Reconciler:
         if is_directory:
             value_place = os.path.join(place, VALUE_NAME)
             has_value = state is not EMPTY_NODE and self._view.has_dot_value(path, state)
-            if self._files.kind(value_place) != (stat.S_IFREG if has_value else 0):
+            if kind and not (has_value and self._files.kind(value_place) == stat.S_IFREG):
                 yield from self._files.removing(value_place)
             if has_value:
                 self._show_file(value_place, content, perms, renew=renew)
-            yield from self._queue_children(path, place, node.names)
-        if self._is_directory(path, state) != is_directory:
-            # The mount has learned more meanwhile.
-            self._queue.setdefault(path, False)
+            yield from self._queue_children(path, place, node.names, is_new=not kind)
+            if not self._is_directory(path, state):
+                # That was learned when the files did not contradict it yet.
+                self._queue.setdefault(path, False)
 
     def _show_file(self, place: bytes, content: bytes, perms: bytes, *, renew: bool) -> None:
         if renew or self._files.read(place) != (content, perms):
             self._files.put(place, content, perms)
 
-    def _queue_children(self, path: bytes, place: bytes, names: Iterable[bytes]) -> Steps:
-        """Queue the children of a directory, and remove all files of others."""
+    def _queue_children(
+        self, path: bytes, place: bytes, names: Iterable[bytes], *, is_new: bool
+    ) -> Steps:
+        """Queue the children of a directory, and remove the files of all others if it is not new."""
         shown = {VALUE_NAME}
         for name in chain(names, self._view.always_there_below(path)):
             self._queue.setdefault(join(path, name), False)
             shown.add(file_name(name))
             yield b""
+        if is_new:
+            return
         with closing(self._files.names(place)) as found:
             for name in found:
                 if name not in shown:

@@ -47,6 +47,10 @@ RESERVE_BYTES: Final = (1 << 20, 64 << 20)
 RESERVE_INODES: Final = (64, 4096)
 """The mirror leaves one twentieth of its file system free, within these limits."""
 
+CHECK_EVERY: Final = 16
+"""After how many new files and directories xsfs looks how much room is left.  A look takes a tenth of the
+time of a file.  A file takes a page or two, so all of them together take a fraction of the reserve."""
+
 OPEN_MAX: Final = 64
 """How many directories are kept open.  A path of Xenstore may have 1,500 levels."""
 
@@ -175,17 +179,16 @@ class _OpenDirectories:
         while above and above not in self._open:
             above = above.rpartition(b"/")[0]
         fd = self._open[above] if above else self.top
-        for name in path[len(above) :].split(b"/"):
-            if name:
-                above = os.path.join(above, name)
-                try:
-                    fd = os.open(name, _DIRECTORY, dir_fd=fd)
-                except (FileNotFoundError, NotADirectoryError) as error:
-                    error.filename = above
-                    raise
-                self._open[above] = fd
-                if len(self._open) > OPEN_MAX:
-                    self.forget(next(iter(self._open)))
+        for name in filter(None, path[len(above) :].split(b"/")):
+            above = os.path.join(above, name)
+            try:
+                fd = os.open(name, _DIRECTORY, dir_fd=fd)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                error.filename = above
+                raise
+            self._open[above] = fd
+            if len(self._open) > OPEN_MAX:
+                self.forget(next(iter(self._open)))
         return fd
 
     def first_missing(self, path: bytes) -> bytes | None:
@@ -235,6 +238,8 @@ class MirrorDirectory:
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
         self._is_root = os.geteuid() == 0
+        self._unchecked = 0
+        """How many files may be made before the next look at the room that is left."""
         self.has_perms = False
         """Whether files can have user attributes here: tmpfs has them since Linux 6.6."""
 
@@ -457,6 +462,9 @@ class MirrorDirectory:
 
     def _check_room(self) -> None:
         """Raises OSError ENOSPC if less than the reserve is left."""
+        if self._unchecked:
+            self._unchecked -= 1
+            return
         room = os.fstatvfs(self._staging)
         least = sorted((*RESERVE_BYTES, room.f_blocks * room.f_frsize // RESERVE))[1]
         inodes = sorted((*RESERVE_INODES, room.f_files // RESERVE))[1]
@@ -464,7 +472,8 @@ class MirrorDirectory:
         lacks_bytes = room.f_blocks and room.f_bavail * room.f_frsize < least
         if lacks_bytes or (room.f_files and room.f_favail < inodes):
             text = f"{os.strerror(errno.ENOSPC)}: xsfs leaves {least >> 20} MiB and {inodes} inodes free"
-            raise OSError(errno.ENOSPC, text, os.fsdecode(self.directory))
+            raise OSError(errno.ENOSPC, text, self._shown)
+        self._unchecked = CHECK_EVERY - 1
 
     def put(self, path: bytes, content: bytes, perms: bytes) -> None:
         """Make the file, or replace it by a new one.  Raises OSError."""
