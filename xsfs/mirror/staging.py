@@ -28,8 +28,15 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from pathlib import Path
 from typing import Final
 
@@ -151,6 +158,17 @@ def _identity(fd: int) -> bytes:
     except OSError:
         generation = "none"
     return b"%d.%s" % (os.fstat(fd).st_ino, generation.encode())
+
+
+@contextmanager
+def _unprotected(directories: Sequence[int], mode: int) -> Iterator[None]:
+    for fd in directories:
+        os.fchmod(fd, 0o700)
+    try:
+        yield
+    finally:
+        for fd in directories:
+            os.fchmod(fd, mode)
 
 
 # ------------------------------------------------------------------------------ the directories
@@ -494,18 +512,9 @@ class MirrorDirectory:
         finally:
             os.close(fd)
 
-    @contextmanager
-    def _writable(self, *directories: int) -> Iterator[None]:
-        """Let this user change these directories.  Their mode denies it to everybody except root."""
-        if self._is_root:
-            directories = ()
-        for fd in directories:
-            os.fchmod(fd, 0o700)
-        try:
-            yield
-        finally:
-            for fd in directories:
-                os.fchmod(fd, self._directory_mode)
+    def _writable(self, *directories: int) -> AbstractContextManager[None]:
+        """Lets this user change the directories in a block.  Root may do that whatever their mode is."""
+        return nullcontext() if self._is_root else _unprotected(directories, self._directory_mode)
 
     def _finish(self, fd: int, mode: int, perms: bytes) -> None:
         """Give a new file or directory its attributes."""
