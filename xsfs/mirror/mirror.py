@@ -91,10 +91,6 @@ _COSTS_THE_NODE: Final = frozenset((errno.ENAMETOOLONG, errno.EMLINK, errno.EILS
 """Errors of a file system that cannot hold a node which another one could hold."""
 
 
-class _Lost(ConnectionLost):
-    """Events may have been missed, so the copy may be wrong."""
-
-
 Batch = dict[bytes, bool]
 """Nodes that one pipeline fetches: a part of the work queue."""
 
@@ -190,31 +186,23 @@ class Mirror:
                 if self._copy_of is None:
                     await self._make()
                     log.info("the mirror is back: %d nodes", self.nodes)
-                    delay = 0.0
-                await self._follow()
-            except _Lost:
                 delay = 0.0
+                await self._follow()
                 log.warning("the mirror is gone until Xenstore is back")
             except RequestTimeout as error:
                 # Each try has its time limit anyway, or sends nothing during an outage.
                 delay = RETRY_FIRST
                 if not error.during_outage:
                     log.error("the mirror is gone: %s", error)
-            except OSError as error:
+            except Exception as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
-                log.error("the mirror is gone, xsfs retries in %g s: %s", delay, error)
-            except Exception:
-                delay = RETRY_MAX
-                log.exception("the mirror is gone, xsfs retries in %g s", delay)
-            await self._withdraw()
+                is_bug = not isinstance(error, OSError)
+                text = "the mirror is gone, xsfs retries in %g s: %s"
+                log.error(text, delay, error, exc_info=is_bug)
+            self._copy_of = None
+            with suppress(OSError):  # `_make` clears, too
+                await self._carry_out(self._files.clear())
             await trio.sleep(delay)
-
-    async def _withdraw(self) -> None:
-        self._copy_of = None
-        try:
-            await self._carry_out(self._files.clear())
-        except OSError:
-            log.exception("the mirror's files could not be removed")
 
     async def _make(self) -> None:
         """Make a whole copy, and show it when it is complete."""
@@ -229,7 +217,7 @@ class Mirror:
         self._reconciler.begin()
         await self._copy_all()
         if self._interruptions != interruptions:
-            raise _Lost("the connection was lost while the copy was made")
+            raise ConnectionLost("the connection was lost while the copy was made")
         await self._carry_out(self._files.publish())
         self._copy_of = interruptions
 
@@ -262,9 +250,8 @@ class Mirror:
     # --------------------------------------------------------------------------------- follow
 
     async def _follow(self) -> None:
-        while True:
-            if not self.is_current:
-                raise _Lost("the connection was lost")
+        """Return when events may have been missed, so that the copy may be wrong."""
+        while self.is_current:
             await self._take_events()
             if self._queue:
                 # Not by the clock: the store, or other processes, may have taken that time.
