@@ -114,8 +114,6 @@ class Mirror:
         self._domain_ends = Subscription(RELEASE, self._wake, depth=1)
         self._heard: set[Subscription] = set()
         """Those of the two whose first event has come since they were set."""
-        self._in_flight: set[bytes] = set()
-        """The nodes that are being fetched: what they become depends on what is known afterwards."""
         self._idle = trio.lowlevel.ParkingLot()
         self._unrested = 0.0
         """How many seconds the task has worked and not slept."""
@@ -209,7 +207,6 @@ class Mirror:
         await self._wait_until_armed()
         interruptions = self._interruptions
         self._left_out.clear()
-        self._in_flight.clear()
         if self._domid != self._view.domid:
             self._view.move_home(self._domid)
             self.store.home.move(self._view.home)
@@ -286,11 +283,10 @@ class Mirror:
 
     def _sticky_changed(self, path: bytes) -> None:
         """The mount has learned, or forgotten, that a node is a directory."""
-        if path not in self._in_flight and self._is_inside(path):
+        if self._is_inside(path):
             if self._reconciler.contradicts(path):
                 self._queue.setdefault(path, False)
-                self._wake()
-            self._files.close_directories()
+            self._wake()  # so that the task closes the directories that were opened for that
 
     def _is_inside(self, path: bytes) -> bool:
         """Whether the path of an event is in the tree: a broken store may send any."""
@@ -322,12 +318,13 @@ class Mirror:
                 batch[path] = renew
             if time.perf_counter() > until:
                 break
-        self._in_flight.update(batch)
         return batch
 
     def _apply(self, batch: Batch, nodes: Sequence[FetchedNode]) -> Steps:
-        self._in_flight.difference_update(batch)
         for (path, renew), node in zip(batch.items(), nodes, strict=True):
+            if node.state is not None and node.state.has_children:
+                # If the files contradict that, this queues the node.  `apply` knows it, and takes it out.
+                self._view.sticky.add(path)
             try:
                 yield from self._reconciler.apply(path, node, renew=renew)
             except OSError as error:
@@ -379,7 +376,6 @@ class Mirror:
             return GONE
         names: Sequence[bytes] = ()
         if state.has_children:
-            self._view.sticky.add(path)
             if not isinstance(listing, bytes):
                 # Too many for one reply.
                 try:
