@@ -1,9 +1,9 @@
 """Turns one node's state into files of the mirror.
 
-`Reconciler` keeps no copy in memory; it looks at the files.  `_show_file` decides whether a file is stale,
-and `MirrorDirectory.put` (staging.py) replaces it by a rename.  `Reconciler` owns the number of nodes shown,
-and the set of directories that are shown without a node.  Only the mirror's task may call `apply`.  Nodes
-that must be fetched as a consequence go into the work queue (mirror.py).
+`Reconciler` owns the number of nodes shown, and the set of directories that are shown without a node.  It
+keeps no copy in memory: `_show_file` decides by a file whether it is stale, and `MirrorDirectory.put`
+replaces it.  Nodes that must be fetched as a consequence go into the work queue.  Only the mirror's task may
+call `apply`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, is_alias, join, par
 from xsfs.view.view import EMPTY_NODE, NodeState, View
 
 WorkQueue = OrderedDict[bytes, bool]
-"""The nodes to be fetched, in the order in which they were queued.  True: an event named the node, so its
-file is replaced even by an equal one.  `setdefault` queues a node without such an event."""
+"""The nodes to be fetched, first in, first out.  True: an event named the node, so its file is replaced even
+by an equal one.  `setdefault` queues a node without such an event."""
 
 
 class FetchedNode(NamedTuple):
-    """All that the mirror has to know of a node."""
-
     state: NodeState | None
     """None: there is no such node."""
     names: Iterable[bytes]
@@ -40,10 +38,7 @@ GONE: Final = FetchedNode(None, (), b"")
 
 
 class Reconciler:
-    """See the module's text.
-
-    queue   the work queue
-    """
+    """See the module's text."""
 
     def __init__(self, view: View, files: MirrorDirectory, queue: WorkQueue) -> None:
         self._view = view
@@ -87,8 +82,8 @@ class Reconciler:
             return any(name != VALUE_NAME for name in names)
 
     def is_within_reach(self, path: bytes) -> bool:
-        """Whether a node that an event named can be shown.  If not, it need not be fetched: the ancestor that
-        is queued instead may be one for many nodes, and the store walks up the path of each missing node."""
+        """Whether a node that an event named can be shown.  If not, an ancestor is queued instead.  It may be
+        one for many nodes, and the store walks up the path of each missing node that is fetched."""
         for directory in self._nodeless:
             # It may have been made implicitly with this node, and has no event of its own.
             if path.startswith(directory + b"/"):

@@ -1,7 +1,6 @@
-"""The files of a live mirror: the directory DIR, and the staging directory beside it.
+"""The files of a live mirror: the directory DIR, and the staging directory `.NAME.xsfs` beside it.
 
-`MirrorDirectory` owns descriptors of DIR, of its parent, and of the staging directory `.NAME.xsfs`.  It
-opens them once and holds them.  Only the mirror's task may use it.
+`MirrorDirectory` holds descriptors of both, and of their parent.  Only the mirror's task may use it.
 
 Invariants:
 
@@ -11,11 +10,9 @@ Invariants:
   of the files, `uid=`, can write below DIR.)
 - A running xsfs holds the lock in its staging directory.  The lock file names the DIR.  If no process holds
   the lock, that xsfs has died, and DIR holds its copy.  xsfs refuses any other DIR that is not empty.
-- Readers see whole values: xsfs makes a file in the staging directory and renames it to its place.
-- xsfs makes a whole copy in the staging directory, too (`begin`), and moves it to DIR when it is complete
-  (`publish`).  `clear` first moves the old copy out of DIR, and then removes it.  DIR itself stays, so
-  inotify watches on it stay as well.
-- xsfs leaves RESERVE of the file system free.
+- Readers see whole values and whole copies: xsfs makes them in the staging directory, and moves them to
+  DIR when they are complete.  DIR itself stays, and so do inotify watches on it.
+- xsfs leaves a reserve of the file system free.
 
 Paths are bytes, relative to DIR, which is b"".  They consist of file names, not of Xenstore's names.
 """
@@ -55,8 +52,7 @@ RESERVE_INODES: Final = (64, 4096)
 """The mirror leaves one twentieth of its file system free, within these limits."""
 
 CHECK_EVERY: Final = 16
-"""After how many new files and directories xsfs looks how much room is left.  A look takes a tenth of the
-time of a file.  A file takes a page or two, so all of them together take a fraction of the reserve."""
+"""After how many new files xsfs looks how much room is left: a look takes a tenth of the time of a file."""
 
 OPEN_MAX: Final = 64
 """How many directories are kept open.  A path of Xenstore may have 1,500 levels."""
@@ -68,8 +64,8 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOCK: Final = b"lock"
 _NEW: Final = b"new"
 _TREE: Final = b"tree"
-"""In the staging directory: the lock file, the file on its way to its place, copies to be removed, and
-the copy that is being made."""
+"""In the staging directory: the lock file, the file on its way to its place, and the directory of copies
+that are being made or removed."""
 
 _GET_VERSION: Final = 0x80007601 | struct.calcsize("l") << 16
 """FS_IOC_GETVERSION, ioctl_iflags(2)"""
@@ -82,8 +78,7 @@ _UNSUITABLE: Final = frozenset((errno.ENOSPC, errno.E2BIG, errno.ERANGE))
 """Errors of a file system for an attribute that is too large for it."""
 
 Steps = Generator[bytes, None, None]
-"""A change in small steps, for callers that have others to serve in between.  Of each step: which file or
-directory was changed, or b""."""
+"""A change in small steps, with a turn for other tasks after each.  Yields the changed path, or b""."""
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +120,7 @@ def default_directory(mountpoint: str) -> str:
 def _distrust(found: os.stat_result, *, sticky: bool) -> str | None:
     """Why a directory is not trusted; None if it is.
 
-    sticky      whether everybody may write there if the sticky bit keeps them from swapping what
-                belongs to others
+    sticky      whether others may write there if the sticky bit keeps them from swapping entries
     """
     if found.st_uid not in (0, os.geteuid()):
         return "belongs to another user"
@@ -140,8 +134,7 @@ def _open_trusted(path: bytes) -> int:
 
     path        absolute, without symbolic links
 
-    As sshd's StrictModes: all directories on the way are checked, from the root down.  Nobody else can
-    swap what is below one that was checked.
+    As sshd's StrictModes, from the root down: nobody else can swap what is below a checked directory.
     """
     place = Path(os.fsdecode(path))
     for directory in (*reversed(place.parents), place):
@@ -151,8 +144,7 @@ def _open_trusted(path: bytes) -> int:
 
 
 def _identity(fd: int) -> bytes:
-    """The number of the inode, and its generation if the file system uses numbers again.  No other
-    directory in the same place has both."""
+    """The number of the inode, and its generation if the file system uses numbers again."""
     try:
         generation = fcntl.ioctl(fd, _GET_VERSION, bytes(struct.calcsize("l"))).hex()
     except OSError:
@@ -268,10 +260,7 @@ class MirrorDirectory:
     # ------------------------------------------------------------------------ begin and end
 
     def open(self) -> None:
-        """Lock the directory, and remove what a dead xsfs has left.  Raises MirrorPlaceError.
-
-        A copy is made in the staging directory from now on.
-        """
+        """Lock the directory, and `clear` what a dead xsfs has left.  Raises MirrorPlaceError."""
         if len(self.directory) > DIRECTORY_PATH_MAX:
             raise MirrorPlaceError(f"the mirror's path {self._shown} is too long", _OTHER)
         try:
@@ -294,10 +283,7 @@ class MirrorDirectory:
             log.info("no permissions in the mirror: %s", error.strerror)
 
     def close(self) -> None:
-        """Leave DIR as it was before, or remove it if xsfs made it.
-
-        Never raises: xsfs logs what it cannot remove, and leaves it to the next start.
-        """
+        """Leave DIR as it was before.  Never raises: what cannot be removed is left to the next start."""
         try:
             self._end.close()
         except OSError as error:
@@ -423,8 +409,7 @@ class MirrorDirectory:
             yield name
 
     def close_directories(self) -> None:
-        """Close the directories that were opened for the last changes.  To be called when there is nothing
-        to do: the next change finds the directories that are in place then."""
+        """To be called when there is nothing to do: the next change finds the directories in place then."""
         self._copy.close()
 
     # ------------------------------------------------------------------------------- to see
