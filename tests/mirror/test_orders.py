@@ -126,7 +126,6 @@ class History:
         self.files.close()
 
     async def _make_and_follow(self) -> None:
-        self.files.begin()
         self.mirror._reconciler.begin()
         while self.mirror._queue:
             await self.mirror._work()

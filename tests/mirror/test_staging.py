@@ -7,6 +7,7 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,6 @@ def test_the_owner_leads_nobody_outside_when_a_copy_is_given_up(shm: Path) -> No
     precious.touch()
     files = MirrorDirectory(str(shm / "mirror"), Ownership(0, 0, 0o077))
     files.open()
-    files.begin()
     (shm / "mirror" / "D" / "x" / "y").mkdir(parents=True)
     for name in ("x/b", "x/y/precious"):
         (shm / "mirror" / "D" / name).touch()
@@ -82,7 +82,6 @@ def test_the_owner_leads_nobody_outside_when_a_copy_is_given_up(shm: Path) -> No
 
 
 def every_operation(files: MirrorDirectory) -> None:
-    files.begin()
     files.make_directory(b"d", b"n0")
     files.put(b"d/f", b"v", b"n0")
     carry_out(files.publish())
@@ -93,11 +92,10 @@ def every_operation(files: MirrorDirectory) -> None:
     files.set_perms(b"", b"n1")
     files.close_directories()
     assert files.read(b"d/f") == (b"w", b"n0" if files.has_perms else b"")
-    files.remove_file(b"d/f")
+    carry_out(files.removing(b"d/f"))
     carry_out(files.removing(b"d"))
     assert list(files.names(b"")) == [b"f"]
     carry_out(files.clear())
-    files.begin()
     files.put(b"g", b"w", b"")
 
 
@@ -136,7 +134,6 @@ def test_a_directory_that_is_swapped_leads_nobody_outside(shm: Path, swapped: st
 def test_a_directory_that_was_taken_away_is_none(shm: Path) -> None:
     """Even one that was open, since something was just put into it."""
     with opened(shm / "mirror") as files:
-        files.begin()
         files.make_directory(b"d", b"")
         files.put(b"d/f", b"v", b"")
         assert files.first_missing(b"d") is None
@@ -153,7 +150,6 @@ def test_a_directory_that_was_taken_away_is_none(shm: Path) -> None:
 def test_a_directory_in_the_place_of_a_file_is_not_read(shm: Path) -> None:
     """The files' owner can make it, and xsfs may read it again and again."""
     with opened(shm / "mirror") as files:
-        files.begin()
         carry_out(files.publish())
         (shm / "mirror" / "d").mkdir()
         os.mkfifo(shm / "mirror" / "p")
@@ -215,7 +211,7 @@ def test_a_user_trusts_root_and_oneself(shm: Path, monkeypatch: pytest.MonkeyPat
     for path in ("own", "own/mirror"):
         os.chown(shm / path, NOBODY, NOBODY)
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
-    monkeypatch.setattr(staging.StagingDirectory, "__init__", lambda *_: pytest.fail("is trusted"))
+    monkeypatch.setattr(MirrorDirectory, "_open_staging", lambda *_: pytest.fail("is trusted"))
     with pytest.raises(pytest.fail.Exception, match="is trusted"):
         MirrorDirectory(str(shm / "own" / "mirror"), Ownership(0, 0, 0o077)).open()
     os.chown(shm / "own", 1, 1)
@@ -256,7 +252,6 @@ def fill(files: MirrorDirectory, content: bytes) -> None:
 def test_a_reserve_stays_free(shm: Path, options: str, content: bytes) -> None:
     with tmpfs(shm / "small", options) as small, opened(small / "mirror") as files:
         whole = os.statvfs(small)
-        files.begin()
         with pytest.raises(OSError, match="No space left on device"):
             fill(files, content)
         left = os.statvfs(small)
@@ -267,17 +262,18 @@ def test_a_reserve_stays_free(shm: Path, options: str, content: bytes) -> None:
             assert 40 <= left.f_favail < 70
         (small / "others").write_bytes(b"y" * 100_000 if content else b"")
         carry_out(files.clear())
-        files.begin()
         files.put(b"f", content, b"")
 
 
 def test_nothing_is_begun_where_there_is_no_room(shm: Path) -> None:
     with tmpfs(shm / "small", "size=8m") as small, opened(small / "mirror") as files:
         (small / "others").write_bytes(bytes(7 * 1024 * 1024 + 100_000))
-        with pytest.raises(OSError, match="No space left on device"):
-            files.begin()
+        for change in (partial(files.make_directory, b"d"), partial(files.put, b"f", b"")):
+            with pytest.raises(OSError, match="No space left on device"):
+                change(b"")
+        assert list(files.names(b"")) == []
         (small / "others").unlink()
-        files.begin()
+        files.put(b"f", b"", b"")
 
 
 # ------------------------------------------------------------------------------------------- depth
@@ -288,7 +284,6 @@ def test_no_path_is_too_deep(shm: Path) -> None:
     depth = 1500
     paths = [b"/".join([b"d"] * levels) for levels in range(1, depth + 1)]
     with opened(shm / "mirror") as files:
-        files.begin()
         before = len(os.listdir("/proc/self/fd"))
         for path in paths:
             files.make_directory(path, b"")
@@ -314,7 +309,6 @@ def test_permissions_that_are_too_long_for_the_file_system_are_left_out(tmp_path
     subprocess.run(["mount", "-o", "loop", image, tmp_path / "ext4"], check=True)
     try:
         with opened(tmp_path / "ext4" / "mirror") as files:
-            files.begin()
             files.make_directory(b"d", b"n0," * 1300)
             files.put(b"d/f", b"v", b"n0," * 1300)
             assert files.read(b"d/f") == (b"v", b"")

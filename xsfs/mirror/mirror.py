@@ -1,27 +1,25 @@
 """The live mirror: two watches, a work queue and one task, which keep a copy of a tree as plain files.
 
 `Mirror` owns subscriptions to two watches, the tree's and @releaseDomain's, and the work queue.  Each node
-stands in the queue once, first in, first out.  Only the task `run` takes nodes from it and changes files.
-Other tasks wake that task, and queue a node when the mount learns that it is a directory.
+stands in the queue once.  Only the task `run` takes nodes from it and changes files.  Other tasks wake that
+task, and queue a node when the mount learns that it is a directory.
 
 Why the copy is exact whenever the store is at rest:
 
-An event says that something changed at a path or below it.  So the task fetches the node at that path and
-makes its file or directory agree with the reply.  Then it queues all children; theirs follow.  If a node's
-parent is not in the mirror, the task queues the highest missing ancestor instead.  The way down from there
-leads to the node.  Each fetch begins after the task has taken the event, and the task applies replies in
-the order of the fetches.  Take any node N and its last change:
+An event says that something changed at a path or below it.  So the task fetches that node, makes its file
+or directory agree with the reply, and queues all children.  If a node's parent is not in the mirror, the
+task queues the highest missing ancestor instead, from which the way down leads to the node.  Each fetch
+begins after the task has taken the event, and the task applies replies in the order of the fetches.  Take
+any node N and its last change:
 
 - A client wrote N, made it, removed it or set its permissions.  The event came after the change, and the
   fetch after the event.
-- The store made N implicitly, as an ancestor of D.  D's event follows.  If N is missing in the mirror,
-  the task fetches N on the way down to D.  It fetches N, too, if N is a directory that is shown without
-  a node.  If an older N is still shown, the event of its removal, at N or above, precedes D's.  That event
-  caused a fetch.  If it was answered before N was made again, the task removed N.  Otherwise the task
+- The store made N implicitly, as an ancestor of D.  D's event follows.  If N is missing in the mirror, or
+  shown without a node, the task fetches N on the way down to D.  If an older N is still shown, the event of
+  its removal, at N or above, precedes D's.  That event caused a fetch, after which the task removed N, or
   showed the new N.
 - N vanished with an ancestor A.  A's event follows.  If the task finds no A, it removes all files below.
-  If it finds a new A, it removes the files of all children that the new A does not list, and fetches the
-  others.
+  If it finds a new A, it removes the files of children that A does not list, and fetches the others.
 - A domain died, and N vanished or lost permissions.  Some daemons send no event for N, but all send
   @releaseDomain.  xapi's oxenstored names the domain, and then the task queues the nodes whose
   permissions in the mirror name it.  Otherwise the task queues the root, and everything below follows.
@@ -32,8 +30,7 @@ While the task makes a whole copy, events wait.  Whether a node is a file or a d
 the sticky directories, which report each change to `_sticky_changed`.  The mirror cannot follow changes
 that the store does not report: a guest does not learn that nodes of others vanish from its tree.
 
-Every queued node has its turn, since nothing overtakes it.  The task changes files for SLICE_SECONDS
-between two checkpoints, and sleeps as long as it has worked.  While the store rests it does nothing.
+The task changes files for SLICE_SECONDS between two checkpoints, and sleeps as long as it has worked.
 """
 
 from __future__ import annotations
@@ -42,14 +39,15 @@ import errno
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing, suppress
 from functools import partial
+from itertools import islice
 from typing import Final
 
 import trio
 
-from xsfs.mirror.reconcile import GONE, FetchedNode, Reconciler
+from xsfs.mirror.reconcile import GONE, FetchedNode, Reconciler, WorkQueue
 from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import shown_names
 from xsfs.view.view import View, home_of, interpret, requests_for
@@ -91,14 +89,6 @@ _COSTS_THE_NODE: Final = frozenset((errno.ENAMETOOLONG, errno.EMLINK, errno.EILS
 """Errors of a file system that cannot hold a node which another one could hold."""
 
 
-class _Lost(ConnectionLost):
-    """Events may have been missed, so the copy may be wrong."""
-
-
-Batch = dict[bytes, bool]
-"""Nodes that one pipeline fetches: a part of the work queue."""
-
-
 class Mirror:
     """See the module's text.  `run` must be running.
 
@@ -112,14 +102,12 @@ class Mirror:
         self._watches = store.watches
         self._view = view
         self._files = files
-        self._queue: OrderedDict[bytes, bool] = OrderedDict()
+        self._queue: WorkQueue = OrderedDict()
         self._reconciler = Reconciler(view, files, self._queue)
         self._changes = Subscription(view.root, self._wake)
         self._domain_ends = Subscription(RELEASE, self._wake, depth=1)
         self._heard: set[Subscription] = set()
         """Those of the two whose first event has come since they were set."""
-        self._in_flight: set[bytes] = set()
-        """The nodes that are being fetched: what they become depends on what is known afterwards."""
         self._idle = trio.lowlevel.ParkingLot()
         self._unrested = 0.0
         """How many seconds the task has worked and not slept."""
@@ -190,46 +178,37 @@ class Mirror:
                 if self._copy_of is None:
                     await self._make()
                     log.info("the mirror is back: %d nodes", self.nodes)
-                    delay = 0.0
-                await self._follow()
-            except _Lost:
                 delay = 0.0
+                await self._follow()
                 log.warning("the mirror is gone until Xenstore is back")
             except RequestTimeout as error:
                 # Each try has its time limit anyway, or sends nothing during an outage.
                 delay = RETRY_FIRST
                 if not error.during_outage:
                     log.error("the mirror is gone: %s", error)
-            except OSError as error:
+            except Exception as error:
                 delay = min(2 * delay or RETRY_FIRST, RETRY_MAX)
-                log.error("the mirror is gone, xsfs retries in %g s: %s", delay, error)
-            except Exception:
-                delay = RETRY_MAX
-                log.exception("the mirror is gone, xsfs retries in %g s", delay)
-            await self._withdraw()
+                is_bug = not isinstance(error, OSError)
+                text = "the mirror is gone, xsfs retries in %g s: %s"
+                log.error(text, delay, error, exc_info=is_bug)
+            self._copy_of = None
+            with suppress(OSError):  # `_make` clears, too
+                await self._carry_out(self._files.clear())
             await trio.sleep(delay)
-
-    async def _withdraw(self) -> None:
-        self._copy_of = None
-        try:
-            await self._carry_out(self._files.clear())
-        except OSError:
-            log.exception("the mirror's files could not be removed")
 
     async def _make(self) -> None:
         """Make a whole copy, and show it when it is complete."""
         await self._wait_until_armed()
         interruptions = self._interruptions
         self._left_out.clear()
-        self._in_flight.clear()
         if self._domid != self._view.domid:
             self._view.move_home(self._domid)
             self.store.home.move(self._view.home)
-        self._files.begin()
+        await self._carry_out(self._files.clear())
         self._reconciler.begin()
         await self._copy_all()
         if self._interruptions != interruptions:
-            raise _Lost("the connection was lost while the copy was made")
+            raise ConnectionLost("the connection was lost while the copy was made")
         await self._carry_out(self._files.publish())
         self._copy_of = interruptions
 
@@ -237,10 +216,10 @@ class Mirror:
         """Work until the queue is empty.  The store is another process: it replies to the next pipeline
         while the files of the last one are made."""
         async with open_background() as background:
-            fetches: deque[tuple[Batch, BackgroundCall[list[FetchedNode]]]] = deque()
+            fetches: deque[tuple[WorkQueue, BackgroundCall[list[FetchedNode]]]] = deque()
             while True:
                 while len(fetches) < FETCHES_MAX and (batch := self._next_batch()):
-                    call = BackgroundCall(background, partial(self._fetch, list(batch)))
+                    call = BackgroundCall(background, partial(self._fetch, batch))
                     fetches.append((batch, call))
                 if not fetches:
                     return
@@ -262,9 +241,8 @@ class Mirror:
     # --------------------------------------------------------------------------------- follow
 
     async def _follow(self) -> None:
-        while True:
-            if not self.is_current:
-                raise _Lost("the connection was lost")
+        """Return when events may have been missed, so that the copy may be wrong."""
+        while self.is_current:
             await self._take_events()
             if self._queue:
                 # Not by the clock: the store, or other processes, may have taken that time.
@@ -299,11 +277,10 @@ class Mirror:
 
     def _sticky_changed(self, path: bytes) -> None:
         """The mount has learned, or forgotten, that a node is a directory."""
-        if path not in self._in_flight and self._is_inside(path):
+        if self._is_inside(path):
             if self._reconciler.contradicts(path):
                 self._queue.setdefault(path, False)
-                self._wake()
-            self._files.close_directories()
+            self._wake()  # so that the task closes the directories that were opened for that
 
     def _is_inside(self, path: bytes) -> bool:
         """Whether the path of an event is in the tree: a broken store may send any."""
@@ -323,11 +300,12 @@ class Mirror:
     async def _work(self) -> None:
         """Fetch the next nodes, and make the files agree with them."""
         batch = self._next_batch()
-        nodes = await self._fetch(list(batch))  # a checkpoint, even if there is nothing to fetch
+        nodes = await self._fetch(batch)  # a checkpoint, even if there is nothing to fetch
         await self._carry_out(self._apply(batch, nodes))
 
-    def _next_batch(self) -> Batch:
-        batch: Batch = {}
+    def _next_batch(self) -> WorkQueue:
+        """The nodes that one pipeline fetches."""
+        batch: WorkQueue = OrderedDict()
         until = time.perf_counter() + SLICE_SECONDS
         while self._queue and len(batch) < BATCH:
             path, renew = self._queue.popitem(last=False)
@@ -335,12 +313,13 @@ class Mirror:
                 batch[path] = renew
             if time.perf_counter() > until:
                 break
-        self._in_flight.update(batch)
         return batch
 
-    def _apply(self, batch: Batch, nodes: Sequence[FetchedNode]) -> Steps:
-        self._in_flight.difference_update(batch)
+    def _apply(self, batch: WorkQueue, nodes: Sequence[FetchedNode]) -> Steps:
         for (path, renew), node in zip(batch.items(), nodes, strict=True):
+            if node.state is not None and node.state.has_children:
+                # If the files contradict that, this queues the node.  `apply` knows it, and takes it out.
+                self._view.sticky.add(path)
             try:
                 yield from self._reconciler.apply(path, node, renew=renew)
             except OSError as error:
@@ -358,20 +337,18 @@ class Mirror:
                     await trio.lowlevel.checkpoint()
                     since = time.perf_counter()
 
-    async def _fetch(self, paths: Sequence[bytes]) -> list[FetchedNode]:
+    async def _fetch(self, paths: Collection[bytes]) -> list[FetchedNode]:
         """All about some nodes, by one pipeline; listings too long for a reply take more.
 
         A node that makes no sense counts as missing, unless it is the root: that raises StoreError.
         """
         perms = self._view.asks_perms
-        replies = await self.store.pipeline(
-            [request for path in paths for request in requests_for(path, perms=perms)]
-        )
-        each = len(replies) // len(paths) if paths else 0
+        requests = [request for path in paths for request in requests_for(path, perms=perms)]
+        replies = iter(await self.store.pipeline(requests))
         nodes = []
-        for index, path in enumerate(paths):
+        for path in paths:
             try:
-                node = await self._interpret(path, *replies[index * each : (index + 1) * each])
+                node = await self._interpret(path, *islice(replies, 3 if perms else 2))
             except (XenstoreError, WireError) as error:
                 if path == self._view.root:
                     raise StoreError(f"the root makes no sense: {error}") from error
@@ -392,7 +369,6 @@ class Mirror:
             return GONE
         names: Sequence[bytes] = ()
         if state.has_children:
-            self._view.sticky.add(path)
             if not isinstance(listing, bytes):
                 # Too many for one reply.
                 try:

@@ -1,15 +1,14 @@
 """Turns one node's state into files of the mirror.
 
-`Reconciler` keeps no copy in memory; it looks at the files.  `_show_file` decides whether a file is stale,
-and `MirrorDirectory.put` (staging.py) replaces it by a rename.  `Reconciler` owns the number of nodes shown,
-and the set of directories that are shown without a node.  Only the mirror's task may call `apply`.  Nodes
-that must be fetched as a consequence go into the work queue (mirror.py).
+`Reconciler` owns the number of nodes shown, and the set of directories that are shown without a node.  It
+keeps no copy in memory: `_show_file` decides by a file whether it is stale, and `MirrorDirectory.put`
+replaces it.  Nodes that must be fetched as a consequence go into the work queue.  Only the mirror's task may
+call `apply`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
@@ -21,19 +20,12 @@ from xsfs.mirror.staging import MirrorDirectory, Steps
 from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, is_alias, join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
 
-_LONG_NAME: Final = re.compile(rb"[^/]{%d}" % (NAME_MAX + 1))
-
-CHUNK: Final = 256
-"""How many names one step goes through."""
-
 WorkQueue = OrderedDict[bytes, bool]
-"""The nodes to be fetched, in the order in which they were queued.  True: an event named the node, so its
-file is replaced even by an equal one.  `setdefault` queues a node without such an event."""
+"""The nodes to be fetched, first in, first out.  True: an event named the node, so its file is replaced even
+by an equal one.  `setdefault` queues a node without such an event."""
 
 
 class FetchedNode(NamedTuple):
-    """All that the mirror has to know of a node."""
-
     state: NodeState | None
     """None: there is no such node."""
     names: Iterable[bytes]
@@ -46,10 +38,7 @@ GONE: Final = FetchedNode(None, (), b"")
 
 
 class Reconciler:
-    """See the module's text.
-
-    queue   the work queue
-    """
+    """See the module's text."""
 
     def __init__(self, view: View, files: MirrorDirectory, queue: WorkQueue) -> None:
         self._view = view
@@ -70,24 +59,21 @@ class Reconciler:
     def place(self, path: bytes) -> bytes:
         """The path of a node's file, relative to the mirror's directory."""
         inside = path[len(self._view.root) :].lstrip(b"/")
-        if _LONG_NAME.search(inside) is None:
+        if len(inside) <= NAME_MAX:
             return inside
         return b"/".join(map(file_name, inside.split(b"/")))
 
     def contradicts(self, path: bytes) -> bool:
         """Whether the files may contradict what the sticky directories say of a node by now: that it is a
         directory, or that its `.value` was made."""
-        if self._files.moves:
-            return True
         place = self.place(path)
-        kind = self._files.kind(place)
-        sticky = self._view.sticky
-        if kind != stat.S_IFDIR:
-            return kind == stat.S_IFREG and path in sticky
-        has_value = sticky.has_value(path)
+        if self._files.kind(place) != stat.S_IFDIR:
+            # Perhaps it is on its way from the staging directory.
+            return True
         value = self._files.read(os.path.join(place, VALUE_NAME))
         # A `.value` that is not empty is shown whatever is known.
-        if (has_value and value is None) or (value is not None and not (value[0] or has_value)):
+        is_empty = value is None or not value[0]
+        if is_empty and self._view.sticky.has_value(path) != (value is not None):
             return True
         return path != self._view.root and not self._has_children(place)
 
@@ -96,8 +82,8 @@ class Reconciler:
             return any(name != VALUE_NAME for name in names)
 
     def is_within_reach(self, path: bytes) -> bool:
-        """Whether a node that an event named can be shown.  If not, it need not be fetched: the ancestor that
-        is queued instead may be one for many nodes, and the store walks up the path of each missing node."""
+        """Whether a node that an event named can be shown.  If not, an ancestor is queued instead.  It may be
+        one for many nodes, and the store walks up the path of each missing node that is fetched."""
         for directory in self._nodeless:
             # It may have been made implicitly with this node, and has no event of its own.
             if path.startswith(directory + b"/"):
@@ -127,21 +113,15 @@ class Reconciler:
             path, place = left.pop()
             if names_one(self._files.perms(place)):
                 self._queue.setdefault(path, False)
-                continue
-            with closing(self._files.names(place)) as found:
-                for name in found:
-                    yield b""
-                    child = os.path.join(place, name)
-                    if is_alias(name):
-                        self._queue.setdefault(path, False)  # its children follow
-                    elif self._files.kind(child) == stat.S_IFDIR:
-                        left.append((join(path, name), child))
-                    elif (
-                        name != VALUE_NAME
-                        and (file := self._files.read(child)) is not None
-                        and names_one(file[1])
-                    ):
-                        self._queue.setdefault(join(path, name), False)
+            elif self._files.kind(place) == stat.S_IFDIR:
+                with closing(self._files.names(place)) as found:
+                    for name in found:
+                        if is_alias(name):
+                            self._queue.setdefault(path, False)  # its children follow
+                        elif name != VALUE_NAME:
+                            left.append((join(path, name), os.path.join(place, name)))
+                        yield b""
+            yield b""
 
     # ---------------------------------------------------------------------------------- apply
 
@@ -153,23 +133,20 @@ class Reconciler:
         # Since it was fetched, only nodes that were fetched before it can have queued it; or the mount
         # has learned something, which counts from here on.
         self._queue.pop(path, None)
-        state = node.state
-        if state is not None and not state.readable:
-            state = None
         self._nodeless.discard(path)
-        if state is None and self._view.is_always_there(path):
-            state = EMPTY_NODE
-            self._nodeless.add(path)
+        state = node.state
+        if state is None or not state.readable:
+            state = None
+            if self._view.is_always_there(path):
+                state = EMPTY_NODE
+                self._nodeless.add(path)
         place = self.place(path)
         if not self._has_parent(path, place):
             return
-        kind = self._files.kind(place)
         if state is not None:
-            yield from self._show(path, place, kind, state, node, renew=renew)
-            return
-        if kind:
-            yield from self._remove(place, kind)
-        if kind or renew:
+            yield from self._show(path, place, state, node, renew=renew)
+        elif self._files.kind(place) or renew:
+            yield from self._remove(place)
             self._queue_parent(path)
 
     def _queue_parent(self, path: bytes) -> None:
@@ -182,79 +159,57 @@ class Reconciler:
         return path == self._view.root or self._view.is_directory(path, state)
 
     def _show(
-        self,
-        path: bytes,
-        place: bytes,
-        kind: int,
-        state: NodeState,
-        node: FetchedNode,
-        *,
-        renew: bool,
+        self, path: bytes, place: bytes, state: NodeState, node: FetchedNode, *, renew: bool
     ) -> Steps:
         is_directory = self._is_directory(path, state)
+        kind = self._files.kind(place)
         if kind not in (0, stat.S_IFDIR if is_directory else stat.S_IFREG):
-            yield from self._remove(place, kind)
+            yield from self._remove(place)
             kind = 0
             is_directory = self._is_directory(path, state)  # the mount may have learned more
         content = self._view.value_format.render(state.value or b"")
         perms = node.perms.rstrip(b"\0").replace(b"\0", b",") if self._files.has_perms else b""
-        is_new = not kind
         if not is_directory:
-            self._show_file(place, kind, content, perms, renew=renew)
-            self.nodes += is_new
-            return
-        if is_new:
-            self._files.make_directory(place, perms)
-            self.nodes += 1
-        else:
-            self._files.set_perms(place, perms)
-        value_place = os.path.join(place, VALUE_NAME)
-        kind = 0 if is_new else self._files.kind(value_place)
-        if kind == stat.S_IFDIR:  # the files' owner has made it
-            yield from self._files.removing(value_place)
-            kind = 0
-        if state is not EMPTY_NODE and self._view.has_dot_value(path, state):
-            self._show_file(value_place, kind, content, perms, renew=renew)
+            self._show_file(place, content, perms, renew=renew or not kind)
         elif kind:
-            self._files.remove_file(value_place)
-        yield from self._queue_children(path, place, node.names, is_new=is_new)
-        if not self._is_directory(path, state):
-            # That was learned when the files did not contradict it yet.
-            self._queue.setdefault(path, False)
+            self._files.set_perms(place, perms)
+        else:
+            self._files.make_directory(place, perms)
+        self.nodes += not kind
+        if is_directory:
+            value_place = os.path.join(place, VALUE_NAME)
+            has_value = state is not EMPTY_NODE and self._view.has_dot_value(path, state)
+            if kind and not (has_value and self._files.kind(value_place) == stat.S_IFREG):
+                yield from self._files.removing(value_place)
+            if has_value:
+                self._show_file(value_place, content, perms, renew=renew)
+            yield from self._queue_children(path, place, node.names, is_new=not kind)
+            if not self._is_directory(path, state):
+                # That was learned when the files did not contradict it yet.
+                self._queue.setdefault(path, False)
 
-    def _show_file(
-        self, place: bytes, kind: int, content: bytes, perms: bytes, *, renew: bool
-    ) -> None:
-        if not kind or renew or self._files.read(place) != (content, perms):
+    def _show_file(self, place: bytes, content: bytes, perms: bytes, *, renew: bool) -> None:
+        if renew or self._files.read(place) != (content, perms):
             self._files.put(place, content, perms)
 
     def _queue_children(
         self, path: bytes, place: bytes, names: Iterable[bytes], *, is_new: bool
     ) -> Steps:
         """Queue the children of a directory, and remove the files of all others if it is not new."""
-        above = join(path, b"")
         shown = {VALUE_NAME}
-        for number, name in enumerate(chain(names, self._view.always_there_below(path)), 1):
-            self._queue.setdefault(above + name, False)
+        for name in chain(names, self._view.always_there_below(path)):
+            self._queue.setdefault(join(path, name), False)
             shown.add(file_name(name))
-            if number % CHUNK == 0:
-                yield b""
+            yield b""
         if is_new:
             return
         with closing(self._files.names(place)) as found:
-            for number, name in enumerate(found, 1):
+            for name in found:
                 if name not in shown:
-                    child = os.path.join(place, name)
-                    yield from self._remove(child, self._files.kind(child))
-                elif number % CHUNK == 0:
-                    yield b""
+                    yield from self._remove(os.path.join(place, name))
+                yield b""
 
-    def _remove(self, place: bytes, kind: int) -> Steps:
-        if kind != stat.S_IFDIR:
-            self._files.remove_file(place)
-            self.nodes -= 1
-            yield place
-            return
+    def _remove(self, place: bytes) -> Steps:
         for removed in self._files.removing(place):
             self.nodes -= removed != b"" and not removed.endswith(b"/" + VALUE_NAME)
             yield removed

@@ -1,7 +1,6 @@
-"""The files of a live mirror: the directory DIR, and the staging directory beside it.
+"""The files of a live mirror: the directory DIR, and the staging directory `.NAME.xsfs` beside it.
 
-`MirrorDirectory` owns descriptors of DIR, of its parent, and of the staging directory `.NAME.xsfs`.  It
-opens them once and holds them.  Only the mirror's task may use it.
+`MirrorDirectory` holds descriptors of both, and of their parent.  Only the mirror's task may use it.
 
 Invariants:
 
@@ -11,11 +10,9 @@ Invariants:
   of the files, `uid=`, can write below DIR.)
 - A running xsfs holds the lock in its staging directory.  The lock file names the DIR.  If no process holds
   the lock, that xsfs has died, and DIR holds its copy.  xsfs refuses any other DIR that is not empty.
-- Readers see whole values: xsfs makes a file in the staging directory and renames it to its place.
-- xsfs makes a whole copy in the staging directory, too (`begin`), and moves it to DIR when it is complete
-  (`publish`).  `clear` first moves the old copy out of DIR, and then removes it.  DIR itself stays, so
-  inotify watches on it stay as well.
-- xsfs leaves RESERVE of the file system free.
+- Readers see whole values and whole copies: xsfs makes them in the staging directory, and moves them to
+  DIR when they are complete.  DIR itself stays, and so do inotify watches on it.
+- xsfs leaves a reserve of the file system free.
 
 Paths are bytes, relative to DIR, which is b"".  They consist of file names, not of Xenstore's names.
 """
@@ -28,8 +25,16 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Generator
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
+from pathlib import Path
 from typing import Final
 
 from xsfs.view.ownership import Ownership
@@ -47,8 +52,7 @@ RESERVE_INODES: Final = (64, 4096)
 """The mirror leaves one twentieth of its file system free, within these limits."""
 
 CHECK_EVERY: Final = 16
-"""After how many new files and directories xsfs looks how much room is left.  A file takes a page or
-two, so all of them together take a fraction of the reserve."""
+"""After how many new files xsfs looks how much room is left: a look takes a tenth of the time of a file."""
 
 OPEN_MAX: Final = 64
 """How many directories are kept open.  A path of Xenstore may have 1,500 levels."""
@@ -59,10 +63,9 @@ CONTENT_MAX: Final = 1 << 16
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOCK: Final = b"lock"
 _NEW: Final = b"new"
-_OLD: Final = b"old"
 _TREE: Final = b"tree"
-"""In the staging directory: the lock file, the file on its way to its place, copies to be removed, and
-the copy that is being made."""
+"""In the staging directory: the lock file, the file on its way to its place, and the directory of copies
+that are being made or removed."""
 
 _GET_VERSION: Final = 0x80007601 | struct.calcsize("l") << 16
 """FS_IOC_GETVERSION, ioctl_iflags(2)"""
@@ -75,8 +78,7 @@ _UNSUITABLE: Final = frozenset((errno.ENOSPC, errno.E2BIG, errno.ERANGE))
 """Errors of a file system for an attribute that is too large for it."""
 
 Steps = Generator[bytes, None, None]
-"""A change in small steps, for callers that have others to serve in between.  Of each step: which file or
-directory was changed, or b""."""
+"""A change in small steps, with a turn for other tasks after each.  Yields the changed path, or b""."""
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +120,7 @@ def default_directory(mountpoint: str) -> str:
 def _distrust(found: os.stat_result, *, sticky: bool) -> str | None:
     """Why a directory is not trusted; None if it is.
 
-    sticky      whether everybody may write there if the sticky bit keeps them from swapping what
-                belongs to others
+    sticky      whether others may write there if the sticky bit keeps them from swapping entries
     """
     if found.st_uid not in (0, os.geteuid()):
         return "belongs to another user"
@@ -133,27 +134,17 @@ def _open_trusted(path: bytes) -> int:
 
     path        absolute, without symbolic links
 
-    As sshd's StrictModes: all directories on the way are checked, each after it was opened.
+    As sshd's StrictModes, from the root down: nobody else can swap what is below a checked directory.
     """
-    names = [name for name in path.split(b"/") if name]
-    fd = os.open(b"/", _DIRECTORY)
-    try:
-        for depth in range(len(names) + 1):
-            if (why := _distrust(os.fstat(fd), sticky=depth < len(names))) is not None:
-                shown = os.fsdecode(b"/" + b"/".join(names[:depth]))
-                raise MirrorPlaceError(f"the mirror is not safe in {shown}: it {why}", _TRUSTED)
-            if depth < len(names):
-                above, fd = fd, os.open(names[depth], _DIRECTORY, dir_fd=fd)
-                os.close(above)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    place = Path(os.fsdecode(path))
+    for directory in (*reversed(place.parents), place):
+        if (why := _distrust(directory.lstat(), sticky=directory != place)) is not None:
+            raise MirrorPlaceError(f"the mirror is not safe in {directory}: it {why}", _TRUSTED)
+    return os.open(place, _DIRECTORY)
 
 
 def _identity(fd: int) -> bytes:
-    """The number of the inode, and its generation if the file system uses numbers again.  No other
-    directory in the same place has both."""
+    """The number of the inode, and its generation if the file system uses numbers again."""
     try:
         generation = fcntl.ioctl(fd, _GET_VERSION, bytes(struct.calcsize("l"))).hex()
     except OSError:
@@ -161,103 +152,44 @@ def _identity(fd: int) -> bytes:
     return b"%d.%s" % (os.fstat(fd).st_ino, generation.encode())
 
 
+@contextmanager
+def _unprotected(directories: Sequence[int], mode: int) -> Iterator[None]:
+    for fd in directories:
+        os.fchmod(fd, 0o700)
+    try:
+        yield
+    finally:
+        for fd in directories:
+            os.fchmod(fd, mode)
+
+
 # ------------------------------------------------------------------------------ the directories
-
-
-class StagingDirectory:
-    """The directory `.NAME.xsfs`, locked while it is open, and the record of which DIR xsfs keeps.
-
-    parent      an open directory, in which it is
-    name        of DIR
-    """
-
-    def __init__(self, parent: int, name: bytes, shown: str) -> None:
-        self._parent = parent
-        self._name = b"." + name + b".xsfs"
-        with suppress(FileExistsError):
-            os.mkdir(self._name, 0o700, dir_fd=parent)
-        self.fd = os.open(self._name, _DIRECTORY, dir_fd=parent)
-        self._lock = -1
-        try:
-            if os.fstat(self.fd).st_uid != os.geteuid():
-                raise MirrorPlaceError(f"the mirror {shown} is another user's", _OTHER)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._lock = os.open(_LOCK, flags, 0o600, dir_fd=self.fd)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(self._lock).st_nlink:
-                raise BlockingIOError  # its owner has just removed it
-        except (BlockingIOError, FileNotFoundError):
-            self.release()
-            raise MirrorPlaceError(f"the mirror {shown} is that of another mount", _OTHER) from None
-        except BaseException:
-            self.release()
-            with suppress(OSError):
-                os.rmdir(self._name, dir_fd=parent)
-            raise
-
-    def release(self) -> None:
-        """Close it.  Its files stay, for the next start."""
-        for fd in (self._lock, self.fd):
-            if fd >= 0:
-                os.close(fd)
-
-    @property
-    def record(self) -> tuple[bytes, bytes]:
-        """The identity of the DIR that xsfs keeps, and what it was before: mode, owner and group, or
-        nothing if xsfs made it."""
-        identity, _, before = os.pread(self._lock, 4096, 0).partition(b" ")
-        return identity, before
-
-    @record.setter
-    def record(self, record: tuple[bytes, bytes]) -> None:
-        line = b" ".join(record) if record[0] else b""
-        os.ftruncate(self._lock, 0)
-        if os.pwrite(self._lock, line, 0) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def remove(self) -> None:
-        """Remove it.  It must contain nothing except the lock file."""
-        with suppress(FileNotFoundError):
-            os.unlink(_LOCK, dir_fd=self.fd)
-        with suppress(FileNotFoundError):
-            os.rmdir(self._name, dir_fd=self._parent)
 
 
 class _OpenDirectories:
     """The directories below an open one, opened on the way down and kept for the next operation.
 
     top     an open directory, which stays open
-    mode    the mode of all of them, which may deny writing to this user; xsfs then permits it for the time
-            of a change.  None for root
     """
 
-    def __init__(self, top: int, mode: int | None) -> None:
+    def __init__(self, top: int) -> None:
         self.top = top
-        self._mode = mode
         self._open: dict[bytes, int] = {}
-        self._writable: set[bytes] = set()
 
-    def enter(self, path: bytes, *, change: bool = False) -> int:
+    def start_at(self, top: int) -> None:
+        self.close()
+        self.top = top
+
+    def enter(self, path: bytes) -> int:
         """A descriptor of the directory, good until the next call.
-
-        change      whether something in it, or of its attributes, is about to be changed
 
         Raises FileNotFoundError or NotADirectoryError if it is missing; `first_missing` tells which.
         """
-        fd = self._open.get(path, -1) if path else self.top
-        if fd < 0:
-            fd = self._walk(path)
-        if change and self._mode is not None and path not in self._writable:
-            os.fchmod(fd, 0o700)
-            self._writable.add(path)
-        return fd
-
-    def _walk(self, path: bytes) -> int:
         above = path
         while above and above not in self._open:
             above = above.rpartition(b"/")[0]
         fd = self._open[above] if above else self.top
-        for name in path[len(above) :].lstrip(b"/").split(b"/"):
+        for name in filter(None, path[len(above) :].split(b"/")):
             above = os.path.join(above, name)
             try:
                 fd = os.open(name, _DIRECTORY, dir_fd=fd)
@@ -266,7 +198,7 @@ class _OpenDirectories:
                 raise
             self._open[above] = fd
             if len(self._open) > OPEN_MAX:
-                self._close(next(iter(self._open)))
+                self.forget(next(iter(self._open)))
         return fd
 
     def first_missing(self, path: bytes) -> bytes | None:
@@ -278,53 +210,15 @@ class _OpenDirectories:
             return missing
         return None
 
-    def _close(self, path: bytes) -> None:
-        fd = self._open.pop(path)
-        try:
-            self._protect(path, fd)
-        finally:
-            os.close(fd)
-
-    def _protect(self, path: bytes, fd: int) -> None:
-        if path in self._writable:
-            assert self._mode is not None
-            self._writable.discard(path)
-            os.fchmod(fd, self._mode)
-
     def forget(self, path: bytes) -> None:
-        """This directory has been removed."""
-        self._writable.discard(path)
+        """Close it.  The next operation opens the directory that is there then."""
         if path in self._open:
             os.close(self._open.pop(path))
 
     def close(self) -> None:
-        """Close all, which xsfs opens again when it needs them."""
+        """Close all except `top`."""
         while self._open:
-            self._close(next(iter(self._open)))
-        self._protect(b"", self.top)
-
-    def removing(self, top: bytes) -> Steps:
-        """Remove the directory with all below it, from the leaves up."""
-        stack = [top]
-        while stack:
-            path = stack[-1]
-            below = []
-            with closing(self.scan(path)) as entries:
-                for name, is_directory in entries:
-                    if is_directory:
-                        below.append(path + b"/" + name)
-                        yield b""
-                    else:
-                        os.unlink(name, dir_fd=self.enter(path, change=True))
-                        yield path + b"/" + name
-            if below:
-                stack += below
-                continue
-            stack.pop()
-            parent, _, name = path.rpartition(b"/")
-            self.forget(path)
-            os.rmdir(name, dir_fd=self.enter(parent, change=True))
-            yield path
+            os.close(self._open.popitem()[1])
 
     def scan(self, path: bytes) -> Generator[tuple[bytes, bool], None, None]:
         """The names in a directory, and which of them are directories.  Meanwhile, names may go."""
@@ -348,16 +242,16 @@ class MirrorDirectory:
     def __init__(self, directory: str, ownership: Ownership) -> None:
         self.directory = os.fsencode(os.path.realpath(directory))
         self.ownership = ownership
+        self._shown = os.fsdecode(self.directory)
         self._name = os.path.basename(self.directory)
+        self._staging_name = b".%s.xsfs" % self._name
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
         self._is_root = os.geteuid() == 0
-        self._made = 0
-        self._unique = os.urandom(8).hex().encode()
+        self._unchecked = 0
+        """How many files may be made before the next look at the room that is left."""
         self.has_perms = False
         """Whether files can have user attributes here: tmpfs has them since Linux 6.6."""
-        self.moves = False
-        """Whether the copy is on its way from the staging directory to DIR."""
 
     def is_inside(self, directory: str) -> bool:
         above = os.fsencode(os.path.realpath(directory))
@@ -366,182 +260,164 @@ class MirrorDirectory:
     # ------------------------------------------------------------------------ begin and end
 
     def open(self) -> None:
-        """Lock the directory, and remove what a dead xsfs has left.  Raises MirrorPlaceError."""
-        shown = os.fsdecode(self.directory)
+        """Lock the directory, and `clear` what a dead xsfs has left.  Raises MirrorPlaceError."""
         if len(self.directory) > DIRECTORY_PATH_MAX:
-            raise MirrorPlaceError(f"the mirror's path {shown} is too long", _OTHER)
+            raise MirrorPlaceError(f"the mirror's path {self._shown} is too long", _OTHER)
         try:
-            with ExitStack() as undo:
+            with ExitStack() as end:
                 self._parent = _open_trusted(os.path.dirname(self.directory))
-                undo.callback(os.close, self._parent)
-                self._staging = StagingDirectory(self._parent, self._name, shown)
-                undo.callback(self._staging.release)
-                try:
-                    self._fd = self._open_directory(shown)
-                except BaseException:
-                    # A record, and what a dead xsfs has left, stays for the next start.
-                    if not self._staging.record[0]:
-                        with suppress(OSError):
-                            self._staging.remove()
-                    raise
-                self._copy = self._published = self._directories(self._fd, self._directory_mode)
-                undo.pop_all()
-                undo.callback(self.close)
+                end.callback(os.close, self._parent)
+                self._open_staging(end)
+                self._open_directory(end)
                 self._clear_now()
                 self._finish(self._fd, self._directory_mode, b"")
-                undo.pop_all()
+                self._end = end.pop_all()
         except OSError as error:
             raise MirrorPlaceError(
-                f"cannot keep a mirror in {shown}: {error.strerror}", _OTHER
+                f"cannot keep a mirror in {self._shown}: {error.strerror}", _OTHER
             ) from error
         try:
-            os.setxattr(self._staging.fd, PERMS_ATTRIBUTE, b"n0")
+            os.setxattr(self._staging, PERMS_ATTRIBUTE, b"n0")
             self.has_perms = True
         except OSError as error:
             log.info("no permissions in the mirror: %s", error.strerror)
 
-    def _open_directory(self, shown: str) -> int:
-        """Open DIR, make it if it is missing, and record which one it is."""
+    def close(self) -> None:
+        """Leave DIR as it was before.  Never raises: what cannot be removed is left to the next start."""
+        try:
+            self._end.close()
+        except OSError as error:
+            log.error("the mirror %s cannot be removed: %s", self._shown, error)
+
+    def _open_staging(self, end: ExitStack) -> None:
+        """Open the staging directory and lock it."""
+        with suppress(FileExistsError):
+            os.mkdir(self._staging_name, 0o700, dir_fd=self._parent)
+        self._staging = os.open(self._staging_name, _DIRECTORY, dir_fd=self._parent)
+        end.callback(os.close, self._staging)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._lock = os.open(_LOCK, flags, 0o600, dir_fd=self._staging)
+        end.callback(os.close, self._lock)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MirrorPlaceError(
+                f"the mirror {self._shown} is that of another mount", _OTHER
+            ) from None
+        end.callback(self._remove_staging)
+        with suppress(FileExistsError):
+            os.mkdir(_TREE, 0o700, dir_fd=self._staging)
+        self._tree = os.open(_TREE, _DIRECTORY, dir_fd=self._staging)
+        end.callback(os.close, self._tree)
+
+    def _remove_staging(self) -> None:
+        if os.fstat(self._lock).st_size:
+            return  # DIR was not given back: the next start needs the record
+        with suppress(FileNotFoundError):
+            os.rmdir(_TREE, dir_fd=self._staging)
+        with suppress(FileNotFoundError):
+            os.unlink(_LOCK, dir_fd=self._staging)
+            os.rmdir(self._staging_name, dir_fd=self._parent)
+        if os.path.dirname(self.directory) == os.fsencode(RUN_DIRECTORY):
+            with suppress(OSError):  # there are others
+                os.rmdir(RUN_DIRECTORY)
+
+    def _open_directory(self, end: ExitStack) -> None:
+        """Open DIR, make it if it is missing, and record which one it is.
+
+        The record is in the lock file: DIR's identity, and what DIR was before: its mode, owner and group,
+        or nothing if xsfs made it.
+        """
+        made = True
         try:
             os.mkdir(self._name, 0o700, dir_fd=self._parent)
-            made = True
         except FileExistsError:
             made = False
         try:
-            fd = os.open(self._name, _DIRECTORY, dir_fd=self._parent)
+            self._fd = os.open(self._name, _DIRECTORY, dir_fd=self._parent)
         except NotADirectoryError:
-            raise MirrorPlaceError(f"the mirror {shown} is not a directory", _EMPTY) from None
-        try:
-            found = os.fstat(fd)
-            identity = _identity(fd)
-            if found.st_dev != os.fstat(self._staging.fd).st_dev:
-                raise MirrorPlaceError(f"the mirror {shown} is a mountpoint itself", _EMPTY)
-            if made:
-                self._staging.record = identity, b""
-            elif identity != self._staging.record[0]:
-                if (why := _distrust(found, sticky=False)) is not None:
-                    raise MirrorPlaceError(f"the mirror {shown} is not safe: it {why}", _TRUSTED)
-                if os.listdir(fd):
-                    raise MirrorPlaceError(f"the mirror {shown} is not empty", _EMPTY)
-                mode = stat.S_IMODE(found.st_mode)
-                before = b"%d %d %d" % (mode, found.st_uid, found.st_gid)
-                self._staging.record = identity, before
-        except BaseException:
-            os.close(fd)
-            if made:
-                os.rmdir(self._name, dir_fd=self._parent)
-                self._staging.record = b"", b""
-            raise
-        return fd
+            raise MirrorPlaceError(f"the mirror {self._shown} is not a directory", _EMPTY) from None
+        end.callback(os.close, self._fd)
+        found = os.fstat(self._fd)
+        if found.st_dev != os.fstat(self._staging).st_dev:
+            raise MirrorPlaceError(f"the mirror {self._shown} is a mountpoint itself", _EMPTY)
+        identity = _identity(self._fd)
+        recorded, _, before = os.pread(self._lock, 4096, 0).partition(b" ")
+        if made:
+            before = b""
+        elif identity != recorded:
+            if (why := _distrust(found, sticky=False)) is not None:
+                raise MirrorPlaceError(f"the mirror {self._shown} is not safe: it {why}", _TRUSTED)
+            if os.listdir(self._fd):
+                raise MirrorPlaceError(f"the mirror {self._shown} is not empty", _EMPTY)
+            before = b"%d %d %d" % (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+        self._copy = _OpenDirectories(self._fd)
+        end.callback(self._give_back, before)
+        os.ftruncate(self._lock, os.pwrite(self._lock, b"%s %s" % (identity, before), 0))
 
-    def close(self) -> None:
-        """Leave DIR as it was before, or remove it if xsfs made it.
-
-        Never raises: xsfs logs what it cannot remove, and leaves it to the next start.
-        """
-        try:
-            self._clear_now()
-            self.set_perms(b"", b"")
-            self.close_directories()
-            self._give_back()
-            self._staging.remove()
-            if os.path.dirname(self.directory) == os.fsencode(RUN_DIRECTORY):
-                with suppress(OSError):  # there are others
-                    os.rmdir(RUN_DIRECTORY)
-        except OSError as error:
-            log.error("the mirror %s cannot be removed: %s", os.fsdecode(self.directory), error)
-        finally:
-            os.close(self._fd)
-            self._staging.release()
-            os.close(self._parent)
-
-    def _give_back(self) -> None:
-        before = self._staging.record[1]
+    def _give_back(self, before: bytes) -> None:
+        self._clear_now()
+        self.close_directories()
         if before:
+            with self._writable(self._fd):
+                self._set_attribute(self._fd, b"")
             mode, uid, gid = map(int, before.split())
             os.fchown(self._fd, uid, gid)
             os.fchmod(self._fd, mode)
-            return
-        with suppress(FileNotFoundError):
-            there = os.stat(self._name, dir_fd=self._parent, follow_symlinks=False)
-            if os.path.samestat(there, os.fstat(self._fd)):
+        else:
+            with suppress(FileNotFoundError, NotADirectoryError):  # somebody has taken it away
                 os.rmdir(self._name, dir_fd=self._parent)
+        os.ftruncate(self._lock, 0)
 
-    def close_directories(self) -> None:
-        """Close the directories that were opened for the last changes.  To be called when there is nothing
-        to do: the next change finds the directories that are in place then."""
-        self._copy.close()
+    # ------------------------------------------------------------------------ the whole copy
 
-    def _directories(self, top: int, mode: int) -> _OpenDirectories:
-        return _OpenDirectories(top, None if self._is_root else mode)
+    def clear(self) -> Steps:
+        """Remove the copy, finished or not; what readers see goes first.  The next copy is made in the
+        staging directory, and nobody sees it before `publish`."""
+        self._copy.start_at(self._fd)
+        yield from self._move_all(self._tree, renamed=True)
+        self._copy.start_at(self._tree)
+        for name, _ in list(self._copy.scan(b"")):
+            yield from self.removing(name)
+        with suppress(FileNotFoundError):
+            os.unlink(_NEW, dir_fd=self._staging)
 
     def _clear_now(self) -> None:
         for _ in self.clear():
             pass
 
-    def clear(self) -> Steps:
-        """Remove all copies, finished or not.  The one that readers see goes first."""
-        self.close_directories()
-        self.moves = False
-        if self._copy is not self._published:
-            os.close(self._copy.top)
-            self._copy = self._published
-        staging = self._directories(self._staging.fd, 0o700)
-        try:
-            if staging.first_missing(_OLD) is None:
-                yield from self._move_all(self._published, staging.enter(_OLD), renamed=True)
-            for name in (_OLD, _TREE):
-                if staging.first_missing(name) is None:
-                    yield from staging.removing(name)
-            with suppress(FileNotFoundError):
-                os.unlink(_NEW, dir_fd=self._staging.fd)
-        finally:
-            staging.close()
-
-    # ----------------------------------------------------------------------- the whole copy
-
-    def begin(self) -> None:
-        """Make a new copy from now on, which nobody sees before `publish`."""
-        self.close_directories()
-        self._check_room()
-        # Made now, since `clear` needs it when the file system may be full.
-        for name in (_OLD, _TREE):
-            os.mkdir(name, 0o700, dir_fd=self._staging.fd)
-        top = os.open(_TREE, _DIRECTORY, dir_fd=self._staging.fd)
-        self._copy = self._directories(top, self._directory_mode)
-
     def publish(self) -> Steps:
-        """Let all that was made be seen."""
-        copy, perms = self._copy, self.perms(b"")
-        self.close_directories()
-        self.moves = True
-        yield from self._move_all(copy, self._published.enter(b"", change=True))
-        os.rmdir(_TREE, dir_fd=self._staging.fd)
-        os.close(copy.top)
-        self._copy, self.moves = self._published, False
+        """Let all that was made be seen.  From now on files change in DIR."""
+        perms = self.perms(b"")
+        yield from self._move_all(self._fd)
+        self._copy.start_at(self._fd)
         self.set_perms(b"", perms)
         self.close_directories()
 
-    def _move_all(self, source: _OpenDirectories, target: int, *, renamed: bool = False) -> Steps:
-        """Move what is in a directory to another.
+    def _move_all(self, target: int, *, renamed: bool = False) -> Steps:
+        """Move the copy to another directory.
 
         renamed     by names that are not used there yet
         """
-        for number, (name, is_directory) in enumerate(list(source.scan(b""))):
+        for name, is_directory in list(self._copy.scan(b"")):
+            changed = [self._copy.top, target]
             if is_directory and not self._is_root:
-                source.enter(name, change=True)  # a move changes what `..` is in it
-            new_name = b"%s-%d" % (self._unique, number) if renamed else name
-            directory = source.enter(b"", change=True)
-            os.rename(name, new_name, src_dir_fd=directory, dst_dir_fd=target)
+                changed.append(self._copy.enter(name))  # a move changes what `..` is in it
+            new_name = os.urandom(16).hex().encode() if renamed else name
+            with self._writable(*changed):
+                os.rename(name, new_name, src_dir_fd=self._copy.top, dst_dir_fd=target)
             yield name
-        source.close()
+
+    def close_directories(self) -> None:
+        """To be called when there is nothing to do: the next change finds the directories in place then."""
+        self._copy.close()
 
     # ------------------------------------------------------------------------------- to see
 
-    def _place(self, path: bytes, *, change: bool = False) -> tuple[int, bytes]:
+    def _place(self, path: bytes) -> tuple[int, bytes]:
         """The directory that a path is in, and the name there."""
         parent, _, name = path.rpartition(b"/")
-        return self._copy.enter(parent, change=change), name
+        return self._copy.enter(parent), name or b"."
 
     def first_missing(self, path: bytes) -> bytes | None:
         """The highest directory on the way to this one, itself included, that is missing."""
@@ -549,8 +425,6 @@ class MirrorDirectory:
 
     def kind(self, path: bytes) -> int:
         """S_IFDIR, S_IFREG or another file type; 0 for what is missing."""
-        if not path:
-            return stat.S_IFDIR
         try:
             directory, name = self._place(path)
             return stat.S_IFMT(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
@@ -570,19 +444,20 @@ class MirrorDirectory:
             directory, name = self._place(path)
             fd = os.open(name, flags, dir_fd=directory)
             try:
-                return os.read(fd, CONTENT_MAX), self._attribute(fd)
+                return os.read(fd, CONTENT_MAX), self.perms(path)
             finally:
                 os.close(fd)
         except OSError:
             return None
 
     def perms(self, path: bytes) -> bytes:
-        """The permissions of a directory as xsfs set them; nothing if there are none."""
-        return self._attribute(self._copy.enter(path))
-
-    def _attribute(self, fd: int) -> bytes:
+        """The permissions of a file or directory as xsfs set them; nothing if there are none."""
+        if not self.has_perms:
+            return b""
         try:
-            return os.getxattr(fd, PERMS_ATTRIBUTE) if self.has_perms else b""
+            # getxattr(2) knows no path that is relative to a descriptor.
+            place = b"/proc/self/fd/%d/%s" % self._place(path)
+            return os.getxattr(place, PERMS_ATTRIBUTE, follow_symlinks=False)
         except OSError:
             return b""
 
@@ -590,77 +465,101 @@ class MirrorDirectory:
 
     def _check_room(self) -> None:
         """Raises OSError ENOSPC if less than the reserve is left."""
-        room = os.fstatvfs(self._staging.fd)
+        if self._unchecked:
+            self._unchecked -= 1
+            return
+        room = os.fstatvfs(self._staging)
         least = sorted((*RESERVE_BYTES, room.f_blocks * room.f_frsize // RESERVE))[1]
         inodes = sorted((*RESERVE_INODES, room.f_files // RESERVE))[1]
         # Some file systems have no limit of the one or the other.
         lacks_bytes = room.f_blocks and room.f_bavail * room.f_frsize < least
         if lacks_bytes or (room.f_files and room.f_favail < inodes):
             text = f"{os.strerror(errno.ENOSPC)}: xsfs leaves {least >> 20} MiB and {inodes} inodes free"
-            raise OSError(errno.ENOSPC, text, os.fsdecode(self.directory))
-
-    def _count(self) -> None:
-        self._made += 1
-        if self._made % CHECK_EVERY == 0:
-            self._check_room()
+            raise OSError(errno.ENOSPC, text, self._shown)
+        self._unchecked = CHECK_EVERY - 1
 
     def put(self, path: bytes, content: bytes, perms: bytes) -> None:
         """Make the file, or replace it by a new one.  Raises OSError."""
-        self._count()
-        directory, name = self._place(path, change=True)
+        self._check_room()
+        parent, _, name = path.rpartition(b"/")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(_NEW, flags, 0o600, dir_fd=self._staging)
         try:
-            fd = os.open(_NEW, flags, 0o600, dir_fd=self._staging.fd)
-            try:
-                if content and os.write(fd, content) != len(content):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._finish(fd, self._file_mode, perms)
-            finally:
-                os.close(fd)
-            os.rename(_NEW, name, src_dir_fd=self._staging.fd, dst_dir_fd=directory)
+            if content and os.write(fd, content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._finish(fd, self._file_mode, perms)
+            directory = self._copy.enter(parent)
+            with self._writable(directory):
+                os.rename(_NEW, name, src_dir_fd=self._staging, dst_dir_fd=directory)
         except OSError:
-            with suppress(FileNotFoundError):
-                os.unlink(_NEW, dir_fd=self._staging.fd)
+            os.unlink(_NEW, dir_fd=self._staging)
             raise
+        finally:
+            os.close(fd)
+
+    def _writable(self, *directories: int) -> AbstractContextManager[None]:
+        """Lets this user change the directories in a block.  Root may do that whatever their mode is."""
+        return nullcontext() if self._is_root else _unprotected(directories, self._directory_mode)
 
     def _finish(self, fd: int, mode: int, perms: bytes) -> None:
         """Give a new file or directory its attributes."""
-        if perms and self.has_perms:
+        if perms:
             self._set_attribute(fd, perms)
         os.fchmod(fd, mode)
         os.fchown(fd, self.ownership.uid, self.ownership.gid)
 
-    def _set_attribute(self, fd: int, perms: bytes) -> bool:
-        """Whether the file system can store the permissions: a guest can make them too long."""
+    def _set_attribute(self, fd: int, perms: bytes) -> None:
+        if not self.has_perms:
+            return
         try:
-            os.setxattr(fd, PERMS_ATTRIBUTE, perms)
+            if perms:
+                os.setxattr(fd, PERMS_ATTRIBUTE, perms)
+                return
         except OSError as error:
             if error.errno not in _UNSUITABLE:
                 raise
+            # A guest can make them too long.  None are better than old ones.
             log.debug("permissions of %d bytes are left out: %s", len(perms), error.strerror)
-            return False
-        return True
+        with suppress(OSError):  # there are none
+            os.removexattr(fd, PERMS_ATTRIBUTE)
 
     def make_directory(self, path: bytes, perms: bytes) -> None:
         """Make the directory, which is missing.  Raises OSError."""
-        self._count()
-        directory, name = self._place(path, change=True)
-        os.mkdir(name, 0o700, dir_fd=directory)
+        self._check_room()
+        parent, _, name = path.rpartition(b"/")
+        directory = self._copy.enter(parent)
+        with self._writable(directory):
+            os.mkdir(name, 0o700, dir_fd=directory)
         # By a descriptor: the owner of the directory above may have put something else there.
         self._finish(self._copy.enter(path), self._directory_mode, perms)
 
     def set_perms(self, path: bytes, perms: bytes) -> None:
         """Set a directory's permissions, if they are others; b"" removes them."""
-        if not self.has_perms or (old := self.perms(path)) == perms:
-            return
-        fd = self._copy.enter(path, change=True)
-        if not (perms and self._set_attribute(fd, perms)) and old:
-            os.removexattr(fd, PERMS_ATTRIBUTE)
-
-    def remove_file(self, path: bytes) -> None:
-        directory, name = self._place(path, change=True)
-        os.unlink(name, dir_fd=directory)
+        if self.perms(path) != perms:
+            fd = self._copy.enter(path)
+            with self._writable(fd):
+                self._set_attribute(fd, perms)
 
     def removing(self, top: bytes) -> Steps:
-        """Remove the directory with all below it, from the leaves up."""
-        return self._copy.removing(top)
+        """Remove what is there, if anything, with all below it, from the leaves up."""
+        kind = self.kind(top)
+        left = [(top, kind == stat.S_IFDIR)] if kind else []
+        found = []
+        while left:
+            path, is_directory = left.pop()
+            found.append((path, is_directory))
+            if is_directory:
+                with closing(self._copy.scan(path)) as entries:
+                    for name, is_below in entries:
+                        left.append((path + b"/" + name, is_below))
+                        yield b""
+        for path, is_directory in reversed(found):
+            parent, _, name = path.rpartition(b"/")
+            self._copy.forget(path)
+            directory = self._copy.enter(parent)
+            with self._writable(directory):
+                if is_directory:
+                    os.rmdir(name, dir_fd=directory)
+                else:
+                    os.unlink(name, dir_fd=directory)
+            yield path
