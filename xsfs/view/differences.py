@@ -74,7 +74,7 @@ class _PathsFormat(TextFormat):
 
     asks_perms = False
 
-    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
+    def leaf(self, path: bytes, value: bytes, perms: bytes) -> bytes:
         return path + b"\n"
 
 
