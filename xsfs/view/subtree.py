@@ -11,12 +11,12 @@ holds the names of the nodes that it has not asked about, and the windows in fli
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import cycle, repeat
 from time import perf_counter
@@ -224,10 +224,10 @@ def parse_line(line: bytes) -> DumpLine:
         raise ValueError("nested too deeply") from None
     if not isinstance(fields, dict) or not all(isinstance(each, str) for each in fields.values()):
         raise ValueError("not an object of strings")
-    if not {"path"} <= fields.keys() <= {"path", "value", "base64", "perms"}:
-        raise ValueError("a key is missing or unknown")
     if "value" in fields and "base64" in fields:
         raise ValueError("two values")
+    if not {"path"} <= fields.keys() <= {"path", "value", "base64", "perms"}:
+        raise ValueError("a key is missing or unknown")
     path = fields["path"].encode()
     if path != b"." and not all(map(protocol.is_name, path.split(b"/"))):
         raise ValueError("not a path below the directory")
@@ -235,20 +235,16 @@ def parse_line(line: bytes) -> DumpLine:
     if "value" in fields:
         value = fields["value"].encode()
     elif "base64" in fields:
-        try:
-            value = base64.b64decode(fields["base64"], validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"not base64: {error}") from error
+        value = base64.b64decode(fields["base64"], validate=True)
     return DumpLine(path, value, fields.get("perms"))
 
 
 def is_complete(text: bytes) -> bool:
     """Whether the text is a whole line, right or wrong, rather than the start of one."""
-    try:
+    with suppress(ValueError, RecursionError):
         json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        return True
+    return False
 
 
 # ----------------------------------------------------------------------------------------- walk
