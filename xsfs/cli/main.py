@@ -12,7 +12,7 @@ from typing import Final, NoReturn
 
 from xsfs import __version__
 from xsfs.cli.exit_statuses import EXIT_BUG, EXIT_MOUNTED, EXIT_USAGE, STATUSES, MountError
-from xsfs.cli.options import Options, UsageError, help_lines, parse, source_of
+from xsfs.cli.options import DEFAULT_SOURCE, Options, UsageError, help_lines, parse, source_of
 from xsfs.cli.service import JournalFormatter, in_journal, notify, status
 
 USAGE: Final = "xsfs [-f] [-d] [-o OPT[,OPT...]]... [SOURCE] MOUNTPOINT"
@@ -95,7 +95,7 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Option
     *source, mountpoint = found.places
     options = Options(
         mountpoint,
-        source_of(source[0]) if source else None,
+        source_of(source[0]) if source else DEFAULT_SOURCE,
         foreground=(found.foreground and not helper) or found.debug,
         pretend=found.foreground and helper,
         debug=found.debug,

@@ -18,7 +18,7 @@ from typing import Final
 import pyfuse3
 import trio
 
-from xsfs.cli.daemonize import Background
+from xsfs.cli.daemonize import fork, ready
 from xsfs.cli.exit_statuses import (
     EXIT_DENIED,
     EXIT_INTERRUPTED,
@@ -84,22 +84,13 @@ def mount(options: Options) -> None:
     as soon as the tree is usable.  Raises MountError."""
     check_mountpoint(options.mountpoint)
     check_fuse()
-    background = None if options.foreground else Background()
-    if background is not None and background.in_foreground:
-        background.wait()
-        return
+    parent = None
+    if not options.foreground:
+        parent = fork()
+        if parent is None:
+            return
     try:
-        _run(options, background)
-    except MountError as error:
-        if background is None:
-            raise
-        background.failed(error.status, str(error))
-
-
-def _run(options: Options, background: Background | None) -> None:
-    try:
-        if not trio.run(_serve, options, background):
-            raise MountError(EXIT_INTERRUPTED, "interrupted before the mount", "try again")
+        trio.run(_serve, options, parent)
     except StoreUnavailable as error:
         exit_status = EXIT_DENIED if error.denied else EXIT_NO_STORE
         raise MountError(exit_status, str(error), error.hint) from error
@@ -107,10 +98,10 @@ def _run(options: Options, background: Background | None) -> None:
         raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
 
 
-async def _serve(options: Options, background: Background | None) -> bool:
-    """Returns whether the tree was ever usable."""
-    was_ready = False
-    source = _source(options)
+async def _serve(options: Options, parent: int | None) -> None:
+    source = options.source
+    if source in AUTOMATIC_SOURCES:
+        source = find_store(os.environ)
     with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals, trio.CancelScope() as scope:
         # A signal cancels the last of these.  Once mounted this is the serving alone, because open
         # files need the connections for what they have not yet written.
@@ -142,24 +133,17 @@ async def _serve(options: Options, background: Background | None) -> bool:
                             follow_home, view, operations, transactions, on_move
                         )
                     try:
-                        if background is not None:
-                            background.ready()
+                        if parent is not None:
+                            ready(parent)
                         notify(READY, description())
-                        was_ready = True
                         sys.setswitchinterval(SWITCH_SECONDS)
                         with trio.CancelScope() as serving:
                             ended.append(serving)
                             await _answer_the_kernel()
                     finally:
                         await _unmount(operations, transactions, view)
-    return was_ready
-
-
-def _source(options: Options) -> str:
-    """The socket or device that is mounted, the other host, or `embedded`."""
-    if options.source is None or options.source in AUTOMATIC_SOURCES:
-        return find_store(os.environ)
-    return options.source
+    if ended == [scope]:
+        raise MountError(EXIT_INTERRUPTED, "interrupted before the mount", "try again")
 
 
 async def _unmount(operations: Operations, transactions: Transactions, view: View) -> None:
@@ -220,15 +204,12 @@ async def _connect(options: Options, source: str) -> AsyncIterator[Connect]:
         yield lambda: SocketTransport(embedded.connect(options.domid), same_loop=True)
 
 
-_MISSING: Final = b"/xsfs-no-such-node"
-
-
 async def _daemon(options: Options, store: Store) -> str:
     """Which daemon has answered at the mount, as far as its replies tell."""
     if options.embedded:
         return "embedded"
     part, children, missing = await store.pipeline(
-        (directory_part(b"/", 0), directory(b"/"), read(_MISSING))
+        (directory_part(b"/", 0), directory(b"/"), read(b"/xsfs-no-such-node"))
     )
     if isinstance(children, bytes) and b"@releaseDomain" in decode_names(children):
         return OXENSTORED  # only it lists the special watches; xapi's knows DIRECTORY_PART
@@ -243,14 +224,15 @@ async def _daemon(options: Options, store: Store) -> str:
 
 async def _view(options: Options, store: Store) -> View:
     """The tree as the mount shows it."""
-    unknown = "cannot tell which domain this is"
-    hint = "the node 'domid' in the domain's home must be readable and contain a number"
     try:
         domid = await store.domid()
-    except XenstoreError as error:
-        raise MountError(EXIT_DENIED, f"{unknown}: {error}", hint) from None
-    except ValueError:
-        raise MountError(EXIT_DENIED, f"{unknown}: its domid is not a number", hint) from None
+    except (XenstoreError, ValueError) as error:
+        reason = error if isinstance(error, XenstoreError) else "its domid is not a number"
+        raise MountError(
+            EXIT_DENIED,
+            f"cannot tell which domain this is: {reason}",
+            "the node 'domid' in the domain's home must be readable and contain a number",
+        ) from None
     root = options.root if options.root is not None else home_of(domid)
     if domid:  # domain 0 keeps its domid
         store.home.move(home_of(domid))

@@ -24,8 +24,8 @@ from xsfs.xenstore.ssh_destination import (
 )
 
 EMBEDDED: Final = "embedded"
-DEFAULT_LABEL: Final = "xenstore"
-AUTOMATIC_SOURCES: Final = frozenset(("xenstore", "none", "auto"))
+DEFAULT_SOURCE: Final = "xenstore"
+AUTOMATIC_SOURCES: Final = frozenset((DEFAULT_SOURCE, "none", "auto"))
 
 DEFAULT_TX_TIMEOUT: Final = 60.0
 
@@ -55,8 +55,8 @@ class Options:
     """The options and arguments of one command line."""
 
     mountpoint: str
-    source: str | None = None
-    """A socket or device, `[USER@]HOST:[SOCKET]`, or `embedded`.  None: find it."""
+    source: str = DEFAULT_SOURCE
+    """A socket or device, `[USER@]HOST:[SOCKET]`, `embedded`, or one of AUTOMATIC_SOURCES: find it."""
     foreground: bool = False
     pretend: bool = False
     """mount -f: do everything except the mount itself."""
@@ -87,16 +87,14 @@ class Options:
     @property
     def destination(self) -> SshDestination | None:
         """The other host whose Xenstore is meant."""
-        if self.source is None or not is_remote(self.source):
-            return None
-        return parse_destination(self.source)
+        return parse_destination(self.source) if is_remote(self.source) else None
 
     @property
     def label(self) -> str:
         """The source as mount(8), findmnt(8) and df(1) show it.  It is the word that the user gave, so
         that `mount -a` recognizes the mount."""
-        source = self.source or DEFAULT_LABEL
-        return source if source.isascii() and source.isprintable() else DEFAULT_LABEL
+        is_plain = self.source.isascii() and self.source.isprintable()
+        return self.source if is_plain else DEFAULT_SOURCE
 
     @property
     def ownership(self) -> Ownership:
