@@ -8,6 +8,7 @@ import pwd
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -147,31 +148,26 @@ def _octal(text: str) -> int:
     return int(text, 8)
 
 
-def _is_below(text: str, limit: int) -> bool:
-    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) < limit
-
-
-def _id(text: str, kind: str, id_of: Callable[[str], int]) -> int:
-    if _is_below(text, ID_LIMIT):
-        return int(text)
-    try:
-        return id_of(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"must be the name of a {kind}, or a number below {ID_LIMIT}") from None
+def _number(text: str, limit: int, otherwise: str = "") -> int:
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= limit:
+        raise ValueError(f"must be {otherwise}a number below {limit}")
+    return int(text)
 
 
 def _user(text: str) -> int:
-    return _id(text, "user", lambda name: pwd.getpwnam(name).pw_uid)
+    with suppress(KeyError):
+        return pwd.getpwnam(text).pw_uid
+    return _number(text, ID_LIMIT, "the name of a user, or ")
 
 
 def _group(text: str) -> int:
-    return _id(text, "group", lambda name: grp.getgrnam(name).gr_gid)
+    with suppress(KeyError):
+        return grp.getgrnam(text).gr_gid
+    return _number(text, ID_LIMIT, "the name of a group, or ")
 
 
 def _domid(text: str) -> int:
-    if not _is_below(text, DOMID_FIRST_RESERVED):
-        raise ValueError(f"must be a number below {DOMID_FIRST_RESERVED}")
-    return int(text)
+    return _number(text, DOMID_FIRST_RESERVED)
 
 
 OPTIONS: Final[dict[str, Option]] = {

@@ -183,12 +183,8 @@ def _dump_perms(perms: bytes) -> bytes:
 class DumpFormat(TextFormat):
     """A JSON object a line for each node, parents first (see `parse_line`)."""
 
-    def __init__(self, view: View, top: bytes) -> None:
-        super().__init__(view, top)
-        self._above = len(join(top, b""))
-
     def leaf(self, path: bytes, value: bytes, perms: bytes) -> bytes:
-        path = b"." if path == self.top else path[self._above :]
+        path = b"." if path == self.top else path.removeprefix(join(self.top, b""))
         return b'{"path": "%s", "%s": %s, "perms": %s}\n' % (
             path,
             *_json_of(value),
