@@ -28,7 +28,7 @@ from xsfs.cli.exit_statuses import (
 )
 from xsfs.cli.mountpoint import check_fuse, check_mountpoint, fuse_failure
 from xsfs.cli.options import AUTOMATIC_SOURCES, Options
-from xsfs.cli.service import READY, STOPPING, describe_tasks, notify, status
+from xsfs.cli.service import describe_tasks, notify, status
 from xsfs.embedded.server import EmbeddedStore
 from xsfs.fs.inodes import InodeTable
 from xsfs.fs.migration import follow_home
@@ -44,7 +44,7 @@ from xsfs.view.view import View, home_of
 from xsfs.xenstore.background import open_background
 from xsfs.xenstore.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.xenstore.event_reader import SWITCH_SECONDS
-from xsfs.xenstore.protocol import decode_names, directory, directory_part, read
+from xsfs.xenstore.protocol import decode_names, directory, read
 from xsfs.xenstore.reconnect import Connect
 from xsfs.xenstore.ssh import open_forward
 from xsfs.xenstore.store import Store, open_store
@@ -130,7 +130,7 @@ async def _serve(options: Options, parent: int | None) -> None:
                     try:
                         if parent is not None:
                             ready(parent)
-                        notify(READY, description())
+                        notify("READY=1", description())
                         sys.setswitchinterval(SWITCH_SECONDS)
                         with trio.CancelScope() as serving:
                             ended.append(serving)
@@ -142,7 +142,7 @@ async def _serve(options: Options, parent: int | None) -> None:
 
 
 async def _unmount(operations: Operations, transactions: Transactions, view: View) -> None:
-    notify(STOPPING)
+    notify("STOPPING=1")
     with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
         await operations.end(view)
         await transactions.roll_back_all()
@@ -203,18 +203,13 @@ async def _daemon(options: Options, store: Store) -> str:
     """Which daemon has answered at the mount, as far as its replies tell."""
     if options.embedded:
         return "embedded"
-    part, children, missing = await store.pipeline(
-        (directory_part(b"/", 0), directory(b"/"), read(b"/xsfs-no-such-node"))
-    )
-    if isinstance(children, bytes) and b"@releaseDomain" in decode_names(children):
-        return OXENSTORED  # only it lists the special watches; xapi's knows DIRECTORY_PART
-    if isinstance(part, bytes):
-        return C_XENSTORED
-    if part.name in ("ENOSYS", "EINVAL"):
-        return OXENSTORED
+    children, missing = await store.pipeline((directory(b"/"), read(b"/xsfs-no-such-node")))
+    if isinstance(children, bytes):
+        # Only oxenstored lists the special watches.
+        return OXENSTORED if b"@releaseDomain" in decode_names(children) else C_XENSTORED
     # A guest may not read "/".  C xenstored does not tell it whether a child exists.
-    error = missing.name if isinstance(missing, XenstoreError) else None
-    return {"EACCES": C_XENSTORED, "ENOENT": OXENSTORED}.get(error or "", "unknown")
+    error = missing.name if isinstance(missing, XenstoreError) else ""
+    return {"EACCES": C_XENSTORED, "ENOENT": OXENSTORED}.get(error, "unknown")
 
 
 async def _view(options: Options, store: Store) -> View:

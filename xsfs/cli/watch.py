@@ -55,22 +55,18 @@ examples:
 """
 
 
-class WatchError(Exception):
-    """One line, for the user."""
-
-
 def node_of(path: bytes, otherwise: str) -> bytes:
-    """The Xenstore path of a file.  WatchError with the text `otherwise` if it is no node of Xenstore."""
+    """The Xenstore path of a file.  OSError with the text `otherwise` if it is no node of Xenstore."""
     try:
         return os.getxattr(path, "user.xs.path", follow_symlinks=False)
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.ENOTSUP):
-            raise WatchError(otherwise) from None
+            raise OSError(error.errno, otherwise) from None
         raise
 
 
 class Watch:
-    """One path that is watched.  Raises WatchError and OSError.
+    """One path that is watched.  Raises OSError.
 
     path            as the user wrote it
     descriptor      what to poll, and then to `read`
@@ -109,7 +105,7 @@ class Watch:
         """The paths that have changed, as they are in the mount."""
         data = os.read(self.descriptor, READ_SIZE)
         if not data:
-            raise WatchError("the mount has ended")
+            raise OSError(errno.ENOTCONN, "the mount has ended")
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             if not self._own_lines:
@@ -156,17 +152,11 @@ def value_of(path: bytes) -> bytes | None:
         return None
 
 
-_ESCAPES: Final = {
-    **{code: f"\\x{code:02x}" for code in (*range(32), *range(127, 256))},
-    **str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}),
-}
-
-
 def plain_line(path: bytes, *, with_value: bool) -> bytes:
     value = value_of(path) if with_value else None
     if value is None:
         return path
-    return path + b" = " + value.decode("latin-1").translate(_ESCAPES).encode("ascii")
+    return path + b" = " + value.decode("latin-1").encode("unicode_escape")
 
 
 def json_line(path: bytes, *, with_value: bool) -> bytes:
@@ -251,7 +241,7 @@ def changes(watches: Sequence[Watch], timeout: float) -> Iterator[tuple[Watch, b
                 os.kill(os.getpid(), signal.SIGPIPE)
                 return
             watch = by_descriptor[descriptor]
-            with _failure_of(os.fsdecode(watch.path)):
+            with _ends_on_failure(watch.path):
                 paths = list(watch.read())
             for path in paths:
                 yield watch, path
@@ -260,21 +250,21 @@ def changes(watches: Sequence[Watch], timeout: float) -> Iterator[tuple[Watch, b
 
 
 @contextmanager
-def _failure_of(what: str) -> Iterator[None]:
-    """Raise each error as a WatchError that begins with `what`."""
+def _ends_on_failure(path: bytes) -> Iterator[None]:
+    """Exit if the path cannot be watched, or no longer."""
     try:
         yield
     except OSError as error:
-        raise WatchError(f"{what}: {error.strerror}") from None
-    except WatchError as error:
-        raise WatchError(f"{what}: {error}") from None
+        text = b"xsfs-watch: cannot watch %s: %s\n" % (path, os.fsencode(str(error.strerror)))
+        sys.stderr.buffer.write(text)
+        sys.exit(EXIT_FAILED)
 
 
 def watch(command: argparse.Namespace) -> int:
-    """Print the lines; the exit status.  Raises WatchError."""
+    """Print the lines; the exit status."""
     watches = []
     for path in command.paths:
-        with _failure_of(f"cannot watch {os.fsdecode(path)}"):
+        with _ends_on_failure(path):
             watches.append(Watch(path))
     format_line = json_line if command.json else plain_line
     skipped: set[Watch] = set()
@@ -297,12 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    command = argument_parser().parse_args(arguments)
-    try:
-        return watch(command)
-    except WatchError as error:
-        sys.stderr.buffer.write(b"xsfs-watch: " + os.fsencode(str(error)) + b"\n")
-        return EXIT_FAILED
+    return watch(argument_parser().parse_args(arguments))
 
 
 if __name__ == "__main__":
