@@ -15,7 +15,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import cycle, repeat
@@ -28,7 +28,6 @@ from xsfs.view.names import VALUE_NAME, join, shown_names
 from xsfs.view.view import ABSENT, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.background import BackgroundCall, open_background
-from xsfs.xenstore.commands import Pipeline
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import perms_text
@@ -57,7 +56,10 @@ class TextFormat(ABC):
     format does not ask for it.
     """
 
-    asks_perms: ClassVar[bool] = True
+    asks: ClassVar[Sequence[Callable[[bytes], Request]]] = (
+        *(protocol.read, protocol.directory, protocol.get_perms),
+    )
+    """The requests for each node.  A format may omit the last one."""
 
     separator: ClassVar[bytes] = b""
     """What stands between two siblings, and between the value of a node and its first child."""
@@ -67,12 +69,8 @@ class TextFormat(ABC):
         self.top = top
 
     @abstractmethod
-    def leaf(self, path: bytes, value: bytes, perms: bytes) -> bytes:
-        """The text of a node without children."""
-
-    def begin(self, path: bytes, value: bytes, perms: bytes) -> bytes:
-        """The text of a node with children before theirs."""
-        return self.leaf(path, value, perms)
+    def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
+        """The text of a node before that of its children."""
 
     def end(self, path: bytes) -> bytes:
         """The text of a node with children after theirs."""
@@ -120,7 +118,7 @@ class LsFormat(TextFormat):
     That ends at the first node that may not be read, with a line for it, and the walk does so, too.
     """
 
-    def leaf(self, path: bytes, value: bytes, perms: bytes) -> bytes:
+    def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
         if path == self.top:
             return b""
         return b'%s = "%s"   (%s)\n' % (path, _SPECIAL.sub(_escape, value), _ls_perms(perms))
@@ -156,23 +154,19 @@ def _json_value(value: bytes) -> bytes:
 class JsonFormat(TextFormat):
     """One object: a leaf is its value, a directory an object, with its own value under `.value`."""
 
-    asks_perms = False
+    asks = TextFormat.asks[:2]
     separator = b", "
 
-    def leaf(self, path: bytes, value: bytes, perms: bytes) -> bytes:
-        if path == self.top or self.view.is_directory_without_children(path, value):
-            return self.begin(path, value, perms) + self.end(path)
-        return self._key(path) + _json_value(value)
-
-    def begin(self, path: bytes, value: bytes, perms: bytes) -> bytes:
-        own = b'"%s": %s' % (VALUE_NAME, _json_value(value)) if value else b""
-        return b"%s{%s" % (self._key(path), own)
+    def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
+        is_top = path == self.top
+        key = b"" if is_top else b'"%s": ' % path[path.rindex(b"/") + 1 :]
+        if has_children or is_top or self.view.is_directory_without_children(path, value):
+            own = b'"%s": %s' % (VALUE_NAME, _json_value(value)) if value else b""
+            return b"%s{%s%s" % (key, own, b"" if has_children else self.end(path))
+        return key + _json_value(value)
 
     def end(self, path: bytes) -> bytes:
         return b"}\n" if path == self.top else b"}"
-
-    def _key(self, path: bytes) -> bytes:
-        return b"" if path == self.top else b'"%s": ' % path[path.rindex(b"/") + 1 :]
 
 
 @lru_cache(1024)
@@ -183,26 +177,13 @@ def _dump_perms(perms: bytes) -> bytes:
 class DumpFormat(TextFormat):
     """A JSON object a line for each node, parents first (see `parse_line`)."""
 
-    def leaf(self, path: bytes, value: bytes, perms: bytes) -> bytes:
+    def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
         path = b"." if path == self.top else path.removeprefix(join(self.top, b""))
         return b'{"path": "%s", "%s": %s, "perms": %s}\n' % (
             path,
             *_json_of(value),
             _dump_perms(perms),
         )
-
-
-class DumpLine(NamedTuple):
-    """One node of a dump.
-
-    path    relative to the directory of the dump; `.` is that directory
-    value   None if the line does not set it
-    perms   as `n0,r7`; None if the line does not set them
-    """
-
-    path: bytes
-    value: bytes | None
-    perms: str | None
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -212,8 +193,9 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def parse_line(line: bytes) -> DumpLine:
-    """A line of a dump.  ValueError for one that is wrong."""
+def parse_line(line: bytes) -> tuple[bytes, bytes | None, str | None]:
+    """A line of a dump: the path relative to the directory of the dump, which is `.` itself; the value; and
+    the permissions as `n0,r7`.  None is for what the line does not set.  ValueError for a wrong line."""
     try:
         fields = json.loads(line.decode(), object_pairs_hook=_unique)
     except RecursionError:
@@ -232,7 +214,7 @@ def parse_line(line: bytes) -> DumpLine:
         value = fields["value"].encode()
     elif "base64" in fields:
         value = base64.b64decode(fields["base64"], validate=True)
-    return DumpLine(path, value, fields.get("perms"))
+    return path, value, fields.get("perms")
 
 
 def is_complete(text: bytes) -> bool:
@@ -279,9 +261,6 @@ class _Run:
 
 Window = list[tuple[_Run, bytes]]
 """Nodes that one pipeline asks about: of each its run and its path."""
-
-Answer = tuple[Reply, Reply, Reply]
-"""The replies to READ, DIRECTORY and GET_PERMS of one node."""
 
 
 class SubtreeText(NamedTuple):
@@ -330,16 +309,17 @@ class Walk:
         pipelines = self._view.commands.pipelines()
         turns = cycle(pipelines)
         async with open_background() as nursery:
-            asked: deque[tuple[Window, BackgroundCall[Iterator[Answer]]]] = deque()
+            asked: deque[tuple[Window, BackgroundCall[list[Reply]]]] = deque()
             while self._runs or asked:
                 # The store replies to the next windows while this task works on one.
                 while self._runs and len(asked) < self._windows_max(len(pipelines)):
                     self._before_window(self._size)
                     window = self._next_window()
-                    ask = partial(self._ask, window, next(turns))
-                    asked.append((window, BackgroundCall(nursery, ask)))
-                window, answers = asked.popleft()
-                await self._add_window(window, await answers.result())
+                    requests = [ask(path) for _, path in window for ask in self._format.asks]
+                    call = BackgroundCall(nursery, partial(next(turns), requests))
+                    asked.append((window, call))
+                window, call = asked.popleft()
+                await self._add_window(window, await call.result())
         return await self._joined(top.pieces)
 
     def _windows_max(self, connections: int) -> int:
@@ -357,19 +337,13 @@ class Walk:
                 self._runs.pop()
         return window
 
-    async def _ask(self, window: Window, pipeline: Pipeline) -> Iterator[Answer]:
-        asks_perms = self._format.asks_perms
-        requests: list[Request] = []
-        for _, path in window:
-            requests += (protocol.read(path), protocol.directory(path))
-            if asks_perms:
-                requests.append(protocol.get_perms(path))
-        replies = iter(await pipeline(requests))
-        return zip(replies, replies, replies if asks_perms else repeat(b""), strict=False)
-
-    async def _add_window(self, window: Window, answers: Iterator[Answer]) -> None:
+    async def _add_window(self, window: Window, replies: Iterable[Reply]) -> None:
         end = len(self._runs)
-        for (run, path), (value, listing, perms) in zip(window, answers, strict=True):
+        each = iter(replies)
+        perms_of_each = each if len(self._format.asks) == 3 else repeat(b"")
+        for (run, path), value, listing, perms in zip(
+            window, each, each, perms_of_each, strict=False
+        ):
             await self._give_turn()
             if isinstance(listing, XenstoreError) and listing.name == "E2BIG":
                 listing = await self._long_listing(path)
@@ -392,10 +366,9 @@ class Walk:
     ) -> _Run | None:
         """Add a node.  Returns the run of its children, if any."""
         text_format = self._format
+        self._put(run, text_format.begin(path, value, perms, bool(listing)))
         if not listing:
-            self._put(run, text_format.leaf(path, value, perms))
             return None
-        self._put(run, text_format.begin(path, value, perms))
         separator = text_format.separator if value else b""
         child = _Run(join(path, b""), text_format.shown(path, listing), separator)
         run.insert(child.pieces)
