@@ -58,19 +58,14 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
+    parser.set_defaults(options=[])
     add = parser.add_argument
     add("places", nargs="*", help=argparse.SUPPRESS)
-    add(
-        "-o",
-        action="append",
-        default=[],
-        metavar="OPT[,OPT...]",
-        dest="options",
-        help="mount options, see below; may be repeated",
-    )
+    text = "mount options, see below; may be repeated"
+    add("-o", action="append", metavar="OPT[,OPT...]", dest="options", help=text)
     add("-f", "--foreground", action="store_true", help="stay in the foreground")
-    debug = "log every operation, and stay in the foreground"
-    add("-d", "--debug", action="store_true", help=debug)
+    text = "log every operation, and stay in the foreground"
+    add("-d", "--debug", action="store_true", help=text)
     version = f"xsfs {__version__}"
     add("-V", "--version", action="version", version=version, help="print the version and exit")
     add("-h", "--help", action="help", help="print this help and exit")

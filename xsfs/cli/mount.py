@@ -23,10 +23,11 @@ from xsfs.cli.exit_statuses import (
     EXIT_DENIED,
     EXIT_INTERRUPTED,
     EXIT_MIRROR,
+    EXIT_MOUNTPOINT,
     EXIT_NO_STORE,
     MountError,
 )
-from xsfs.cli.mountpoint import check_fuse, check_mountpoint, fuse_failure
+from xsfs.cli.mountpoint import check_fuse, fuse_failure, mountpoint_fault
 from xsfs.cli.options import AUTOMATIC_SOURCES, Options
 from xsfs.cli.service import describe_tasks, notify, status
 from xsfs.embedded.server import EmbeddedStore
@@ -77,7 +78,8 @@ END_SECONDS: Final = 2.0
 def mount(options: Options) -> None:
     """Mount, and serve until the unmount.  If xsfs daemonizes, this returns in the foreground process
     as soon as the tree is usable.  Raises MountError."""
-    check_mountpoint(options.mountpoint)
+    if fault := mountpoint_fault(options.mountpoint):
+        raise MountError(EXIT_MOUNTPOINT, *fault)
     check_fuse()
     parent = None
     if not options.foreground:

@@ -11,7 +11,7 @@ import re
 import stat
 from typing import Final
 
-from xsfs.cli.exit_statuses import EXIT_FUSE, EXIT_MOUNTPOINT, MountError
+from xsfs.cli.exit_statuses import EXIT_FUSE, MountError
 
 FUSE_DEVICE: Final = "/dev/fuse"
 
@@ -20,16 +20,8 @@ KERNEL_TREES: Final = ("/proc/", "/sys/")
 """A mount here hides what ps, systemd and xsfs itself read, and they wait for xsfs."""
 
 
-def check_mountpoint(path: str) -> None:
-    """Raises MountError if xsfs cannot be mounted at `path`."""
-    if path.startswith("/dev/fd/"):
-        return  # mount.fuse3 has opened and mounted it already (drop_privileges)
-    if fault := _fault_of(path):
-        raise MountError(EXIT_MOUNTPOINT, *fault)
-
-
-def _fault_of(path: str) -> tuple[str, str] | None:
-    """Why xsfs cannot be mounted there, and a hint."""
+def mountpoint_fault(path: str) -> tuple[str, str] | None:
+    """Why xsfs cannot be mounted at `path`, and a hint."""
     try:
         found = os.stat(path)
     except FileNotFoundError:

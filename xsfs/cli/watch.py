@@ -20,9 +20,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 EXIT_COUNT: Final = 0
 EXIT_FAILED: Final = 1
@@ -152,22 +152,19 @@ def value_of(path: bytes) -> bytes | None:
         return None
 
 
-def plain_line(path: bytes, *, with_value: bool) -> bytes:
+def line_of(path: bytes, *, with_value: bool, as_json: bool) -> bytes:
     value = value_of(path) if with_value else None
+    if as_json:
+        line: dict[str, str | None] = {"path": os.fsdecode(path)}
+        if with_value:
+            try:
+                line["value"] = None if value is None else value.decode()
+            except UnicodeDecodeError:
+                line["base64"] = base64.b64encode(value or b"").decode()
+        return json.dumps(line).encode()
     if value is None:
         return path
     return path + b" = " + value.decode("latin-1").encode("unicode_escape")
-
-
-def json_line(path: bytes, *, with_value: bool) -> bytes:
-    line: dict[str, str | None] = {"path": os.fsdecode(path)}
-    if with_value:
-        value = value_of(path)
-        try:
-            line["value"] = None if value is None else value.decode()
-        except UnicodeDecodeError:
-            line["base64"] = base64.b64encode(value or b"").decode()
-    return json.dumps(line).encode()
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -200,21 +197,14 @@ def argument_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    switch: Mapping[str, Any] = {"action": "store_true"}
-    parser.add_argument("-v", "--values", help="print 'PATH = VALUE'", **switch)
-    parser.add_argument("-j", "--json", help="print a JSON object a line", **switch)
-    parser.add_argument("-s", "--skip-first", help="omit the first line of each PATH", **switch)
-    parser.add_argument("-n", "--count", type=count, metavar="COUNT", help="end after COUNT lines")
-    parser.add_argument(
-        *("-t", "--timeout"),
-        type=seconds,
-        default=math.inf,
-        metavar="SECONDS",
-        help="end after SECONDS",
-    )
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", type=os.fsencode, help=argparse.SUPPRESS
-    )
+    parser.set_defaults(timeout=math.inf)
+    add = parser.add_argument
+    add("-v", "--values", action="store_true", help="print 'PATH = VALUE'")
+    add("-j", "--json", action="store_true", help="print a JSON object a line")
+    add("-s", "--skip-first", action="store_true", help="omit the first line of each PATH")
+    add("-n", "--count", type=count, metavar="COUNT", help="end after COUNT lines")
+    add("-t", "--timeout", type=seconds, metavar="SECONDS", help="end after SECONDS")
+    add("paths", nargs="+", metavar="PATH", type=os.fsencode, help=argparse.SUPPRESS)
     return parser
 
 
@@ -260,34 +250,29 @@ def _ends_on_failure(path: bytes) -> Iterator[None]:
         sys.exit(EXIT_FAILED)
 
 
-def watch(command: argparse.Namespace) -> int:
-    """Print the lines; the exit status."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    # They end it without a traceback; a shell that starts it in the background ignores SIGINT.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = argument_parser().parse_args(arguments)
     watches = []
     for path in command.paths:
         with _ends_on_failure(path):
             watches.append(Watch(path))
-    format_line = json_line if command.json else plain_line
     skipped: set[Watch] = set()
     printed = 0
     for source, path in changes(watches, command.timeout):
         if command.skip_first and source not in skipped:
             skipped.add(source)
             continue
-        line = format_line(path, with_value=command.values)
+        line = line_of(path, with_value=command.values, as_json=command.json)
         sys.stdout.buffer.write(line + b"\n")
         sys.stdout.buffer.flush()
         printed += 1
         if printed == command.count:
             return EXIT_COUNT
     return EXIT_TIME
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    # They end it without a traceback; a shell that starts it in the background ignores SIGINT.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return watch(argument_parser().parse_args(arguments))
 
 
 if __name__ == "__main__":
