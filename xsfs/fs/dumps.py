@@ -63,8 +63,6 @@ LOOK_SECONDS: Final = 0.25
 class SubtreeFile(FileOfDirectory):
     """A file whose content is made of a directory's node and all below it."""
 
-    __slots__ = ()
-
     text_format: ClassVar[type[TextFormat]]
     writable: ClassVar[bool] = False
     opens_by_walk = True
@@ -93,23 +91,17 @@ class SubtreeFile(FileOfDirectory):
 class LsFile(SubtreeFile):
     """`.ls`: what xenstore-ls -f -p prints."""
 
-    __slots__ = ()
-
     text_format = LsFormat
 
 
 class JsonFile(SubtreeFile):
     """`.json`: one object."""
 
-    __slots__ = ()
-
     text_format = JsonFormat
 
 
 class DumpFile(SubtreeFile):
     """`.dump`: a line a node.  Writing restores."""
-
-    __slots__ = ()
 
     text_format = DumpFormat
     writable = True
@@ -128,8 +120,6 @@ class DumpFile(SubtreeFile):
 
 class SubtreeHandle(Handle):
     """The text as it was at the open(2)."""
-
-    __slots__ = ("_caller", "_error", "_next_look", "_share", "_text")
 
     node: SubtreeFile
 
@@ -183,8 +173,6 @@ class SubtreeHandle(Handle):
 
 class DumpHandle(SubtreeHandle):
     """A `.dump`.  Lines have no positions: what is written is one stream, wherever each write(2) seeks."""
-
-    __slots__ = ("_lock", "_partial")
 
     def __init__(self, node: SubtreeFile, caller: Caller) -> None:
         super().__init__(node, caller)

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import cycle, repeat
 from time import perf_counter
@@ -234,6 +235,7 @@ Piece: TypeAlias = "bytearray | XenstoreError | list[Piece]"
 """A part of the text, nested as the tree is.  The text ends before an error."""
 
 
+@dataclass(slots=True)
 class _Run:
     """Siblings that the walk has not asked about yet, and the text of their parent's children.
 
@@ -243,15 +245,15 @@ class _Run:
     pieces      the text; `text` is the last one
     """
 
-    __slots__ = ("names", "pieces", "prefix", "separator", "start", "text")
+    prefix: bytes
+    names: Sequence[bytes]
+    separator: bytes
+    start: int = 0
+    text: bytearray = field(default_factory=bytearray)
+    pieces: list[Piece] = field(default_factory=list)
 
-    def __init__(self, prefix: bytes, names: Sequence[bytes], separator: bytes) -> None:
-        self.prefix = prefix
-        self.names = names
-        self.separator = separator
-        self.start = 0
-        self.text = bytearray()
-        self.pieces: list[Piece] = [self.text]
+    def __post_init__(self) -> None:
+        self.pieces.append(self.text)
 
     def insert(self, *pieces: Piece) -> None:
         """Add these.  The text goes on in a new piece."""
@@ -341,16 +343,15 @@ class Walk:
         end = len(self._runs)
         each = iter(replies)
         perms_of_each = each if len(self._format.asks) == 3 else repeat(b"")
-        for (run, path), value, listing, perms in zip(
-            window, each, each, perms_of_each, strict=False
-        ):
+        answers = zip(window, each, each, perms_of_each, strict=False)
+        for (run, path), value, listing, perms in answers:
             await self._give_turn()
             if isinstance(listing, XenstoreError) and listing.name == "E2BIG":
                 listing = await self._long_listing(path)
             if type(value) is bytes and type(listing) is bytes and type(perms) is bytes:
-                child = self._add(run, path, value, listing, perms)
-                if child is not None:
-                    self._runs.insert(end, child)
+                self._put(run, self._format.begin(path, value, perms, bool(listing)))
+                if listing:
+                    self._runs.insert(end, self._child(run, path, value, listing))
             else:
                 errors = (each for each in (value, perms, listing) if not isinstance(each, bytes))
                 self._fail(run, path, next(errors))
@@ -361,18 +362,12 @@ class Walk:
         except XenstoreError as error:
             return error
 
-    def _add(
-        self, run: _Run, path: bytes, value: bytes, listing: bytes, perms: bytes
-    ) -> _Run | None:
-        """Add a node.  Returns the run of its children, if any."""
-        text_format = self._format
-        self._put(run, text_format.begin(path, value, perms, bool(listing)))
-        if not listing:
-            return None
-        separator = text_format.separator if value else b""
-        child = _Run(join(path, b""), text_format.shown(path, listing), separator)
+    def _child(self, run: _Run, path: bytes, value: bytes, listing: bytes) -> _Run:
+        """The run of a node's children, whose text comes next in the node's own run."""
+        names = self._format.shown(path, listing)
+        child = _Run(join(path, b""), names, self._format.separator if value else b"")
         run.insert(child.pieces)
-        run.text += text_format.end(path)
+        run.text += self._format.end(path)
         return child
 
     def _fail(self, run: _Run, path: bytes, error: XenstoreError) -> None:
