@@ -111,11 +111,11 @@ def _open_standard_files() -> None:
     sys.stderr = sys.stderr or io.TextIOWrapper(io.BytesIO())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     _open_standard_files()
-    helper = arguments is None and os.path.basename(sys.argv[0]).startswith("mount.")
+    helper = os.path.basename(sys.argv[0]).startswith("mount.")
     try:
-        options = parse_arguments(sys.argv[1:] if arguments is None else arguments, helper=helper)
+        options = parse_arguments(sys.argv[1:], helper=helper)
     except UsageError as error:
         print(f"xsfs: {error} (try 'xsfs --help')", file=sys.stderr)
         return EXIT_USAGE

@@ -5,7 +5,6 @@ libfuse itself reports such failures late, and without a hint.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
@@ -27,11 +26,8 @@ def mountpoint_fault(path: str) -> tuple[str, str] | None:
     except FileNotFoundError:
         return f"the mountpoint {path} does not exist", f"mkdir -p {path}"
     except OSError as error:
-        hint = "choose another directory"
-        if error.errno == errno.ENOTCONN:
-            hint = f"the file system there has died: umount {path}"
-        elif _is_mounted(path):  # another user's: stat(2) fails with EACCES
-            hint = f"umount {path} first"
+        # It may be an xsfs that has died, or that belongs to another user.
+        hint = f"umount {path} first" if _is_mounted(path) else "choose another directory"
         return f"the mountpoint {path} is unusable: {error.strerror}", hint
     if not stat.S_ISDIR(found.st_mode):
         return f"the mountpoint {path} is not a directory", "choose a directory"

@@ -264,12 +264,10 @@ def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
     Raises UsageError.
     """
     found: dict[str, Any] = {}
-    for escaped in re.split(r"(?<!\\),", ",".join(texts)):
+    for escaped in filter(None, re.split(r"(?<!\\),", ",".join(texts))):
         text = escaped.replace("\\,", ",")
         name, equals, value = text.partition("=")
         option = OPTIONS.get(name)
-        if not text:
-            continue
         if text == "rw":
             found["ro"] = False  # the last of the two counts
         elif text == "remount":

@@ -250,12 +250,12 @@ def _ends_on_failure(path: bytes) -> Iterator[None]:
         sys.exit(EXIT_FAILED)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     # They end it without a traceback; a shell that starts it in the background ignores SIGINT.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    command = argument_parser().parse_args(arguments)
+    command = argument_parser().parse_args()
     watches = []
     for path in command.paths:
         with _ends_on_failure(path):

@@ -97,20 +97,16 @@ def _escape(byte: re.Match[bytes]) -> bytes:
     return _ESCAPES.get(byte[0]) or (b"\\%03o" if code < 8 else b"\\x%02x") % code
 
 
+def _as_int(number: re.Match[bytes]) -> bytes:
+    # strtol(3), and then an int.
+    low = max(-(1 << 63), min(int(number[0]), (1 << 63) - 1)) & 0xFFFFFFFF
+    return b"%d" % (low - (low >> 31 << 32))
+
+
 @lru_cache(1024)
 def _ls_perms(perms: bytes) -> bytes:
     """Permissions as xenstore-ls prints them: libxenstore keeps each domid in 32 bits."""
-    entries = []
-    for entry in protocol.strings(perms):
-        try:
-            number = int(entry[1:])
-        except ValueError:
-            entries.append(entry)
-            continue
-        # strtol(3), and then an int.
-        number = max(-(1 << 63), min(number, (1 << 63) - 1)) & 0xFFFFFFFF
-        entries.append(b"%c%d" % (entry[0], number - (number >> 31 << 32)))
-    return b",".join(entries)
+    return re.sub(rb"[-+]?[0-9]+", _as_int, perms_text(perms))
 
 
 class LsFormat(TextFormat):
