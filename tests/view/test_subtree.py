@@ -244,7 +244,7 @@ async def test_others_get_a_turn_within_a_window(w: World) -> None:
             await trio.lowlevel.checkpoint()
             turns += 1
 
-    def leaf(*_: object) -> bytes:
+    def begin(*_: object) -> bytes:
         seen.append(turns)
         return b""
 
@@ -252,7 +252,7 @@ async def test_others_get_a_turn_within_a_window(w: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subtree, "TURN_SECONDS", 0)
         text_format = LsFormat(w.view, TOP)
-        patch.setattr(text_format, "leaf", leaf)
+        patch.setattr(text_format, "begin", begin)
         async with open_background() as nursery:
             nursery.start_soon(count_turns)
             await Walk(text_format, lambda size: None).run()
@@ -315,7 +315,7 @@ async def test_every_line_of_a_dump_can_be_parsed(w: World) -> None:
     for number, value in enumerate(values):
         await w.store.write(b"%s/%d" % (TOP, number), value)
     lines = [parse_line(line) for line in (await text_of(w, DumpFormat)).splitlines()]
-    found = {line.path: line.value for line in lines}
+    found = {path: value for path, value, _ in lines}
     assert found == {b".": b""} | {b"%d" % number: value for number, value in enumerate(values)}
 
 

@@ -1,5 +1,4 @@
-"""The exit statuses of the command: one table for the command, its help and the manual; and the error
-that carries one of them."""
+"""The exit statuses of the command `xsfs`, and the error that carries one of them."""
 
 from __future__ import annotations
 

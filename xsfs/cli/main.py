@@ -12,7 +12,7 @@ from typing import Final, NoReturn
 
 from xsfs import __version__
 from xsfs.cli.exit_statuses import EXIT_BUG, EXIT_MOUNTED, EXIT_USAGE, STATUSES, MountError
-from xsfs.cli.options import Options, UsageError, help_lines, parse, source_of
+from xsfs.cli.options import DEFAULT_SOURCE, Options, UsageError, help_lines, parse, source_of
 from xsfs.cli.service import JournalFormatter, in_journal, notify, status
 
 USAGE: Final = "xsfs [-f] [-d] [-o OPT[,OPT...]]... [SOURCE] MOUNTPOINT"
@@ -58,19 +58,14 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
+    parser.set_defaults(options=[])
     add = parser.add_argument
     add("places", nargs="*", help=argparse.SUPPRESS)
-    add(
-        "-o",
-        action="append",
-        default=[],
-        metavar="OPT[,OPT...]",
-        dest="options",
-        help="mount options, see below; may be repeated",
-    )
+    text = "mount options, see below; may be repeated"
+    add("-o", action="append", metavar="OPT[,OPT...]", dest="options", help=text)
     add("-f", "--foreground", action="store_true", help="stay in the foreground")
-    debug = "log every operation, and stay in the foreground"
-    add("-d", "--debug", action="store_true", help=debug)
+    text = "log every operation, and stay in the foreground"
+    add("-d", "--debug", action="store_true", help=text)
     version = f"xsfs {__version__}"
     add("-V", "--version", action="version", version=version, help="print the version and exit")
     add("-h", "--help", action="help", help="print this help and exit")
@@ -95,7 +90,7 @@ def parse_arguments(arguments: Sequence[str], *, helper: bool = False) -> Option
     *source, mountpoint = found.places
     options = Options(
         mountpoint,
-        source_of(source[0]) if source else None,
+        source_of(source[0]) if source else DEFAULT_SOURCE,
         foreground=(found.foreground and not helper) or found.debug,
         pretend=found.foreground and helper,
         debug=found.debug,
@@ -116,11 +111,11 @@ def _open_standard_files() -> None:
     sys.stderr = sys.stderr or io.TextIOWrapper(io.BytesIO())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     _open_standard_files()
-    helper = arguments is None and os.path.basename(sys.argv[0]).startswith("mount.")
+    helper = os.path.basename(sys.argv[0]).startswith("mount.")
     try:
-        options = parse_arguments(sys.argv[1:] if arguments is None else arguments, helper=helper)
+        options = parse_arguments(sys.argv[1:], helper=helper)
     except UsageError as error:
         print(f"xsfs: {error} (try 'xsfs --help')", file=sys.stderr)
         return EXIT_USAGE

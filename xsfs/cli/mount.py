@@ -11,24 +11,25 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
 
 import pyfuse3
 import trio
 
-from xsfs.cli.daemonize import Background
+from xsfs.cli.daemonize import fork, ready
 from xsfs.cli.exit_statuses import (
     EXIT_DENIED,
     EXIT_INTERRUPTED,
     EXIT_MIRROR,
+    EXIT_MOUNTPOINT,
     EXIT_NO_STORE,
     MountError,
 )
-from xsfs.cli.mountpoint import check_fuse, check_mountpoint, fuse_failure
+from xsfs.cli.mountpoint import check_fuse, fuse_failure, mountpoint_fault
 from xsfs.cli.options import AUTOMATIC_SOURCES, Options
-from xsfs.cli.service import READY, STOPPING, describe_tasks, notify, status
+from xsfs.cli.service import describe_tasks, notify, status
 from xsfs.embedded.server import EmbeddedStore
 from xsfs.fs.inodes import InodeTable
 from xsfs.fs.migration import follow_home
@@ -44,7 +45,7 @@ from xsfs.view.view import View, home_of
 from xsfs.xenstore.background import open_background
 from xsfs.xenstore.errors import StoreError, StoreUnavailable, XenstoreError
 from xsfs.xenstore.event_reader import SWITCH_SECONDS
-from xsfs.xenstore.protocol import decode_names, directory, directory_part, read
+from xsfs.xenstore.protocol import decode_names, directory, read
 from xsfs.xenstore.reconnect import Connect
 from xsfs.xenstore.ssh import open_forward
 from xsfs.xenstore.store import Store, open_store
@@ -70,11 +71,6 @@ and frees it when it ends.  With pyfuse3's default they come and go whenever two
 C_XENSTORED: Final = "C xenstored"
 OXENSTORED: Final = "oxenstored"
 
-PROGRESS_SECONDS: Final = 1.0
-"""How often xsfs shows how far the first copy of a mirror is."""
-
-ERASE_LINE: Final = "\r\x1b[K"
-
 END_SECONDS: Final = 2.0
 """How long the unmount may wait for changes that open files have not yet written."""
 
@@ -82,24 +78,16 @@ END_SECONDS: Final = 2.0
 def mount(options: Options) -> None:
     """Mount, and serve until the unmount.  If xsfs daemonizes, this returns in the foreground process
     as soon as the tree is usable.  Raises MountError."""
-    check_mountpoint(options.mountpoint)
+    if fault := mountpoint_fault(options.mountpoint):
+        raise MountError(EXIT_MOUNTPOINT, *fault)
     check_fuse()
-    background = None if options.foreground else Background()
-    if background is not None and background.in_foreground:
-        background.wait()
-        return
+    parent = None
+    if not options.foreground:
+        parent = fork()
+        if parent is None:
+            return
     try:
-        _run(options, background)
-    except MountError as error:
-        if background is None:
-            raise
-        background.failed(error.status, str(error))
-
-
-def _run(options: Options, background: Background | None) -> None:
-    try:
-        if not trio.run(_serve, options, background):
-            raise MountError(EXIT_INTERRUPTED, "interrupted before the mount", "try again")
+        trio.run(_serve, options, parent)
     except StoreUnavailable as error:
         exit_status = EXIT_DENIED if error.denied else EXIT_NO_STORE
         raise MountError(exit_status, str(error), error.hint) from error
@@ -107,10 +95,10 @@ def _run(options: Options, background: Background | None) -> None:
         raise MountError(EXIT_NO_STORE, str(error), NO_STORE_HINT) from error
 
 
-async def _serve(options: Options, background: Background | None) -> bool:
-    """Returns whether the tree was ever usable."""
-    was_ready = False
-    source = _source(options)
+async def _serve(options: Options, parent: int | None) -> None:
+    source = options.source
+    if source in AUTOMATIC_SOURCES:
+        source = find_store(os.environ)
     with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as signals, trio.CancelScope() as scope:
         # A signal cancels the last of these.  Once mounted this is the serving alone, because open
         # files need the connections for what they have not yet written.
@@ -142,28 +130,21 @@ async def _serve(options: Options, background: Background | None) -> bool:
                             follow_home, view, operations, transactions, on_move
                         )
                     try:
-                        if background is not None:
-                            background.ready()
-                        notify(READY, description())
-                        was_ready = True
+                        if parent is not None:
+                            ready(parent)
+                        notify("READY=1", description())
                         sys.setswitchinterval(SWITCH_SECONDS)
                         with trio.CancelScope() as serving:
                             ended.append(serving)
                             await _answer_the_kernel()
                     finally:
                         await _unmount(operations, transactions, view)
-    return was_ready
-
-
-def _source(options: Options) -> str:
-    """The socket or device that is mounted, the other host, or `embedded`."""
-    if options.source is None or options.source in AUTOMATIC_SOURCES:
-        return find_store(os.environ)
-    return options.source
+    if ended == [scope]:
+        raise MountError(EXIT_INTERRUPTED, "interrupted before the mount", "try again")
 
 
 async def _unmount(operations: Operations, transactions: Transactions, view: View) -> None:
-    notify(STOPPING)
+    notify("STOPPING=1")
     with trio.CancelScope(deadline=trio.current_time() + END_SECONDS, shield=True):
         await operations.end(view)
         await transactions.roll_back_all()
@@ -220,37 +201,30 @@ async def _connect(options: Options, source: str) -> AsyncIterator[Connect]:
         yield lambda: SocketTransport(embedded.connect(options.domid), same_loop=True)
 
 
-_MISSING: Final = b"/xsfs-no-such-node"
-
-
 async def _daemon(options: Options, store: Store) -> str:
     """Which daemon has answered at the mount, as far as its replies tell."""
     if options.embedded:
         return "embedded"
-    part, children, missing = await store.pipeline(
-        (directory_part(b"/", 0), directory(b"/"), read(_MISSING))
-    )
-    if isinstance(children, bytes) and b"@releaseDomain" in decode_names(children):
-        return OXENSTORED  # only it lists the special watches; xapi's knows DIRECTORY_PART
-    if isinstance(part, bytes):
-        return C_XENSTORED
-    if part.name in ("ENOSYS", "EINVAL"):
-        return OXENSTORED
+    children, missing = await store.pipeline((directory(b"/"), read(b"/xsfs-no-such-node")))
+    if isinstance(children, bytes):
+        # Only oxenstored lists the special watches.
+        return OXENSTORED if b"@releaseDomain" in decode_names(children) else C_XENSTORED
     # A guest may not read "/".  C xenstored does not tell it whether a child exists.
-    error = missing.name if isinstance(missing, XenstoreError) else None
-    return {"EACCES": C_XENSTORED, "ENOENT": OXENSTORED}.get(error or "", "unknown")
+    error = missing.name if isinstance(missing, XenstoreError) else ""
+    return {"EACCES": C_XENSTORED, "ENOENT": OXENSTORED}.get(error, "unknown")
 
 
 async def _view(options: Options, store: Store) -> View:
     """The tree as the mount shows it."""
-    unknown = "cannot tell which domain this is"
-    hint = "the node 'domid' in the domain's home must be readable and contain a number"
     try:
         domid = await store.domid()
-    except XenstoreError as error:
-        raise MountError(EXIT_DENIED, f"{unknown}: {error}", hint) from None
-    except ValueError:
-        raise MountError(EXIT_DENIED, f"{unknown}: its domid is not a number", hint) from None
+    except (XenstoreError, ValueError) as error:
+        reason = error if isinstance(error, XenstoreError) else "its domid is not a number"
+        raise MountError(
+            EXIT_DENIED,
+            f"cannot tell which domain this is: {reason}",
+            "the node 'domid' in the domain's home must be readable and contain a number",
+        ) from None
     root = options.root if options.root is not None else home_of(domid)
     if domid:  # domain 0 keeps its domid
         store.home.move(home_of(domid))
@@ -281,9 +255,7 @@ async def _mirror(options: Options, connect: Connect, view: View) -> AsyncIterat
             own = View(store, view.domid, view.root, view.value_format, view.sticky)
             mirror = Mirror(store, own, files)
             try:
-                async with open_background() as progress:
-                    progress.start_soon(_show_progress, mirror)
-                    await background_tasks.start(mirror.run)
+                await background_tasks.start(mirror.run)
             except OSError as error:
                 raise MountError(
                     EXIT_MIRROR,
@@ -293,22 +265,6 @@ async def _mirror(options: Options, connect: Connect, view: View) -> AsyncIterat
             yield mirror
     finally:
         files.close()
-
-
-async def _show_progress(mirror: Mirror) -> None:
-    """Show how far the first copy is, to systemd and at a terminal."""
-    at_terminal = sys.stderr.isatty()
-    with suppress(OSError):  # the terminal may go
-        try:
-            while True:
-                await trio.sleep(PROGRESS_SECONDS)
-                text = f"making the mirror: {mirror.fetched} nodes"
-                notify(status(text))
-                if at_terminal:
-                    print(f"\r{text}", end="", file=sys.stderr, flush=True)
-        finally:
-            if at_terminal:
-                print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
 
 def _operations(

@@ -5,13 +5,12 @@ libfuse itself reports such failures late, and without a hint.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
 from typing import Final
 
-from xsfs.cli.exit_statuses import EXIT_FUSE, EXIT_MOUNTPOINT, MountError
+from xsfs.cli.exit_statuses import EXIT_FUSE, MountError
 
 FUSE_DEVICE: Final = "/dev/fuse"
 
@@ -20,26 +19,15 @@ KERNEL_TREES: Final = ("/proc/", "/sys/")
 """A mount here hides what ps, systemd and xsfs itself read, and they wait for xsfs."""
 
 
-def check_mountpoint(path: str) -> None:
-    """Raises MountError if xsfs cannot be mounted at `path`."""
-    if path.startswith("/dev/fd/"):
-        return  # mount.fuse3 has opened and mounted it already (drop_privileges)
-    if fault := _fault_of(path):
-        raise MountError(EXIT_MOUNTPOINT, *fault)
-
-
-def _fault_of(path: str) -> tuple[str, str] | None:
-    """Why xsfs cannot be mounted there, and a hint."""
+def mountpoint_fault(path: str) -> tuple[str, str] | None:
+    """Why xsfs cannot be mounted at `path`, and a hint."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
         return f"the mountpoint {path} does not exist", f"mkdir -p {path}"
     except OSError as error:
-        hint = "choose another directory"
-        if error.errno == errno.ENOTCONN:
-            hint = f"the file system there has died: umount {path}"
-        elif _is_mounted(path):  # another user's: stat(2) fails with EACCES
-            hint = f"umount {path} first"
+        # It may be an xsfs that has died, or that belongs to another user.
+        hint = f"umount {path} first" if _is_mounted(path) else "choose another directory"
         return f"the mountpoint {path} is unusable: {error.strerror}", hint
     if not stat.S_ISDIR(found.st_mode):
         return f"the mountpoint {path} is not a directory", "choose a directory"

@@ -8,6 +8,7 @@ import pwd
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -24,8 +25,8 @@ from xsfs.xenstore.ssh_destination import (
 )
 
 EMBEDDED: Final = "embedded"
-DEFAULT_LABEL: Final = "xenstore"
-AUTOMATIC_SOURCES: Final = frozenset(("xenstore", "none", "auto"))
+DEFAULT_SOURCE: Final = "xenstore"
+AUTOMATIC_SOURCES: Final = frozenset((DEFAULT_SOURCE, "none", "auto"))
 
 DEFAULT_TX_TIMEOUT: Final = 60.0
 
@@ -55,8 +56,8 @@ class Options:
     """The options and arguments of one command line."""
 
     mountpoint: str
-    source: str | None = None
-    """A socket or device, `[USER@]HOST:[SOCKET]`, or `embedded`.  None: find it."""
+    source: str = DEFAULT_SOURCE
+    """A socket or device, `[USER@]HOST:[SOCKET]`, `embedded`, or one of AUTOMATIC_SOURCES: find it."""
     foreground: bool = False
     pretend: bool = False
     """mount -f: do everything except the mount itself."""
@@ -87,16 +88,14 @@ class Options:
     @property
     def destination(self) -> SshDestination | None:
         """The other host whose Xenstore is meant."""
-        if self.source is None or not is_remote(self.source):
-            return None
-        return parse_destination(self.source)
+        return parse_destination(self.source) if is_remote(self.source) else None
 
     @property
     def label(self) -> str:
         """The source as mount(8), findmnt(8) and df(1) show it.  It is the word that the user gave, so
         that `mount -a` recognizes the mount."""
-        source = self.source or DEFAULT_LABEL
-        return source if source.isascii() and source.isprintable() else DEFAULT_LABEL
+        is_plain = self.source.isascii() and self.source.isprintable()
+        return self.source if is_plain else DEFAULT_SOURCE
 
     @property
     def ownership(self) -> Ownership:
@@ -149,31 +148,26 @@ def _octal(text: str) -> int:
     return int(text, 8)
 
 
-def _is_below(text: str, limit: int) -> bool:
-    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) < limit
-
-
-def _id(text: str, kind: str, id_of: Callable[[str], int]) -> int:
-    if _is_below(text, ID_LIMIT):
-        return int(text)
-    try:
-        return id_of(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"must be the name of a {kind}, or a number below {ID_LIMIT}") from None
+def _number(text: str, limit: int, otherwise: str = "") -> int:
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= limit:
+        raise ValueError(f"must be {otherwise}a number below {limit}")
+    return int(text)
 
 
 def _user(text: str) -> int:
-    return _id(text, "user", lambda name: pwd.getpwnam(name).pw_uid)
+    with suppress(KeyError):
+        return pwd.getpwnam(text).pw_uid
+    return _number(text, ID_LIMIT, "the name of a user, or ")
 
 
 def _group(text: str) -> int:
-    return _id(text, "group", lambda name: grp.getgrnam(name).gr_gid)
+    with suppress(KeyError):
+        return grp.getgrnam(text).gr_gid
+    return _number(text, ID_LIMIT, "the name of a group, or ")
 
 
 def _domid(text: str) -> int:
-    if not _is_below(text, DOMID_FIRST_RESERVED):
-        raise ValueError(f"must be a number below {DOMID_FIRST_RESERVED}")
-    return int(text)
+    return _number(text, DOMID_FIRST_RESERVED)
 
 
 OPTIONS: Final[dict[str, Option]] = {
@@ -270,12 +264,10 @@ def parse(texts: Sequence[str], *, sloppy: bool = False) -> dict[str, Any]:
     Raises UsageError.
     """
     found: dict[str, Any] = {}
-    for escaped in re.split(r"(?<!\\),", ",".join(texts)):
+    for escaped in filter(None, re.split(r"(?<!\\),", ",".join(texts))):
         text = escaped.replace("\\,", ",")
         name, equals, value = text.partition("=")
         option = OPTIONS.get(name)
-        if not text:
-            continue
         if text == "rw":
             found["ro"] = False  # the last of the two counts
         elif text == "remount":

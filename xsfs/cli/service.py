@@ -7,13 +7,9 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any, Final
 
 log = logging.getLogger(__name__)
-
-READY: Final = "READY=1"
-STOPPING: Final = "STOPPING=1"
 
 LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 """The levels of syslog(3)."""
@@ -57,23 +53,18 @@ def describe_tasks() -> Iterator[str]:
     """A line for each task of the running event loop, and one for each call in its stack."""
     import trio  # `xsfs --help` imports this module, and does not wait for trio to load
 
-    found = [(trio.lowlevel.current_root_task(), "")]
-    while found:
-        task, indent = found.pop()
-        assert task is not None
-        yield f"{indent}{task.name}"
-        for frame in _frames(task.coro):
+    return _describe(trio.lowlevel.current_root_task(), "")
+
+
+def _describe(task: Any, indent: str) -> Iterator[str]:
+    yield f"{indent}{task.name}"
+    # trio 0.22, which Debian 12 has, does not tell the frames.  pyfuse3's coroutines have their own type.
+    awaited = task.coro
+    while awaited is not None:
+        if frame := getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None):
             code = frame.f_code
             yield f"{indent}    {code.co_filename}:{frame.f_lineno} {code.co_qualname}"
-        for nursery in task.child_nurseries:
-            found += [(child, indent + "  ") for child in nursery.child_tasks]
-
-
-def _frames(awaited: Any) -> Iterator[FrameType]:
-    """The frames of a suspended call.  trio 0.22, which Debian 12 has, does not tell them."""
-    # pyfuse3's coroutines have a type of their own.
-    while awaited is not None:
-        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
-        if frame is not None:
-            yield frame
         awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+    for nursery in task.child_nurseries:
+        for child in nursery.child_tasks:
+            yield from _describe(child, indent + "  ")

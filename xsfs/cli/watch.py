@@ -3,8 +3,8 @@
 It uses the watch files of the mount, and nothing but the standard library: no pyfuse3, no trio.
 
 Each path has a `Watch`: an open `.watch`.  The main thread polls them all.  A pyfuse3 without poll(2)
-makes the kernel report each of them as readable at all times.  Then one thread for each path reads it
-without O_NONBLOCK, and passes the lines through a pipe that the main thread polls instead.
+makes the kernel report each of them as readable at all times.  Then one thread for each path reads it,
+and passes the lines through a pipe that the main thread polls instead.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import math
 import os
 import select
 import signal
-import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 EXIT_COUNT: Final = 0
 EXIT_FAILED: Final = 1
@@ -56,22 +55,18 @@ examples:
 """
 
 
-class WatchError(Exception):
-    """One line, for the user."""
-
-
 def node_of(path: bytes, otherwise: str) -> bytes:
-    """The Xenstore path of a file.  WatchError with the text `otherwise` if it is no node of Xenstore."""
+    """The Xenstore path of a file.  OSError with the text `otherwise` if it is no node of Xenstore."""
     try:
         return os.getxattr(path, "user.xs.path", follow_symlinks=False)
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.ENOTSUP):
-            raise WatchError(otherwise) from None
+            raise OSError(error.errno, otherwise) from None
         raise
 
 
 class Watch:
-    """One path that is watched.  Raises WatchError and OSError.
+    """One path that is watched.  Raises OSError.
 
     path            as the user wrote it
     descriptor      what to poll, and then to `read`
@@ -80,88 +75,67 @@ class Watch:
     def __init__(self, path: bytes) -> None:
         self.path = path
         self._rest = b""
-        self._error: OSError | None = None
-        try:
-            directory = stat.S_ISDIR(os.stat(path).st_mode)
-        except FileNotFoundError:
-            directory = False  # it may come
-        if directory:
-            parent, self._own = path, None
-            self._own_lines = set[bytes]()
-        else:
-            parent, name = os.path.split(path)
-            parent = parent or b"."
-            # A line that begins otherwise would be a command or a special event.
-            self._own = b"." if name == b".value" else _as_line(name)
-            self._own_lines = {self._own}
+        parent, name = (path, b"") if os.path.isdir(path) else os.path.split(path)
         node_of(os.path.join(parent, b"."), "not in an xsfs mount")
-        self.descriptor = self._open(os.path.join(parent, b".watch"))
-
-    def _open(self, file: bytes) -> int:
-        node = self._own
-        if node not in (None, b".") and os.path.lexists(self.path):
+        node = b"." if name == b".value" else name
+        if node.startswith((b"-", b"@")):
+            node = b"./" + node  # otherwise it would be a command or a special event
+        self._own_lines = {node} if name else set[bytes]()
+        """The lines that mean the path; empty for a directory, whose lines all count."""
+        if node not in (b"", b".") and os.path.lexists(path):
             # The name may be an alias, if the node's own name is too long for a file.
-            node = node_of(self.path, "no node of Xenstore")
-        mode = os.O_RDONLY if node is None else os.O_RDWR
+            node = node_of(path, "no node of Xenstore")
+        file = os.path.join(parent, b".watch")
         try:
-            descriptor = os.open(file, mode | os.O_NONBLOCK)
+            source = os.open(file, os.O_RDWR if node else os.O_RDONLY)
         except OSError as error:
-            if mode == os.O_RDONLY or error.errno not in (errno.EROFS, errno.EACCES):
+            if not node or error.errno not in (errno.EROFS, errno.EACCES):
                 raise
             # Not permitted to tell the file what to watch: it watches the directory, and its `.` may
             # stand for all below it.
-            mode = os.O_RDONLY
+            node = b""
             self._own_lines.add(b".")
-            descriptor = os.open(file, mode | os.O_NONBLOCK)
-        pollable = _pollable(descriptor, mode)
-        if not pollable:
-            os.close(descriptor)
-            descriptor = os.open(file, mode)
-        if node is not None and mode == os.O_RDWR:
-            os.write(descriptor, node + b"\n")
-        return descriptor if pollable else self._read_in_thread(descriptor)
-
-    def _read_in_thread(self, source: int) -> int:
-        """Have all that comes from a descriptor copied into a pipe, whose reading end is returned."""
-        reader, writer = os.pipe()
-
-        def copy() -> None:
-            try:
-                while data := os.read(source, READ_SIZE):
-                    os.write(writer, data)
-            except OSError as error:
-                self._error = error
-            os.close(writer)
-
-        threading.Thread(target=copy, daemon=True).start()
-        return reader
+            source = os.open(file, os.O_RDONLY)
+        pollable = _pollable(source, writable=bool(node))
+        if node:
+            os.write(source, node + b"\n")
+        self.descriptor = source if pollable else _read_in_thread(source)
 
     def read(self) -> Iterator[bytes]:
         """The paths that have changed, as they are in the mount."""
         data = os.read(self.descriptor, READ_SIZE)
         if not data:
-            raise self._error or WatchError("the mount has ended")
+            raise OSError(errno.ENOTCONN, "the mount has ended")
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            if self._own is None:
+            if not self._own_lines:
                 relative = line.removeprefix(b"./")
                 yield self.path if line == b"." else os.path.join(self.path, relative)
             elif line in self._own_lines:
                 yield self.path
 
 
-def _as_line(name: bytes) -> bytes:
-    """A name as watch files write it."""
-    return b"./" + name if name.startswith((b"-", b"@")) else name
+def _read_in_thread(source: int) -> int:
+    """Have all that comes from a descriptor copied into a pipe, whose reading end is returned."""
+    reader, writer = os.pipe()
+
+    def copy() -> None:
+        with suppress(OSError):
+            while data := os.read(source, READ_SIZE):
+                os.write(writer, data)
+        os.close(writer)
+
+    threading.Thread(target=copy, daemon=True).start()
+    return reader
 
 
-def _pollable(descriptor: int, mode: int) -> bool:
+def _pollable(descriptor: int, *, writable: bool) -> bool:
     """Whether poll(2) works.  If not, the kernel says that everything is possible at all times."""
     poll = select.poll()
-    poll.register(descriptor, select.POLLIN | select.POLLOUT)
+    poll.register(descriptor)
     ready = dict(poll.poll(0)).get(descriptor, 0)
     # A file for reading only cannot be written; one that watches nothing yet has no lines.
-    return not ready & (select.POLLOUT if mode == os.O_RDONLY else select.POLLIN)
+    return not ready & (select.POLLIN if writable else select.POLLOUT)
 
 
 # ------------------------------------------------------------------------------------- the output
@@ -178,46 +152,33 @@ def value_of(path: bytes) -> bytes | None:
         return None
 
 
-_ESCAPES: Final = {
-    **{code: f"\\x{code:02x}" for code in (*range(32), *range(127, 256))},
-    **str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}),
-}
-
-
-def plain_line(path: bytes, *, with_value: bool) -> bytes:
+def line_of(path: bytes, *, with_value: bool, as_json: bool) -> bytes:
     value = value_of(path) if with_value else None
+    if as_json:
+        line: dict[str, str | None] = {"path": os.fsdecode(path)}
+        if with_value:
+            try:
+                line["value"] = None if value is None else value.decode()
+            except UnicodeDecodeError:
+                line["base64"] = base64.b64encode(value or b"").decode()
+        return json.dumps(line).encode()
     if value is None:
         return path
-    return path + b" = " + value.decode("latin-1").translate(_ESCAPES).encode("ascii")
-
-
-def json_line(path: bytes, *, with_value: bool) -> bytes:
-    line: dict[str, str | None] = {"path": os.fsdecode(path)}
-    if with_value:
-        value = value_of(path)
-        try:
-            line["value"] = None if value is None else value.decode()
-        except UnicodeDecodeError:
-            line["base64"] = base64.b64encode(value or b"").decode()
-    return json.dumps(line).encode()
+    return path + b" = " + value.decode("latin-1").encode("unicode_escape")
 
 
 # ------------------------------------------------------------------------------------ the command
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("not a number of lines")
-    return int(text)
+def count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
-def _seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number < 1e9:
-        raise argparse.ArgumentTypeError("not a number of seconds")
+def seconds(text: str) -> float:
+    if not 0 <= (number := float(text)) < 1e9:
+        raise ValueError
     return number
 
 
@@ -236,26 +197,23 @@ def argument_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    switch: Mapping[str, Any] = {"action": "store_true"}
-    parser.add_argument("-v", "--values", help="print 'PATH = VALUE'", **switch)
-    parser.add_argument("-j", "--json", help="print a JSON object a line", **switch)
-    parser.add_argument("-s", "--skip-first", help="omit the first line of each PATH", **switch)
-    parser.add_argument("-n", "--count", type=_count, metavar="COUNT", help="end after COUNT lines")
-    parser.add_argument(
-        "-t", "--timeout", type=_seconds, metavar="SECONDS", help="end after SECONDS"
-    )
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", type=os.fsencode, help=argparse.SUPPRESS
-    )
+    parser.set_defaults(timeout=math.inf)
+    add = parser.add_argument
+    add("-v", "--values", action="store_true", help="print 'PATH = VALUE'")
+    add("-j", "--json", action="store_true", help="print a JSON object a line")
+    add("-s", "--skip-first", action="store_true", help="omit the first line of each PATH")
+    add("-n", "--count", type=count, metavar="COUNT", help="end after COUNT lines")
+    add("-t", "--timeout", type=seconds, metavar="SECONDS", help="end after SECONDS")
+    add("paths", nargs="+", metavar="PATH", type=os.fsencode, help=argparse.SUPPRESS)
     return parser
 
 
-def changes(watches: Sequence[Watch], timeout: float | None) -> Iterator[tuple[Watch, bytes]]:
+def changes(watches: Sequence[Watch], timeout: float) -> Iterator[tuple[Watch, bytes]]:
     """Each change as it comes, with its watch, until the time is over.
 
     If nobody reads standard output any more, SIGPIPE ends the process.
     """
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     by_descriptor = {watch.descriptor: watch for watch in watches}
     # Not poll(2): when the kernel freezes all processes to suspend or migrate a guest, poll(2) asks the
     # mount once more, which is frozen already, and so the kernel gives up.
@@ -267,13 +225,13 @@ def changes(watches: Sequence[Watch], timeout: float | None) -> Iterator[tuple[W
         poll.register(output, 0)  # only for errors
     while True:
         left = deadline - time.monotonic()
-        ready = poll.poll(None if left == math.inf else max(0.0, left))
+        ready = poll.poll(max(0.0, min(left, 86400.0)))  # some weeks are too long for epoll(7)
         for descriptor, _ in ready:
             if descriptor == output:
                 os.kill(os.getpid(), signal.SIGPIPE)
                 return
             watch = by_descriptor[descriptor]
-            with _failure_of(os.fsdecode(watch.path)):
+            with _ends_on_failure(watch.path):
                 paths = list(watch.read())
             for path in paths:
                 yield watch, path
@@ -282,49 +240,39 @@ def changes(watches: Sequence[Watch], timeout: float | None) -> Iterator[tuple[W
 
 
 @contextmanager
-def _failure_of(what: str) -> Iterator[None]:
-    """Raise each error as a WatchError that begins with `what`."""
+def _ends_on_failure(path: bytes) -> Iterator[None]:
+    """Exit if the path cannot be watched, or no longer."""
     try:
         yield
     except OSError as error:
-        raise WatchError(f"{what}: {error.strerror}") from None
-    except WatchError as error:
-        raise WatchError(f"{what}: {error}") from None
+        text = b"xsfs-watch: cannot watch %s: %s\n" % (path, os.fsencode(str(error.strerror)))
+        sys.stderr.buffer.write(text)
+        sys.exit(EXIT_FAILED)
 
 
-def watch(command: argparse.Namespace) -> int:
-    """Print the lines; the exit status.  Raises WatchError."""
+def main() -> int:
+    # They end it without a traceback; a shell that starts it in the background ignores SIGINT.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = argument_parser().parse_args()
     watches = []
     for path in command.paths:
-        with _failure_of(f"cannot watch {os.fsdecode(path)}"):
+        with _ends_on_failure(path):
             watches.append(Watch(path))
-    format_line = json_line if command.json else plain_line
     skipped: set[Watch] = set()
     printed = 0
     for source, path in changes(watches, command.timeout):
         if command.skip_first and source not in skipped:
             skipped.add(source)
             continue
-        line = format_line(path, with_value=command.values)
+        line = line_of(path, with_value=command.values, as_json=command.json)
         sys.stdout.buffer.write(line + b"\n")
         sys.stdout.buffer.flush()
         printed += 1
         if printed == command.count:
             return EXIT_COUNT
     return EXIT_TIME
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    # They end it without a traceback; a shell that starts it in the background ignores SIGINT.
-    for number in (signal.SIGINT, signal.SIGPIPE):
-        if number == signal.SIGPIPE or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    command = argument_parser().parse_args(arguments)
-    try:
-        return watch(command)
-    except WatchError as error:
-        sys.stderr.buffer.write(b"xsfs-watch: " + os.fsencode(str(error)) + b"\n")
-        return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ The text is made at the open(2), by one walk (view/subtree.py), and stays with t
 
 A `SubtreeHandle` owns its text, whose memory counts in `table.text_bytes` from the walk to the close.
 
-A `DumpHandle` owns the start of a line whose end has not been written yet.  It restores all complete lines
-before a wrong line, RESTORE_WINDOW of them in one transaction.  So no other client sees a node between its
-creation and its permissions.
+A `DumpHandle` owns the start of a line whose end has not been written yet.  One transaction restores
+RESTORE_WINDOW lines, so no other client sees a node between its creation and its permissions.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import ClassVar, Final
 import trio
 from pyfuse3 import EntryAttributes, FUSEError
 
-from xsfs.fs.errnos import errno_of
 from xsfs.fs.nodes import Caller, Handle, refuse
 from xsfs.fs.quotas import Share
 from xsfs.fs.waiting_readers import CENSUS, Outcome, look
@@ -65,8 +63,6 @@ LOOK_SECONDS: Final = 0.25
 class SubtreeFile(FileOfDirectory):
     """A file whose content is made of a directory's node and all below it."""
 
-    __slots__ = ()
-
     text_format: ClassVar[type[TextFormat]]
     writable: ClassVar[bool] = False
 
@@ -97,23 +93,17 @@ class SubtreeFile(FileOfDirectory):
 class LsFile(SubtreeFile):
     """`.ls`: what xenstore-ls -f -p prints."""
 
-    __slots__ = ()
-
     text_format = LsFormat
 
 
 class JsonFile(SubtreeFile):
     """`.json`: one object."""
 
-    __slots__ = ()
-
     text_format = JsonFormat
 
 
 class DumpFile(SubtreeFile):
     """`.dump`: a line a node.  Writing restores."""
-
-    __slots__ = ()
 
     text_format = DumpFormat
     writable = True
@@ -122,26 +112,26 @@ class DumpFile(SubtreeFile):
         """A shell truncates before it writes."""
 
     async def open(self, flags: int, caller: Caller) -> Handle:
-        if flags & os.O_ACCMODE == os.O_RDONLY:
-            return await super().open(flags, caller)
-        await self.getattr()
-        return DumpHandle(self, caller, appends=bool(flags & os.O_APPEND))
+        handle = DumpHandle(self, caller)
+        if flags & os.O_ACCMODE == os.O_WRONLY:
+            await self.require_node()
+        else:
+            await handle.make()
+        return handle
 
 
 class SubtreeHandle(Handle):
     """The text as it was at the open(2)."""
-
-    __slots__ = ("_caller", "_error", "_next_look", "_share", "_text")
 
     node: SubtreeFile
 
     def __init__(self, node: SubtreeFile, caller: Caller) -> None:
         super().__init__(node)
         self._caller = caller
-        self._text: bytearray | None = None
+        self._text = bytearray()
         self._error: XenstoreError | None = None
         self._share = Share(node.table.text_bytes, caller)
-        self._next_look = 0.0
+        self._next_look = trio.current_time() + LOOK_SECONDS
 
     async def make(self) -> None:
         """Make the text.
@@ -150,23 +140,17 @@ class SubtreeHandle(Handle):
         """
         node = self.node
         node.require()
-        self._next_look = trio.current_time() + LOOK_SECONDS
         await node.directory.open_files.wait_closed_below(node.path)
         try:
-            path = node.path
-            while (made := await node.make_text(self._check)) is None:
-                if not await node.directory.was_renamed(path):
-                    break
-                path = node.path
-            if made is None:
-                if not node.directory.always_there:
-                    refuse(errno.ESTALE)
-                made = SubtreeText(bytearray(), None)
-            self._check(len(made.text))
+            made = await node.make_text(self._check)
+            if made is not None:
+                self._text, self._error = made
+            elif not node.directory.always_there:
+                refuse(errno.ESTALE)
+            self._check(len(self._text))
         except BaseException:
-            self._share.resize(0)
+            await self.release()
             raise
-        self._text, self._error = made
 
     def _check(self, size: int) -> None:
         if size > TEXT_MAX:
@@ -180,66 +164,45 @@ class SubtreeHandle(Handle):
             self._next_look = now + LOOK_SECONDS
 
     async def read(self, offset: int, size: int) -> bytes:
-        assert self._text is not None
         if self._error is not None and offset >= len(self._text):
-            # As xenstore-ls, which prints the text before it, and fails.
-            refuse(errno_of(self._error))
+            raise self._error  # as xenstore-ls, which prints the text before it, and fails
         return bytes(memoryview(self._text)[offset : offset + size])
 
     async def release(self) -> None:
-        self._text = None
+        self._text = bytearray()
         self._share.resize(0)
 
 
 class DumpHandle(SubtreeHandle):
-    """A `.dump` as an open(2) that writes has it."""
+    """A `.dump`.  Lines have no positions: what is written is one stream, wherever each write(2) seeks."""
 
-    __slots__ = ("_appends", "_lock", "_partial", "_written")
-
-    def __init__(self, node: SubtreeFile, caller: Caller, *, appends: bool) -> None:
+    def __init__(self, node: SubtreeFile, caller: Caller) -> None:
         super().__init__(node, caller)
-        self._appends = appends
         self._partial = b""
-        self._written = 0
         self._lock = trio.Lock()
-
-    async def read(self, offset: int, size: int) -> bytes:
-        async with self._lock:
-            if self._text is None:
-                await self.make()
-        return await super().read(offset, size)
 
     async def truncate(self, size: int) -> None:
         """A shell truncates before it writes."""
 
     async def write(self, offset: int, data: bytes) -> int:
         async with self._lock:
-            if not self._appends and offset != self._written:
-                refuse(errno.ESPIPE)  # lines have no positions
-            *lines, self._partial = (self._partial + data).split(b"\n")
-            if self._partial.endswith(b"}") and is_complete(self._partial):
+            *lines, last = (self._partial + data).split(b"\n")
+            self._partial = b""
+            if last.endswith(b"}") and is_complete(last):
                 # The last line of a file may lack its newline, and a later close could not report errors.
-                lines.append(self._partial)
-                self._partial = b""
-            try:
-                await self._restore(lines)
-                if len(self._partial) > LINE_MAX:
-                    refuse(errno.EINVAL)
-            except BaseException:
-                self._partial = b""
-                raise
-            self._written = offset + len(data)
+                lines.append(last)
+                last = b""
+            await self._restore([line for line in lines if line.strip()])
+            if len(last) > LINE_MAX:
+                refuse(errno.EINVAL)
+            self._partial = last
         return len(data)
 
     async def _restore(self, lines: Sequence[bytes]) -> None:
         node = self.node
-        node.require()
-        lines = [line for line in lines if line.strip()]
-        if not lines:
-            return
 
         def path() -> bytes:
-            node.directory.require()  # it may have been removed meanwhile
+            node.require()
             return node.path
 
         try:
@@ -251,22 +214,25 @@ class DumpHandle(SubtreeHandle):
 
     async def _restore_window(self, lines: Sequence[bytes]) -> None:
         """Restore these lines; or those before the first wrong or refused one, and raise its error."""
-        failure: FUSEError | None = None
+        failure: Exception | None = None
         changes: list[Sequence[Request]] = []
-        for line in lines:
-            try:
+        try:
+            for line in lines:
                 changes.append(await self._requests_of(line))
-            except FUSEError as error:
-                failure = error
-                break
+        except FUSEError as error:
+            failure = error
         while changes:
             try:
                 await self.node.view.atomically(partial(_carry_out, changes))
                 break
-            except _RefusedLine as refused:
-                # Nothing has happened yet: the lines before it come first.
-                changes = changes[: refused.number]
-                failure = FUSEError(errno_of(refused.error))
+            except XenstoreError as error:
+                for number, requests in enumerate(changes):
+                    if any(each is error.request for each in requests):
+                        # Nothing has happened yet: the lines before it come first.
+                        changes, failure = changes[:number], error
+                        break
+                else:
+                    raise
         if failure is not None:
             raise failure
 
@@ -297,20 +263,7 @@ class DumpHandle(SubtreeHandle):
         await super().release()
 
 
-class _RefusedLine(Exception):
-    """The store refused a request of the line with this number."""
-
-    def __init__(self, number: int, error: XenstoreError) -> None:
-        super().__init__(number, error)
-        self.number = number
-        self.error = error
-
-
 async def _carry_out(changes: Sequence[Sequence[Request]], commands: Commands) -> None:
-    replies = await commands.pipeline([request for each in changes for request in each])
-    numbers = [number for number, each in enumerate(changes) for _ in each]
-    for number, reply in zip(numbers, replies, strict=True):
+    for reply in await commands.pipeline([request for each in changes for request in each]):
         if isinstance(reply, XenstoreError):
-            if reply.name == "EAGAIN":
-                raise reply
-            raise _RefusedLine(number, reply)
+            raise reply

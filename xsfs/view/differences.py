@@ -8,15 +8,15 @@ differences are unknown from then on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Final
 
 from xsfs.view.names import join, parent_path
-from xsfs.view.subtree import TextFormat, Walk
 from xsfs.view.view import ABSENT, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.connection import Reply
-from xsfs.xenstore.errors import XenstoreError
+from xsfs.xenstore.errors import NotFound, XenstoreError
 from xsfs.xenstore.protocol import Op, Request
 
 TOUCHED_MAX: Final = 65_536
@@ -35,12 +35,10 @@ class TouchedPaths:
 
     def __init__(self, home: bytes) -> None:
         self._home = home
-        self._is_removed: dict[bytes, bool] = {}
-        """By path: whether it was removed, with all below."""
+        self.paths: set[bytes] = set()
+        self.removed: set[bytes] = set()
+        """Those that were removed, with all below."""
         self.overflows = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._is_removed)
 
     def add(self, requests: Iterable[Request]) -> None:
         """These requests are about to be sent."""
@@ -50,16 +48,13 @@ class TouchedPaths:
             path = request.path
             if not path.startswith(b"/"):
                 path = join(self._home, path)
-            is_removed = request.op == Op.RM or self._is_removed.get(path, False)
-            self._is_removed[path] = is_removed
-            if len(self._is_removed) > TOUCHED_MAX:
-                self._is_removed.clear()
+            self.paths.add(path)
+            if request.op == Op.RM:
+                self.removed.add(path)
+            if len(self.paths) > TOUCHED_MAX:
+                self.paths.clear()
+                self.removed.clear()
                 self.overflows = True
-
-    def removed(self) -> list[bytes]:
-        """The topmost paths that were removed."""
-        removed = {path for path, is_removed in self._is_removed.items() if is_removed}
-        return [path for path in removed if removed.isdisjoint(_above(path))]
 
 
 def _above(path: bytes) -> Iterator[bytes]:
@@ -67,15 +62,6 @@ def _above(path: bytes) -> Iterator[bytes]:
     while path != b"/":
         path = parent_path(path)
         yield path
-
-
-class _PathsFormat(TextFormat):
-    """A path a line."""
-
-    asks_perms = False
-
-    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
-        return path + b"\n"
 
 
 _Content = tuple[bytes | None, bytes | None]
@@ -89,45 +75,46 @@ async def differences(
     `p PATH` if the permissions do.
 
     inside          the transaction's view
-    before_window   called before each pipeline with the size of the paths or of the text so far in bytes
+    before_window   called between pipelines with the size of the paths or of the text so far in bytes
     """
-    paths = set(touched)
-    for top in touched.removed():
-        for view in (inside, outside):
-            found = await Walk(_PathsFormat(view, top), before_window).run()
-            if found is not None:
-                paths.update(bytes(found.text).splitlines())
-    above = {way for path in touched for way in _above(path)} - paths
-    # Nodes above others are compared only if the transaction has made them.  If it read the others, their
-    # later changes would be conflicts.
-    candidates = sorted(above)
-    for start in range(0, len(candidates), COMPARE_WINDOW):
-        before_window(0)
-        window = candidates[start : start + COMPARE_WINDOW]
-        found_there = await _contents(outside.commands, window)
-        paths.update(path for path, old in zip(window, found_there, strict=True) if old is None)
-    ordered = sorted(paths, key=lambda path: path.split(b"/"))
+    paths = set(touched.paths)
+    size = 0
+    removed = set(touched.removed)
+    for top in removed:
+        if not removed.isdisjoint(_above(top)):
+            continue
+        for commands in (inside.commands, outside.commands):
+            with suppress(NotFound):
+                async for nodes in commands.walk_in_windows(top):
+                    paths.update(path for path, _, _ in nodes)
+                    size += sum(len(path) for path, _, _ in nodes)
+                    before_window(size)
+    above = {way for path in touched.paths for way in _above(path)}
+    ordered = sorted(paths | above, key=lambda path: path.split(b"/"))
     text = bytearray()
     for start in range(0, len(ordered), COMPARE_WINDOW):
         before_window(len(text))
         window = ordered[start : start + COMPARE_WINDOW]
         now = await _contents(outside.commands, window)
+        # Nodes above others are compared only if the transaction has made them.  If it read the others, their
+        # later changes would be conflicts.
+        window = [path for path in window if path in paths or now[path] is None]
         then = await _contents(inside.commands, window)
-        for path, old, new in zip(window, now, then, strict=True):
-            shown = _shown(path, inside.root)
-            for mark in _marks(old, new):
+        for path in window:
+            shown = b"." if path == inside.root else path.removeprefix(join(inside.root, b""))
+            for mark in _marks(now[path], then[path]):
                 text += b"%s %s\n" % (mark, shown)
     return text
 
 
-async def _contents(commands: Commands, paths: Sequence[bytes]) -> list[_Content | None]:
+async def _contents(commands: Commands, paths: Sequence[bytes]) -> dict[bytes, _Content | None]:
     """The contents of the nodes; None for a node that does not exist."""
     replies = iter(
         await commands.pipeline(
             [each for path in paths for each in (protocol.read(path), protocol.get_perms(path))]
         )
     )
-    return [_content(*pair) for pair in zip(replies, replies, strict=True)]
+    return {path: _content(*pair) for path, *pair in zip(paths, replies, replies, strict=True)}
 
 
 def _content(*replies: Reply) -> _Content | None:
@@ -144,10 +131,3 @@ def _marks(old: _Content | None, new: _Content | None) -> list[bytes]:
     if old is None or new is None:
         return [] if old is new else [b"+" if old is None else b"-"]
     return [mark for mark, was, now in zip((b"*", b"p"), old, new, strict=True) if was != now]
-
-
-def _shown(path: bytes, root: bytes) -> bytes:
-    if path == root:
-        return b"."
-    above = join(root, b"")
-    return path[len(above) :] if path.startswith(above) else path

@@ -4,30 +4,24 @@
 each node into text.  A walk takes at most as many round trips as the subtree has levels, and one more for
 each WINDOW nodes, because each window has the next nodes in the order of the text, of whatever level.
 
-A `Walk` owns the text, whose start is complete; the segments that follow it, which are being filled;
-and the runs, which are siblings that it has not asked about yet.  Only the task that calls `run` touches it.
-
-Invariants:
-
-- The runs are in the order of the text; `runs[-1]` comes next.  Each run adds to a segment of its own.
-- A segment is `closed` if no run adds to it any more.  The text grows by whole segments from the first one.
-- Between two windows other tasks run.  A node that vanishes meanwhile is left out.
-- Beyond the text, a walk holds the names of the nodes that it has not asked about, and one window.
+Between two windows other tasks run.  A node that vanishes meanwhile is left out.  Beyond the text, a walk
+holds the names of the nodes that it has not asked about, and the windows in flight.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import cycle, repeat
 from time import perf_counter
-from typing import ClassVar, Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple, TypeAlias
 
 import trio
 
@@ -35,11 +29,10 @@ from xsfs.view.names import VALUE_NAME, join, shown_names
 from xsfs.view.view import ABSENT, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.background import BackgroundCall, open_background
-from xsfs.xenstore.commands import Names, Pipeline
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import perms_text
-from xsfs.xenstore.protocol import Op, Request
+from xsfs.xenstore.protocol import Request
 
 WINDOW: Final = 16
 """How many nodes one pipeline asks about."""
@@ -60,24 +53,25 @@ class TextFormat(ABC):
 
     top     the path of the subtree's first node
 
-    Its methods get a node's absolute path, its name, and the replies to READ and GET_PERMS; `perms` is empty
-    if the format does not ask for it.  If `is_first`, no text of a sibling or of the parent's value comes
-    before the node's.
+    Its methods get a node's absolute path, and the replies to READ and GET_PERMS; `perms` is empty if the
+    format does not ask for it.
     """
 
-    asks_perms: ClassVar[bool] = True
+    asks: ClassVar[Sequence[Callable[[bytes], Request]]] = (
+        *(protocol.read, protocol.directory, protocol.get_perms),
+    )
+    """The requests for each node.  A format may omit the last one."""
+
+    separator: ClassVar[bytes] = b""
+    """What stands between two siblings, and between the value of a node and its first child."""
 
     def __init__(self, view: View, top: bytes) -> None:
         self.view = view
         self.top = top
 
     @abstractmethod
-    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
-        """The text of a node without children."""
-
-    def begin(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
-        """The text of a node with children before theirs."""
-        return self.leaf(path, name, value, perms, is_first)
+    def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
+        """The text of a node before that of its children."""
 
     def end(self, path: bytes) -> bytes:
         """The text of a node with children after theirs."""
@@ -87,40 +81,32 @@ class TextFormat(ABC):
         """The text of a node that may not be read, after which the walk ends.  None: it is left out."""
         return None
 
-    def shown(self, parent: bytes, names: Sequence[bytes]) -> Sequence[bytes]:
+    def shown(self, parent: bytes, listing: bytes) -> Sequence[bytes]:
         """Those of the children's names that are shown."""
-        return shown_names(parent, b"%s\0" % b"\0".join(names))
+        return shown_names(parent, listing)
 
 
 # ------------------------------------------------------------------------------------------- ls
 
-_PLAIN: Final = bytes(byte for byte in range(0x20, 0x7F) if byte != ord("\\"))
-_ESCAPES: Final = {0x09: b"\\t", 0x0A: b"\\n", 0x0D: b"\\r", 0x5C: b"\\\\"}
+_SPECIAL = re.compile(rb"[^ -\[\]-~]")
+_ESCAPES: Final = {b"\t": b"\\t", b"\n": b"\\n", b"\r": b"\\r", b"\\": b"\\\\"}
 
 
-def _escape(byte: int) -> bytes:
-    if byte in _PLAIN:
-        return bytes((byte,))
-    return _ESCAPES.get(byte) or (b"\\%03o" if byte < 8 else b"\\x%02x") % byte
+def _escape(byte: re.Match[bytes]) -> bytes:
+    code = byte[0][0]
+    return _ESCAPES.get(byte[0]) or (b"\\%03o" if code < 8 else b"\\x%02x") % code
 
 
-_ESCAPED: Final = tuple(map(_escape, range(256)))
+def _as_int(number: re.Match[bytes]) -> bytes:
+    # strtol(3), and then an int.
+    low = max(-(1 << 63), min(int(number[0]), (1 << 63) - 1)) & 0xFFFFFFFF
+    return b"%d" % (low - (low >> 31 << 32))
 
 
 @lru_cache(1024)
 def _ls_perms(perms: bytes) -> bytes:
     """Permissions as xenstore-ls prints them: libxenstore keeps each domid in 32 bits."""
-    entries = []
-    for entry in protocol.strings(perms):
-        try:
-            number = int(entry[1:])
-        except ValueError:
-            entries.append(entry)
-            continue
-        # strtol(3), and then an int.
-        number = max(-(1 << 63), min(number, (1 << 63) - 1)) & 0xFFFFFFFF
-        entries.append(b"%c%d" % (entry[0], number - (number >> 31 << 32)))
-    return b",".join(entries)
+    return re.sub(rb"[-+]?[0-9]+", _as_int, perms_text(perms))
 
 
 class LsFormat(TextFormat):
@@ -129,21 +115,19 @@ class LsFormat(TextFormat):
     That ends at the first node that may not be read, with a line for it, and the walk does so, too.
     """
 
-    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
+    def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
         if path == self.top:
             return b""
-        if value.translate(None, _PLAIN):
-            value = b"".join([_ESCAPED[byte] for byte in value])
-        return b'%s = "%s"   (%s)\n' % (path, value, _ls_perms(perms))
+        return b'%s = "%s"   (%s)\n' % (path, _SPECIAL.sub(_escape, value), _ls_perms(perms))
 
     def unreadable(self, path: bytes) -> bytes | None:
-        return b"" if path == self.top else b"%s:\n\n" % path
+        return b"%s:\n\n" % path
 
-    def shown(self, parent: bytes, names: Sequence[bytes]) -> Sequence[bytes]:
+    def shown(self, parent: bytes, listing: bytes) -> Sequence[bytes]:
         if parent != b"/":
-            return super().shown(parent, names)
+            return super().shown(parent, listing)
         # oxenstored lists the special nodes in the root, and xenstore-ls prints them.
-        return [name for name in names if protocol.is_name(name)]
+        return [name for name in protocol.decode_names(listing) if protocol.is_name(name)]
 
 
 # ------------------------------------------------------------------------------- json and dump
@@ -151,32 +135,32 @@ class LsFormat(TextFormat):
 _encode: Final = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def _as_base64(value: bytes) -> bytes:
-    return b'"%s"' % base64.b64encode(value)
+def _json_of(value: bytes) -> tuple[bytes, bytes]:
+    """The value in JSON, after its key: `value`, or `base64` if it is not UTF-8."""
+    try:
+        return b"value", _encode(value.decode()).encode()
+    except UnicodeDecodeError:
+        return b"base64", b'"%s"' % base64.b64encode(value)
 
 
 def _json_value(value: bytes) -> bytes:
-    try:
-        return _encode(value.decode()).encode()
-    except UnicodeDecodeError:
-        return b'{"base64": %s}' % _as_base64(value)
+    key, text = _json_of(value)
+    return text if key == b"value" else b'{"base64": %s}' % text
 
 
 class JsonFormat(TextFormat):
     """One object: a leaf is its value, a directory an object, with its own value under `.value`."""
 
-    asks_perms = False
+    asks = TextFormat.asks[:2]
+    separator = b", "
 
-    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
-        state = NodeState(value, False, True, True)
-        if path == self.top or self.view.is_directory(path, state):
-            return self.begin(path, name, value, perms, is_first) + self.end(path)
-        return b'%s"%s": %s' % (b"" if is_first else b", ", name, _json_value(value))
-
-    def begin(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
-        key = b"" if path == self.top else b'"%s": ' % name
-        own = b'"%s": %s' % (VALUE_NAME, _json_value(value)) if value else b""
-        return b"%s%s{%s" % (b"" if is_first else b", ", key, own)
+    def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
+        is_top = path == self.top
+        key = b"" if is_top else b'"%s": ' % path[path.rindex(b"/") + 1 :]
+        if is_top or self.view.is_directory(path, NodeState(value, has_children, True, True)):
+            own = b'"%s": %s' % (VALUE_NAME, _json_value(value)) if value else b""
+            return b"%s{%s%s" % (key, own, b"" if has_children else self.end(path))
+        return key + _json_value(value)
 
     def end(self, path: bytes) -> bytes:
         return b"}\n" if path == self.top else b"}"
@@ -190,30 +174,13 @@ def _dump_perms(perms: bytes) -> bytes:
 class DumpFormat(TextFormat):
     """A JSON object a line for each node, parents first (see `parse_line`)."""
 
-    def __init__(self, view: View, top: bytes) -> None:
-        super().__init__(view, top)
-        self._above = len(join(top, b""))
-
-    def leaf(self, path: bytes, name: bytes, value: bytes, perms: bytes, is_first: bool) -> bytes:
-        path = b"." if path == self.top else path[self._above :]
-        try:
-            shown = b'"value": ' + _encode(value.decode()).encode()
-        except UnicodeDecodeError:
-            shown = b'"base64": ' + _as_base64(value)
-        return b'{"path": "%s", %s, "perms": %s}\n' % (path, shown, _dump_perms(perms))
-
-
-class DumpLine(NamedTuple):
-    """One node of a dump.
-
-    path    relative to the directory of the dump; `.` is that directory
-    value   None if the line does not set it
-    perms   as `n0,r7`; None if the line does not set them
-    """
-
-    path: bytes
-    value: bytes | None
-    perms: str | None
+    def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
+        path = b"." if path == self.top else path.removeprefix(join(self.top, b""))
+        return b'{"path": "%s", "%s": %s, "perms": %s}\n' % (
+            path,
+            *_json_of(value),
+            _dump_perms(perms),
+        )
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -223,18 +190,19 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def parse_line(line: bytes) -> DumpLine:
-    """A line of a dump.  ValueError for one that is wrong."""
+def parse_line(line: bytes) -> tuple[bytes, bytes | None, str | None]:
+    """A line of a dump: the path relative to the directory of the dump, which is `.` itself; the value; and
+    the permissions as `n0,r7`.  None is for what the line does not set.  ValueError for a wrong line."""
     try:
         fields = json.loads(line.decode(), object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(fields, dict) or not all(isinstance(each, str) for each in fields.values()):
         raise ValueError("not an object of strings")
-    if not {"path"} <= fields.keys() <= {"path", "value", "base64", "perms"}:
-        raise ValueError("a key is missing or unknown")
     if "value" in fields and "base64" in fields:
         raise ValueError("two values")
+    if not {"path"} <= fields.keys() <= {"path", "value", "base64", "perms"}:
+        raise ValueError("a key is missing or unknown")
     path = fields["path"].encode()
     if path != b"." and not all(map(protocol.is_name, path.split(b"/"))):
         raise ValueError("not a path below the directory")
@@ -242,67 +210,55 @@ def parse_line(line: bytes) -> DumpLine:
     if "value" in fields:
         value = fields["value"].encode()
     elif "base64" in fields:
-        try:
-            value = base64.b64decode(fields["base64"], validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"not base64: {error}") from error
-    return DumpLine(path, value, fields.get("perms"))
+        value = base64.b64decode(fields["base64"], validate=True)
+    return path, value, fields.get("perms")
 
 
 def is_complete(text: bytes) -> bool:
     """Whether the text is a whole line, right or wrong, rather than the start of one."""
-    try:
+    with suppress(ValueError, RecursionError):
         json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        return True
+    return False
 
 
 # ----------------------------------------------------------------------------------------- walk
 
+PIECE_MAX: Final = 64 << 10
+"""How long a piece of text may be before the next one starts: joining one takes no time worth a turn."""
 
-@dataclass(slots=True)
-class _Segment:
-    """A part of the text, and the one that follows it."""
-
-    following: _Segment | None
-    text: bytearray = field(default_factory=bytearray)
-    closed: bool = False
-    is_dropped: bool = False
-    """Whether the text ends before it, or within it, so that nothing is added any more."""
+Piece: TypeAlias = "bytearray | XenstoreError | list[Piece]"
+"""A part of the text, nested as the tree is.  The text ends before an error."""
 
 
 @dataclass(slots=True)
 class _Run:
-    """Siblings that the walk has not asked about yet.
+    """Siblings that the walk has not asked about yet, and the text of their parent's children.
 
     prefix      the parent's path and a slash; empty for the first node of the walk
-    names       of all siblings, those that are not shown among them
-    segment     the part of the text to which they add
-    is_first    whether no text comes before theirs in their parent
-    start       how many of them the walk has asked about
+    separator   what comes before the text of the next node
+    start       how many of the names the walk has asked about
+    pieces      the text; `text` is the last one
     """
 
     prefix: bytes
     names: Sequence[bytes]
-    segment: _Segment
-    is_first: bool
+    separator: bytes
     start: int = 0
+    text: bytearray = field(default_factory=bytearray)
+    pieces: list[Piece] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pieces.append(self.text)
+
+    def insert(self, *pieces: Piece) -> None:
+        """Add these.  The text goes on in a new piece."""
+        self.text = bytearray()
+        self.pieces += (*pieces, self.text)
 
 
-Answer = tuple[Reply, Reply, Reply]
-"""The replies to READ, DIRECTORY and GET_PERMS of one node."""
-
-
-@dataclass(slots=True)
-class _Window:
-    """Nodes that one pipeline asks about: of each its run, its name and its path.
-
-    finished    the runs of which it has the last nodes
-    """
-
-    nodes: list[tuple[_Run, bytes, bytes]] = field(default_factory=list)
-    finished: list[_Run] = field(default_factory=list)
+Window = list[tuple[_Run, bytes]]
+"""Nodes that one pipeline asks about: of each its run and its path."""
 
 
 class SubtreeText(NamedTuple):
@@ -316,7 +272,7 @@ class SubtreeText(NamedTuple):
 
 
 class Walk:
-    """See the module's docstring.
+    """See the module's docstring.  Only the task that calls `run` touches it.
 
     before_window   called before each pipeline with the size of the text so far in bytes; it may raise
     """
@@ -325,165 +281,124 @@ class Walk:
         self._format = text_format
         self._view = text_format.view
         self._before_window = before_window
-        self._text = bytearray()
-        self._first: _Segment | None = _Segment(None)
         self._runs: list[_Run] = []
+        """In the order of the text; the last one comes next."""
         self._size = 0
-        """Of the text and all segments."""
-        self._error: XenstoreError | None = None
+        self._turn_end = 0.0
 
     async def run(self) -> SubtreeText | None:
         """The text; None if the first node does not exist.
 
-        Raises XenstoreError for an error reply that speaks of more than one node, and if the first node may
-        not be read.
+        Raises XenstoreError if the first node may not be read, or a reply is an unexpected error.
         """
         self._view.store.walks += 1
         try:
             return await self._walk()
+        except XenstoreError as error:
+            if error.name not in ABSENT:
+                raise
+            return None
         finally:
             self._view.store.walks -= 1
 
-    async def _walk(self) -> SubtreeText | None:
-        assert self._first is not None
-        top = _Run(b"", (self._format.top,), self._first, True)
+    async def _walk(self) -> SubtreeText:
+        top = _Run(b"", (self._format.top,), b"")
         self._runs.append(top)
         pipelines = self._view.commands.pipelines()
         turns = cycle(pipelines)
         async with open_background() as nursery:
-            asked: deque[tuple[_Window, BackgroundCall[Iterator[Answer]]]] = deque()
+            asked: deque[tuple[Window, BackgroundCall[list[Reply]]]] = deque()
             while self._runs or asked:
                 # The store replies to the next windows while this task works on one.
                 while self._runs and len(asked) < self._windows_max(len(pipelines)):
                     self._before_window(self._size)
                     window = self._next_window()
-                    ask = partial(self._ask, window, next(turns))
-                    asked.append((window, BackgroundCall(nursery, ask)))
-                window, answers = asked.popleft()
-                await self._add_window(window, await answers.result())
-                self._flush()
-        if self._error is not None:
-            if not self._text:
-                raise self._error
-        elif top.is_first:
-            return None
-        return SubtreeText(self._text, self._error)
+                    requests = [ask(path) for _, path in window for ask in self._format.asks]
+                    call = BackgroundCall(nursery, partial(next(turns), requests))
+                    asked.append((window, call))
+                window, call = asked.popleft()
+                await self._add_window(window, await call.result())
+        return await self._joined(top.pieces)
 
     def _windows_max(self, connections: int) -> int:
         store = self._view.store
         return max(WINDOWS_MIN, connections, FAR_WINDOWS // store.walks if store.is_far else 0)
 
-    def _next_window(self) -> _Window:
-        window = _Window()
-        room = WINDOW
-        while self._runs and room:
+    def _next_window(self) -> Window:
+        window: Window = []
+        while self._runs and len(window) < WINDOW:
             run = self._runs[-1]
-            names = run.names[run.start : run.start + room]
-            room -= len(names)
-            run.start += len(names)
-            if run.start == len(run.names):
-                window.finished.append(self._runs.pop())
-            prefix = run.prefix
-            if prefix:
-                names = self._format.shown(prefix[:-1] or b"/", names)
-            window.nodes += [(run, name, prefix + name) for name in names]
+            end = run.start + WINDOW - len(window)
+            window += [(run, run.prefix + name) for name in run.names[run.start : end]]
+            run.start = end
+            if end >= len(run.names):
+                self._runs.pop()
         return window
 
-    async def _ask(self, window: _Window, pipeline: Pipeline) -> Iterator[Answer]:
-        asks_perms = self._format.asks_perms
-        requests: list[Request] = []
-        for _, _, path in window.nodes:
-            payload = path + b"\0"
-            requests.append(Request(Op.READ, payload))
-            requests.append(Request(Op.DIRECTORY, payload))
-            if asks_perms:
-                requests.append(Request(Op.GET_PERMS, payload))
-        replies = iter(await pipeline(requests))
-        return zip(replies, replies, replies if asks_perms else repeat(b""), strict=False)
+    async def _add_window(self, window: Window, replies: Iterable[Reply]) -> None:
+        end = len(self._runs)
+        each = iter(replies)
+        perms_of_each = each if len(self._format.asks) == 3 else repeat(b"")
+        answers = zip(window, each, each, perms_of_each, strict=False)
+        for (run, path), value, listing, perms in answers:
+            await self._give_turn()
+            if isinstance(listing, XenstoreError) and listing.name == "E2BIG":
+                listing = await self._long_listing(path)
+            if type(value) is bytes and type(listing) is bytes and type(perms) is bytes:
+                self._put(run, self._format.begin(path, value, perms, bool(listing)))
+                if listing:
+                    self._runs.insert(end, self._child(run, path, value, listing))
+            else:
+                errors = (each for each in (value, perms, listing) if not isinstance(each, bytes))
+                self._fail(run, path, next(errors))
 
-    async def _add_window(self, window: _Window, answers: Iterator[Answer]) -> None:
-        leaf = self._format.leaf
-        found: list[_Run] = []
-        turn_end = perf_counter() + TURN_SECONDS
-        for (run, name, path), (value, listing, perms) in zip(window.nodes, answers, strict=True):
-            if perf_counter() > turn_end:
-                await trio.lowlevel.checkpoint()
-                turn_end = perf_counter() + TURN_SECONDS
-            if run.segment.is_dropped:
-                continue
-            if listing == b"" and type(value) is bytes and type(perms) is bytes:
-                # A leaf, as most nodes are.
-                self._put(run, leaf(path, name, value, perms, run.is_first))
-                continue
-            child = await self._add(run, name, path, value, listing, perms)
-            if child is not None:
-                found.append(child)
-        for run in window.finished:
-            run.segment.closed = True
-        self._runs += reversed(found)
-        if self._error is not None:
-            self._runs = [run for run in self._runs if not run.segment.is_dropped]
+    async def _long_listing(self, path: bytes) -> Reply:
+        try:
+            return b"".join([name + b"\0" for name in await self._view.commands.list(path)])
+        except XenstoreError as error:
+            return error
 
-    async def _add(
-        self, run: _Run, name: bytes, path: bytes, value: Reply, listing: Reply, perms: Reply
-    ) -> _Run | None:
-        """Add a node that need not be a leaf, nor readable.  Returns the run of its children, if any."""
-        names: Names = []
-        if isinstance(listing, bytes):
-            names = protocol.decode_names(listing)
-        elif listing.name == "E2BIG":
-            try:
-                names, listing = await self._view.commands.list(path), b""
-            except XenstoreError as error:
-                listing = error
-        if isinstance(value, bytes) and isinstance(perms, bytes) and isinstance(listing, bytes):
-            if not names:
-                self._put(run, self._format.leaf(path, name, value, perms, run.is_first))
-                return None
-            self._put(run, self._format.begin(path, name, value, perms, run.is_first))
-            end = self._format.end(path)
-            self._size += len(end)
-            run.segment.closed = True
-            after = _Segment(run.segment.following, bytearray(end))
-            inner = run.segment.following = _Segment(after)
-            run.segment = after
-            return _Run(join(path, b""), names, inner, not value)
-        failure = next(each for each in (value, perms, listing) if isinstance(each, XenstoreError))
-        if failure.name in ABSENT:
-            return None
+    def _child(self, run: _Run, path: bytes, value: bytes, listing: bytes) -> _Run:
+        """The run of a node's children, whose text comes next in the node's own run."""
+        names = self._format.shown(path, listing)
+        child = _Run(join(path, b""), names, self._format.separator if value else b"")
+        run.insert(child.pieces)
+        run.text += self._format.end(path)
+        return child
+
+    def _fail(self, run: _Run, path: bytes, error: XenstoreError) -> None:
+        """A node cannot be shown."""
+        if path == self._format.top or error.name not in (*ABSENT, "EACCES"):
+            raise error
         text = self._format.unreadable(path)
-        if failure.name != "EACCES":
-            if text is None or not isinstance(value, bytes) or not isinstance(perms, bytes):
-                raise failure
-            text = self._format.leaf(path, name, value, perms, run.is_first)
-        if text is not None:
+        if error.name == "EACCES" and text is not None:
             self._put(run, text)
-        if text is not None or path == self._format.top:
-            self._end_text(run.segment, failure)
-        return None
-
-    def _end_text(self, segment: _Segment, error: XenstoreError) -> None:
-        """End the text here.  What comes before need not be complete yet."""
-        self._error = error
-        segment.closed = True
-        following, segment.following = segment.following, None
-        segment.is_dropped = True
-        while following is not None:
-            following.is_dropped = True
-            following = following.following
+            run.insert(error)
 
     def _put(self, run: _Run, text: bytes) -> None:
-        run.segment.text += text
-        run.is_first = False
-        self._size += len(text)
+        if len(run.text) > PIECE_MAX:
+            run.insert()
+        run.text += run.separator + text
+        self._size += len(run.separator) + len(text)
+        run.separator = self._format.separator
 
-    def _flush(self) -> None:
-        """Move what is complete to the text."""
-        segment = self._first
-        while segment is not None:
-            self._text += segment.text
-            segment.text.clear()
-            if not segment.closed:
-                break
-            segment = segment.following
-        self._first = segment
+    async def _joined(self, pieces: list[Piece]) -> SubtreeText:
+        """The whole text.  It takes no more memory than the pieces, which vanish."""
+        text = bytearray()
+        left: list[Piece] = [pieces]
+        while left:
+            piece = left.pop()
+            if isinstance(piece, XenstoreError):
+                return SubtreeText(text, piece)
+            if isinstance(piece, list):
+                left += reversed(piece)
+                piece.clear()
+            else:
+                text += piece
+            await self._give_turn()
+        return SubtreeText(text, None)
+
+    async def _give_turn(self) -> None:
+        if perf_counter() > self._turn_end:
+            await trio.lowlevel.checkpoint()
+            self._turn_end = perf_counter() + TURN_SECONDS
