@@ -21,7 +21,6 @@ from types import SimpleNamespace
 
 import pytest
 import trio
-import trio.testing
 
 from tests.support.messages import Message, messages_of
 from xsfs.embedded import server
@@ -194,8 +193,8 @@ def test_a_request_too_long_ends_the_connection_and_no_other() -> None:
 
 
 def test_clients_that_flood_leave_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reading of the clock takes as long as a fifth of the time that one round may last."""
-    ticks = itertools.count(0.0, server.TURN / 5)
+    """Each reading of the clock takes most of a turn."""
+    ticks = itertools.count(0.0, server.TURN / 1.25)
     monkeypatch.setattr(server, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
     async def test() -> None:
@@ -309,22 +308,6 @@ def test_a_client_that_does_not_read_replies_is_not_served_further() -> None:
                 message = await slow.receive()
                 assert message is not None
                 assert message.payload == b"x" * 4000
-
-    run(test)
-
-
-def test_clients_that_do_not_read_replies_shorten_nobody_s_turn() -> None:
-    async def test() -> None:
-        async with serving() as store:
-            await Client(store.connect()).ask(protocol.write(b"/a", b"x" * 4000))
-            op, body = protocol.read(b"/a")
-            sockets = [store.connect() for _ in range(4)]
-            for sock in sockets:
-                sock.send(protocol.encode(op, 5, 0, body) * 2000)
-            await trio.testing.wait_all_tasks_blocked()
-            full = [connection for connection in store._requests.connections if connection.full]
-            assert len(full) == len(sockets)
-            assert not store._busy
 
     run(test)
 

@@ -36,8 +36,8 @@ from xsfs.xenstore.protocol import Op
 log = logging.getLogger(__name__)
 
 RECEIVE: Final = 64 << 10
-TURN: Final = 0.0005
-"""Seconds.  All connections with received requests share this time for one turn of each."""
+TURN: Final = 0.000125
+"""Seconds.  Then the connections whose requests wait have their turns."""
 BACKLOG: Final = 128
 
 
@@ -53,8 +53,6 @@ class EmbeddedStore:
         self._populate = populate
         self._requests = Requests()
         self._database = self._requests.database
-        self._busy: set[ClientConnection] = set()
-        """The connections whose tasks handle received requests, or wait for their next turn."""
         if populate:
             create_nodes(self._database, dom0_nodes())
 
@@ -160,7 +158,7 @@ class EmbeddedStore:
                 return
 
     async def _serve_requests(self, connection: ClientConnection, parser: protocol.Parser) -> None:
-        turn_end = self._start_turn(connection)
+        turn_end = time.perf_counter() + TURN
         try:
             for request in parser.messages():
                 report = self._requests.serve(connection, request)
@@ -168,22 +166,13 @@ class EmbeddedStore:
                     continue
                 self._flush()
                 if report is not None:
-                    self._busy.discard(connection)
                     await self._write_report(connection, request, report)
-                elif connection.full:
-                    self._busy.discard(connection)
+                await trio.lowlevel.checkpoint()
+                if connection.full:
                     await connection.drain()
-                else:
-                    await trio.lowlevel.checkpoint()
-                turn_end = self._start_turn(connection)
+                turn_end = time.perf_counter() + TURN
         finally:
-            self._busy.discard(connection)
             self._flush()
-
-    def _start_turn(self, connection: ClientConnection) -> float:
-        """Returns when its turn is to end."""
-        self._busy.add(connection)
-        return time.perf_counter() + TURN / len(self._busy)
 
     @staticmethod
     async def _write_report(
