@@ -1,6 +1,6 @@
 """The requests of the embedded store: one table maps each operation to its handler.
 
-`Requests` owns the `Database` and the `WatchTable`, and knows all connections.  Any task of the
+`Requests` owns the `Database` and knows all connections.  Any task of the
 store may call it with one request.  It handles the request completely, without waiting, and queues
 the reply and all events that the request causes.  The caller sends what is queued.
 """
@@ -14,8 +14,7 @@ from typing import Final, NamedTuple
 from xsfs.embedded import control
 from xsfs.embedded.client_connection import (
     ClientConnection,
-    RegisteredWatch,
-    WatchTable,
+    clients_of,
     transactions_of,
     watches_of,
 )
@@ -27,6 +26,7 @@ from xsfs.embedded.record import (
     Record,
     Refused,
     absolute,
+    at_and_above,
     format_perms,
     home_of,
     is_path,
@@ -85,7 +85,6 @@ class _Request(NamedTuple):
 class Requests:
     def __init__(self) -> None:
         self.connections: set[ClientConnection] = set()
-        self._watches = WatchTable()
         self.database = Database(self._fire_watches)
 
     def serve(self, connection: ClientConnection, request: protocol.Message) -> Report | None:
@@ -109,9 +108,7 @@ class Requests:
             op, reply = Op.ERROR, b"EIO\0"
         connection.queue_reply(op, req_id, tx_id, reply)
         if op == Op.WATCH:
-            # The first event of the new watch follows the reply.
-            watch = next(reversed(connection.watches.values()))
-            watch.fire(watch.path)
+            connection.queue_first_event()
         return None
 
     def _handle(self, connection: ClientConnection, op: int, tx_id: int, payload: bytes) -> Result:
@@ -130,26 +127,15 @@ class Requests:
 
     def _fire_watches(self, change: Change) -> None:
         """Queue the event of a change for each watch whose domain may get it."""
-        permitted: dict[int, bool] = {}
-        for watch in self._watches.matching(change):
-            domid = watch.connection.domid
-            if domid not in permitted:
-                permitted[domid] = self.database.domains.may_read(domid, change)
-            if permitted[domid]:
-                watch.fire(change.path)
-
-    def reset(self, connection: ClientConnection) -> None:
-        """Remove the connection's watches and transactions."""
-        for watch in connection.watches.values():
-            self._watches.remove(watch)
-        connection.watches.clear()
-        connection.transactions.clear()
+        watched = {change.path} if change.exact else set(at_and_above(change.path))
+        for connection in self.connections:
+            if connection.watches and self.database.domains.may_read(connection.domid, change):
+                connection.queue_events(change.path, watched)
 
     def drop_connections(self, domid: int) -> None:
-        for connection in self.connections:
-            if connection.domid == domid:
-                self.reset(connection)
-                connection.close()
+        for connection in clients_of(self.connections, domid):
+            self.connections.discard(connection)
+            connection.close()
 
     # -- requests for nodes
 
@@ -211,20 +197,15 @@ class Requests:
         used = watches_of(self.connections, client.domid)
         if client.domid != DOM0 and used > quotas.watches:
             raise Refused("E2BIG")
-        watch = RegisteredWatch(client, path, token, relative=path != given_path)
-        client.watches[path, token] = watch
-        self._watches.add(watch)
+        client.watches[path, token] = len(path) - len(given_path)
 
     def _unwatch(self, request: _Request) -> None:
-        client = request.client
         path, token = request.strings_of(2, 2)
-        watch = client.watches.pop((request.absolute(path), token), None)
-        if watch is None:
+        if request.client.watches.pop((request.absolute(path), token), None) is None:
             raise Refused("ENOENT")
-        self._watches.remove(watch)
 
     def _reset_watches(self, request: _Request) -> None:
-        self.reset(request.client)
+        request.client.reset()
 
     # -- transactions
 
@@ -256,9 +237,8 @@ class Requests:
             raise Refused("EINVAL")
         if domid != DOM0:
             self.database.introduce(domid)
-            for connection in self.connections:
-                if connection.domid == domid:
-                    self.reset(connection)
+            for client in clients_of(self.connections, domid):
+                client.reset()
 
     def _connected_guest(self, request: _Request) -> Domain:
         domid = unsigned(request.string)

@@ -132,7 +132,6 @@ class EmbeddedStore:
                     await self._read(connection)
                 finally:
                     self._requests.connections.discard(connection)
-                    self._requests.reset(connection)
                     # Send the last replies, as far as the socket accepts them.
                     connection.flush()
                     nursery.cancel_scope.cancel()
