@@ -146,17 +146,14 @@ class Requests:
         return self._readable(request).value
 
     def _directory(self, request: _Request) -> bytes:
-        node = self._readable(request)
-        if node.child_bytes > protocol.PAYLOAD_MAX:
-            raise Refused("E2BIG")
-        return node.listing
+        return self._readable(request).children
 
     def _directory_part(self, request: _Request) -> bytes:
         path, offset_text = request.strings_of(2, 2)
         node = self.database.readable(request.domid, request.absolute(path), request.tx)
         offset = unsigned(offset_text)
         generation = b"%d\0" % node.generation
-        listing = node.listing
+        listing = node.children
         # A part has only whole names, and room for the NUL that marks the end of the listing.
         room = protocol.PAYLOAD_MAX - len(generation) - 1
         if len(listing) - offset <= room:
@@ -217,7 +214,7 @@ class Requests:
         if client.domid != DOM0 and used > self.database.quotas.transactions:
             raise Refused("ENOSPC")
         number = client.new_transaction_number()
-        client.transactions[number] = self.database.start(client.domid)
+        client.transactions[number] = DatabaseTransaction(client.domid)
         return b"%d\0" % number
 
     def _transaction_end(self, request: _Request) -> None:
