@@ -19,8 +19,6 @@ from xsfs.embedded.record import Refused, signed, unsigned
 
 log = logging.getLogger(__name__)
 
-OK: Final = b"OK\0"
-
 _HELP: Final = (
     b"check\t\nmemreport\t[<file>]\nprint\t<string>\nquota\t[set <name> <val>|<domid>]\nhelp\t\n\0"
 )
@@ -37,11 +35,9 @@ _QUOTAS: Final = {
 """xenstored's names and descriptions.  For each name `Quotas` has an attribute."""
 
 
-Report = Callable[[], None]
-"""Writes a report to a file, which may block for any time; OSError if it fails."""
-
-Result = bytes | Report | None
-"""The payload of the reply, None for OK; or a report, and the reply is OK once it is written."""
+Result = bytes | Callable[[], None] | None
+"""The payload of the reply, None for OK; or a function that may block for any time, after which the
+reply is OK."""
 
 
 def run(
@@ -105,8 +101,12 @@ def _usage(database: Database, connections: Collection[ClientConnection], domid:
 def _append(path: bytes, text: str) -> None:
     # Without O_NONBLOCK, opening a FIFO waits for a reader.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o600), "w") as file:
-        file.write(text)
+    try:
+        with open(os.open(path, flags, 0o600), "w") as file:
+            file.write(text)
+    except OSError as error:
+        log.warning("cannot write a memory report: %s", error)
+        raise Refused("EINVAL") from error
 
 
 def _memory(database: Database, connections: Collection[ClientConnection]) -> list[str]:

@@ -1,8 +1,8 @@
 """The requests of the embedded store: one table maps each operation to its handler.
 
-`Requests` owns the `Database` and knows all connections.  Any task of the
-store may call it with one request.  It handles the request completely, without waiting, and queues
-the reply and all events that the request causes.  The caller sends what is queued.
+`Requests` owns the `Database` and knows all connections.  Any task of the store may call it with one
+request.  It handles the request completely and queues the reply and all events that the request
+causes.  The caller sends what is queued.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xsfs.embedded.client_connection import (
     transactions_of,
     watches_of,
 )
-from xsfs.embedded.control import OK, Report, Result
+from xsfs.embedded.control import Result
 from xsfs.embedded.database import Database
 from xsfs.embedded.domains import DOM0, DOMID_LIMIT, Change, Domain
 from xsfs.embedded.record import (
@@ -34,6 +34,7 @@ from xsfs.embedded.record import (
 )
 from xsfs.embedded.transaction import DatabaseTransaction
 from xsfs.xenstore import protocol
+from xsfs.xenstore.background import run_in_thread
 from xsfs.xenstore.protocol import Op
 
 log = logging.getLogger(__name__)
@@ -87,17 +88,16 @@ class Requests:
         self.connections: set[ClientConnection] = set()
         self.database = Database(self._fire_watches)
 
-    def serve(self, connection: ClientConnection, request: protocol.Message) -> Report | None:
-        """Handle one request.
-
-        If it returns a report, the caller must write the report and queue the reply.
-        """
+    async def serve(self, connection: ClientConnection, request: protocol.Message) -> None:
+        """Handle one request.  Only a memory report has a checkpoint, while a thread writes it."""
         op, req_id, tx_id, payload = request
         try:
             result = self._handle(connection, op, tx_id, payload)
             if callable(result):
-                return result
-            reply = OK if result is None else result
+                # The file may be on a slow disk, or in a mount that this thread serves.
+                await run_in_thread(result)
+                result = None
+            reply = b"OK\0" if result is None else result
             if len(reply) > protocol.PAYLOAD_MAX:
                 raise Refused("E2BIG")
         except Refused as refused:
@@ -109,7 +109,6 @@ class Requests:
         connection.queue_reply(op, req_id, tx_id, reply)
         if op == Op.WATCH:
             connection.queue_first_event()
-        return None
 
     def _handle(self, connection: ClientConnection, op: int, tx_id: int, payload: bytes) -> Result:
         found = _HANDLERS.get(op)

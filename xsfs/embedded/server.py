@@ -26,12 +26,9 @@ import trio
 
 from xsfs.embedded.client_connection import ClientConnection
 from xsfs.embedded.contents import create_nodes, dom0_nodes, guest_nodes
-from xsfs.embedded.control import OK, Report
 from xsfs.embedded.domains import DOM0
 from xsfs.embedded.requests import Requests
 from xsfs.xenstore import protocol
-from xsfs.xenstore.background import run_in_thread
-from xsfs.xenstore.protocol import Op
 
 log = logging.getLogger(__name__)
 
@@ -150,45 +147,21 @@ class EmbeddedStore:
             if not data:
                 return
             parser.feed(data)
+            turn_end = time.perf_counter() + TURN
             try:
-                await self._serve_requests(connection, parser)
+                for request in parser.messages():
+                    await self._requests.serve(connection, request)
+                    if connection.full or time.perf_counter() >= turn_end:
+                        self._flush()
+                        await trio.lowlevel.checkpoint()
+                        if connection.full:
+                            await connection.drain()
+                        turn_end = time.perf_counter() + TURN
             except protocol.WireError as error:
                 log.warning("closing a connection of domain %d: %s", connection.domid, error)
                 return
-
-    async def _serve_requests(self, connection: ClientConnection, parser: protocol.Parser) -> None:
-        turn_end = time.perf_counter() + TURN
-        try:
-            for request in parser.messages():
-                report = self._requests.serve(connection, request)
-                if report is None and not connection.full and time.perf_counter() < turn_end:
-                    continue
+            finally:
                 self._flush()
-                if report is not None:
-                    await self._write_report(connection, request, report)
-                await trio.lowlevel.checkpoint()
-                if connection.full:
-                    await connection.drain()
-                turn_end = time.perf_counter() + TURN
-        finally:
-            self._flush()
-
-    @staticmethod
-    async def _write_report(
-        connection: ClientConnection, request: protocol.Message, report: Report
-    ) -> None:
-        """Write the report and queue the reply.
-
-        The file may be on a slow disk, or in a mount that this thread serves.
-        """
-        op, req_id, tx_id, _ = request
-        payload = OK
-        try:
-            await run_in_thread(report)
-        except OSError as error:
-            log.warning("cannot write a memory report: %s", error)
-            op, payload = Op.ERROR, b"EINVAL\0"
-        connection.queue_reply(op, req_id, tx_id, payload)
 
     def _flush(self) -> None:
         for connection in self._requests.connections:
