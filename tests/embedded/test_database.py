@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from xsfs.embedded.database import Database
-from xsfs.embedded.domains import DOM0, Change, Quotas
+from xsfs.embedded.domains import DOM0, Change
 from xsfs.embedded.record import (
     PATH_MAX,
     PermissionEntry,
@@ -170,7 +170,7 @@ def test_nodes_of_a_transaction_count_when_it_ends(recorder: Recorder) -> None:
 
 def test_the_quota_counts_at_the_end_of_a_transaction(recorder: Recorder) -> None:
     store = recorder.store
-    for number in range(Quotas().nodes - 3):
+    for number in range(store.quotas[b"nodes"] - 3):
         store.mkdir(DOM0, b"/g7/%d" % number)
     tx = DatabaseTransaction(GUEST)
     store.mkdir(GUEST, b"/g7/0/x", tx)
@@ -178,7 +178,7 @@ def test_the_quota_counts_at_the_end_of_a_transaction(recorder: Recorder) -> Non
     tx = DatabaseTransaction(GUEST)
     store.mkdir(GUEST, b"/g7/0/y", tx)
     refused("ENOSPC", store.commit, tx)
-    assert recorder.nodes_of(GUEST) == Quotas().nodes - 1
+    assert recorder.nodes_of(GUEST) == store.quotas[b"nodes"] - 1
     refused("ENOENT", store.readable, GUEST, b"/g7/0/y")
     store.mkdir(GUEST, b"/g7/0/y")
     refused("ENOSPC", store.mkdir, GUEST, b"/g7/0/z")

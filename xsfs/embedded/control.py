@@ -14,7 +14,7 @@ from typing import Final
 
 from xsfs.embedded.client_connection import ClientConnection, transactions_of, watches_of
 from xsfs.embedded.database import Database
-from xsfs.embedded.domains import Quotas
+from xsfs.embedded.domains import QUOTAS
 from xsfs.embedded.record import Refused, signed, unsigned
 
 log = logging.getLogger(__name__)
@@ -22,18 +22,6 @@ log = logging.getLogger(__name__)
 _HELP: Final = (
     b"check\t\nmemreport\t[<file>]\nprint\t<string>\nquota\t[set <name> <val>|<domid>]\nhelp\t\n\0"
 )
-
-_QUOTAS: Final = {
-    b"nodes": "Nodes per domain",
-    b"watches": "Watches per domain",
-    b"transactions": "Transactions per domain",
-    b"transaction-nodes": "Max. number of accessed nodes per transaction",
-    b"node-size": "Max. size of a node",
-    b"path-max": "Max. length of a node path",
-    b"permissions": "Max. number of permissions per node",
-}
-"""xenstored's names and descriptions.  For each name `Quotas` has an attribute."""
-
 
 Result = bytes | Callable[[], None] | None
 """The payload of the reply, None for OK; or a function that may block for any time, after which the
@@ -69,21 +57,17 @@ def run(
     return None
 
 
-def _attribute(name: bytes) -> str:
-    return name.decode().replace("-", "_")
-
-
-def _settings(quotas: Quotas) -> bytes:
+def _settings(quotas: dict[bytes, int]) -> bytes:
     text = "Quota settings:\n"
-    for name, description in _QUOTAS.items():
-        text += f"{name.decode():<17}: {getattr(quotas, _attribute(name)):>8} {description}\n"
+    for name, (_, description) in QUOTAS.items():
+        text += f"{name.decode():<17}: {quotas[name]:>8} {description}\n"
     return text.encode() + b"\0"
 
 
-def _set_quota(quotas: Quotas, name: bytes, value: int) -> None:
-    if value < 1 or name not in _QUOTAS:
+def _set_quota(quotas: dict[bytes, int], name: bytes, value: int) -> None:
+    if value < 1 or name not in quotas:
         raise Refused("EINVAL")
-    setattr(quotas, _attribute(name), value)
+    quotas[name] = value
 
 
 def _usage(database: Database, connections: Collection[ClientConnection], domid: int) -> bytes:

@@ -25,11 +25,11 @@ from collections.abc import Callable
 from xsfs.embedded.domains import (
     DOM0,
     INTRODUCE_DOMAIN,
+    QUOTAS,
     RELEASE_DOMAIN,
     Change,
     Domain,
     Domains,
-    Quotas,
 )
 from xsfs.embedded.record import (
     OWNER,
@@ -55,7 +55,7 @@ Tx = DatabaseTransaction | None
 class Database:
     def __init__(self, changed: Callable[[Change], None]) -> None:
         self._changed = changed
-        self.quotas = Quotas()
+        self.quotas = {name: default for name, (default, _) in QUOTAS.items()}
         self.domains = Domains()
         self._generations = itertools.count(1)
         root = Record(b"", self.domains.resolve((PermissionEntry(DOM0, 0),)))
@@ -75,7 +75,7 @@ class Database:
             return self._records.get(path)
         accessed = tx.accessed.get(path)
         if accessed is None:
-            if tx.domid != DOM0 and len(tx.accessed) >= self.quotas.transaction_nodes:
+            if tx.domid != DOM0 and len(tx.accessed) >= self.quotas[b"transaction-nodes"]:
                 tx.failed = True
                 raise Refused("ENOSPC")
             found = self._records.get(path)
@@ -87,7 +87,7 @@ class Database:
 
         None if the node is missing and the domain may know that; otherwise Refused (EACCES).
         """
-        if not is_path(path, self.quotas.path_max):
+        if not is_path(path, self.quotas[b"path-max"]):
             raise Refused("EINVAL")
         record = self._lookup(path, tx)
         if record is not None and self.domains.access(domid, record.perms) & needed == needed:
@@ -112,7 +112,7 @@ class Database:
     def _store(self, domid: int, changed: dict[bytes, Record], tx: Tx) -> None:
         """Store records by path.  Refused (ENOSPC) if the domain may not make one so large."""
         for record in changed.values():
-            if domid != DOM0 and record.size >= self.quotas.node_size:
+            if domid != DOM0 and record.size >= self.quotas[b"node-size"]:
                 if tx is not None:
                     tx.failed = True
                 raise Refused("ENOSPC")
@@ -166,7 +166,7 @@ class Database:
             owner = self.domains.known[domid]
             # The nodes that a transaction creates count when it ends.
             created = 0 if tx is not None else len(missing) - 1
-            if owner.nodes + created >= self.quotas.nodes:
+            if owner.nodes + created >= self.quotas[b"nodes"]:
                 raise Refused("ENOSPC")
             # An unprivileged domain owns what it creates.
             perms = (PermissionEntry(domid, perms[0].bits, owner.incarnation), *perms[1:])
@@ -179,7 +179,7 @@ class Database:
         self._notify(path, False, tx, perms)
 
     def set_perms(self, domid: int, path: bytes, texts: list[bytes], tx: Tx = None) -> None:
-        if domid != DOM0 and len(texts) > self.quotas.permissions:
+        if domid != DOM0 and len(texts) > self.quotas[b"permissions"]:
             raise Refused("ENOSPC")
         perms = self.domains.resolve(parse_perms(texts))
         owner = perms[0]
@@ -277,7 +277,7 @@ class Database:
             domain = self.domains.find(owner)
             if domain is None:
                 raise Refused("ENOMEM")
-            full = owner != DOM0 and domain.nodes + difference >= self.quotas.nodes
+            full = owner != DOM0 and domain.nodes + difference >= self.quotas[b"nodes"]
             if full and tx.created and tx.domid != DOM0:
                 raise Refused("ENOSPC")
 

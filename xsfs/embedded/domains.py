@@ -23,23 +23,20 @@ INTRODUCE_DOMAIN: Final = b"@introduceDomain"
 RELEASE_DOMAIN: Final = b"@releaseDomain"
 
 
-@dataclass(slots=True)
-class Quotas:
-    """The limits for a domain other than 0.
+QUOTAS: Final = {
+    b"nodes": (1000, "Nodes per domain"),
+    b"watches": (128, "Watches per domain"),
+    b"transactions": (10, "Transactions per domain"),
+    b"transaction-nodes": (1024, "Max. number of accessed nodes per transaction"),
+    b"node-size": (2048, "Max. size of a node"),
+    b"path-max": (PATH_MAX, "Max. length of a node path"),
+    b"permissions": (5, "Max. number of permissions per node"),
+}
+"""xenstored's names, defaults and descriptions.
 
-    As in xenstored, a domain may have one watch and one transaction more than its quota.
-    """
-
-    nodes: int = 1000
-    watches: int = 128
-    transactions: int = 10
-    transaction_nodes: int = 1024
-    """How many nodes one transaction may access."""
-    node_size: int = 2048
-    path_max: int = PATH_MAX
-    """Holds for domain 0, too."""
-    permissions: int = 5
-    """How many permission entries SET_PERMS accepts."""
+They limit domains other than 0, and `path-max` limits domain 0, too.  As in xenstored, a domain may have
+one watch and one transaction more than its quota.
+"""
 
 
 class Change(NamedTuple):

@@ -186,12 +186,12 @@ class Requests:
         given_path, token = request.strings_of(2, 2)
         path = request.absolute(given_path)
         special = path.startswith(b"@")
-        if not (len(path) <= PATH_MAX if special else is_path(path, quotas.path_max)):
+        if not (len(path) <= PATH_MAX if special else is_path(path, quotas[b"path-max"])):
             raise Refused("EINVAL")
         if (path, token) in client.watches:
             raise Refused("EEXIST")
         used = watches_of(self.connections, client.domid)
-        if client.domid != DOM0 and used > quotas.watches:
+        if client.domid != DOM0 and used > quotas[b"watches"]:
             raise Refused("E2BIG")
         client.watches[path, token] = len(path) - len(given_path)
 
@@ -210,7 +210,7 @@ class Requests:
             raise Refused("EBUSY")
         client = request.client
         used = transactions_of(self.connections, client.domid)
-        if client.domid != DOM0 and used > self.database.quotas.transactions:
+        if client.domid != DOM0 and used > self.database.quotas[b"transactions"]:
             raise Refused("ENOSPC")
         number = client.new_transaction_number()
         client.transactions[number] = DatabaseTransaction(client.domid)
