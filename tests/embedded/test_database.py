@@ -313,7 +313,7 @@ def test_the_root_survives_its_owner(recorder: Recorder) -> None:
 
 def test_a_domain_that_was_never_introduced_ends_quietly(recorder: Recorder) -> None:
     store = recorder.store
-    store.domains.create(9)
+    store.create(9)
     store.write(DOM0, b"/nine", b"")
     store.set_perms(DOM0, b"/nine", [b"n9"])
     recorder.told()

@@ -24,6 +24,7 @@ from collections.abc import Callable
 
 from xsfs.embedded.domains import (
     DOM0,
+    DOMID_LIMIT,
     INTRODUCE_DOMAIN,
     QUOTAS,
     RELEASE_DOMAIN,
@@ -288,6 +289,8 @@ class Database:
 
         ValueError if no guest can have this domid.
         """
+        if not 0 < domid < DOMID_LIMIT:
+            raise ValueError(f"not the domid of a guest: {domid}")
         earlier = self.domains.known.get(domid)
         if earlier is not None and domid not in self.domains.existing:
             # xenstored crashes here.
@@ -315,11 +318,16 @@ class Database:
         """
         ending = [domain]
         for one in ending:
-            ending += [other for other in self.domains.drop_holds(one) if other not in ending]
+            for other in self.domains.known.values():
+                if one in other.holders:
+                    del other.holders[one]
+                    ended = other.domid not in self.domains.existing and not other.holders
+                    if ended and other not in ending:
+                        ending.append(other)
         # As in xenstored, a target ends before the domain that held it.
         for one in reversed(ending):
             self._remove_owned(one)
-            self.domains.forget(one.domid)
+            self.domains.forget(one)
             if one.introduced:
                 self._changed(self.domains.special(RELEASE_DOMAIN))
 
