@@ -25,7 +25,7 @@ from typing import Final
 import trio
 
 from xsfs.embedded.client_connection import ClientConnection
-from xsfs.embedded.contents import create_nodes, dom0_nodes, guest_nodes
+from xsfs.embedded.contents import create_guest_nodes, create_host_nodes
 from xsfs.embedded.domains import DOM0
 from xsfs.embedded.requests import Requests
 from xsfs.xenstore import protocol
@@ -51,7 +51,7 @@ class EmbeddedStore:
         self._requests = Requests()
         self._database = self._requests.database
         if populate:
-            create_nodes(self._database, dom0_nodes())
+            create_host_nodes(self._database)
 
     def connect(self, domid: int = 0) -> socket.socket:
         """A non-blocking socket on which the store serves the domain."""
@@ -114,7 +114,7 @@ class EmbeddedStore:
         if not self._database.domains.is_connected(domid):
             self._database.create(domid)
             if self._populate:
-                create_nodes(self._database, guest_nodes(domid))
+                create_guest_nodes(self._database, domid)
             self.introduce(domid)
 
     async def _serve_socket(self, sock: socket.socket, domid: int) -> None:
