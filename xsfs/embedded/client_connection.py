@@ -51,7 +51,7 @@ class ClientConnection:
         """By path and token: how many bytes of a path the events omit, so that a relative watch gets
         relative paths."""
         self.transactions: dict[int, DatabaseTransaction] = {}
-        self._last_transaction = 0
+        self.last_transaction = 0
         self._nursery = nursery
         self.unsent = bytearray()
         """The output that the socket has not accepted."""
@@ -126,9 +126,3 @@ class ClientConnection:
         self._closed = True
         self.unsent.clear()
         self._nursery.cancel_scope.cancel()
-
-    def new_transaction_number(self) -> int:
-        while True:
-            self._last_transaction = (self._last_transaction + 1) & 0xFFFFFFFF
-            if self._last_transaction and self._last_transaction not in self.transactions:
-                return self._last_transaction

@@ -42,7 +42,10 @@ def run(
         case [b"quota"]:
             return _settings(database.quotas)
         case [b"quota", b"set", name, value]:
-            _set_quota(database.quotas, name, signed(unsigned(value)))
+            number = signed(unsigned(value))
+            if number < 1 or name not in database.quotas:
+                raise Refused("EINVAL")
+            database.quotas[name] = number
         case [b"quota", domid] if domid != b"set":
             return _usage(database, connections, unsigned(domid))
         case [b"memreport"]:
@@ -62,12 +65,6 @@ def _settings(quotas: dict[bytes, int]) -> bytes:
     for name, (_, description) in QUOTAS.items():
         text += f"{name.decode():<17}: {quotas[name]:>8} {description}\n"
     return text.encode() + b"\0"
-
-
-def _set_quota(quotas: dict[bytes, int], name: bytes, value: int) -> None:
-    if value < 1 or name not in quotas:
-        raise Refused("EINVAL")
-    quotas[name] = value
 
 
 def _usage(database: Database, connections: Collection[ClientConnection], domid: int) -> bytes:

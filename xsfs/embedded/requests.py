@@ -70,14 +70,9 @@ class _Request(NamedTuple):
     def absolute(self, path: bytes) -> bytes:
         return absolute(path, self.domid)
 
-    @property
-    def strings(self) -> list[bytes]:
+    def strings(self, least: int, most: int = protocol.PAYLOAD_MAX) -> list[bytes]:
         """All strings of the payload.  As in xenstored, bytes after the last NUL do not count."""
-        return self.payload.split(b"\0")[:-1]
-
-    def strings_of(self, least: int, most: int = protocol.PAYLOAD_MAX) -> list[bytes]:
-        """`strings`, if there are so many."""
-        strings = self.strings
+        strings = self.payload.split(b"\0")[:-1]
         if not least <= len(strings) <= most:
             raise Refused("EINVAL")
         return strings
@@ -148,7 +143,7 @@ class Requests:
         return self._readable(request).children
 
     def _directory_part(self, request: _Request) -> bytes:
-        path, offset_text = request.strings_of(2, 2)
+        path, offset_text = request.strings(2, 2)
         node = self.database.readable(request.domid, request.absolute(path), request.tx)
         offset = unsigned(offset_text)
         generation = b"%d\0" % node.generation
@@ -176,14 +171,14 @@ class Requests:
         self.database.rm(request.domid, request.path, request.tx)
 
     def _set_perms(self, request: _Request) -> None:
-        path, *perms = request.strings_of(2)
+        path, *perms = request.strings(2)
         self.database.set_perms(request.domid, request.absolute(path), perms, request.tx)
 
     # -- watches
 
     def _watch(self, request: _Request) -> None:
         client, quotas = request.client, self.database.quotas
-        given_path, token = request.strings_of(2, 2)
+        given_path, token = request.strings(2, 2)
         path = request.absolute(given_path)
         special = path.startswith(b"@")
         if not (len(path) <= PATH_MAX if special else is_path(path, quotas[b"path-max"])):
@@ -196,7 +191,7 @@ class Requests:
         client.watches[path, token] = len(path) - len(given_path)
 
     def _unwatch(self, request: _Request) -> None:
-        path, token = request.strings_of(2, 2)
+        path, token = request.strings(2, 2)
         if request.client.watches.pop((request.absolute(path), token), None) is None:
             raise Refused("ENOENT")
 
@@ -212,9 +207,10 @@ class Requests:
         used = transactions_of(self.connections, client.domid)
         if client.domid != DOM0 and used > self.database.quotas[b"transactions"]:
             raise Refused("ENOSPC")
-        number = client.new_transaction_number()
-        client.transactions[number] = DatabaseTransaction(client.domid)
-        return b"%d\0" % number
+        # A number of 32 bits, and not 0, which means no transaction.
+        client.last_transaction = client.last_transaction % 0xFFFFFFFF + 1
+        client.transactions[client.last_transaction] = DatabaseTransaction(client.domid)
+        return b"%d\0" % client.last_transaction
 
     def _transaction_end(self, request: _Request) -> None:
         if request.payload not in (b"T\0", b"F\0"):
@@ -228,7 +224,7 @@ class Requests:
     # -- domains
 
     def _introduce(self, request: _Request) -> None:
-        domid, _, port, *_ = map(unsigned, request.strings_of(3))
+        domid, _, port, *_ = map(unsigned, request.strings(3))
         if port == 0 or domid >= DOMID_LIMIT:
             raise Refused("EINVAL")
         if domid != DOM0:
@@ -255,7 +251,7 @@ class Requests:
         self._connected_guest(request)
 
     def _set_target(self, request: _Request) -> None:
-        domid, target, *_ = map(unsigned, request.strings_of(2))
+        domid, target, *_ = map(unsigned, request.strings(2))
         self.database.domains.set_target(domid, target)
 
     def _get_domain_path(self, request: _Request) -> bytes:
@@ -268,7 +264,7 @@ class Requests:
         return b"T\0" if introduced else b"F\0"
 
     def _control(self, request: _Request) -> Result:
-        return control.run(self.database, self.connections, request.strings)
+        return control.run(self.database, self.connections, request.strings(0))
 
 
 _Handler = Callable[[Requests, _Request], Result]

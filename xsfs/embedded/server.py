@@ -17,9 +17,9 @@ import errno
 import logging
 import os
 import socket
-import stat
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -184,8 +184,6 @@ def _bind(listener: socket.socket, path: str) -> None:
 
 def _is_stale(path: str) -> bool:
     """Whether this is a socket on which no process listens."""
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
-        return probe.connect_ex(path) == errno.ECONNREFUSED
+        return Path(path).is_socket() and probe.connect_ex(path) == errno.ECONNREFUSED
