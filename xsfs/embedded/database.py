@@ -137,8 +137,8 @@ class Database:
             accessed.exact = exact and accessed.exact is not False
             return
         parent = self._records.get(parent_of(path))
-        # A commit may have removed the node already, or not stored the parent yet.  As in xenstored, only the
-        # node's own permissions count then.
+        # A commit may have removed the node already, or not stored the parent yet.  As in xenstored,
+        # only the node's own permissions count then.
         if path in self._records and parent is not None:
             perms += (parent.perms,)
         self._changed(Change(path, exact, perms))
@@ -263,13 +263,14 @@ class Database:
             if self._records.get(path) is not accessed.found:
                 raise Refused("EAGAIN")
         for path, accessed in tx.accessed.items():
-            records = [each for each in (accessed.found, accessed.record) if each is not None]
             if accessed.record is not None:
                 self._records[path] = accessed.record
             else:
                 self._records.pop(path, None)
             if accessed.exact is not None:
-                self._notify(path, accessed.exact, None, *(each.perms for each in records))
+                records = (accessed.found, accessed.record)
+                perms = (record.perms for record in records if record is not None)
+                self._notify(path, accessed.exact, None, *perms)
         for owner, difference in tx.owned.items():
             self.domains.known[owner].nodes += difference
 
