@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import trio
+import trio.testing
 
 from tests.support.messages import Message, messages_of
 from xsfs.embedded import server
@@ -308,6 +309,22 @@ def test_a_client_that_does_not_read_replies_is_not_served_further() -> None:
                 message = await slow.receive()
                 assert message is not None
                 assert message.payload == b"x" * 4000
+
+    run(test)
+
+
+def test_few_replies_are_kept_for_a_client_that_does_not_read_them() -> None:
+    async def test() -> None:
+        async with serving() as store:
+            await Client(store.connect()).ask(protocol.write(b"/a", b"x" * 4000))
+            op, body = protocol.read(b"/a")
+            sockets = [store.connect() for _ in range(4)]
+            for sock in sockets:
+                sock.send(protocol.encode(op, 5, 0, body) * 2000)
+            await trio.testing.wait_all_tasks_blocked()
+            full = [each for each in store._requests.connections if each.full]
+            assert len(full) == len(sockets)
+            assert all(len(each.unsent) < OUTPUT_HIGH + 5000 for each in full)
 
     run(test)
 
