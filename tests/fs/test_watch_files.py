@@ -903,7 +903,7 @@ async def test_an_event_ends_the_wait_for_a_census(w: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
         now = trio.current_time()
         patch.setattr(CENSUS, "possible", True)
-        patch.setattr(CENSUS, "_waiting", {1: {}})
+        patch.setattr(CENSUS, "_waiting", {1: []})
         patch.setattr(CENSUS, "_began", now - 1000)
         patch.setattr(CENSUS, "_ended", now)  # so it may not be taken for long
         patch.setattr(watch_files, "LOOK_SECONDS", (0, 0))

@@ -101,9 +101,9 @@ class History:
     def __init__(self, directory: Path, root: bytes, chance: random.Random) -> None:
         self.chance = chance
         self.root = root
-        self.data = Data(self._changed)
         self.events: list[bytes] = []
         """Those that have not come yet."""
+        self.data = Data(self._changed)
         self.lessons: list[Callable[[], object]] = []
         """What the mount is about to learn."""
         self.watches = self
@@ -150,7 +150,7 @@ class History:
             return XenstoreError(refused.name, request)
         if request.op == Op.READ:
             return node.value
-        return node.listing if request.op == Op.DIRECTORY else format_perms(node.perms)
+        return node.children if request.op == Op.DIRECTORY else format_perms(node.perms)
 
     async def pipeline(self, requests: Sequence[Request]) -> list[Reply]:
         replies = []

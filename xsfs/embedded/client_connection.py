@@ -1,7 +1,7 @@
 """One client of the embedded store: its connection, watches, transactions and unsent output.
 
 The task that reads a `ClientConnection` owns it.  Any task that serves a request may queue output
-for any connection (`queue_event`) and `flush` it, because an event goes to every watcher.  All of
+for any connection (`queue_events`) and `flush` it, because an event goes to every watcher.  All of
 that is synchronous.  While the socket does not accept everything, only one task (`drain`) sends.
 
 Invariants:
@@ -16,89 +16,42 @@ Invariants:
 
 from __future__ import annotations
 
-import itertools
 import socket
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Final
 
 import trio
 
-from xsfs.embedded.domains import Change
-from xsfs.embedded.record import home_of, parent_of
 from xsfs.embedded.transaction import DatabaseTransaction
 from xsfs.xenstore import protocol
 
 OUTPUT_HIGH: Final = 256 << 10
 OUTPUT_MAX: Final = 4 << 20
 
-_numbers = itertools.count()
 
-
-class RegisteredWatch:
-    """One watch of one connection.
-
-    `stripped` is how many bytes of a path its events omit: a relative watch gets relative paths.
-    `number` grows, because a connection gets events in the order of its watches.
-    """
-
-    def __init__(
-        self, connection: ClientConnection, path: bytes, token: bytes, relative: bool
-    ) -> None:
-        self.connection = connection
-        self.path = path
-        self.token = token
-        self.stripped = len(home_of(connection.domid)) + 1 if relative else 0
-        self.number = next(_numbers)
-
-    def fire(self, path: bytes) -> None:
-        self.connection.queue_event(path[self.stripped :], self.token)
-
-
-class WatchTable:
-    """The watches of all connections by path, so a change queries only its path and ancestors."""
-
-    def __init__(self) -> None:
-        self._by_path: dict[bytes, dict[RegisteredWatch, None]] = {}
-
-    def add(self, watch: RegisteredWatch) -> None:
-        self._by_path.setdefault(watch.path, {})[watch] = None
-
-    def remove(self, watch: RegisteredWatch) -> None:
-        found = self._by_path[watch.path]
-        del found[watch]
-        if not found:
-            del self._by_path[watch.path]
-
-    def matching(self, change: Change) -> list[RegisteredWatch]:
-        """The watches that a change fires, in the order of their registration."""
-        by_path = self._by_path
-        path = change.path
-        found = list(by_path.get(path, ()))
-        if not change.exact:
-            while path != b"/":
-                path = parent_of(path)
-                found += by_path.get(path, ())
-            found.sort(key=lambda watch: watch.number)
-        return found
+def clients_of(connections: Iterable[ClientConnection], domid: int) -> list[ClientConnection]:
+    return [each for each in connections if each.domid == domid]
 
 
 def watches_of(connections: Iterable[ClientConnection], domid: int) -> int:
     """How many watches the domain has."""
-    return sum(len(each.watches) for each in connections if each.domid == domid)
+    return sum(len(each.watches) for each in clients_of(connections, domid))
 
 
 def transactions_of(connections: Iterable[ClientConnection], domid: int) -> int:
     """How many open transactions the domain has."""
-    return sum(len(each.transactions) for each in connections if each.domid == domid)
+    return sum(len(each.transactions) for each in clients_of(connections, domid))
 
 
 class ClientConnection:
     def __init__(self, sock: socket.socket, domid: int, nursery: trio.Nursery) -> None:
         self.sock = sock
         self.domid = domid
-        self.watches: dict[tuple[bytes, bytes], RegisteredWatch] = {}
+        self.watches: dict[tuple[bytes, bytes], int] = {}
+        """By path and token: how many bytes of a path the events omit, so that a relative watch gets
+        relative paths."""
         self.transactions: dict[int, DatabaseTransaction] = {}
-        self._last_transaction = 0
+        self.last_transaction = 0
         self._nursery = nursery
         self.unsent = bytearray()
         """The output that the socket has not accepted."""
@@ -111,7 +64,18 @@ class ClientConnection:
         if not self._closed:
             self.unsent += protocol.encode(op, req_id, tx_id, payload)
 
-    def queue_event(self, path: bytes, token: bytes) -> None:
+    def queue_events(self, path: bytes, watched: Container[bytes]) -> None:
+        """The event of a change at `path` for each watch at one of the paths `watched`."""
+        for (watch_path, token), omitted in self.watches.items():
+            if watch_path in watched:
+                self._queue_event(path[omitted:], token)
+
+    def queue_first_event(self) -> None:
+        """The first event of the newest watch, which follows the reply to the WATCH."""
+        (path, token), omitted = next(reversed(self.watches.items()))
+        self._queue_event(path[omitted:], token)
+
+    def _queue_event(self, path: bytes, token: bytes) -> None:
         payload = b"%b\0%b\0" % (path, token)
         if len(payload) > protocol.PAYLOAD_MAX or self._closed:
             return
@@ -153,14 +117,12 @@ class ClientConnection:
                 await trio.lowlevel.wait_writable(self.sock)
                 self._send()
 
+    def reset(self) -> None:
+        self.watches.clear()
+        self.transactions.clear()
+
     def close(self) -> None:
         """Discard the output and cancel the connection's tasks; its reading task cleans up."""
         self._closed = True
         self.unsent.clear()
         self._nursery.cancel_scope.cancel()
-
-    def new_transaction_number(self) -> int:
-        while True:
-            self._last_transaction = (self._last_transaction + 1) & 0xFFFFFFFF
-            if self._last_transaction and self._last_transaction not in self.transactions:
-                return self._last_transaction

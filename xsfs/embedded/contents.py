@@ -1,4 +1,7 @@
-"""The first nodes of a store, as the toolstack of a Xen host writes them."""
+"""The first nodes of a store, as the toolstack of a Xen host writes them.
+
+Each line of a text has a path and a value.
+"""
 
 from __future__ import annotations
 
@@ -7,86 +10,80 @@ from typing import Final
 
 from xsfs.embedded.database import Database
 from xsfs.embedded.domains import DOM0
-from xsfs.embedded.record import home_of
 
-NewNode = tuple[bytes, bytes, list[bytes] | None]
-"""Path, value, and permissions (None: inherited from the parent)."""
+_HOST: Final = """\
+/local/domain/0/domid 0
+/local/domain/0/name Domain-0
+/local/domain/0/vm /vm/{uuid}
+/local/domain/0/control
+/local/domain/0/control/feature-poweroff 1
+/local/domain/0/control/feature-reboot 1
+/local/domain/0/data
+/local/domain/0/device-model
+/local/domain/0/backend
+/local/domain/0/libxl/disable_udev 1
+/local/domain/0/memory/target 4194304
+/local/domain/0/memory/static-max 8388608
+/local/domain/0/memory/freemem-slack 262144
+/local/pool/0/name Pool-0
+/local/pool/0/uuid {pool_uuid}
+/vm/{uuid}/name Domain-0
+/vm/{uuid}/uuid {uuid}
+/libxl/0/dm-version qemu_xen
+"""
 
+_GUEST: Final = """\
+/vm/{uuid}
+/vm/{uuid}/name domain-{domid}
+/vm/{uuid}/uuid {uuid}
+/local/domain/{domid}
+/local/domain/{domid}/vm /vm/{uuid}
+/local/domain/{domid}/name domain-{domid}
+/local/domain/{domid}/cpu/0/availability online
+/local/domain/{domid}/memory/static-max 1048576
+/local/domain/{domid}/memory/target 1048576
+/local/domain/{domid}/device
+/local/domain/{domid}/control
+/local/domain/{domid}/control/platform-feature-multiprocessor-suspend 1
+/local/domain/{domid}/control/platform-feature-xs_reset_watches 1
+/local/domain/{domid}/domid {domid}
+/local/domain/{domid}/store/port 1
+/local/domain/{domid}/store/ring-ref 1044476
+"""
 
-def _below(base: bytes, entries: dict[str, str], perms: list[bytes] | None = None) -> list[NewNode]:
-    return [(base + b"/" + key.encode(), value.encode(), perms) for key, value in entries.items()]
+_OF_THE_GUEST: Final = """\
+/local/domain/{domid}/control/shutdown
+/local/domain/{domid}/control/feature-poweroff
+/local/domain/{domid}/control/feature-reboot
+/local/domain/{domid}/control/feature-suspend
+/local/domain/{domid}/control/sysrq
+/local/domain/{domid}/device/suspend/event-channel
+/local/domain/{domid}/data
+/local/domain/{domid}/drivers
+/local/domain/{domid}/feature
+/local/domain/{domid}/attr
+/local/domain/{domid}/error
+"""
 
 
 def _uuid_of(domid: int) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, f"xsfs domain {domid}"))
 
 
-def dom0_nodes() -> list[NewNode]:
-    """The nodes that xen-init-dom0 and libxl write at the start of a host."""
-    home = home_of(DOM0)
-    vm = f"/vm/{_uuid_of(DOM0)}"
-    return [
-        *_below(
-            home,
-            {
-                "domid": "0",
-                "name": "Domain-0",
-                "vm": vm,
-                "control": "",
-                "control/feature-poweroff": "1",
-                "control/feature-reboot": "1",
-                "data": "",
-                "device-model": "",
-                "backend": "",
-                "libxl/disable_udev": "1",
-                "memory/target": "4194304",
-                "memory/static-max": "8388608",
-                "memory/freemem-slack": "262144",
-            },
-        ),
-        *_below(b"/local/pool/0", {"name": "Pool-0", "uuid": _uuid_of(-1)}),
-        *_below(vm.encode(), {"name": "Domain-0", "uuid": _uuid_of(DOM0)}),
-        *_below(b"/libxl", {"0/dm-version": "qemu_xen"}),
-    ]
-
-
-_OF_THE_GUEST: Final = """
-control/shutdown control/feature-poweroff control/feature-reboot control/feature-suspend control/sysrq
-device/suspend/event-channel data drivers feature attr error
-"""
-
-
-def guest_nodes(domid: int) -> list[NewNode]:
-    """The nodes that libxl writes for a new guest."""
-    home = home_of(domid)
-    vm = f"/vm/{_uuid_of(domid)}"
-    toolstacks = [b"n0", b"r%d" % domid]
-    guests = [b"n%d" % domid]
-    return [
-        (home, b"", toolstacks),
-        (vm.encode(), b"", toolstacks),
-        *_below(vm.encode(), {"name": f"domain-{domid}", "uuid": _uuid_of(domid)}),
-        *_below(
-            home,
-            {
-                "vm": vm,
-                "name": f"domain-{domid}",
-                "cpu/0/availability": "online",
-                "memory/static-max": "1048576",
-                "memory/target": "1048576",
-                "device": "",
-                "control": "",
-                "control/platform-feature-multiprocessor-suspend": "1",
-                "control/platform-feature-xs_reset_watches": "1",
-            },
-        ),
-        *_below(home, dict.fromkeys(_OF_THE_GUEST.split(), ""), guests),
-        *_below(home, {"domid": str(domid), "store/port": "1", "store/ring-ref": "1044476"}),
-    ]
-
-
-def create_nodes(database: Database, nodes: list[NewNode]) -> None:
-    for path, value, perms in nodes:
+def _create_nodes(database: Database, text: str, perms: list[bytes], domid: int) -> None:
+    words = {"domid": domid, "uuid": _uuid_of(domid), "pool_uuid": _uuid_of(-1)}
+    for line in text.format_map(words).encode().splitlines():
+        path, _, value = line.partition(b" ")
         database.write(DOM0, path, value)
-        if perms:
-            database.set_perms(DOM0, path, perms)
+        database.set_perms(DOM0, path, perms)
+
+
+def create_host_nodes(database: Database) -> None:
+    """The nodes that xen-init-dom0 and libxl write at the start of a host."""
+    _create_nodes(database, _HOST, [b"n0"], DOM0)
+
+
+def create_guest_nodes(database: Database, domid: int) -> None:
+    """The nodes that libxl writes for a new guest."""
+    _create_nodes(database, _GUEST, [b"n0", b"r%d" % domid], domid)
+    _create_nodes(database, _OF_THE_GUEST, [b"n%d" % domid], domid)

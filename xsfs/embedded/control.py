@@ -14,34 +14,18 @@ from typing import Final
 
 from xsfs.embedded.client_connection import ClientConnection, transactions_of, watches_of
 from xsfs.embedded.database import Database
-from xsfs.embedded.domains import Quotas
+from xsfs.embedded.domains import QUOTAS
 from xsfs.embedded.record import Refused, signed, unsigned
 
 log = logging.getLogger(__name__)
-
-OK: Final = b"OK\0"
 
 _HELP: Final = (
     b"check\t\nmemreport\t[<file>]\nprint\t<string>\nquota\t[set <name> <val>|<domid>]\nhelp\t\n\0"
 )
 
-_QUOTAS: Final = {
-    b"nodes": "Nodes per domain",
-    b"watches": "Watches per domain",
-    b"transactions": "Transactions per domain",
-    b"transaction-nodes": "Max. number of accessed nodes per transaction",
-    b"node-size": "Max. size of a node",
-    b"path-max": "Max. length of a node path",
-    b"permissions": "Max. number of permissions per node",
-}
-"""xenstored's names and descriptions.  For each name `Quotas` has an attribute."""
-
-
-Report = Callable[[], None]
-"""Writes a report to a file, which may block for any time; OSError if it fails."""
-
-Result = bytes | Report | None
-"""The payload of the reply, None for OK; or a report, and the reply is OK once it is written."""
+Result = bytes | Callable[[], None] | None
+"""The payload of the reply, None for OK; or a function that may block for any time, after which the
+reply is OK."""
 
 
 def run(
@@ -58,7 +42,10 @@ def run(
         case [b"quota"]:
             return _settings(database.quotas)
         case [b"quota", b"set", name, value]:
-            _set_quota(database.quotas, name, signed(unsigned(value)))
+            number = signed(unsigned(value))
+            if number < 1 or name not in database.quotas:
+                raise Refused("EINVAL")
+            database.quotas[name] = number
         case [b"quota", domid] if domid != b"set":
             return _usage(database, connections, unsigned(domid))
         case [b"memreport"]:
@@ -73,21 +60,11 @@ def run(
     return None
 
 
-def _attribute(name: bytes) -> str:
-    return name.decode().replace("-", "_")
-
-
-def _settings(quotas: Quotas) -> bytes:
+def _settings(quotas: dict[bytes, int]) -> bytes:
     text = "Quota settings:\n"
-    for name, description in _QUOTAS.items():
-        text += f"{name.decode():<17}: {getattr(quotas, _attribute(name)):>8} {description}\n"
+    for name, (_, description) in QUOTAS.items():
+        text += f"{name.decode():<17}: {quotas[name]:>8} {description}\n"
     return text.encode() + b"\0"
-
-
-def _set_quota(quotas: Quotas, name: bytes, value: int) -> None:
-    if value < 1 or name not in _QUOTAS:
-        raise Refused("EINVAL")
-    setattr(quotas, _attribute(name), value)
 
 
 def _usage(database: Database, connections: Collection[ClientConnection], domid: int) -> bytes:
@@ -105,8 +82,12 @@ def _usage(database: Database, connections: Collection[ClientConnection], domid:
 def _append(path: bytes, text: str) -> None:
     # Without O_NONBLOCK, opening a FIFO waits for a reader.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o600), "w") as file:
-        file.write(text)
+    try:
+        with open(os.open(path, flags, 0o600), "w") as file:
+            file.write(text)
+    except OSError as error:
+        log.warning("cannot write a memory report: %s", error)
+        raise Refused("EINVAL") from error
 
 
 def _memory(database: Database, connections: Collection[ClientConnection]) -> list[str]:

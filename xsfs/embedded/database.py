@@ -10,8 +10,8 @@ Invariants:
 - `_records` maps the absolute path of each node to its record.  Each node but the root is among its
   parent's children, and each child is in `_records`.
 - `Domain.nodes` is the number of nodes whose first permission entry names the domain.
-- A record's generation changes whenever the record changes, and no generation occurs twice.  By the
-  generation a transaction finds conflicts, and a client finds that a listing has changed.
+- Each change of a node makes another record with another generation.  By the record a transaction
+  finds conflicts; by the generation a client finds that a listing has changed.
 
 The order in which a request accesses nodes is xenstored's.  In a transaction this order decides
 which nodes conflict, and the order of the events.
@@ -24,12 +24,13 @@ from collections.abc import Callable
 
 from xsfs.embedded.domains import (
     DOM0,
+    DOMID_LIMIT,
     INTRODUCE_DOMAIN,
+    QUOTAS,
     RELEASE_DOMAIN,
     Change,
     Domain,
     Domains,
-    Quotas,
 )
 from xsfs.embedded.record import (
     OWNER,
@@ -45,9 +46,8 @@ from xsfs.embedded.record import (
     name_of,
     parent_of,
     parse_perms,
-    record_size,
 )
-from xsfs.embedded.transaction import MISSING, DatabaseTransaction
+from xsfs.embedded.transaction import AccessedNode, DatabaseTransaction
 
 Tx = DatabaseTransaction | None
 """The transaction of a request; None for a request outside of transactions."""
@@ -56,13 +56,13 @@ Tx = DatabaseTransaction | None
 class Database:
     def __init__(self, changed: Callable[[Change], None]) -> None:
         self._changed = changed
-        self.quotas = Quotas()
+        self.quotas = {name: default for name, (default, _) in QUOTAS.items()}
         self.domains = Domains()
-        self._generation = 0
-        self._records: dict[bytes, Record] = {}
-        perms = self.domains.resolve((PermissionEntry(DOM0, 0),))
-        self._place(ROOT, Record(b"", perms), None)
-        self._create(DOM0, b"/tool/xenstored", b"", None)
+        self._generations = itertools.count(1)
+        root = Record(b"", self.domains.resolve((PermissionEntry(DOM0, 0),)))
+        self._records = {ROOT: root}
+        self._count(DOM0, 1, None)
+        self.mkdir(DOM0, b"/tool/xenstored")
 
     @property
     def node_count(self) -> int:
@@ -75,16 +75,20 @@ class Database:
         if tx is None:
             return self._records.get(path)
         accessed = tx.accessed.get(path)
-        if accessed is not None:
-            return accessed.record
-        return tx.access(path, self._records.get(path))
+        if accessed is None:
+            if tx.domid != DOM0 and len(tx.accessed) >= self.quotas[b"transaction-nodes"]:
+                tx.failed = True
+                raise Refused("ENOSPC")
+            found = self._records.get(path)
+            accessed = tx.accessed[path] = AccessedNode(found, found)
+        return accessed.record
 
     def _find(self, domid: int, path: bytes, needed: int, tx: Tx) -> Record | None:
         """The record, if the domain has all the permissions `needed`.
 
         None if the node is missing and the domain may know that; otherwise Refused (EACCES).
         """
-        if not is_path(path, self.quotas.path_max):
+        if not is_path(path, self.quotas[b"path-max"]):
             raise Refused("EINVAL")
         record = self._lookup(path, tx)
         if record is not None and self.domains.access(domid, record.perms) & needed == needed:
@@ -98,7 +102,7 @@ class Database:
         return None
 
     def readable(self, domid: int, path: bytes, tx: Tx = None) -> Record:
-        """The record for READ, DIRECTORY and GET_PERMS.  The caller must not keep it."""
+        """The record for READ, DIRECTORY and GET_PERMS."""
         record = self._find(domid, path, READ, tx)
         if record is None:
             raise Refused("ENOENT")
@@ -106,103 +110,77 @@ class Database:
 
     # -- changing a node
 
-    def _modified(self, path: bytes, record: Record, tx: Tx) -> None:
-        """The request has changed the record."""
-        self._generation += 1
-        record.generation = self._generation
-        if tx is not None:
-            tx.accessed[path].modified = True
-
-    def _check_size(self, domid: int, size: int, tx: Tx) -> None:
-        if domid != DOM0 and size >= self.quotas.node_size:
-            if tx is not None:
-                tx.failed = True
-            raise Refused("ENOSPC")
+    def _store(self, domid: int, changed: dict[bytes, Record], tx: Tx) -> None:
+        """Store records by path.  Refused (ENOSPC) if the domain may not make one so large."""
+        for record in changed.values():
+            if domid != DOM0 and record.size >= self.quotas[b"node-size"]:
+                if tx is not None:
+                    tx.failed = True
+                raise Refused("ENOSPC")
+        for path, record in changed.items():
+            record = record._replace(generation=next(self._generations))
+            if tx is None:
+                self._records[path] = record
+            else:
+                tx.accessed[path].record = record
 
     def _count(self, owner: int, difference: int, tx: Tx) -> None:
         if tx is not None:
-            tx.count(owner, difference)
+            tx.owned[owner] += difference
         elif domain := self.domains.find(owner):
             domain.nodes += difference
 
-    def _notify(self, path: bytes, exact: bool, tx: Tx, perms: Perms, *old: Perms) -> None:
-        """Report a change of the node, whose permissions are now `perms`."""
+    def _notify(self, path: bytes, exact: bool, tx: Tx, *perms: Perms) -> None:
+        """Report a change of a node.  These are its permissions before and after."""
         if tx is not None:
-            tx.queue_event(path, exact)
+            accessed = tx.accessed[path]
+            accessed.exact = exact and accessed.exact is not False
             return
-        readable_by = (*old, perms)
         parent = self._records.get(parent_of(path))
-        if parent is not None:
-            readable_by += (parent.perms,)
-        self._changed(Change(path, exact, readable_by))
+        # A commit may have removed the node already, or not stored the parent yet.  As in xenstored,
+        # only the node's own permissions count then.
+        if path in self._records and parent is not None:
+            perms += (parent.perms,)
+        self._changed(Change(path, exact, perms))
 
     def write(self, domid: int, path: bytes, value: bytes, tx: Tx = None) -> None:
         record = self._find(domid, path, WRITE, tx)
         if record is None:
-            record = self._create(domid, path, value, tx)
+            self._create(domid, path, value, tx)
         else:
-            self._check_size(domid, record_size(value, record.perms, record.child_bytes), tx)
-            record.value = value
-            self._modified(path, record, tx)
-        self._notify(path, False, tx, record.perms)
+            self._store(domid, {path: record._replace(value=value)}, tx)
+            self._notify(path, False, tx, record.perms)
 
     def mkdir(self, domid: int, path: bytes, tx: Tx = None) -> None:
         if self._find(domid, path, WRITE, tx) is None:
-            record = self._create(domid, path, b"", tx)
-            self._notify(path, False, tx, record.perms)
+            self._create(domid, path, b"", tx)
 
-    def _create(self, domid: int, path: bytes, value: bytes, tx: Tx) -> Record:
+    def _create(self, domid: int, path: bytes, value: bytes, tx: Tx) -> None:
         """Create the node and all its missing ancestors."""
         missing = [path]
         while (parent := self._lookup(parent_of(missing[-1]), tx)) is None:
             missing.append(parent_of(missing[-1]))
-        perms = parent.perms
-        if domid != DOM0:
-            # An unprivileged domain owns what it creates.
-            perms = (
-                PermissionEntry(domid, perms[0].bits, self.domains.known[domid].incarnation),
-                *perms[1:],
-            )
         if tx is not None:
             tx.created = True
-        self._check_creation(domid, missing, parent, perms, value, tx)
-
-        lowest = Record(value, perms)
-        self._place(path, lowest, tx)
+        perms = parent.perms
+        if domid != DOM0:
+            owner = self.domains.known[domid]
+            # The nodes that a transaction creates count when it ends.
+            created = 0 if tx is not None else len(missing) - 1
+            if owner.nodes + created >= self.quotas[b"nodes"]:
+                raise Refused("ENOSPC")
+            # An unprivileged domain owns what it creates.
+            perms = (PermissionEntry(domid, perms[0].bits, owner.incarnation), *perms[1:])
+        changed = {path: Record(value, perms)}
         for below, above in itertools.pairwise(missing):
-            record = Record(b"", perms)
-            record.add_child(name_of(below))
-            self._place(above, record, tx)
-        parent.add_child(name_of(missing[-1]))
-        self._modified(parent_of(missing[-1]), parent, tx)
-        return lowest
-
-    def _place(self, path: bytes, record: Record, tx: Tx) -> None:
-        if tx is None:
-            self._records[path] = record
-        else:
-            tx.accessed[path].record = record
-        self._modified(path, record, tx)
-        self._count(record.perms[0].domid, 1, tx)
-
-    def _check_creation(
-        self, domid: int, missing: list[bytes], parent: Record, perms: Perms, value: bytes, tx: Tx
-    ) -> None:
-        """Refused (ENOSPC) if the quotas do not allow the domain to create the missing nodes."""
-        if domid == DOM0:
-            return
-        # The nodes that a transaction creates count when it ends.
-        created = 0 if tx is not None else len(missing) - 1
-        if self.domains.known[domid].nodes + created >= self.quotas.nodes:
-            raise Refused("ENOSPC")
-        self._check_size(domid, record_size(value, perms, 0), tx)
-        for path in missing[:-1]:
-            self._check_size(domid, record_size(b"", perms, len(name_of(path)) + 1), tx)
-        child_bytes = parent.child_bytes + len(name_of(missing[-1])) + 1
-        self._check_size(domid, record_size(parent.value, parent.perms, child_bytes), tx)
+            changed[above] = Record(b"", perms).with_child(name_of(below))
+        changed[parent_of(missing[-1])] = parent.with_child(name_of(missing[-1]))
+        self._store(domid, changed, tx)
+        self._count(perms[0].domid, len(missing), tx)
+        self._notify(path, False, tx, perms)
 
     def set_perms(self, domid: int, path: bytes, texts: list[bytes], tx: Tx = None) -> None:
-        if domid != DOM0 and len(texts) > self.quotas.permissions:
+        if domid != DOM0 and len(texts) > self.quotas[b"permissions"]:
             raise Refused("ENOSPC")
         perms = self.domains.resolve(parse_perms(texts))
         owner = perms[0]
@@ -217,12 +195,10 @@ class Database:
         old = record.perms
         if domid != DOM0 and owner.domid != old[0].domid:
             raise Refused("EPERM")
-        self._check_size(domid, record_size(record.value, perms, record.child_bytes), tx)
+        self._store(domid, {path: record._replace(perms=perms)}, tx)
         self._count(old[0].domid, -1, tx)
         self._count(owner.domid, 1, tx)
-        record.perms = perms
-        self._modified(path, record, tx)
-        self._notify(path, False, tx, perms, old)
+        self._notify(path, False, tx, old, perms)
 
     # -- removal
 
@@ -247,15 +223,11 @@ class Database:
             # Only in a transaction: it accesses too many nodes, or it copied the lists of children
             # at different times and they name missing nodes.
             raise Refused("EIO") from refused
-        name = name_of(path)
-        if name not in parent.children:
-            raise Refused("EIO")
-        parent.remove_child(name)
-        self._modified(parent_of(path), parent, tx)
+        self._store(DOM0, {parent_of(path): parent.without_child(name_of(path))}, tx)
 
     def _remove_tree(self, top: bytes, record: Record, tx: Tx) -> None:
         # A path may have a thousand components, too many for recursion.
-        stack = [(top, record, iter(tuple(record.children.values())))]
+        stack = [(top, record, iter(record.names))]
         while stack:
             path, record, names = stack[-1]
             name = next(names, None)
@@ -264,7 +236,7 @@ class Database:
                 child = self._lookup(below, tx)
                 if child is None:
                     raise Refused("ENOENT")
-                stack.append((below, child, iter(tuple(child.children.values()))))
+                stack.append((below, child, iter(child.names)))
                 continue
             stack.pop()
             self._notify(path, path != top, tx, record.perms)
@@ -273,16 +245,14 @@ class Database:
                 del self._records[path]
                 continue
             tx.accessed[path].record = None
-            tx.accessed[path].modified = True
             if stack:
                 # It shows if the database refuses the rest of the removal.
-                stack[-1][1].remove_child(name_of(path))
+                above, parent, names = stack.pop()
+                parent = parent.without_child(name_of(path))
+                self._store(DOM0, {above: parent}, tx)
+                stack.append((above, parent, names))
 
     # -- transactions
-
-    def start(self, domid: int) -> DatabaseTransaction:
-        nodes_max = None if domid == DOM0 else self.quotas.transaction_nodes
-        return DatabaseTransaction(domid, nodes_max)
 
     def commit(self, tx: DatabaseTransaction) -> None:
         """Carry out the changes.  The transaction has ended even if the commit is refused."""
@@ -290,19 +260,17 @@ class Database:
             raise Refused("ENOMEM")
         self._check_owned(tx)
         for path, accessed in tx.accessed.items():
-            record = self._records.get(path)
-            if accessed.generation != (MISSING if record is None else record.generation):
+            if self._records.get(path) is not accessed.found:
                 raise Refused("EAGAIN")
         for path, accessed in tx.accessed.items():
-            if not accessed.modified:
-                continue
             if accessed.record is not None:
                 self._records[path] = accessed.record
-                self._modified(path, accessed.record, None)
-            elif accessed.generation != MISSING:
-                del self._records[path]
-            if accessed.fires:
-                self._notify_committed(path, accessed.exact, accessed.perms)
+            else:
+                self._records.pop(path, None)
+            if accessed.exact is not None:
+                records = (accessed.found, accessed.record)
+                perms = (record.perms for record in records if record is not None)
+                self._notify(path, accessed.exact, None, *perms)
         for owner, difference in tx.owned.items():
             self.domains.known[owner].nodes += difference
 
@@ -311,19 +279,9 @@ class Database:
             domain = self.domains.find(owner)
             if domain is None:
                 raise Refused("ENOMEM")
-            full = owner != DOM0 and domain.nodes + difference >= self.quotas.nodes
+            full = owner != DOM0 and domain.nodes + difference >= self.quotas[b"nodes"]
             if full and tx.created and tx.domid != DOM0:
                 raise Refused("ENOSPC")
-
-    def _notify_committed(self, path: bytes, exact: bool, old: Perms | None) -> None:
-        # If the transaction has created the parent, too, the parent may not be in the table yet.
-        # As in xenstored, only the node's own permissions count then.
-        record = self._records.get(path)
-        found = () if old is None else (old,)
-        if record is not None:
-            self._notify(path, exact, None, record.perms, *found)
-        elif found:
-            self._changed(Change(path, exact, found))
 
     # -- domains
 
@@ -332,6 +290,8 @@ class Database:
 
         ValueError if no guest can have this domid.
         """
+        if not 0 < domid < DOMID_LIMIT:
+            raise ValueError(f"not the domid of a guest: {domid}")
         earlier = self.domains.known.get(domid)
         if earlier is not None and domid not in self.domains.existing:
             # xenstored crashes here.
@@ -359,11 +319,16 @@ class Database:
         """
         ending = [domain]
         for one in ending:
-            ending += [other for other in self.domains.drop_holds(one) if other not in ending]
+            for other in self.domains.known.values():
+                if one in other.holders:
+                    del other.holders[one]
+                    ended = other.domid not in self.domains.existing and not other.holders
+                    if ended and other not in ending:
+                        ending.append(other)
         # As in xenstored, a target ends before the domain that held it.
         for one in reversed(ending):
             self._remove_owned(one)
-            self.domains.forget(one.domid)
+            self.domains.forget(one)
             if one.introduced:
                 self._changed(self.domains.special(RELEASE_DOMAIN))
 
@@ -382,6 +347,6 @@ class Database:
                     self._count(domain.domid, -1, None)
                     self._count(DOM0, 1, None)
                     owner = PermissionEntry(DOM0, record.perms[0].bits)
-                    record.perms = (*self.domains.resolve((owner,)), *record.perms[1:])
-                    self._modified(ROOT, record, None)
-                stack += [child_of(path, name) for name in reversed(record.children.values())]
+                    perms = (*self.domains.resolve((owner,)), *record.perms[1:])
+                    self._store(DOM0, {ROOT: record._replace(perms=perms)}, None)
+                stack += [child_of(path, name) for name in reversed(record.names)]

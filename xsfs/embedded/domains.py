@@ -23,23 +23,20 @@ INTRODUCE_DOMAIN: Final = b"@introduceDomain"
 RELEASE_DOMAIN: Final = b"@releaseDomain"
 
 
-@dataclass(slots=True)
-class Quotas:
-    """The limits for a domain other than 0.
+QUOTAS: Final = {
+    b"nodes": (1000, "Nodes per domain"),
+    b"watches": (128, "Watches per domain"),
+    b"transactions": (10, "Transactions per domain"),
+    b"transaction-nodes": (1024, "Max. number of accessed nodes per transaction"),
+    b"node-size": (2048, "Max. size of a node"),
+    b"path-max": (PATH_MAX, "Max. length of a node path"),
+    b"permissions": (5, "Max. number of permissions per node"),
+}
+"""xenstored's names, defaults and descriptions.
 
-    As in xenstored, a domain may have one watch and one transaction more than its quota.
-    """
-
-    nodes: int = 1000
-    watches: int = 128
-    transactions: int = 10
-    transaction_nodes: int = 1024
-    """How many nodes one transaction may access."""
-    node_size: int = 2048
-    path_max: int = PATH_MAX
-    """Holds for domain 0, too."""
-    permissions: int = 5
-    """How many permission entries SET_PERMS accepts."""
+They limit domains other than 0, and `path-max` limits domain 0, too.  As in xenstored, a domain may have
+one watch and one transaction more than its quota.
+"""
 
 
 class Change(NamedTuple):
@@ -74,34 +71,30 @@ class Domain:
 
 class Domains:
     def __init__(self) -> None:
-        self.existing = {DOM0}
+        self.existing: set[int] = set()
         """The domids of the domains that exist.  If a known domain is not among them, it has ended, and only
         its holders keep it known."""
         self._incarnations = itertools.count()
         self.known: dict[int, Domain] = {}
-        dom0 = self._add(DOM0)
-        dom0.introduced = True
+        self.create(DOM0).introduced = True
         self._special: dict[bytes, Perms] = dict.fromkeys(
-            (INTRODUCE_DOMAIN, RELEASE_DOMAIN), (PermissionEntry(DOM0, 0, dom0.incarnation),)
+            (INTRODUCE_DOMAIN, RELEASE_DOMAIN), self.resolve((PermissionEntry(DOM0, 0),))
         )
-
-    def _add(self, domid: int) -> Domain:
-        domain = self.known[domid] = Domain(domid, next(self._incarnations))
-        return domain
 
     def access(self, domid: int, perms: Perms) -> int:
         """READ, WRITE and OWNER, as far as `perms` give them to the domain or to its target."""
         if domid == DOM0:
             return ALL
         domain = self.known[domid]
-        actors = [domain] if domain.target is None else [domain, domain.target]
-        owner = perms[0]
-        if any(owner.domid == actor.domid for actor in actors):
+        actors = [domain.incarnation]
+        if domain.target is not None:
+            actors.append(domain.target.incarnation)
+        if perms[0].incarnation in actors:
             return ALL
         for entry in perms[1:]:
-            if any(entry.incarnation == actor.incarnation for actor in actors):
+            if entry.incarnation in actors:
                 return entry.bits
-        return owner.bits
+        return perms[0].bits
 
     def may_read(self, domid: int, change: Change) -> bool:
         """Whether the domain gets the event of the change."""
@@ -117,17 +110,12 @@ class Domains:
 
     def find(self, domid: int) -> Domain | None:
         """The domain, which the store knows from now on; None if it does not exist."""
-        domain = self.known.get(domid)
-        if domain is None and domid in self.existing:
-            domain = self._add(domid)
-        return domain
+        return self.create(domid) if domid in self.existing else self.known.get(domid)
 
     def create(self, domid: int) -> Domain:
         """For `Database.create`."""
-        if not 0 < domid < DOMID_LIMIT:
-            raise ValueError(f"not the domid of a guest: {domid}")
         self.existing.add(domid)
-        return self.known.get(domid) or self._add(domid)
+        return self.known.setdefault(domid, Domain(domid, next(self._incarnations)))
 
     def is_introduced(self, domid: int) -> bool:
         domain = self.known.get(domid)
@@ -151,29 +139,10 @@ class Domains:
         target.holders.pop(domain, None)
         target.holders[domain] = None
 
-    def drop_holds(self, domain: Domain) -> list[Domain]:
-        """The domain no longer holds any other.
-
-        Returns the domains that have ended and that nothing holds any more; the caller must forget
-        them.
-        """
-        unheld = []
+    def forget(self, domain: Domain) -> None:
+        del self.known[domain.domid]
         for other in self.known.values():
-            if domain in other.holders:
-                del other.holders[domain]
-                if other.domid not in self.existing and not other.holders:
-                    unheld.append(other)
-        return unheld
-
-    def forget(self, domid: int) -> None:
-        for name, perms in self._special.items():
-            owner = perms[0]
-            if owner.domid == domid:
-                owner = owner._replace(domid=DOM0, incarnation=self.known[DOM0].incarnation)
-            self._special[name] = (owner, *(entry for entry in perms[1:] if entry.domid != domid))
-        forgotten = self.known.pop(domid)
-        for other in self.known.values():
-            if other.target is forgotten:
+            if other.target is domain:
                 other.target = None
 
     def set_special_perms(self, domid: int, name: bytes, perms: Perms) -> None:

@@ -7,7 +7,7 @@ in the order of their creation, because xenstored lists them in that order.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 ROOT: Final = b"/"
@@ -91,6 +91,14 @@ def parent_of(path: bytes) -> bytes:
     return path.rpartition(b"/")[0] or ROOT
 
 
+def at_and_above(path: bytes) -> Iterator[bytes]:
+    """The path, its parent, and so on to the root."""
+    yield path
+    while path != ROOT:
+        path = parent_of(path)
+        yield path
+
+
 def name_of(path: bytes) -> bytes:
     return path.rpartition(b"/")[2]
 
@@ -152,55 +160,35 @@ def format_perms(perms: Perms) -> bytes:
 # ------------------------------------------------------------------------------------- the record
 
 
-@dataclass(slots=True, eq=False)
-class Record:
-    """The value, permissions and children of one node.
+class Record(NamedTuple):
+    """The value, permissions and children of one node.  A change makes another record.
 
-    `generation` is the number of the node's last change.  The database sets it.
-
-    `children` has the names as its values.  The key is the name, too, unless the record lists the
-    name twice.  As in xenstored, that happens in a transaction when another client has removed a
-    child and the transaction creates it.  (Such a transaction cannot succeed.)
+    children    the names, each with its NUL.  As in xenstored, a name may occur twice in a transaction:
+                another client has removed the child, and then the transaction creates it.  (Such a
+                transaction cannot succeed.)
+    generation  the number of the node's last change
     """
 
     value: bytes
     perms: Perms
+    children: bytes = b""
     generation: int = 0
-    children: dict[bytes, bytes] = field(default_factory=dict)
-    child_bytes: int = 0
-    _listing: bytes | None = b""
-
-    def copy(self) -> Record:
-        return replace(self, children=self.children.copy())
-
-    def add_child(self, name: bytes) -> None:
-        key = name
-        while key in self.children:
-            key += b"\0"
-        self.children[key] = name
-        self.child_bytes += len(name) + 1
-        self._listing = None
-
-    def remove_child(self, name: bytes) -> None:
-        if name + b"\0" in self.children:
-            names = list(self.children.values())
-            names.remove(name)
-            self.children, self.child_bytes = {}, 0
-            for kept in names:
-                self.add_child(kept)
-        else:
-            del self.children[name]
-            self.child_bytes -= len(name) + 1
-        self._listing = None
 
     @property
-    def listing(self) -> bytes:
-        """The children's names, each with its NUL.  Cached for DIRECTORY_PART."""
-        if self._listing is None:
-            self._listing = b"".join(name + b"\0" for name in self.children.values())
-        return self._listing
+    def names(self) -> list[bytes]:
+        return self.children.split(b"\0")[:-1]
 
+    @property
+    def size(self) -> int:
+        """The bytes that count for the quota `node-size`."""
+        return RECORD_HEADER + RECORD_ENTRY * len(self.perms) + len(self.value) + len(self.children)
 
-def record_size(value: bytes, perms: Perms, child_bytes: int) -> int:
-    """The bytes that count for the quota `node-size`."""
-    return RECORD_HEADER + RECORD_ENTRY * len(perms) + len(value) + child_bytes
+    def with_child(self, name: bytes) -> Record:
+        return self._replace(children=b"%b%b\0" % (self.children, name))
+
+    def without_child(self, name: bytes) -> Record:
+        """Refused (EIO) if there is no such child."""
+        before, found, after = (b"\0" + self.children).partition(b"\0%b\0" % name)
+        if not found:
+            raise Refused("EIO")
+        return self._replace(children=(before + b"\0" + after)[1:])

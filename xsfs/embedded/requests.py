@@ -1,8 +1,8 @@
 """The requests of the embedded store: one table maps each operation to its handler.
 
-`Requests` owns the `Database` and the `WatchTable`, and knows all connections.  Any task of the
-store may call it with one request.  It handles the request completely, without waiting, and queues
-the reply and all events that the request causes.  The caller sends what is queued.
+`Requests` owns the `Database` and knows all connections.  Any task of the store may call it with one
+request.  It handles the request completely and queues the reply and all events that the request
+causes.  The caller sends what is queued.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Final, NamedTuple
 from xsfs.embedded import control
 from xsfs.embedded.client_connection import (
     ClientConnection,
-    RegisteredWatch,
-    WatchTable,
+    clients_of,
     transactions_of,
     watches_of,
 )
-from xsfs.embedded.control import OK, Report, Result
+from xsfs.embedded.control import Result
 from xsfs.embedded.database import Database
 from xsfs.embedded.domains import DOM0, DOMID_LIMIT, Change, Domain
 from xsfs.embedded.record import (
@@ -27,6 +26,7 @@ from xsfs.embedded.record import (
     Record,
     Refused,
     absolute,
+    at_and_above,
     format_perms,
     home_of,
     is_path,
@@ -34,6 +34,7 @@ from xsfs.embedded.record import (
 )
 from xsfs.embedded.transaction import DatabaseTransaction
 from xsfs.xenstore import protocol
+from xsfs.xenstore.background import run_in_thread
 from xsfs.xenstore.protocol import Op
 
 log = logging.getLogger(__name__)
@@ -69,14 +70,9 @@ class _Request(NamedTuple):
     def absolute(self, path: bytes) -> bytes:
         return absolute(path, self.domid)
 
-    @property
-    def strings(self) -> list[bytes]:
+    def strings(self, least: int, most: int = protocol.PAYLOAD_MAX) -> list[bytes]:
         """All strings of the payload.  As in xenstored, bytes after the last NUL do not count."""
-        return self.payload.split(b"\0")[:-1]
-
-    def strings_of(self, least: int, most: int = protocol.PAYLOAD_MAX) -> list[bytes]:
-        """`strings`, if there are so many."""
-        strings = self.strings
+        strings = self.payload.split(b"\0")[:-1]
         if not least <= len(strings) <= most:
             raise Refused("EINVAL")
         return strings
@@ -85,20 +81,18 @@ class _Request(NamedTuple):
 class Requests:
     def __init__(self) -> None:
         self.connections: set[ClientConnection] = set()
-        self._watches = WatchTable()
         self.database = Database(self._fire_watches)
 
-    def serve(self, connection: ClientConnection, request: protocol.Message) -> Report | None:
-        """Handle one request.
-
-        If it returns a report, the caller must write the report and queue the reply.
-        """
+    async def serve(self, connection: ClientConnection, request: protocol.Message) -> None:
+        """Handle one request.  Only a memory report has a checkpoint, while a thread writes it."""
         op, req_id, tx_id, payload = request
         try:
             result = self._handle(connection, op, tx_id, payload)
             if callable(result):
-                return result
-            reply = OK if result is None else result
+                # The file may be on a slow disk, or in a mount that this thread serves.
+                await run_in_thread(result)
+                result = None
+            reply = b"OK\0" if result is None else result
             if len(reply) > protocol.PAYLOAD_MAX:
                 raise Refused("E2BIG")
         except Refused as refused:
@@ -109,10 +103,7 @@ class Requests:
             op, reply = Op.ERROR, b"EIO\0"
         connection.queue_reply(op, req_id, tx_id, reply)
         if op == Op.WATCH:
-            # The first event of the new watch follows the reply.
-            watch = next(reversed(connection.watches.values()))
-            watch.fire(watch.path)
-        return None
+            connection.queue_first_event()
 
     def _handle(self, connection: ClientConnection, op: int, tx_id: int, payload: bytes) -> Result:
         found = _HANDLERS.get(op)
@@ -130,26 +121,15 @@ class Requests:
 
     def _fire_watches(self, change: Change) -> None:
         """Queue the event of a change for each watch whose domain may get it."""
-        permitted: dict[int, bool] = {}
-        for watch in self._watches.matching(change):
-            domid = watch.connection.domid
-            if domid not in permitted:
-                permitted[domid] = self.database.domains.may_read(domid, change)
-            if permitted[domid]:
-                watch.fire(change.path)
-
-    def reset(self, connection: ClientConnection) -> None:
-        """Remove the connection's watches and transactions."""
-        for watch in connection.watches.values():
-            self._watches.remove(watch)
-        connection.watches.clear()
-        connection.transactions.clear()
+        watched = {change.path} if change.exact else set(at_and_above(change.path))
+        for connection in self.connections:
+            if connection.watches and self.database.domains.may_read(connection.domid, change):
+                connection.queue_events(change.path, watched)
 
     def drop_connections(self, domid: int) -> None:
-        for connection in self.connections:
-            if connection.domid == domid:
-                self.reset(connection)
-                connection.close()
+        for connection in clients_of(self.connections, domid):
+            self.connections.discard(connection)
+            connection.close()
 
     # -- requests for nodes
 
@@ -160,17 +140,14 @@ class Requests:
         return self._readable(request).value
 
     def _directory(self, request: _Request) -> bytes:
-        node = self._readable(request)
-        if node.child_bytes > protocol.PAYLOAD_MAX:
-            raise Refused("E2BIG")
-        return node.listing
+        return self._readable(request).children
 
     def _directory_part(self, request: _Request) -> bytes:
-        path, offset_text = request.strings_of(2, 2)
+        path, offset_text = request.strings(2, 2)
         node = self.database.readable(request.domid, request.absolute(path), request.tx)
         offset = unsigned(offset_text)
         generation = b"%d\0" % node.generation
-        listing = node.listing
+        listing = node.children
         # A part has only whole names, and room for the NUL that marks the end of the listing.
         room = protocol.PAYLOAD_MAX - len(generation) - 1
         if len(listing) - offset <= room:
@@ -194,37 +171,32 @@ class Requests:
         self.database.rm(request.domid, request.path, request.tx)
 
     def _set_perms(self, request: _Request) -> None:
-        path, *perms = request.strings_of(2)
+        path, *perms = request.strings(2)
         self.database.set_perms(request.domid, request.absolute(path), perms, request.tx)
 
     # -- watches
 
     def _watch(self, request: _Request) -> None:
         client, quotas = request.client, self.database.quotas
-        given_path, token = request.strings_of(2, 2)
+        given_path, token = request.strings(2, 2)
         path = request.absolute(given_path)
         special = path.startswith(b"@")
-        if not (len(path) <= PATH_MAX if special else is_path(path, quotas.path_max)):
+        if not (len(path) <= PATH_MAX if special else is_path(path, quotas[b"path-max"])):
             raise Refused("EINVAL")
         if (path, token) in client.watches:
             raise Refused("EEXIST")
         used = watches_of(self.connections, client.domid)
-        if client.domid != DOM0 and used > quotas.watches:
+        if client.domid != DOM0 and used > quotas[b"watches"]:
             raise Refused("E2BIG")
-        watch = RegisteredWatch(client, path, token, relative=path != given_path)
-        client.watches[path, token] = watch
-        self._watches.add(watch)
+        client.watches[path, token] = len(path) - len(given_path)
 
     def _unwatch(self, request: _Request) -> None:
-        client = request.client
-        path, token = request.strings_of(2, 2)
-        watch = client.watches.pop((request.absolute(path), token), None)
-        if watch is None:
+        path, token = request.strings(2, 2)
+        if request.client.watches.pop((request.absolute(path), token), None) is None:
             raise Refused("ENOENT")
-        self._watches.remove(watch)
 
     def _reset_watches(self, request: _Request) -> None:
-        self.reset(request.client)
+        request.client.reset()
 
     # -- transactions
 
@@ -233,11 +205,12 @@ class Requests:
             raise Refused("EBUSY")
         client = request.client
         used = transactions_of(self.connections, client.domid)
-        if client.domid != DOM0 and used > self.database.quotas.transactions:
+        if client.domid != DOM0 and used > self.database.quotas[b"transactions"]:
             raise Refused("ENOSPC")
-        number = client.new_transaction_number()
-        client.transactions[number] = self.database.start(client.domid)
-        return b"%d\0" % number
+        # A number of 32 bits, and not 0, which means no transaction.
+        client.last_transaction = client.last_transaction % 0xFFFFFFFF + 1
+        client.transactions[client.last_transaction] = DatabaseTransaction(client.domid)
+        return b"%d\0" % client.last_transaction
 
     def _transaction_end(self, request: _Request) -> None:
         if request.payload not in (b"T\0", b"F\0"):
@@ -251,14 +224,13 @@ class Requests:
     # -- domains
 
     def _introduce(self, request: _Request) -> None:
-        domid, _, port, *_ = map(unsigned, request.strings_of(3))
+        domid, _, port, *_ = map(unsigned, request.strings(3))
         if port == 0 or domid >= DOMID_LIMIT:
             raise Refused("EINVAL")
         if domid != DOM0:
             self.database.introduce(domid)
-            for connection in self.connections:
-                if connection.domid == domid:
-                    self.reset(connection)
+            for client in clients_of(self.connections, domid):
+                client.reset()
 
     def _connected_guest(self, request: _Request) -> Domain:
         domid = unsigned(request.string)
@@ -279,7 +251,7 @@ class Requests:
         self._connected_guest(request)
 
     def _set_target(self, request: _Request) -> None:
-        domid, target, *_ = map(unsigned, request.strings_of(2))
+        domid, target, *_ = map(unsigned, request.strings(2))
         self.database.domains.set_target(domid, target)
 
     def _get_domain_path(self, request: _Request) -> bytes:
@@ -292,7 +264,7 @@ class Requests:
         return b"T\0" if introduced else b"F\0"
 
     def _control(self, request: _Request) -> Result:
-        return control.run(self.database, self.connections, request.strings)
+        return control.run(self.database, self.connections, request.strings(0))
 
 
 _Handler = Callable[[Requests, _Request], Result]

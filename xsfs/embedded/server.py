@@ -17,27 +17,24 @@ import errno
 import logging
 import os
 import socket
-import stat
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import trio
 
 from xsfs.embedded.client_connection import ClientConnection
-from xsfs.embedded.contents import create_nodes, dom0_nodes, guest_nodes
-from xsfs.embedded.control import OK, Report
+from xsfs.embedded.contents import create_guest_nodes, create_host_nodes
 from xsfs.embedded.domains import DOM0
 from xsfs.embedded.requests import Requests
 from xsfs.xenstore import protocol
-from xsfs.xenstore.background import run_in_thread
-from xsfs.xenstore.protocol import Op
 
 log = logging.getLogger(__name__)
 
 RECEIVE: Final = 64 << 10
-TURN: Final = 0.0005
-"""Seconds.  All connections with received requests share this time for one turn of each."""
+TURN: Final = 0.000125
+"""Seconds.  Then the connections whose requests wait have their turns."""
 BACKLOG: Final = 128
 
 
@@ -53,10 +50,8 @@ class EmbeddedStore:
         self._populate = populate
         self._requests = Requests()
         self._database = self._requests.database
-        self._busy: set[ClientConnection] = set()
-        """The connections whose tasks handle received requests, or wait for their next turn."""
         if populate:
-            create_nodes(self._database, dom0_nodes())
+            create_host_nodes(self._database)
 
     def connect(self, domid: int = 0) -> socket.socket:
         """A non-blocking socket on which the store serves the domain."""
@@ -119,7 +114,7 @@ class EmbeddedStore:
         if not self._database.domains.is_connected(domid):
             self._database.create(domid)
             if self._populate:
-                create_nodes(self._database, guest_nodes(domid))
+                create_guest_nodes(self._database, domid)
             self.introduce(domid)
 
     async def _serve_socket(self, sock: socket.socket, domid: int) -> None:
@@ -134,7 +129,6 @@ class EmbeddedStore:
                     await self._read(connection)
                 finally:
                     self._requests.connections.discard(connection)
-                    self._requests.reset(connection)
                     # Send the last replies, as far as the socket accepts them.
                     connection.flush()
                     nursery.cancel_scope.cancel()
@@ -153,54 +147,21 @@ class EmbeddedStore:
             if not data:
                 return
             parser.feed(data)
+            turn_end = time.perf_counter() + TURN
             try:
-                await self._serve_requests(connection, parser)
+                for request in parser.messages():
+                    await self._requests.serve(connection, request)
+                    if connection.full or time.perf_counter() >= turn_end:
+                        self._flush()
+                        await trio.lowlevel.checkpoint()
+                        if connection.full:
+                            await connection.drain()
+                        turn_end = time.perf_counter() + TURN
             except protocol.WireError as error:
                 log.warning("closing a connection of domain %d: %s", connection.domid, error)
                 return
-
-    async def _serve_requests(self, connection: ClientConnection, parser: protocol.Parser) -> None:
-        turn_end = self._start_turn(connection)
-        try:
-            for request in parser.messages():
-                report = self._requests.serve(connection, request)
-                if report is None and not connection.full and time.perf_counter() < turn_end:
-                    continue
+            finally:
                 self._flush()
-                if report is not None:
-                    self._busy.discard(connection)
-                    await self._write_report(connection, request, report)
-                elif connection.full:
-                    self._busy.discard(connection)
-                    await connection.drain()
-                else:
-                    await trio.lowlevel.checkpoint()
-                turn_end = self._start_turn(connection)
-        finally:
-            self._busy.discard(connection)
-            self._flush()
-
-    def _start_turn(self, connection: ClientConnection) -> float:
-        """Returns when its turn is to end."""
-        self._busy.add(connection)
-        return time.perf_counter() + TURN / len(self._busy)
-
-    @staticmethod
-    async def _write_report(
-        connection: ClientConnection, request: protocol.Message, report: Report
-    ) -> None:
-        """Write the report and queue the reply.
-
-        The file may be on a slow disk, or in a mount that this thread serves.
-        """
-        op, req_id, tx_id, _ = request
-        payload = OK
-        try:
-            await run_in_thread(report)
-        except OSError as error:
-            log.warning("cannot write a memory report: %s", error)
-            op, payload = Op.ERROR, b"EINVAL\0"
-        connection.queue_reply(op, req_id, tx_id, payload)
 
     def _flush(self) -> None:
         for connection in self._requests.connections:
@@ -223,8 +184,6 @@ def _bind(listener: socket.socket, path: str) -> None:
 
 def _is_stale(path: str) -> bool:
     """Whether this is a socket on which no process listens."""
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
-        return probe.connect_ex(path) == errno.ECONNREFUSED
+        return Path(path).is_socket() and probe.connect_ex(path) == errno.ECONNREFUSED

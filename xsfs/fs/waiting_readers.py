@@ -6,7 +6,7 @@ in state S until a signal arrives, and in state D from then on.
 
 A READ request does not say which thread waits.  Usually it is the thread that opened the file.  If that
 thread does not wait, another one does: of a child process that inherited the file, or of the same process.
-The census finds it.  It goes over all threads of the system, and notes those that wait and for which file.
+The census finds it among all threads of the system.
 
 `Census` owns a table: which threads waited for which inode when it last looked.  It counts the openers
 that are expected to wait.  Only tasks that answer a read use it; one of them at a time goes over /proc.
@@ -24,11 +24,11 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
 from signal import SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU
-from typing import Final, NamedTuple
+from typing import Final
 
 import trio
 
@@ -54,7 +54,6 @@ _WAITS_FOR_TURN: Final = b"fdget_pos"
 """A thread that reads or writes while another thread reads by the same open file.  It is in state D,
 and even SIGKILL has to wait until that other read ends."""
 
-
 _STOPS: Final = sum(1 << number - 1 for number in (SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU))
 
 
@@ -74,15 +73,10 @@ class Outcome(Enum):
 def _read(thread: int, name: str) -> bytes:
     """The start of a file in /proc; empty if the thread has ended or xsfs may not read it."""
     try:
-        descriptor = os.open(f"/proc/{thread}/{name}", os.O_RDONLY)
+        with open(f"/proc/{thread}/{name}", "rb", buffering=0) as file:
+            return file.read(4096)
     except OSError:
         return b""
-    try:
-        return os.read(descriptor, 4096)
-    except OSError:
-        return b""
-    finally:
-        os.close(descriptor)
 
 
 def look(thread: int, writable: bool = False) -> Outcome:
@@ -135,19 +129,16 @@ def _inodes_of(thread: int) -> Iterator[int]:
             yield int(rest.split(None, 1)[0])
 
 
-class Family(NamedTuple):
-    """The ids of a thread's process and of the parent process; 0 if the thread has ended."""
-
-    process: int
-    parent: int
+Family = tuple[int, int, int]
+"""The ids of a thread, its process and the parent process; 0 for the last two if the thread has ended."""
 
 
 def _family(thread: int) -> Family:
     status = _status(thread)
-    return Family(int(status.get(b"Tgid", 0)), int(status.get(b"PPid", 0)))
+    return thread, int(status.get(b"Tgid", 0)), int(status.get(b"PPid", 0))
 
 
-def _numbers(directory: str) -> Iterable[int]:
+def _numbers(directory: str) -> Sequence[int]:
     try:
         return [int(name) for name in os.listdir(directory) if name.isdecimal()]
     except OSError:
@@ -170,10 +161,10 @@ class Census:
         self.openers: Counter[int] = Counter()
         """How many reads wait now of files that this thread has opened."""
         self._began = self._ended = -math.inf
-        self._waiting: dict[int, dict[int, Family]] = {}
+        self._waiting: dict[int, list[Family]] = {}
         self._lock = trio.Lock()
 
-    async def waiting(self, inode: int, since: float) -> Mapping[int, Family]:
+    async def waiting(self, inode: int, since: float) -> Sequence[Family]:
         """The threads that wait for the inode, as seen at `since` or later."""
         async with self._lock:
             if self._began < since:
@@ -183,19 +174,19 @@ class Census:
                 began = trio.current_time()
                 self._waiting = await self._take()
                 self._began, self._ended = began, trio.current_time()
-            return self._waiting.get(inode, {})
+            return self._waiting.get(inode, ())
 
     @staticmethod
-    async def _take() -> dict[int, dict[int, Family]]:
-        found: dict[int, dict[int, Family]] = {}
+    async def _take() -> dict[int, list[Family]]:
+        found: dict[int, list[Family]] = {}
         slice_ends = trio.current_time() + SLICE_SECONDS
         for process in _numbers("/proc"):
             for thread in _numbers(f"/proc/{process}/task"):
                 place = _read(thread, "wchan")
                 if _WAITS_FOR_ANSWER in place or _WAITS_FOR_TURN in place:
                     family = _family(thread)
-                    for inode in _inodes_of(thread):
-                        found.setdefault(inode, {})[thread] = family
+                    for inode in set(_inodes_of(thread)):
+                        found.setdefault(inode, []).append(family)
                 if trio.current_time() > slice_ends:
                     await trio.lowlevel.checkpoint()
                     slice_ends = trio.current_time() + SLICE_SECONDS
@@ -245,54 +236,49 @@ class Reader:
         if not CENSUS.possible:
             return Outcome.UNKNOWN
         now = trio.current_time()
+        is_due = now >= self._census_due
         # A thread waits in one read at a time: if it opened several files, others read some of them.
         is_ambiguous = self._is_guess and CENSUS.openers[self._opener] > 1
-        outcome = Outcome.UNKNOWN
-        if now < self._census_due:
-            if not is_ambiguous:
-                outcome = self._look()
-            if outcome is Outcome.UNKNOWN and self._misses > 1:
-                return outcome
-        if outcome is Outcome.UNKNOWN:
+        outcome = Outcome.UNKNOWN if is_due or is_ambiguous else self._look()
+        if outcome is Outcome.UNKNOWN and (is_due or self._misses < 2):
             since = now if self._misses else max(self._began, now - self._patience / 2)
             self._choose(await CENSUS.waiting(self._inode, since))
             self._census_due = trio.current_time() + self._patience
             outcome = self._look()
+            if outcome is Outcome.UNKNOWN:
+                self._misses += 1
+                if self._misses == 1:
+                    # A thread that a signal has just woken is nowhere for a moment.
+                    return Outcome.WAITS
+                self._census_due = trio.current_time() + UNKNOWN_SECONDS
         if outcome is not Outcome.UNKNOWN:
             self._misses = 0
-            return outcome
-        self._misses += 1
-        if self._misses == 1:
-            # A thread that a signal has just woken is nowhere for a moment.
-            return Outcome.WAITS
-        self._census_due = trio.current_time() + UNKNOWN_SECONDS
-        return Outcome.UNKNOWN
+        return outcome
 
-    def _choose(self, waiting: Mapping[int, Family]) -> None:
+    def _choose(self, waiting: Sequence[Family]) -> None:
         """Of the threads that wait for the inode, those that may wait in this read.
 
         Another open file may have the same inode.  Its opener, if that waits, waits for it.  A process
         that inherited this file mostly is a child of the process that opened it.
         """
-        own = {self._opener, _family(self._opener).process} - {0}
-        others = {
-            thread: family
-            for thread, family in waiting.items()
-            if thread == self._opener or thread not in CENSUS.openers
-        }
-        near = {thread for thread, family in others.items() if own & {thread, *family}}
-        threads = near or set(others)
+        own = {*_family(self._opener)[:2]} - {0}
+        openers = CENSUS.openers.keys() - {self._opener}
+        others = [family for family in waiting if family[0] not in openers]
+        near = [family for family in others if own.intersection(family)]
+        threads = {thread for thread, _, _ in near or others}
         self._is_guess = not 0 < len(threads) <= CANDIDATES_MAX
         self._threads = {self._opener} if self._is_guess else threads
 
     def _look(self) -> Outcome:
-        outcomes = {thread: look(thread, self._writable) for thread in self._threads}
-        waiting = [thread for thread in outcomes if outcomes[thread] is not Outcome.UNKNOWN]
-        if not waiting:
+        found = {thread: look(thread, self._writable) for thread in self._threads}
+        found = {
+            thread: outcome for thread, outcome in found.items() if outcome is not Outcome.UNKNOWN
+        }
+        if not found:
             return Outcome.UNKNOWN
-        self._threads.intersection_update(waiting)
-        if Outcome.INTERRUPTED in outcomes.values() and (len(waiting) == 1 or self._writable):
+        self._threads = set(found)
+        outcomes = set(found.values())
+        if Outcome.INTERRUPTED in outcomes and (len(found) == 1 or self._writable):
             return Outcome.INTERRUPTED
         # If several threads may be the reader, a signal for one must not interrupt another.
-        signalled = Outcome.PAUSED in outcomes.values() or Outcome.INTERRUPTED in outcomes.values()
-        return Outcome.PAUSED if signalled else Outcome.WAITS
+        return Outcome.WAITS if outcomes == {Outcome.WAITS} else Outcome.PAUSED

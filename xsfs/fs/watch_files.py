@@ -196,26 +196,21 @@ class WatchHandle(Handle):
             # It may wait for hours, and needs no reply of the store.
             with self._reader.reading(), self.node.table.kernel.not_under_way():
                 while not self._events:
-                    await self._wait_or_look()
+                    outcome = Outcome.WAITS
+                    with trio.CancelScope() as self._waiting:
+                        await trio.sleep(random.uniform(*LOOK_SECONDS))
+                        outcome = await self._reader.look()
+                    if self.node.view.ended:
+                        refuse(errno.ESTALE)
+                    if outcome is Outcome.PAUSED and self._subscriptions:
+                        # read(2) must end, and many programs take EINTR for the end of the file.  An
+                        # event that means "look again" is harmless.
+                        self.put(next(iter(self._subscriptions)))
+                    elif outcome is not Outcome.WAITS:
+                        # If it is UNKNOWN, too: perhaps the reader has been signalled.
+                        refuse(errno.EINTR)
         finally:
             self._waiting = None
-
-    async def _wait_or_look(self) -> None:
-        outcome = Outcome.WAITS
-        with trio.CancelScope() as self._waiting:
-            await trio.sleep(random.uniform(*LOOK_SECONDS))
-            outcome = await self._reader.look()
-        if self.node.view.ended:
-            refuse(errno.ESTALE)
-        if self._events or outcome is Outcome.WAITS:
-            return
-        if outcome is Outcome.PAUSED and self._subscriptions:
-            # read(2) must end, and many programs take EINTR for the end of the file.  An event that
-            # means "look again" is harmless.
-            self.put(next(iter(self._subscriptions)))
-            return
-        # If it is UNKNOWN, too: perhaps the reader has been signalled.
-        refuse(errno.EINTR)
 
     async def poll(self, poll_handle: pyfuse3.PollHandle | None) -> int:
         if poll_handle is not None:
