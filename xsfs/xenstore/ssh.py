@@ -22,18 +22,19 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import glob
 import logging
 import math
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import trio
@@ -69,9 +70,6 @@ REASON_LINES: Final = 2
 REASON_MAX: Final = 300
 """How many of ssh's last lines, and characters, an error quotes."""
 
-SOCKET_PATH_MAX: Final = 107
-"""Bytes of sun_path, without its NUL: unix(7)."""
-
 SSH_FAILED: Final = 255
 """The exit status of ssh if ssh itself has failed.  Any other status comes from `cat`."""
 
@@ -81,6 +79,9 @@ DENIED: Final = "Permission denied ("
 RUN_DIRECTORY: Final = "/run/xsfs"
 PREFIX: Final = ".xsfs-ssh-"
 SOCKET_NAME: Final = "socket"
+
+ABOVE_MAX: Final = 107 - len(f"/{PREFIX}12345678/{SOCKET_NAME}")
+"""How long the path above a private directory may be: sun_path of unix(7) has 107 bytes and a NUL."""
 
 DOLLAR: Final = "XSFS_DOLLAR"
 """ssh expands `${NAME}` in the paths of sockets.  This variable has the value `$`."""
@@ -466,32 +467,26 @@ def _before_exec(parent: int, terminal: int | None) -> None:
 @contextmanager
 def private_directory() -> Iterator[str]:
     """The path of a new directory for the local end of the socket.  Raises StoreUnavailable."""
-    path, lock = _make_directory()
-    try:
-        yield path
-    finally:
-        _remove(path, lock)
+    with ExitStack() as stack:
+        yield _make_directory(stack)
 
 
-def _make_directory() -> tuple[str, int]:
-    """The path of a new directory, and the descriptor that holds its lock."""
+def _make_directory(stack: ExitStack) -> str:
     failure = "the paths of all directories for temporary files are too long"
     for above in _places():
         try:
             os.makedirs(above, 0o755, exist_ok=True)
             _remove_stale(above)
-            while True:
-                path = tempfile.mkdtemp(prefix=PREFIX, dir=above)
-                lock = _lock(path)
-                # Another xsfs may have removed it as a stale one before it was locked.
-                if lock is not None and os.path.exists(path):
-                    break
+            if len(os.fsencode(above)) <= ABOVE_MAX:
+                path = stack.enter_context(
+                    tempfile.TemporaryDirectory(
+                        prefix=PREFIX, dir=above, ignore_cleanup_errors=True
+                    )
+                )
+                stack.enter_context(_locked(path))
+                return path
         except OSError as error:
             failure = f"cannot make a directory in {above}: {error.strerror}"
-            continue
-        if len(os.fsencode(os.path.join(path, SOCKET_NAME))) <= SOCKET_PATH_MAX:
-            return path, lock
-        _remove(path, lock)
     raise StoreUnavailable(f"no place for the socket of ssh: {failure}", "set XDG_RUNTIME_DIR")
 
 
@@ -504,29 +499,21 @@ def _places() -> Iterator[str]:
     yield "/tmp"
 
 
-def _lock(path: str) -> int | None:
-    """A descriptor of this directory of ours, locked; None if another process has locked it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with suppress(BlockingIOError):
-        if os.fstat(descriptor).st_uid == os.geteuid():
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-    os.close(descriptor)
-    return None
-
-
-def _remove(path: str, lock: int) -> None:
-    with suppress(OSError):
-        os.unlink(SOCKET_NAME, dir_fd=lock)
-    with suppress(OSError):
-        os.rmdir(path)
-    os.close(lock)
-
-
 def _remove_stale(above: str) -> None:
     """Remove the directories of xsfs processes that have been killed."""
-    for name in glob.glob(f"{PREFIX}*", root_dir=above):
-        path = os.path.join(above, name)
+    for path in Path(above).glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if (lock := _lock(path)) is not None:
-                _remove(path, lock)
+            if path.lstat().st_uid == os.geteuid():
+                with _locked(path):
+                    shutil.rmtree(path)
+
+
+@contextmanager
+def _locked(directory: str | Path) -> Iterator[None]:
+    """Hold the lock of a directory.  Raises OSError, also if another process holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
