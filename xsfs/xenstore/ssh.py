@@ -25,7 +25,6 @@ import fcntl
 import logging
 import math
 import os
-import secrets
 import shlex
 import shutil
 import signal
@@ -33,9 +32,8 @@ import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import trio
 
@@ -66,15 +64,8 @@ END_SECONDS: Final = 0.5
 MESSAGES_MAX: Final = 4096
 """How many bytes of ssh's latest messages are kept."""
 
-REASON_LINES: Final = 2
 REASON_MAX: Final = 300
-"""How many of ssh's last lines, and characters, an error quotes."""
-
-SSH_FAILED: Final = 255
-"""The exit status of ssh if ssh itself has failed.  Any other status comes from `cat`."""
-
-DENIED: Final = "Permission denied ("
-"""A part of ssh's message if the host accepted no key."""
+"""How many characters of them an error quotes."""
 
 RUN_DIRECTORY: Final = "/run/xsfs"
 PREFIX: Final = ".xsfs-ssh-"
@@ -83,10 +74,11 @@ SOCKET_NAME: Final = "socket"
 ABOVE_MAX: Final = 107 - len(f"/{PREFIX}12345678/{SOCKET_NAME}")
 """How long the path above a private directory may be: sun_path of unix(7) has 107 bytes and a NUL."""
 
+MARK: Final = b"xsfs: cat answers\n"
+"""xsfs sends it to `cat`, and looks for it in the output."""
+
 DOLLAR: Final = "XSFS_DOLLAR"
 """ssh expands `${NAME}` in the paths of sockets.  This variable has the value `$`."""
-
-PR_SET_PDEATHSIG: Final = 1
 
 _LIBC: Final = ctypes.PyDLL(None)
 """Its functions keep the interpreter's lock, as a child must between fork(2) and execve(2)."""
@@ -104,29 +96,26 @@ async def open_forward(
     Raises StoreUnavailable.
     """
     with private_directory() as place:
-        local = os.path.join(place, SOCKET_NAME)
-        forward = SshForward(SshSettings(command, destination, timeout, local))
+        forward = SshForward(destination, timeout, command, os.path.join(place, SOCKET_NAME))
         async with open_background() as nursery:
             nursery.start_soon(forward.run)
             await forward.open()
             yield forward
 
 
-class SshSettings(NamedTuple):
-    """How to run ssh: as for `open_forward`, and `local`, the path of the local end of the socket."""
-
-    command: Sequence[str]
-    destination: SshDestination
-    timeout: float
-    local: str
-
-
 class SshForward:
-    """See the module's text.  `run` must be running while `open` and `connect` are used."""
+    """See the module's text.  `run` must be running while `open` and `connect` are used.
 
-    def __init__(self, settings: SshSettings) -> None:
-        self._settings = settings
-        self._destination = settings.destination
+    local       the path of the local end of the socket
+    """
+
+    def __init__(
+        self, destination: SshDestination, timeout: float, command: Sequence[str], local: str
+    ) -> None:
+        self._destination = destination
+        self._timeout = timeout
+        self._command = command
+        self._local = local
         self._process: SshProcess | None = None
         self._wanted = trio.Event()
         """Set when `connect` has found no ssh that listens."""
@@ -134,7 +123,8 @@ class SshForward:
         """Why the last ssh ended.  None before the first end, and after an account has refused `cat`:
         the next ssh starts without it."""
         self._opened = False
-        """Whether `open` has returned.  Before that ssh may use the terminal."""
+        self._terminal: int | None = None
+        """The terminal that ssh may use, while `open` runs."""
 
     def connect(self) -> Transport:
         """A connection to the Xenstore of the other host.
@@ -143,7 +133,7 @@ class SshForward:
         connects, ConnectionRefusedError if the last ssh has failed.
         """
         try:
-            return open_transport(self._settings.local)
+            return open_transport(self._local)
         except (FileNotFoundError, ConnectionRefusedError):
             self._wanted.set()
         name = str(self._destination)
@@ -154,17 +144,19 @@ class SshForward:
     async def open(self) -> None:
         """Start ssh, and see that Xenstore answers.  Raises StoreUnavailable."""
         try:
-            while not await self._answers():
-                await trio.sleep(POLL_SECONDS)
+            with _own_terminal() as self._terminal:
+                while not await self._answers():
+                    await trio.sleep(POLL_SECONDS)
         except ConnectionRefusedError as error:
             reason = error.strerror or ""
-            command = shlex.join((*self._settings.command, self._destination.account, "true"))
+            command = shlex.join((*self._command, self._destination.account, "true"))
             raise StoreUnavailable(
                 f"cannot reach {self._destination} by ssh: {reason}",
                 f"see what '{command}' does",
-                denied=DENIED in reason,
+                denied="Permission denied (" in reason,  # the host accepted no key
             ) from None
         finally:
+            self._terminal = None
             self._opened = True
 
     async def _answers(self) -> bool:
@@ -178,10 +170,11 @@ class SshForward:
             return False
         try:
             assert self._process is not None
-            await self._process.settle()
+            with trio.move_on_after(ECHO_SECONDS):
+                await self._process.settled.wait()
             request = directory(b"/")
             transport.send((encode(request.op, 1, 0, request.payload),))
-            with trio.fail_after(self._settings.timeout):
+            with trio.fail_after(self._timeout):
                 if await transport.receive():
                     return True
         except trio.TooSlowError:
@@ -211,211 +204,74 @@ class SshForward:
             await self._wanted.wait()
             started = trio.current_time()
             session = await self._run_ssh(session)
-            ended = trio.current_time()
             self._wanted = trio.Event()
-            if self._failure is None:
+            if self._failure is None or trio.current_time() > started + BACKOFF_MAX:
                 delay = 0.0
-            elif ended > started + BACKOFF_MAX:
-                delay = BACKOFF_FIRST
             else:
                 delay = min(2 * delay or BACKOFF_FIRST, BACKOFF_MAX)
-            await trio.sleep_until(ended + delay)
+            await trio.sleep(delay)
 
     async def _run_ssh(self, session: bool) -> bool:
-        """Run ssh once, to its end.  Whether the next one is to run `cat`."""
+        """Run ssh once, to its end.  Returns whether the next one is to run `cat`."""
         with suppress(FileNotFoundError):
-            os.unlink(self._settings.local)
+            os.unlink(self._local)
+        has_terminal = self._terminal is not None
+        arguments = self._arguments(session=session, batch=not has_terminal)
         try:
-            process = SshProcess(self._settings, session=session, may_ask=not self._opened)
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "strerror", error)
-            self._failure = f"cannot run {self._settings.command[0]}: {reason}"
+            process = SshProcess((*self._command, *arguments), own_session=not has_terminal)
+        except OSError as error:
+            self._failure = f"cannot run {self._command[0]}: {error.strerror}"
             return True
         self._process = process
-        await process.run()
-        self._failure = None if process.session_refused else process.reason
+        if not session:
+            process.settled.set()
+        if self._terminal is not None:
+            _set_foreground(self._terminal, process.pid)
+            process.send_signal(signal.SIGCONT)  # it may have asked already, and been stopped
+        async with trio.open_nursery() as nursery:
+            if not has_terminal:
+                nursery.start_soon(self._limit_start, process)
+            await process.run()
+            nursery.cancel_scope.cancel()
+        was_refused = not process.settled.is_set() and os.path.exists(self._local)
+        process.settled.set()
+        self._failure = None if was_refused else process.reason
         if self._failure is not None and self._opened:
             log.warning("ssh to %s ended: %s", self._destination, self._failure)
-        return not process.session_refused
+        return not was_refused
 
+    async def _limit_start(self, process: SshProcess) -> None:
+        seconds = START_TIMEOUTS * self._timeout
+        await trio.sleep(seconds)
+        if not os.path.exists(self._local):
+            process.reason = f"no login within {seconds:g} seconds"
+            process.send_signal(signal.SIGTERM)
 
-class SshProcess:
-    """One ssh, from its start to its end: the process, the pipes to it, and the terminal while ssh may ask
-    for a password.
-
-    session     whether it runs `cat`
-    may_ask     whether it may use the terminal of this process
-
-    The start raises OSError, subprocess.SubprocessError.
-    """
-
-    def __init__(self, settings: SshSettings, *, session: bool, may_ask: bool) -> None:
-        self._local = settings.local
-        self._seconds = START_TIMEOUTS * settings.timeout
-        self._mark = secrets.token_hex(8).encode() + b"\n"
-        self._echoed = False
-        self._session = session
-        self._settled = trio.Event()
-        """Set when `cat` has answered, or cannot answer."""
-        if not session:
-            self._settled.set()
-        self._messages = b""
-        self.reason = ""
-        """Why ssh ended."""
-        self._terminal = _own_terminal() if may_ask else None
-        arguments = _arguments(settings, session=session, batch=self._terminal is None)
-        try:
-            self._process = subprocess.Popen(
-                (*settings.command, *arguments),
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, DOLLAR: "$"},
-                # Ctrl-C at a terminal must reach xsfs alone, which unmounts before ssh ends.
-                start_new_session=self._terminal is None,
-                process_group=None if self._terminal is None else 0,
-                preexec_fn=partial(_before_exec, os.getpid(), self._terminal),
-            )
-            try:
-                self._pidfd = os.pidfd_open(self._process.pid)
-            except OSError:
-                self._process.kill()
-                self._process.wait()
-                raise
-        except BaseException:
-            self._take_terminal_back()
-            raise
-
-    @property
-    def session_refused(self) -> bool:
-        """Whether the account may log in, but not run `cat`.  Known when ssh has ended."""
-        return self._session and not self._echoed and self._listens()
-
-    def _listens(self) -> bool:
-        return os.path.exists(self._local)
-
-    async def settle(self) -> None:
-        """Once ssh listens: wait until `cat` has answered or cannot answer, ECHO_SECONDS at most."""
-        self._take_terminal_back()
-        with trio.move_on_after(ECHO_SECONDS):
-            await self._settled.wait()
-
-    async def run(self) -> None:
-        """Serve ssh until it has ended.  If cancelled, end ssh."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with process.stdin, process.stdout:
-            os.set_blocking(process.stdout.fileno(), False)
-            try:
-                with suppress(BrokenPipeError):
-                    process.stdin.write(self._mark)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._read, process.stdout.fileno())
-                    if self._terminal is None:
-                        nursery.start_soon(self._limit_start)
-                    await trio.lowlevel.wait_readable(self._pidfd)
-                    nursery.cancel_scope.cancel()
-            finally:
-                self._take_terminal_back()
-                with trio.CancelScope(shield=True):
-                    await self._end()
-                os.close(self._pidfd)
-            with suppress(BlockingIOError):  # once: a program that ssh has started may still write
-                self._read_some(process.stdout.fileno())
-        self.reason = self.reason or self._last_words()
-        self._settled.set()
-
-    async def _read(self, output: int) -> None:
-        """Read the messages of ssh, and the answer of `cat`."""
-        await trio.lowlevel.wait_readable(output)
-        while self._read_some(output):
-            await trio.lowlevel.wait_readable(output)
-
-    def _read_some(self, output: int) -> bool:
-        """Read once.  False at the end.  Raises BlockingIOError."""
-        data = os.read(output, MESSAGES_MAX)
-        self._messages += data
-        if self._mark in self._messages:
-            self._messages = self._messages.replace(self._mark, b"")
-            self._echoed = True
-            self._settled.set()
-            if not self._listens():
-                self._signal(signal.SIGTERM)
-        self._messages = self._messages[-2 * MESSAGES_MAX :]
-        return bool(data)
-
-    async def _limit_start(self) -> None:
-        await trio.sleep(self._seconds)
-        if not self._listens():
-            self.reason = f"no login within {self._seconds:g} seconds"
-            self._signal(signal.SIGTERM)
-
-    async def _end(self) -> None:
-        """End ssh and the programs that it has started, and reap it."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            self._signal(number)
-            with trio.move_on_after(END_SECONDS):
-                await trio.lowlevel.wait_readable(self._pidfd)
-                break
-        self._process.poll()
-
-    def _signal(self, number: int) -> None:
-        """Signal the process group of ssh.  ssh is not reaped yet, so no other process has its number."""
-        with suppress(OSError):
-            os.killpg(self._process.pid, number)
-
-    def _last_words(self) -> str:
-        """The last lines of ssh's messages, or how ssh ended."""
-        status = self._process.returncode
-        text = self._messages.decode(errors="replace")
-        lines = [line.strip().removeprefix("ssh: ") for line in text.splitlines() if line.strip()]
-        if status == SSH_FAILED and lines:
-            words = "; ".join(lines[-REASON_LINES:])[-REASON_MAX:]
-            return "".join(each if each.isprintable() else "?" for each in words)
-        if status is None:
-            return "ssh does not end"
-        if status < 0:
-            return f"ssh was ended by {signal.Signals(-status).name}"
-        return f"ssh ended with status {status}"
-
-    def _take_terminal_back(self) -> None:
-        if self._terminal is not None:
-            with suppress(OSError):
-                _give_terminal(self._terminal, os.getpgrp())
-            os.close(self._terminal)
-            self._terminal = None
-
-
-def _arguments(settings: SshSettings, *, session: bool, batch: bool) -> list[str]:
-    """The arguments of ssh.  For each option ssh takes the first value that it finds: in the user's
-    command, then here, then in ssh_config(5)."""
-    _, destination, timeout, local = settings
-    options = {
-        "BatchMode": "yes" if batch else "no",
-        "ConnectTimeout": str(math.ceil(timeout)),
-        # After one interval of silence ssh sends a question, after a second one it ends.
-        "ServerAliveInterval": str(max(1, int(timeout / 2))),
-        "ServerAliveCountMax": "1",
-        # A shared connection would outlive this ssh.
-        "ControlMaster": "no",
-        "ControlPath": "none",
-        # Another ssh may have taken the ports of LocalForward lines in ssh_config(5).
-        "ExitOnForwardFailure": "no",
-        "StreamLocalBindUnlink": "yes",
-        "StreamLocalBindMask": "0177",
-        "ForwardAgent": "no",
-        "ForwardX11": "no",
-        "PermitLocalCommand": "no",
-        "RemoteCommand": "none",
-        "RequestTTY": "no",
-    }
-    arguments = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    arguments += ["-L", f"{_escaped(local)}:{_escaped(destination.socket)}"]
-    if session:
-        return [*arguments, "--", destination.account, "cat"]
-    return [*arguments, "-N", "--", destination.account]
+    def _arguments(self, *, session: bool, batch: bool) -> list[str]:
+        """The arguments of ssh.  For each option ssh takes the first value that it finds: in the user's
+        command, then here, then in ssh_config(5)."""
+        options = {
+            "BatchMode": "yes" if batch else "no",
+            "ConnectTimeout": str(math.ceil(self._timeout)),
+            # After one interval of silence ssh sends a question, after a second one it ends.
+            "ServerAliveInterval": str(max(1, int(self._timeout / 2))),
+            "ServerAliveCountMax": "1",
+            # A shared connection would outlive this ssh.
+            "ControlPath": "none",
+            # Another ssh may have taken the ports of LocalForward lines in ssh_config(5).
+            "ExitOnForwardFailure": "no",
+            "StreamLocalBindMask": "0177",
+            "ForwardAgent": "no",
+            "ForwardX11": "no",
+            "PermitLocalCommand": "no",
+            "RemoteCommand": "none",
+            "RequestTTY": "no",
+        }
+        arguments = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        arguments += ["-L", f"{_escaped(self._local)}:{_escaped(self._destination.socket)}"]
+        if session:
+            return [*arguments, "--", self._destination.account, "cat"]
+        return [*arguments, "-N", "--", self._destination.account]
 
 
 def _escaped(path: str) -> str:
@@ -424,41 +280,131 @@ def _escaped(path: str) -> str:
     return path.replace("${", f"${{{DOLLAR}}}{{")
 
 
+class SshProcess:
+    """One ssh, from its start to its end, and the pipes to it.
+
+    own_session     without a terminal; else ssh has a process group of its own
+
+    The start raises OSError.
+    """
+
+    def __init__(self, command: Sequence[str], *, own_session: bool) -> None:
+        self._messages = b""
+        self.settled = trio.Event()
+        """Set when `cat` has answered, or cannot answer."""
+        self.reason = ""
+        """Why ssh ended."""
+        self._process = subprocess.Popen(
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, DOLLAR: "$"},
+            # Ctrl-C at a terminal must reach xsfs alone, which unmounts before ssh ends.
+            start_new_session=own_session,
+            process_group=None if own_session else 0,
+            preexec_fn=_before_exec,
+        )
+        self.pid = self._process.pid
+        self._pidfd = os.pidfd_open(self.pid)
+
+    async def run(self) -> None:
+        """Serve ssh until it has ended.  If cancelled, end ssh."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        output = process.stdout.fileno()
+        with process.stdin, process.stdout:
+            os.set_blocking(output, False)
+            try:
+                with suppress(BrokenPipeError):
+                    process.stdin.write(MARK)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read, output)
+                    await trio.lowlevel.wait_readable(self._pidfd)
+                    nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._end()
+                os.close(self._pidfd)
+            with suppress(BlockingIOError):  # once: a program that ssh has started may still write
+                self._read_some(output)
+        self.reason = self.reason or self._last_words()
+
+    async def _read(self, output: int) -> None:
+        """Read the messages of ssh, and the answer of `cat`."""
+        is_open = True
+        while is_open:
+            await trio.lowlevel.wait_readable(output)
+            is_open = self._read_some(output)
+
+    def _read_some(self, output: int) -> bool:
+        """Read once.  False at the end.  Raises BlockingIOError."""
+        data = os.read(output, MESSAGES_MAX)
+        self._messages = (self._messages + data)[-MESSAGES_MAX:]
+        if MARK in self._messages:
+            self._messages = b""
+            self.settled.set()
+        return bool(data)
+
+    async def _end(self) -> None:
+        """End ssh and the programs that it has started, and reap it."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self.send_signal(number)
+            with trio.move_on_after(END_SECONDS):
+                await trio.lowlevel.wait_readable(self._pidfd)
+                break
+        self._process.poll()
+
+    def send_signal(self, number: int) -> None:
+        """Signal the process group of ssh.  ssh is not reaped yet, so no other process has its number."""
+        with suppress(OSError):
+            os.killpg(self.pid, number)
+
+    def _last_words(self) -> str:
+        """The last two lines of ssh's messages, or how ssh ended."""
+        text = self._messages.decode(errors="replace")
+        lines = [line.strip().removeprefix("ssh: ") for line in text.splitlines() if line.strip()]
+        status = self._process.returncode
+        if status != 255 or not lines:  # of `cat`, or of a signal
+            return f"ssh ended with status {status}"
+        words = "; ".join(lines[-2:])[-REASON_MAX:]
+        return "".join(each if each.isprintable() else "?" for each in words)
+
+
+def _before_exec() -> None:
+    """In the child, before it becomes ssh.  Nothing here may take a lock: other threads are gone, and the
+    locks that they held are not."""
+    pr_set_pdeathsig = 1
+    _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
+    # The shell does not know of a stopped ssh, and could not continue it.
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+
+
 # ------------------------------------------------------------------------------------- the terminal
 
 
-def _own_terminal() -> int | None:
-    """A descriptor of the controlling terminal, if this process is in its foreground."""
-    try:
-        terminal = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with suppress(OSError):
-        if os.tcgetpgrp(terminal) == os.getpgrp():
-            return terminal
-    os.close(terminal)
-    return None
+@contextmanager
+def _own_terminal() -> Iterator[int | None]:
+    """A descriptor of the controlling terminal, if this process is in its foreground.  Afterwards it is
+    there again."""
+    own = None
+    with ExitStack() as stack:
+        with suppress(OSError):
+            terminal = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC)
+            stack.callback(os.close, terminal)
+            if os.tcgetpgrp(terminal) == os.getpgrp():
+                stack.callback(_set_foreground, terminal, os.getpgrp())
+                own = terminal
+        yield own
 
 
-def _give_terminal(terminal: int, group: int) -> None:
-    """Make a process group the terminal's foreground.  SIGTTOU stops others who try."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
-    try:
+def _set_foreground(terminal: int, group: int) -> None:
+    # The kernel stops a background process that tries this and accepts SIGTTOU.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+    with suppress(OSError):  # the group, or the terminal, has gone
         os.tcsetpgrp(terminal, group)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def _before_exec(parent: int, terminal: int | None) -> None:
-    """In the child, before it becomes ssh.  Nothing here may take a lock: other threads are gone, and the
-    locks that they held are not."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)  # xsfs ended before that
-    if terminal is not None:
-        # The shell does not know of a stopped ssh, and could not continue it.
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-        _give_terminal(terminal, os.getpid())
 
 
 # -------------------------------------------------------------------------- the private directory
