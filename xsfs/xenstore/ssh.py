@@ -4,9 +4,8 @@ One ssh forwards one Unix socket.  Each connection to its local end is a connect
 other host.  ssh also runs `cat` there: sshd turns Nagle's algorithm off only for a session, and a value
 takes up to 40 ms with it.  If the account may run nothing, ssh runs without a session (-N).
 
-An `SshForward` owns at most one `SshProcess`, and the task `run`, which starts it and waits for its end.
-Any task of the same trio loop may call `connect`.  `open_forward` owns the private directory with the
-local end of the socket.
+An `SshForward` owns at most one ssh, which its task `run` starts and serves to its end.  Any task of the
+same loop may call `connect`.  `open_forward` owns the private directory with the local end of the socket.
 
 Invariants:
 
@@ -39,7 +38,7 @@ import trio
 
 from xsfs.xenstore.background import open_background
 from xsfs.xenstore.errors import StoreUnavailable
-from xsfs.xenstore.protocol import directory, encode
+from xsfs.xenstore.protocol import Op, encode
 from xsfs.xenstore.ssh_destination import DEFAULT_SSH, SshDestination
 from xsfs.xenstore.transport import Transport, open_transport
 
@@ -64,8 +63,8 @@ END_SECONDS: Final = 0.5
 MESSAGES_MAX: Final = 4096
 """How many bytes of ssh's latest messages are kept."""
 
-REASON_MAX: Final = 300
-"""How many characters of them an error quotes."""
+MARK: Final = b"xsfs: cat answers\n"
+"""What `cat` has to answer."""
 
 RUN_DIRECTORY: Final = "/run/xsfs"
 PREFIX: Final = ".xsfs-ssh-"
@@ -73,9 +72,6 @@ SOCKET_NAME: Final = "socket"
 
 ABOVE_MAX: Final = 107 - len(f"/{PREFIX}12345678/{SOCKET_NAME}")
 """How long the path above a private directory may be: sun_path of unix(7) has 107 bytes and a NUL."""
-
-MARK: Final = b"xsfs: cat answers\n"
-"""xsfs sends it to `cat`, and looks for it in the output."""
 
 DOLLAR: Final = "XSFS_DOLLAR"
 """ssh expands `${NAME}` in the paths of sockets.  This variable has the value `$`."""
@@ -116,12 +112,14 @@ class SshForward:
         self._timeout = timeout
         self._command = command
         self._local = local
-        self._process: SshProcess | None = None
         self._wanted = trio.Event()
         """Set when `connect` has found no ssh that listens."""
+        self._settled = trio.Event()
+        """Set when `cat` has answered, or cannot answer."""
+        self._messages = b""
+        """The last messages of the last ssh."""
         self._failure: str | None = None
-        """Why the last ssh ended.  None before the first end, and after an account has refused `cat`:
-        the next ssh starts without it."""
+        """Why the last ssh ended.  None before the first end, and after an account has refused `cat`."""
         self._opened = False
         self._terminal: int | None = None
         """The terminal that ssh may use, while `open` runs."""
@@ -169,11 +167,9 @@ class SshForward:
         except BlockingIOError:
             return False
         try:
-            assert self._process is not None
             with trio.move_on_after(ECHO_SECONDS):
-                await self._process.settled.wait()
-            request = directory(b"/")
-            transport.send((encode(request.op, 1, 0, request.payload),))
+                await self._settled.wait()
+            transport.send((encode(Op.DIRECTORY, 1, 0, b"/\0"),))
             with trio.fail_after(self._timeout):
                 if await transport.receive():
                     return True
@@ -203,49 +199,101 @@ class SshForward:
         while True:
             await self._wanted.wait()
             started = trio.current_time()
-            session = await self._run_ssh(session)
+            await self._run_ssh(session)
             self._wanted = trio.Event()
-            if self._failure is None or trio.current_time() > started + BACKOFF_MAX:
+            session = self._failure is not None
+            if not session or trio.current_time() > started + BACKOFF_MAX:
                 delay = 0.0
             else:
                 delay = min(2 * delay or BACKOFF_FIRST, BACKOFF_MAX)
             await trio.sleep(delay)
 
-    async def _run_ssh(self, session: bool) -> bool:
-        """Run ssh once, to its end.  Returns whether the next one is to run `cat`."""
+    async def _run_ssh(self, session: bool) -> None:
+        """Run ssh once, to its end.  In a session it runs `cat`."""
         with suppress(FileNotFoundError):
             os.unlink(self._local)
-        has_terminal = self._terminal is not None
-        arguments = self._arguments(session=session, batch=not has_terminal)
+        self._messages = b""
+        self._settled = trio.Event()
+        if not session:
+            self._settled.set()
         try:
-            process = SshProcess((*self._command, *arguments), own_session=not has_terminal)
+            process = self._start(session)
+            pidfd = os.fdopen(os.pidfd_open(process.pid))
         except OSError as error:
             self._failure = f"cannot run {self._command[0]}: {error.strerror}"
-            return True
-        self._process = process
-        if not session:
-            process.settled.set()
-        if self._terminal is not None:
-            _set_foreground(self._terminal, process.pid)
-            process.send_signal(signal.SIGCONT)  # it may have asked already, and been stopped
-        async with trio.open_nursery() as nursery:
-            if not has_terminal:
-                nursery.start_soon(self._limit_start, process)
-            await process.run()
-            nursery.cancel_scope.cancel()
-        was_refused = not process.settled.is_set() and os.path.exists(self._local)
-        process.settled.set()
-        self._failure = None if was_refused else process.reason
-        if self._failure is not None and self._opened:
+            return
+        with pidfd:
+            self._failure = await self._serve(process, pidfd.fileno())
+        if not self._settled.is_set() and os.path.exists(self._local):
+            self._failure = None
+        elif self._opened:
             log.warning("ssh to %s ended: %s", self._destination, self._failure)
-        return not was_refused
+        self._settled.set()
 
-    async def _limit_start(self, process: SshProcess) -> None:
-        seconds = START_TIMEOUTS * self._timeout
-        await trio.sleep(seconds)
-        if not os.path.exists(self._local):
-            process.reason = f"no login within {seconds:g} seconds"
-            process.send_signal(signal.SIGTERM)
+    def _start(self, session: bool) -> subprocess.Popen[bytes]:
+        """Raises OSError."""
+        terminal = self._terminal
+        process = subprocess.Popen(
+            (*self._command, *self._arguments(session=session, batch=terminal is None)),
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, DOLLAR: "$"},
+            # Ctrl-C at a terminal must reach xsfs alone, which unmounts before ssh ends.
+            start_new_session=terminal is None,
+            process_group=None if terminal is None else 0,
+            preexec_fn=_before_exec,
+        )
+        if terminal is not None:
+            _set_foreground(terminal, process.pid)
+            os.killpg(process.pid, signal.SIGCONT)  # it may have asked already, and been stopped
+        return process
+
+    async def _serve(self, process: subprocess.Popen[bytes], pidfd: int) -> str:
+        """Serve ssh until it has ended.  Returns why.  If cancelled, this ends ssh."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        # A user at a terminal may take long to type a password.
+        limit = START_TIMEOUTS * self._timeout if self._terminal is None else math.inf
+        with process.stdin, process.stdout:
+            try:
+                with suppress(BrokenPipeError):
+                    process.stdin.write(MARK)
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(self._read, process.stdout.fileno())
+                    with trio.move_on_after(limit) as login:
+                        await trio.lowlevel.wait_readable(pidfd)
+                    is_late = login.cancelled_caught and not os.path.exists(self._local)
+                    if not is_late:
+                        await trio.lowlevel.wait_readable(pidfd)
+                    nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await _end(process, pidfd)
+        return f"no login within {limit:g} seconds" if is_late else self._reason(process.returncode)
+
+    async def _read(self, output: int, task_status: trio.TaskStatus[None]) -> None:
+        """Read the messages of ssh, and the answer of `cat`."""
+        task_status.started()  # and wait from now on, so that this wakes together with the end of ssh
+        while True:
+            await trio.lowlevel.wait_readable(output)
+            data = os.read(output, MESSAGES_MAX)
+            if not data:
+                return
+            self._messages = (self._messages + data)[-MESSAGES_MAX:]
+            if MARK in self._messages:
+                self._messages = b""
+                self._settled.set()
+
+    def _reason(self, status: int | None) -> str:
+        """A line that quotes the end of ssh's messages, or tells how ssh ended."""
+        text = self._messages.decode(errors="replace")
+        lines = [line.strip().removeprefix("ssh: ") for line in text.splitlines() if line.strip()]
+        if status != 255 or not lines:  # of `cat`, or of a signal
+            return f"ssh ended with status {status}"
+        words = "; ".join(lines[-2:])[-300:]
+        return "".join(each if each.isprintable() else "?" for each in words)
 
     def _arguments(self, *, session: bool, batch: bool) -> list[str]:
         """The arguments of ssh.  For each option ssh takes the first value that it finds: in the user's
@@ -280,97 +328,15 @@ def _escaped(path: str) -> str:
     return path.replace("${", f"${{{DOLLAR}}}{{")
 
 
-class SshProcess:
-    """One ssh, from its start to its end, and the pipes to it.
-
-    own_session     without a terminal; else ssh has a process group of its own
-
-    The start raises OSError.
-    """
-
-    def __init__(self, command: Sequence[str], *, own_session: bool) -> None:
-        self._messages = b""
-        self.settled = trio.Event()
-        """Set when `cat` has answered, or cannot answer."""
-        self.reason = ""
-        """Why ssh ended."""
-        self._process = subprocess.Popen(
-            command,
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, DOLLAR: "$"},
-            # Ctrl-C at a terminal must reach xsfs alone, which unmounts before ssh ends.
-            start_new_session=own_session,
-            process_group=None if own_session else 0,
-            preexec_fn=_before_exec,
-        )
-        self.pid = self._process.pid
-        self._pidfd = os.pidfd_open(self.pid)
-
-    async def run(self) -> None:
-        """Serve ssh until it has ended.  If cancelled, end ssh."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        output = process.stdout.fileno()
-        with process.stdin, process.stdout:
-            os.set_blocking(output, False)
-            try:
-                with suppress(BrokenPipeError):
-                    process.stdin.write(MARK)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._read, output)
-                    await trio.lowlevel.wait_readable(self._pidfd)
-                    nursery.cancel_scope.cancel()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await self._end()
-                os.close(self._pidfd)
-            with suppress(BlockingIOError):  # once: a program that ssh has started may still write
-                self._read_some(output)
-        self.reason = self.reason or self._last_words()
-
-    async def _read(self, output: int) -> None:
-        """Read the messages of ssh, and the answer of `cat`."""
-        is_open = True
-        while is_open:
-            await trio.lowlevel.wait_readable(output)
-            is_open = self._read_some(output)
-
-    def _read_some(self, output: int) -> bool:
-        """Read once.  False at the end.  Raises BlockingIOError."""
-        data = os.read(output, MESSAGES_MAX)
-        self._messages = (self._messages + data)[-MESSAGES_MAX:]
-        if MARK in self._messages:
-            self._messages = b""
-            self.settled.set()
-        return bool(data)
-
-    async def _end(self) -> None:
-        """End ssh and the programs that it has started, and reap it."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            self.send_signal(number)
-            with trio.move_on_after(END_SECONDS):
-                await trio.lowlevel.wait_readable(self._pidfd)
-                break
-        self._process.poll()
-
-    def send_signal(self, number: int) -> None:
-        """Signal the process group of ssh.  ssh is not reaped yet, so no other process has its number."""
+async def _end(process: subprocess.Popen[bytes], pidfd: int) -> None:
+    """End ssh and the programs that it has started, and reap it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(OSError):
-            os.killpg(self.pid, number)
-
-    def _last_words(self) -> str:
-        """The last two lines of ssh's messages, or how ssh ended."""
-        text = self._messages.decode(errors="replace")
-        lines = [line.strip().removeprefix("ssh: ") for line in text.splitlines() if line.strip()]
-        status = self._process.returncode
-        if status != 255 or not lines:  # of `cat`, or of a signal
-            return f"ssh ended with status {status}"
-        words = "; ".join(lines[-2:])[-REASON_MAX:]
-        return "".join(each if each.isprintable() else "?" for each in words)
+            os.killpg(process.pid, number)  # not reaped yet, so no other group has its number
+        with trio.move_on_after(END_SECONDS):
+            await trio.lowlevel.wait_readable(pidfd)
+            break
+    process.poll()
 
 
 def _before_exec() -> None:
