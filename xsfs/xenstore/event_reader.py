@@ -1,8 +1,8 @@
 """The transport of the watches: a socket that is read in time, however busy the event loop is.
 
 The socket holds some 70 events, and oxenstored keeps 2000 more for a watcher.  Past that oxenstored makes
-every writer wait.  A writer that uses the socket then waits until it is killed.  oxenstored accepts 70,000
-writes a second from a client that pipelines them, so 30 ms without a read would be too long.
+every writer wait, until the writer is killed if it uses the socket.  oxenstored accepts 70,000 writes a
+second from a client that pipelines them, so 30 ms without a read would be too long.
 
 While few events come, the event loop reads, because nothing delivers an event sooner.  If one read returns
 LATE_BYTES or more, the loop was late, and a thread takes over.  It does nothing but read, and hands the
@@ -17,12 +17,10 @@ the loop has not used yet.
 
 Invariants:
 
-- Either the thread or the loop receives.  The loop starts the thread.  The thread's last act is to tell
-  the loop that it has ended.
+- Either the thread or the loop receives.  The thread's last act is to tell the loop that it has ended.
 - The loop alone touches the chunks, sends, and closes the socket.  It closes the socket after the thread
   has ended, because the number of a closed descriptor may belong to another file at once.
-- The chunks are bounded.  Past HELD_MAX bytes the connection ends.  Then the client sets all watches again on
-  a new one, and each subscriber learns that it may have missed something.
+- The chunks are bounded.  Past HELD_MAX bytes the connection ends, and the client sets all watches again.
 """
 
 from __future__ import annotations
@@ -157,11 +155,7 @@ class EventReader(SocketTransport):
 
 
 def with_event_reader(transport: Transport) -> Transport:
-    """An EventReader in place of a socket.
-
-    The device needs none, because the kernel reads events from the ring by itself.  A store in this event
-    loop is no faster than the loop.
-    """
-    if isinstance(transport, SocketTransport) and not transport.same_loop:
+    """An EventReader in place of a socket.  The device needs none: the kernel reads events from the ring."""
+    if isinstance(transport, SocketTransport):
         return EventReader(transport.socket)
     return transport
