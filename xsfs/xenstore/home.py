@@ -24,7 +24,3 @@ class Home:
     def move(self, path: bytes) -> None:
         """The home is at this absolute path."""
         self.above = path + b"/"
-
-    def absolute(self, path: bytes) -> bytes:
-        """The absolute path of an event.  Special events are left as they are."""
-        return path if path.startswith((b"/", b"@")) else self.above + path

@@ -1,20 +1,16 @@
 """Watches: one connection for all of them, and for nothing else.
 
 `Watches` owns a reconnecting connection that carries only WATCH and UNWATCH, one at a time: on the kernel's
-device any other request beside them can deadlock its Xenstore driver.  It owns one watch at the store for
-each path, however many subscribe to it.  Any task may subscribe and unsubscribe; the connection's reader
-delivers events.
+device any other request beside them can deadlock its Xenstore driver.  It owns one watch for each path,
+however many subscribe to it.  Any task may subscribe; the connection's reader delivers events.
 
 Invariants:
 
-- An event is put into each subscription of its watch, and never waits for a subscriber.  Equal events that
-  are still unread are one.  Past EVENTS_MAX the backlog becomes one event for the watched path itself,
-  which by Xenstore's own rule means "look at all of it again".
+- An event never waits for a subscriber.  Equal events that are still unread are one.  Past EVENTS_MAX the
+  backlog becomes one event for the watched path itself, which means "look at all of it again".
 - The reader spends the same time on an event however many subscribe to its watch.  If several do, the task
-  `_spread` puts it into one after the other, and merges events that come meanwhile.  If the reader fell some
-  2000 events behind, oxenstored would stop all writers until they are killed.
-- A watch that nobody wants any more is removed before another one is set, so that it no longer counts
-  against the quota.
+  `_spread` puts it into one after the other, and merges events that come meanwhile.
+- A watch that nobody wants any more is removed before another one is set: it counts against the quota.
 - A WATCH or UNWATCH without a reply ends the connection: only its end is sure to end the watch.
 - After the connection was lost, `run` sets every watch again.  The store's first event then tells each
   subscriber that it may have missed something.  If the store refuses a watch then (others may have used
@@ -44,10 +40,8 @@ log = logging.getLogger(__name__)
 EVENTS_MAX: Final = 4096
 
 RETRY_SECONDS: Final = 1.0
-"""Seconds until watches are retried that could not be set again."""
-
 REMOVE_SECONDS: Final = 1.0
-"""How long an UNWATCH may take before the connection is closed instead."""
+"""Until watches are retried that could not be set again, and until an UNWATCH must be answered."""
 
 
 def _add(events: dict[bytes, None], path: bytes, watched: bytes) -> None:
@@ -86,10 +80,6 @@ class Subscription:
     def put(self, path: bytes) -> None:
         _add(self._events, path, self.path)
         self._arrived.unpark_all()
-        self.alert()
-
-    def interrupt(self) -> None:
-        self.interruptions += 1
         self.alert()
 
     def take(self) -> list[bytes]:
@@ -187,8 +177,8 @@ class Watches:
         if watch is None:
             # Of a watch that was just removed, or sent by a store that lies: harmless.
             return
-        if watch.path.startswith(b"/"):
-            path = self._home.absolute(path)
+        if watch.path.startswith(b"/") and not path.startswith((b"/", b"@")):
+            path = self._home.above + path
         if watch.unspread is None:
             if len(watch.subscriptions) == 1:
                 next(iter(watch.subscriptions)).put(path)
@@ -227,9 +217,7 @@ class Watches:
                 return
             # Tasks that waited for the lock together fail together.
             if trio.current_time() >= deadline:
-                raise RequestTimeout(
-                    "Xenstore did not answer the requests of other watches in time"
-                )
+                raise RequestTimeout("Xenstore did not answer requests of other watches in time")
             self._last_token += 1
             watch = _Watch(subscription, b"%x" % self._last_token)
             self._by_token[watch.token] = watch
@@ -246,17 +234,9 @@ class Watches:
         watch = self._by_path.get(subscription.path)
         return watch is not None and watch.is_set
 
-    async def unsubscribe(self, subscription: Subscription) -> None:
-        """Deliver no more events to it.  The last subscriber of a path removes the watch.
-
-        Never raises a StoreError.  Takes REMOVE_SECONDS at most, even if the caller is cancelled.
-        """
-        self.drop(subscription)
-        with trio.CancelScope(deadline=trio.current_time() + REMOVE_SECONDS, shield=True):
-            await self._clear()
-
     def drop(self, subscription: Subscription) -> None:
-        """`unsubscribe`, in the background."""
+        """Deliver no more events to it.  After the last subscriber of a path, the watch is removed in the
+        background."""
         watch = self._by_path.get(subscription.path)
         if watch is None or subscription not in watch.subscriptions:
             return
@@ -277,7 +257,6 @@ class Watches:
         """Set the watch at the store.  Raises StoreError; then the store does not have it."""
         await self._remove_unwanted()
         connection = await self._reconnecting.get(trio.current_time() + self._timeout)
-        request = protocol.watch(watch.path, watch.token)
         if watch.depth is not None:
             # C xenstored 4.22.0 dies at a live update of a watch with a depth.  It knows GET_FEATURE.
             (features,) = await connection.pipeline((protocol.get_feature(),))
@@ -287,7 +266,7 @@ class Watches:
                     await self._send(connection, limited, self._timeout)
                     watch.connection = connection
                     return
-        await self._send(connection, request, self._timeout)
+        await self._send(connection, protocol.watch(watch.path, watch.token), self._timeout)
         watch.connection = connection
 
     async def _remove_unwanted(self) -> None:
@@ -353,7 +332,8 @@ class Watches:
             if watch.connection is not None and not watch.connection.alive:
                 watch.connection = None
                 for subscription in watch.subscriptions:
-                    subscription.interrupt()
+                    subscription.interruptions += 1
+                    subscription.alert()
 
     async def _set_again(self) -> bool:
         """Set the watches that the store does not have.  Returns False if some have to be retried later."""
@@ -364,25 +344,23 @@ class Watches:
                 try:
                     await self._set(watch)
                 except XenstoreError as error:
-                    self._note_refused(watch, error)
+                    if not watch.refused:
+                        log.error(
+                            "Xenstore refuses the watch of %r, xsfs retries: %s", watch.path, error
+                        )
+                        for subscription in watch.subscriptions:
+                            subscription.put(watch.path)
+                    watch.refused = True
                     continue
                 except StoreError:
                     return False
             if watch.refused:
-                watch.refused = False
                 log.warning("the watch of %r is set again", watch.path)
+            watch.refused = False
             # The kernel's device may deliver the first event before the reply to WATCH.
             for subscription in watch.subscriptions:
                 subscription.alert()
         return not any(watch.refused for watch in self._by_path.values())
-
-    def _note_refused(self, watch: _Watch, error: XenstoreError) -> None:
-        if watch.refused:
-            return  # the log has it already
-        watch.refused = True
-        log.error("Xenstore refuses the watch of %r, xsfs retries: %s", watch.path, error)
-        for subscription in watch.subscriptions:
-            subscription.put(watch.path)
 
     @asynccontextmanager
     async def watching(
@@ -394,4 +372,4 @@ class Watches:
             yield subscription
         finally:
             subscription.end()
-            await self.unsubscribe(subscription)
+            self.drop(subscription)
