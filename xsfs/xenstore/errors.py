@@ -1,7 +1,4 @@
-"""The errors that a client of Xenstore can meet, and the errno of each error reply (`_number_of`).
-
-Each of them is an OSError.  Its `errno` says what it means in POSIX's terms.
-"""
+"""The errors that a client of Xenstore can meet.  Each is an OSError with an errno of POSIX."""
 
 from __future__ import annotations
 

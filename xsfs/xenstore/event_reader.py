@@ -84,7 +84,9 @@ class EventReader(SocketTransport):
                 continue
             data = await super().receive()
             if len(data) >= LATE_BYTES:
-                self._start_thread()
+                with suppress(RuntimeError):  # there can be no more threads: the loop reads on
+                    threading.Thread(target=self._read, name="xsfs-watches", daemon=True).start()
+                    self.has_thread = True
             return data
         raise trio.ClosedResourceError
 
@@ -113,14 +115,6 @@ class EventReader(SocketTransport):
             self.socket.close()
 
     # ----------------------------------------------------------------------------- the thread
-
-    def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._read, name="xsfs-watches", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:
-            return  # there can be no more threads: the loop reads on
-        self.has_thread = True
 
     def _read(self) -> None:
         try:

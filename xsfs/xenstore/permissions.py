@@ -1,5 +1,4 @@
-"""The permissions of a node: as tools write them, as the protocol carries them, and their meaning for a
-domain.  Pure functions and tables.
+"""The permissions of a node: as tools write them, as the protocol carries them, and their meaning.
 
 A guest chooses the permissions of its nodes, and the daemons accept entries for domains that cannot
 exist (`r-1`, `b4294967295`).  Such an entry is data like any other: it is shown, and grants nothing.

@@ -342,8 +342,7 @@ async def _end(process: subprocess.Popen[bytes], pidfd: int) -> None:
 def _before_exec() -> None:
     """In the child, before it becomes ssh.  Nothing here may take a lock: other threads are gone, and the
     locks that they held are not."""
-    pr_set_pdeathsig = 1
-    _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
+    _LIBC.prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
     # The shell does not know of a stopped ssh, and could not continue it.
     signal.signal(signal.SIGTSTP, signal.SIG_IGN)
 
@@ -390,11 +389,7 @@ def _make_directory(stack: ExitStack) -> str:
             os.makedirs(above, 0o755, exist_ok=True)
             _remove_stale(above)
             if len(os.fsencode(above)) <= ABOVE_MAX:
-                path = stack.enter_context(
-                    tempfile.TemporaryDirectory(
-                        prefix=PREFIX, dir=above, ignore_cleanup_errors=True
-                    )
-                )
+                path = stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, dir=above))
                 stack.enter_context(_locked(path))
                 return path
         except OSError as error:

@@ -19,6 +19,7 @@ Invariants:
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -159,7 +160,7 @@ class Watches:
         self._by_token: dict[bytes, _Watch] = {}
         self._unwanted: deque[_Watch] = deque()
         """Watches to be removed, in the order in which they were left."""
-        self._last_token = 0
+        self._tokens = itertools.count()
         self._first_watch = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
@@ -218,8 +219,7 @@ class Watches:
             # Tasks that waited for the lock together fail together.
             if trio.current_time() >= deadline:
                 raise RequestTimeout("Xenstore did not answer requests of other watches in time")
-            self._last_token += 1
-            watch = _Watch(subscription, b"%x" % self._last_token)
+            watch = _Watch(subscription, b"%x" % next(self._tokens))
             self._by_token[watch.token] = watch
             try:
                 await self._set(watch)

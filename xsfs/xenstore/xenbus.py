@@ -1,11 +1,11 @@
 """The kernel's device, /dev/xen/xenbus, over which the kernel multiplexes the domain's one ring.
 
-Each write(2) carries one message, and the kernel drops a second one in the same buffer.  The device never
-reports that it is writable, and need not: a write only queues.  But the kernel does not copy what it
-queues.  Each descriptor has one buffer, and the next write overwrites a message that the kernel's thread
-has not put into the ring yet.  So a descriptor can have one request at a time, and a pipeline goes out
-through several.  The kernel carries out WATCH and UNWATCH within write(2).  One that is sent while
-another request of its descriptor is unanswered can deadlock the kernel's Xenstore driver until reboot.
+Each write(2) carries one message, and the kernel drops a second one.  The device never reports that it is
+writable, and need not: a write only queues.  But the kernel does not copy what it queues: the next write
+overwrites a message that the kernel's thread has not put into the ring yet.  So a descriptor can have one
+request at a time, and a pipeline goes out through several.  The kernel carries out WATCH and UNWATCH within
+write(2).  One that is sent while another request of its descriptor is unanswered can deadlock the kernel's
+Xenstore driver until reboot.
 
 A `DeviceTransport` owns its descriptors, which it opens when they are first needed, and the messages that
 wait for one.  Only the tasks of its connection touch it; the thread of `send_watch` writes to the first
