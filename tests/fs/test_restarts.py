@@ -456,7 +456,7 @@ def test_a_watch_that_is_refused_when_it_is_set_again(
         while len(refused) < 6:
             assert time.monotonic() < deadline, "it is not tried again"
             time.sleep(0.05)
-        # With back-off: both at once, a second later, two seconds later.
+        # Both at once, a second later, and another second later.
         assert refused[4] - refused[0] > 2.0
         liar.behave()
         for each in (reader, other):

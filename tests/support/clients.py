@@ -83,6 +83,12 @@ async def opened(
             await store.delete(base)
 
 
+async def no_watch_is_left(store: Store) -> None:
+    """Return when the store has removed the last watch."""
+    while len(store.watches):
+        await trio.sleep(0.01)
+
+
 async def events_until(subscription: Subscription, last: str) -> list[str]:
     """All events up to the one for `last`."""
     found = []

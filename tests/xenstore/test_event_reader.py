@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import trio
@@ -19,7 +18,6 @@ from trio.testing import trio_test, wait_all_tasks_blocked
 from tests.support.mounting import LIMIT, mounted
 from tests.support.programs import program
 from tests.support.xenstored.harness import RealXenstored, strings
-from xsfs.xenstore import event_reader
 from xsfs.xenstore.event_reader import HELD_MAX, LATE_BYTES, EventReader
 
 HOME = "/local/domain/0"
@@ -81,10 +79,19 @@ async def test_little_is_read_by_the_loop() -> None:
         reader.close()
 
 
+@trio_test
+async def test_a_task_that_waits_for_a_reply_takes_nothing_from_the_reader() -> None:
+    async with pair() as (reader, peer):
+        await peer.send_all(b"an event")
+        assert reader.receive_soon() is None
+        assert await reader.receive() == b"an event"
+        reader.close()
+
+
 @pytest.fixture
 def never_calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread goes on until the connection ends, however long the test takes to send more."""
-    monkeypatch.setattr(event_reader, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(EventReader, "_loop_waits", lambda _: False)
 
 
 @pytest.mark.usefixtures("never_calm")

@@ -7,7 +7,7 @@ from trio.testing import trio_test
 
 from tests.support import client_places
 from tests.support.client_places import only_guests
-from tests.support.clients import HOME, Place, opened
+from tests.support.clients import HOME, Place, no_watch_is_left, opened
 from xsfs.xenstore.errors import XenstoreError
 
 places, place = client_places.places, client_places.place
@@ -87,4 +87,4 @@ async def test_watches_that_meet_at_a_path_are_all_kept(place: Place) -> None:
             await store.write(f"{base}/a", "1")
             assert await anext(there) == f"{base}/a".encode()
             assert await anext(here) == f"{base}/a".encode()
-        assert len(store.watches) == 0
+        await no_watch_is_left(store)

@@ -309,9 +309,7 @@ async def test_the_end_of_a_watch_does_not_wait_long_for_a_silent_daemon(mortal:
                 nursery.start_soon(store.watches.subscribe, Subscription(f"{base}/b".encode()))
                 await wait_all_tasks_blocked()
                 await trio.sleep(0)
-                left = trio.current_time()
-                await store.watches.unsubscribe(events)
-                assert trio.current_time() - left < SOON
+                store.watches.drop(events)
                 nursery.cancel_scope.cancel()
 
         for call in (
@@ -349,7 +347,7 @@ async def test_an_unwatch_that_had_to_wait_is_sent_later(mortal: Mortal) -> None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait_for_a_slow_daemon)
             await wait_all_tasks_blocked()
-            assert await took(lambda: store.watches.unsubscribe(left)) < SOON
+            store.watches.drop(left)
             assert len(store.watches) == 2
             may_go_on.set()
         with trio.fail_after(LIMIT):

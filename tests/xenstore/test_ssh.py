@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -67,7 +67,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     Not below `tmp_path`, which is too long for the address of a socket after a hundred runs.
     """
-    monkeypatch.setattr(ssh, "_own_terminal", lambda: None)
+    monkeypatch.setattr(ssh, "_own_terminal", nullcontext)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "run"
         path.mkdir()

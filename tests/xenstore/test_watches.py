@@ -6,9 +6,7 @@ Nothing here sleeps.  That an event has come is known from a later one on the sa
 from __future__ import annotations
 
 import contextlib
-import errno
 
-import pytest
 from trio.testing import trio_test
 
 from tests.support import client_places
@@ -18,7 +16,7 @@ from tests.support.client_places import (
     only_dom0s,
     only_guests,
 )
-from tests.support.clients import HOME, Place, events_until, opened
+from tests.support.clients import HOME, Place, events_until, no_watch_is_left, opened
 from xsfs.xenstore import protocol
 from xsfs.xenstore.watches import EVENTS_MAX, Subscription
 
@@ -94,7 +92,7 @@ async def test_the_last_subscriber_takes_the_watch_along(place: Place) -> None:
             assert len(store.watches) == 1
             await store.write(f"{base}/a", "1")
             assert await anext(stays) == f"{base}/a".encode()
-        assert len(store.watches) == 0
+        await no_watch_is_left(store)
         # More of them than a guest may have at once, each of another path.
         for number in range(150):
             async with store.watch(f"{base}/{number}"):
@@ -115,29 +113,9 @@ async def test_a_watch_the_store_refuses(place: Place) -> None:
                 for number in range(WATCHES, 2 * WATCHES):
                     await stack.enter_async_context(store.watch(f"{base}/{number}"))
             assert len(store.watches) < 2 * WATCHES
-        assert len(store.watches) == 0
+        await no_watch_is_left(store)
         async with store.watch(base) as events:
             assert await anext(events) == base.encode()
-
-
-@only_guests
-@trio_test
-async def test_a_watch_by_a_connection_that_has_just_died(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another connection sends it, and nobody notices."""
-
-    async def fail(messages: object) -> bytes:
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-    async with opened(place) as (store, base), store.watch(base) as others:
-        assert await anext(others) == base.encode()
-        connection = store.watches._reconnecting.current
-        assert connection is not None
-        monkeypatch.setattr(connection._transport, "send_watch", fail)
-        async with store.watch(f"{base}/x") as events:
-            assert await anext(events) == f"{base}/x".encode()
-        assert await anext(others) == base.encode()
 
 
 @trio_test

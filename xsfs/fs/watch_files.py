@@ -244,7 +244,7 @@ class WatchHandle(Handle):
         subscription = self._subscriptions.pop(path_of(line[1:], self.base), None)
         if subscription is None:
             refuse(errno.ENOENT)
-        await self.node.view.store.watches.unsubscribe(subscription)
+        self.node.view.store.watches.drop(subscription)
 
     async def add(self, path: bytes) -> None:
         """Watch one path more.  Returns when the store has the watch; its first event follows."""

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final, Generic, TypeVar
 
 import trio
+from outcome import Outcome, acapture
 
 Result = TypeVar("Result")
 
@@ -38,23 +39,17 @@ class BackgroundCall(Generic[Result]):
 
     def __init__(self, nursery: trio.Nursery, function: Callable[[], Awaitable[Result]]) -> None:
         self._done = trio.Event()
-        self._result: Result
-        self._error: Exception | None = None
+        self._outcome: Outcome[Result]
         nursery.start_soon(self._run, function)
 
     async def _run(self, function: Callable[[], Awaitable[Result]]) -> None:
-        try:
-            self._result = await function()
-        except Exception as error:
-            self._error = error
+        self._outcome = await acapture(function)
         self._done.set()
 
     async def result(self) -> Result:
-        """Wait until the function returns.  Raises what it has raised."""
+        """Wait until the function returns.  Raises what it has raised.  To be called once."""
         await self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._result
+        return self._outcome.unwrap()
 
 
 async def run_in_thread(function: Callable[[], Result]) -> Result:

@@ -1,7 +1,4 @@
-"""The errors that a client of Xenstore can meet, and the errno of each error reply (`_number_of`).
-
-Each of them is an OSError.  Its `errno` says what it means in POSIX's terms.
-"""
+"""The errors that a client of Xenstore can meet.  Each is an OSError with an errno of POSIX."""
 
 from __future__ import annotations
 
@@ -20,22 +17,21 @@ LONGEST_SURE_PATH: Final = 1024
 _NUMBERS: Final = {
     name: cast(int, getattr(errno, "EDQUOT" if name == "EQUOTA" else name)) for name in ERRORS
 }
+_NUMBERS_OF_REQUESTS: Final = {
+    # oxenstored limits a value to 2048 bytes, and reports that the argument list is too long.
+    ("E2BIG", Op.WRITE): errno.EFBIG,
+    # C xenstored before Xen 4.22, for a full quota of watches.
+    ("E2BIG", Op.WATCH): errno.ENOSPC,
+    # oxenstored's EQUOTA over the kernel's device: Linux makes EINVAL of an unknown name.
+    ("EINVAL", Op.WATCH): errno.EDQUOT,
+}
 
 
 def _number_of(name: str, request: Request) -> int:
     """The errno for an error reply of the store.  EIO for a name that no known daemon sends."""
-    if name == "E2BIG" and request.op == Op.WRITE:
-        # oxenstored limits a value to 2048 bytes, and reports that the argument list is too long.
-        return errno.EFBIG
-    if name == "E2BIG" and request.op == Op.WATCH:
-        # C xenstored before Xen 4.22, for a full quota of watches.
-        return errno.ENOSPC
     if name == "EINVAL" and len(request.path) >= LONGEST_SURE_PATH:
         return errno.ENAMETOOLONG
-    if name == "EINVAL" and request.op == Op.WATCH:
-        # oxenstored's EQUOTA over the kernel's device: Linux makes EINVAL of an unknown name.
-        return errno.EDQUOT
-    return _NUMBERS.get(name, errno.EIO)
+    return _NUMBERS_OF_REQUESTS.get((name, request.op)) or _NUMBERS.get(name, errno.EIO)
 
 
 class StoreError(OSError):

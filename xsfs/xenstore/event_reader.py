@@ -1,13 +1,12 @@
 """The transport of the watches: a socket that is read in time, however busy the event loop is.
 
 The socket holds some 70 events, and oxenstored keeps 2000 more for a watcher.  Past that oxenstored makes
-every writer wait.  A writer that uses the socket then waits until it is killed.  oxenstored accepts 70,000
-writes a second from a client that pipelines them, so 30 ms without a read would be too long.
+every writer wait, until the writer is killed if it uses the socket.  oxenstored accepts 70,000 writes a
+second from a client that pipelines them, so 30 ms without a read would be too long.
 
 While few events come, the event loop reads, because nothing delivers an event sooner.  If one read returns
 LATE_BYTES or more, the loop was late, and a thread takes over.  It does nothing but read, and hands the
-bytes to the loop.  When few bytes have come for a while, the thread ends and the loop
-reads again.
+bytes to the loop.  It ends when few bytes come and the loop waits for them.
 
 The thread needs the interpreter to go on, and may wait for it for SWITCH_SECONDS and more each time, in
 which the socket fills.  So it asks for more than the socket holds (MSG_WAITALL): then the kernel goes on
@@ -18,12 +17,10 @@ the loop has not used yet.
 
 Invariants:
 
-- Either the thread or the loop receives.  The loop starts the thread.  The thread's last act is to tell
-  the loop that it has ended.
+- Either the thread or the loop receives.  The thread's last act is to tell the loop that it has ended.
 - The loop alone touches the chunks, sends, and closes the socket.  It closes the socket after the thread
   has ended, because the number of a closed descriptor may belong to another file at once.
-- The chunks are bounded.  Past HELD_MAX bytes the connection ends.  Then the client sets all watches again on
-  a new one, and each subscriber learns that it may have missed something.
+- The chunks are bounded.  Past HELD_MAX bytes the connection ends, and the client sets all watches again.
 """
 
 from __future__ import annotations
@@ -32,7 +29,6 @@ import errno
 import socket
 import struct
 import threading
-import time
 from collections import deque
 from contextlib import suppress
 from typing import Final
@@ -50,9 +46,6 @@ SWITCH_SECONDS: Final = 0.001
 LATE_BYTES: Final = 1024
 """If one read returns so many bytes, the loop was late."""
 
-CALM_MICROSECONDS: Final = 100_000
-"""The thread ends when it has not received so many bytes at once for this time."""
-
 CHUNK_SIZE: Final = 1 << 18
 CHUNK_MICROSECONDS: Final = 20_000
 """How much the thread asks for at once, and how long it waits for that."""
@@ -63,23 +56,27 @@ class EventReader(SocketTransport):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
+        limit = struct.pack("ll", 0, CHUNK_MICROSECONDS)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._token = trio.lowlevel.current_trio_token()
-        self._chunks: deque[bytes] = deque()
+        self._chunks: deque[bytes | OSError] = deque()
         self._arrived = trio.lowlevel.ParkingLot()
         self._received = 0
         self._used = 0
         """Bytes that the thread has received, and that the loop has used."""
-        self._failure: OSError | None = None
         self.has_thread = False
         self._closed = False
+
+    def receive_soon(self) -> bytes | None:
+        return None  # the thread may be receiving
 
     async def receive(self) -> bytes:
         while not self._closed:
             if self._chunks:
                 chunk = self._chunks.popleft()
+                if isinstance(chunk, OSError):
+                    raise chunk
                 self._used += len(chunk)
-                if not chunk and self._failure is not None:
-                    raise self._failure
                 await trio.lowlevel.checkpoint()
                 return chunk
             if self.has_thread:
@@ -87,7 +84,9 @@ class EventReader(SocketTransport):
                 continue
             data = await super().receive()
             if len(data) >= LATE_BYTES:
-                self._start_thread()
+                with suppress(RuntimeError):  # there can be no more threads: the loop reads on
+                    threading.Thread(target=self._read, name="xsfs-watches", daemon=True).start()
+                    self.has_thread = True
             return data
         raise trio.ClosedResourceError
 
@@ -105,57 +104,7 @@ class EventReader(SocketTransport):
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
-    # ----------------------------------------------------------------------------- the thread
-
-    def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._read, name="xsfs-watches", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:
-            return  # there can be no more threads: the loop reads on
-        self.has_thread = True
-
-    def _read(self) -> None:
-        buffer = memoryview(bytearray(CHUNK_SIZE))
-        late_at = time.monotonic()
-        is_late = True
-        while is_late or time.monotonic() < late_at + CALM_MICROSECONDS / 1e6:
-            chunk = self._receive_chunk(buffer, is_late)
-            if chunk is not None and not self._deliver(chunk):
-                break
-            is_late = chunk is not None and len(chunk) >= LATE_BYTES
-            if is_late:
-                late_at = time.monotonic()
-        try:
-            self._token.run_sync_soon(self._thread_ended)
-        except trio.RunFinishedError:
-            self.socket.close()
-
-    def _receive_chunk(self, buffer: memoryview, is_late: bool) -> bytes | None:
-        """The bytes that come in time.  None if none do; b"" at the end."""
-        limit = struct.pack("ll", 0, CHUNK_MICROSECONDS if is_late else CALM_MICROSECONDS)
-        flags = socket.MSG_WAITALL if is_late else 0
-        try:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            return bytes(buffer[: self.socket.recv_into(buffer, 0, flags)])
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            self._failure = error
-            return b""
-
-    def _deliver(self, chunk: bytes) -> bool:
-        """Hand a chunk to the loop.  Returns whether there can be more."""
-        self._received += len(chunk)
-        if self._received - self._used > HELD_MAX:
-            chunk = b""
-            self._failure = OSError(errno.ENOBUFS, "more events than xsfs can handle")
-            self._hang_up()
-        with suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._chunk_arrived, chunk)
-        return bool(chunk)
-
-    def _chunk_arrived(self, chunk: bytes) -> None:
+    def _put(self, chunk: bytes | OSError) -> None:
         self._chunks.append(chunk)
         self._arrived.unpark_all()
 
@@ -165,13 +114,42 @@ class EventReader(SocketTransport):
         if self._closed:
             self.socket.close()
 
+    # ----------------------------------------------------------------------------- the thread
+
+    def _read(self) -> None:
+        try:
+            try:
+                self._read_while_needed()
+            except OSError as error:
+                self._token.run_sync_soon(self._put, error)
+            self._token.run_sync_soon(self._thread_ended)
+        except trio.RunFinishedError:
+            self.socket.close()
+
+    def _read_while_needed(self) -> None:
+        buffer = memoryview(bytearray(CHUNK_SIZE))
+        size = LATE_BYTES
+        while size >= LATE_BYTES or not self._loop_waits():
+            try:
+                size = self.socket.recv_into(buffer, 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                size = 0  # nothing came in time
+                continue
+            self._received += size
+            if self._received - self._used > HELD_MAX:
+                self._hang_up()
+                raise OSError(errno.ENOBUFS, "more events than xsfs can handle")
+            self._token.run_sync_soon(self._put, bytes(buffer[:size]))
+            if not size:
+                return
+
+    def _loop_waits(self) -> bool:
+        """Whether the loop has handled all that it got."""
+        return bool(self._arrived)
+
 
 def with_event_reader(transport: Transport) -> Transport:
-    """An EventReader in place of a socket.
-
-    The device needs none, because the kernel reads events from the ring by itself.  A store in this event
-    loop is no faster than the loop.
-    """
-    if isinstance(transport, SocketTransport) and not transport.same_loop:
+    """An EventReader in place of a socket.  The device needs none: the kernel reads events from the ring."""
+    if isinstance(transport, SocketTransport):
         return EventReader(transport.socket)
     return transport

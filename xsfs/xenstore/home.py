@@ -1,8 +1,7 @@
 """The home of the client's own domain, below which connections send relative paths.
 
-A guest gets another domid, and so another home, when it is migrated, or saved and restored.  The kernel sets
-its watches again afterwards, and other requests just go to the new store.  Relative paths stay right then.
-Xenstore has no relative path for the home itself.
+A guest gets another domid, and so another home, when it is migrated, or saved and restored.  Relative paths
+stay right then, also those of watches, which the kernel sets again.  The home itself has no relative path.
 """
 
 from __future__ import annotations
@@ -24,7 +23,3 @@ class Home:
     def move(self, path: bytes) -> None:
         """The home is at this absolute path."""
         self.above = path + b"/"
-
-    def absolute(self, path: bytes) -> bytes:
-        """The absolute path of an event.  Special events are left as they are."""
-        return path if path.startswith((b"/", b"@")) else self.above + path

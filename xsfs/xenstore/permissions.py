@@ -1,5 +1,4 @@
-"""The permissions of a node: as tools write them, as the protocol carries them, and their meaning for a
-domain.  Pure functions and tables.
+"""The permissions of a node: as tools write them, as the protocol carries them, and their meaning.
 
 A guest chooses the permissions of its nodes, and the daemons accept entries for domains that cannot
 exist (`r-1`, `b4294967295`).  Such an entry is data like any other: it is shown, and grants nothing.
@@ -42,7 +41,6 @@ class Permission(NamedTuple):
 
 _LETTERS: Final = {(False, False): "n", (True, False): "r", (False, True): "w", (True, True): "b"}
 _ACCESS: Final = {letter: access for access, letter in _LETTERS.items()}
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _PERMISSION = re.compile(r"([nrwb])(-?[0-9]+)")
 
 Permissions = tuple[Permission, ...]
@@ -94,9 +92,8 @@ def set_perms(path: bytes, perms: Iterable[Permission]) -> Request:
 
 
 def set_perms_as_shown(path: bytes, payload: bytes) -> Request:
-    """Give a node the permissions of a GET_PERMS reply, even those that make no sense."""
-    perms = _LONG_NUMBER.sub(lambda number: b"%d" % signed_domid(int(number[0])), payload)
-    return Request(Op.SET_PERMS, path + b"\0" + perms)
+    """Give a node the permissions of a GET_PERMS reply.  Raises WireError."""
+    return set_perms(path, decode_perms(payload))
 
 
 def encode_perms(perms: Iterable[Permission]) -> bytes:

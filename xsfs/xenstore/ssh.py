@@ -4,9 +4,8 @@ One ssh forwards one Unix socket.  Each connection to its local end is a connect
 other host.  ssh also runs `cat` there: sshd turns Nagle's algorithm off only for a session, and a value
 takes up to 40 ms with it.  If the account may run nothing, ssh runs without a session (-N).
 
-An `SshForward` owns at most one `SshProcess`, and the task `run`, which starts it and waits for its end.
-Any task of the same trio loop may call `connect`.  `open_forward` owns the private directory with the
-local end of the socket.
+An `SshForward` owns at most one ssh, which its task `run` starts and serves to its end.  Any task of the
+same loop may call `connect`.  `open_forward` owns the private directory with the local end of the socket.
 
 Invariants:
 
@@ -22,25 +21,24 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import glob
 import logging
 import math
 import os
-import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import partial
-from typing import Final, NamedTuple
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Final
 
 import trio
 
 from xsfs.xenstore.background import open_background
 from xsfs.xenstore.errors import StoreUnavailable
-from xsfs.xenstore.protocol import directory, encode
+from xsfs.xenstore.protocol import Op, encode
 from xsfs.xenstore.ssh_destination import DEFAULT_SSH, SshDestination
 from xsfs.xenstore.transport import Transport, open_transport
 
@@ -65,27 +63,18 @@ END_SECONDS: Final = 0.5
 MESSAGES_MAX: Final = 4096
 """How many bytes of ssh's latest messages are kept."""
 
-REASON_LINES: Final = 2
-REASON_MAX: Final = 300
-"""How many of ssh's last lines, and characters, an error quotes."""
-
-SOCKET_PATH_MAX: Final = 107
-"""Bytes of sun_path, without its NUL: unix(7)."""
-
-SSH_FAILED: Final = 255
-"""The exit status of ssh if ssh itself has failed.  Any other status comes from `cat`."""
-
-DENIED: Final = "Permission denied ("
-"""A part of ssh's message if the host accepted no key."""
+MARK: Final = b"xsfs: cat answers\n"
+"""What `cat` has to answer."""
 
 RUN_DIRECTORY: Final = "/run/xsfs"
 PREFIX: Final = ".xsfs-ssh-"
 SOCKET_NAME: Final = "socket"
 
+ABOVE_MAX: Final = 107 - len(f"/{PREFIX}12345678/{SOCKET_NAME}")
+"""How long the path above a private directory may be: sun_path of unix(7) has 107 bytes and a NUL."""
+
 DOLLAR: Final = "XSFS_DOLLAR"
 """ssh expands `${NAME}` in the paths of sockets.  This variable has the value `$`."""
-
-PR_SET_PDEATHSIG: Final = 1
 
 _LIBC: Final = ctypes.PyDLL(None)
 """Its functions keep the interpreter's lock, as a child must between fork(2) and execve(2)."""
@@ -103,37 +92,37 @@ async def open_forward(
     Raises StoreUnavailable.
     """
     with private_directory() as place:
-        local = os.path.join(place, SOCKET_NAME)
-        forward = SshForward(SshSettings(command, destination, timeout, local))
+        forward = SshForward(destination, timeout, command, os.path.join(place, SOCKET_NAME))
         async with open_background() as nursery:
             nursery.start_soon(forward.run)
             await forward.open()
             yield forward
 
 
-class SshSettings(NamedTuple):
-    """How to run ssh: as for `open_forward`, and `local`, the path of the local end of the socket."""
-
-    command: Sequence[str]
-    destination: SshDestination
-    timeout: float
-    local: str
-
-
 class SshForward:
-    """See the module's text.  `run` must be running while `open` and `connect` are used."""
+    """See the module's text.  `run` must be running while `open` and `connect` are used.
 
-    def __init__(self, settings: SshSettings) -> None:
-        self._settings = settings
-        self._destination = settings.destination
-        self._process: SshProcess | None = None
+    local       the path of the local end of the socket
+    """
+
+    def __init__(
+        self, destination: SshDestination, timeout: float, command: Sequence[str], local: str
+    ) -> None:
+        self._destination = destination
+        self._timeout = timeout
+        self._command = command
+        self._local = local
         self._wanted = trio.Event()
         """Set when `connect` has found no ssh that listens."""
+        self._settled = trio.Event()
+        """Set when `cat` has answered, or cannot answer."""
+        self._messages = b""
+        """The last messages of the last ssh."""
         self._failure: str | None = None
-        """Why the last ssh ended.  None before the first end, and after an account has refused `cat`:
-        the next ssh starts without it."""
+        """Why the last ssh ended.  None before the first end, and after an account has refused `cat`."""
         self._opened = False
-        """Whether `open` has returned.  Before that ssh may use the terminal."""
+        self._terminal: int | None = None
+        """The terminal that ssh may use, while `open` runs."""
 
     def connect(self) -> Transport:
         """A connection to the Xenstore of the other host.
@@ -142,7 +131,7 @@ class SshForward:
         connects, ConnectionRefusedError if the last ssh has failed.
         """
         try:
-            return open_transport(self._settings.local)
+            return open_transport(self._local)
         except (FileNotFoundError, ConnectionRefusedError):
             self._wanted.set()
         name = str(self._destination)
@@ -153,17 +142,19 @@ class SshForward:
     async def open(self) -> None:
         """Start ssh, and see that Xenstore answers.  Raises StoreUnavailable."""
         try:
-            while not await self._answers():
-                await trio.sleep(POLL_SECONDS)
+            with _own_terminal() as self._terminal:
+                while not await self._answers():
+                    await trio.sleep(POLL_SECONDS)
         except ConnectionRefusedError as error:
             reason = error.strerror or ""
-            command = shlex.join((*self._settings.command, self._destination.account, "true"))
+            command = shlex.join((*self._command, self._destination.account, "true"))
             raise StoreUnavailable(
                 f"cannot reach {self._destination} by ssh: {reason}",
                 f"see what '{command}' does",
-                denied=DENIED in reason,
+                denied="Permission denied (" in reason,  # the host accepted no key
             ) from None
         finally:
+            self._terminal = None
             self._opened = True
 
     async def _answers(self) -> bool:
@@ -176,11 +167,10 @@ class SshForward:
         except BlockingIOError:
             return False
         try:
-            assert self._process is not None
-            await self._process.settle()
-            request = directory(b"/")
-            transport.send((encode(request.op, 1, 0, request.payload),))
-            with trio.fail_after(self._settings.timeout):
+            with trio.move_on_after(ECHO_SECONDS):
+                await self._settled.wait()
+            transport.send((encode(Op.DIRECTORY, 1, 0, b"/\0"),))
+            with trio.fail_after(self._timeout):
                 if await transport.receive():
                     return True
         except trio.TooSlowError:
@@ -209,212 +199,127 @@ class SshForward:
         while True:
             await self._wanted.wait()
             started = trio.current_time()
-            session = await self._run_ssh(session)
-            ended = trio.current_time()
+            await self._run_ssh(session)
             self._wanted = trio.Event()
-            if self._failure is None:
+            session = self._failure is not None
+            if not session or trio.current_time() > started + BACKOFF_MAX:
                 delay = 0.0
-            elif ended > started + BACKOFF_MAX:
-                delay = BACKOFF_FIRST
             else:
                 delay = min(2 * delay or BACKOFF_FIRST, BACKOFF_MAX)
-            await trio.sleep_until(ended + delay)
+            await trio.sleep(delay)
 
-    async def _run_ssh(self, session: bool) -> bool:
-        """Run ssh once, to its end.  Whether the next one is to run `cat`."""
+    async def _run_ssh(self, session: bool) -> None:
+        """Run ssh once, to its end.  In a session it runs `cat`."""
         with suppress(FileNotFoundError):
-            os.unlink(self._settings.local)
-        try:
-            process = SshProcess(self._settings, session=session, may_ask=not self._opened)
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "strerror", error)
-            self._failure = f"cannot run {self._settings.command[0]}: {reason}"
-            return True
-        self._process = process
-        await process.run()
-        self._failure = None if process.session_refused else process.reason
-        if self._failure is not None and self._opened:
-            log.warning("ssh to %s ended: %s", self._destination, self._failure)
-        return not process.session_refused
-
-
-class SshProcess:
-    """One ssh, from its start to its end: the process, the pipes to it, and the terminal while ssh may ask
-    for a password.
-
-    session     whether it runs `cat`
-    may_ask     whether it may use the terminal of this process
-
-    The start raises OSError, subprocess.SubprocessError.
-    """
-
-    def __init__(self, settings: SshSettings, *, session: bool, may_ask: bool) -> None:
-        self._local = settings.local
-        self._seconds = START_TIMEOUTS * settings.timeout
-        self._mark = secrets.token_hex(8).encode() + b"\n"
-        self._echoed = False
-        self._session = session
+            os.unlink(self._local)
+        self._messages = b""
         self._settled = trio.Event()
-        """Set when `cat` has answered, or cannot answer."""
         if not session:
             self._settled.set()
-        self._messages = b""
-        self.reason = ""
-        """Why ssh ended."""
-        self._terminal = _own_terminal() if may_ask else None
-        arguments = _arguments(settings, session=session, batch=self._terminal is None)
         try:
-            self._process = subprocess.Popen(
-                (*settings.command, *arguments),
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, DOLLAR: "$"},
-                # Ctrl-C at a terminal must reach xsfs alone, which unmounts before ssh ends.
-                start_new_session=self._terminal is None,
-                process_group=None if self._terminal is None else 0,
-                preexec_fn=partial(_before_exec, os.getpid(), self._terminal),
-            )
-            try:
-                self._pidfd = os.pidfd_open(self._process.pid)
-            except OSError:
-                self._process.kill()
-                self._process.wait()
-                raise
-        except BaseException:
-            self._take_terminal_back()
-            raise
-
-    @property
-    def session_refused(self) -> bool:
-        """Whether the account may log in, but not run `cat`.  Known when ssh has ended."""
-        return self._session and not self._echoed and self._listens()
-
-    def _listens(self) -> bool:
-        return os.path.exists(self._local)
-
-    async def settle(self) -> None:
-        """Once ssh listens: wait until `cat` has answered or cannot answer, ECHO_SECONDS at most."""
-        self._take_terminal_back()
-        with trio.move_on_after(ECHO_SECONDS):
-            await self._settled.wait()
-
-    async def run(self) -> None:
-        """Serve ssh until it has ended.  If cancelled, end ssh."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with process.stdin, process.stdout:
-            os.set_blocking(process.stdout.fileno(), False)
-            try:
-                with suppress(BrokenPipeError):
-                    process.stdin.write(self._mark)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._read, process.stdout.fileno())
-                    if self._terminal is None:
-                        nursery.start_soon(self._limit_start)
-                    await trio.lowlevel.wait_readable(self._pidfd)
-                    nursery.cancel_scope.cancel()
-            finally:
-                self._take_terminal_back()
-                with trio.CancelScope(shield=True):
-                    await self._end()
-                os.close(self._pidfd)
-            with suppress(BlockingIOError):  # once: a program that ssh has started may still write
-                self._read_some(process.stdout.fileno())
-        self.reason = self.reason or self._last_words()
+            process = self._start(session)
+            pidfd = os.fdopen(os.pidfd_open(process.pid))
+        except OSError as error:
+            self._failure = f"cannot run {self._command[0]}: {error.strerror}"
+            return
+        with pidfd:
+            self._failure = await self._serve(process, pidfd.fileno())
+        if not self._settled.is_set() and os.path.exists(self._local):
+            self._failure = None
+        elif self._opened:
+            log.warning("ssh to %s ended: %s", self._destination, self._failure)
         self._settled.set()
 
-    async def _read(self, output: int) -> None:
+    def _start(self, session: bool) -> subprocess.Popen[bytes]:
+        """Raises OSError."""
+        terminal = self._terminal
+        process = subprocess.Popen(
+            (*self._command, *self._arguments(session=session, batch=terminal is None)),
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, DOLLAR: "$"},
+            # Ctrl-C at a terminal must reach xsfs alone, which unmounts before ssh ends.
+            start_new_session=terminal is None,
+            process_group=None if terminal is None else 0,
+            preexec_fn=_before_exec,
+        )
+        if terminal is not None:
+            _set_foreground(terminal, process.pid)
+            os.killpg(process.pid, signal.SIGCONT)  # it may have asked already, and been stopped
+        return process
+
+    async def _serve(self, process: subprocess.Popen[bytes], pidfd: int) -> str:
+        """Serve ssh until it has ended.  Returns why.  If cancelled, this ends ssh."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        # A user at a terminal may take long to type a password.
+        limit = START_TIMEOUTS * self._timeout if self._terminal is None else math.inf
+        with process.stdin, process.stdout:
+            try:
+                with suppress(BrokenPipeError):
+                    process.stdin.write(MARK)
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(self._read, process.stdout.fileno())
+                    with trio.move_on_after(limit) as login:
+                        await trio.lowlevel.wait_readable(pidfd)
+                    is_late = login.cancelled_caught and not os.path.exists(self._local)
+                    if not is_late:
+                        await trio.lowlevel.wait_readable(pidfd)
+                    nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await _end(process, pidfd)
+        return f"no login within {limit:g} seconds" if is_late else self._reason(process.returncode)
+
+    async def _read(self, output: int, task_status: trio.TaskStatus[None]) -> None:
         """Read the messages of ssh, and the answer of `cat`."""
-        await trio.lowlevel.wait_readable(output)
-        while self._read_some(output):
+        task_status.started()  # and wait from now on, so that this wakes together with the end of ssh
+        while True:
             await trio.lowlevel.wait_readable(output)
+            data = os.read(output, MESSAGES_MAX)
+            if not data:
+                return
+            self._messages = (self._messages + data)[-MESSAGES_MAX:]
+            if MARK in self._messages:
+                self._messages = b""
+                self._settled.set()
 
-    def _read_some(self, output: int) -> bool:
-        """Read once.  False at the end.  Raises BlockingIOError."""
-        data = os.read(output, MESSAGES_MAX)
-        self._messages += data
-        if self._mark in self._messages:
-            self._messages = self._messages.replace(self._mark, b"")
-            self._echoed = True
-            self._settled.set()
-            if not self._listens():
-                self._signal(signal.SIGTERM)
-        self._messages = self._messages[-2 * MESSAGES_MAX :]
-        return bool(data)
-
-    async def _limit_start(self) -> None:
-        await trio.sleep(self._seconds)
-        if not self._listens():
-            self.reason = f"no login within {self._seconds:g} seconds"
-            self._signal(signal.SIGTERM)
-
-    async def _end(self) -> None:
-        """End ssh and the programs that it has started, and reap it."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            self._signal(number)
-            with trio.move_on_after(END_SECONDS):
-                await trio.lowlevel.wait_readable(self._pidfd)
-                break
-        self._process.poll()
-
-    def _signal(self, number: int) -> None:
-        """Signal the process group of ssh.  ssh is not reaped yet, so no other process has its number."""
-        with suppress(OSError):
-            os.killpg(self._process.pid, number)
-
-    def _last_words(self) -> str:
-        """The last lines of ssh's messages, or how ssh ended."""
-        status = self._process.returncode
+    def _reason(self, status: int | None) -> str:
+        """A line that quotes the end of ssh's messages, or tells how ssh ended."""
         text = self._messages.decode(errors="replace")
         lines = [line.strip().removeprefix("ssh: ") for line in text.splitlines() if line.strip()]
-        if status == SSH_FAILED and lines:
-            words = "; ".join(lines[-REASON_LINES:])[-REASON_MAX:]
-            return "".join(each if each.isprintable() else "?" for each in words)
-        if status is None:
-            return "ssh does not end"
-        if status < 0:
-            return f"ssh was ended by {signal.Signals(-status).name}"
-        return f"ssh ended with status {status}"
+        if status != 255 or not lines:  # of `cat`, or of a signal
+            return f"ssh ended with status {status}"
+        words = "; ".join(lines[-2:])[-300:]
+        return "".join(each if each.isprintable() else "?" for each in words)
 
-    def _take_terminal_back(self) -> None:
-        if self._terminal is not None:
-            with suppress(OSError):
-                _give_terminal(self._terminal, os.getpgrp())
-            os.close(self._terminal)
-            self._terminal = None
-
-
-def _arguments(settings: SshSettings, *, session: bool, batch: bool) -> list[str]:
-    """The arguments of ssh.  For each option ssh takes the first value that it finds: in the user's
-    command, then here, then in ssh_config(5)."""
-    _, destination, timeout, local = settings
-    options = {
-        "BatchMode": "yes" if batch else "no",
-        "ConnectTimeout": str(math.ceil(timeout)),
-        # After one interval of silence ssh sends a question, after a second one it ends.
-        "ServerAliveInterval": str(max(1, int(timeout / 2))),
-        "ServerAliveCountMax": "1",
-        # A shared connection would outlive this ssh.
-        "ControlMaster": "no",
-        "ControlPath": "none",
-        # Another ssh may have taken the ports of LocalForward lines in ssh_config(5).
-        "ExitOnForwardFailure": "no",
-        "StreamLocalBindUnlink": "yes",
-        "StreamLocalBindMask": "0177",
-        "ForwardAgent": "no",
-        "ForwardX11": "no",
-        "PermitLocalCommand": "no",
-        "RemoteCommand": "none",
-        "RequestTTY": "no",
-    }
-    arguments = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    arguments += ["-L", f"{_escaped(local)}:{_escaped(destination.socket)}"]
-    if session:
-        return [*arguments, "--", destination.account, "cat"]
-    return [*arguments, "-N", "--", destination.account]
+    def _arguments(self, *, session: bool, batch: bool) -> list[str]:
+        """The arguments of ssh.  For each option ssh takes the first value that it finds: in the user's
+        command, then here, then in ssh_config(5)."""
+        options = {
+            "BatchMode": "yes" if batch else "no",
+            "ConnectTimeout": str(math.ceil(self._timeout)),
+            # After one interval of silence ssh sends a question, after a second one it ends.
+            "ServerAliveInterval": str(max(1, int(self._timeout / 2))),
+            "ServerAliveCountMax": "1",
+            # A shared connection would outlive this ssh.
+            "ControlPath": "none",
+            # Another ssh may have taken the ports of LocalForward lines in ssh_config(5).
+            "ExitOnForwardFailure": "no",
+            "StreamLocalBindMask": "0177",
+            "ForwardAgent": "no",
+            "ForwardX11": "no",
+            "PermitLocalCommand": "no",
+            "RemoteCommand": "none",
+            "RequestTTY": "no",
+        }
+        arguments = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        arguments += ["-L", f"{_escaped(self._local)}:{_escaped(self._destination.socket)}"]
+        if session:
+            return [*arguments, "--", self._destination.account, "cat"]
+        return [*arguments, "-N", "--", self._destination.account]
 
 
 def _escaped(path: str) -> str:
@@ -423,41 +328,48 @@ def _escaped(path: str) -> str:
     return path.replace("${", f"${{{DOLLAR}}}{{")
 
 
+async def _end(process: subprocess.Popen[bytes], pidfd: int) -> None:
+    """End ssh and the programs that it has started, and reap it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(OSError):
+            os.killpg(process.pid, number)  # not reaped yet, so no other group has its number
+        with trio.move_on_after(END_SECONDS):
+            await trio.lowlevel.wait_readable(pidfd)
+            break
+    process.poll()
+
+
+def _before_exec() -> None:
+    """In the child, before it becomes ssh.  Nothing here may take a lock: other threads are gone, and the
+    locks that they held are not."""
+    _LIBC.prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+    # The shell does not know of a stopped ssh, and could not continue it.
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+
+
 # ------------------------------------------------------------------------------------- the terminal
 
 
-def _own_terminal() -> int | None:
-    """A descriptor of the controlling terminal, if this process is in its foreground."""
-    try:
-        terminal = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with suppress(OSError):
-        if os.tcgetpgrp(terminal) == os.getpgrp():
-            return terminal
-    os.close(terminal)
-    return None
+@contextmanager
+def _own_terminal() -> Iterator[int | None]:
+    """A descriptor of the controlling terminal, if this process is in its foreground.  Afterwards it is
+    there again."""
+    own = None
+    with ExitStack() as stack:
+        with suppress(OSError):
+            terminal = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC)
+            stack.callback(os.close, terminal)
+            if os.tcgetpgrp(terminal) == os.getpgrp():
+                stack.callback(_set_foreground, terminal, os.getpgrp())
+                own = terminal
+        yield own
 
 
-def _give_terminal(terminal: int, group: int) -> None:
-    """Make a process group the terminal's foreground.  SIGTTOU stops others who try."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
-    try:
+def _set_foreground(terminal: int, group: int) -> None:
+    # The kernel stops a background process that tries this and accepts SIGTTOU.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+    with suppress(OSError):  # the group, or the terminal, has gone
         os.tcsetpgrp(terminal, group)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def _before_exec(parent: int, terminal: int | None) -> None:
-    """In the child, before it becomes ssh.  Nothing here may take a lock: other threads are gone, and the
-    locks that they held are not."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)  # xsfs ended before that
-    if terminal is not None:
-        # The shell does not know of a stopped ssh, and could not continue it.
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-        _give_terminal(terminal, os.getpid())
 
 
 # -------------------------------------------------------------------------- the private directory
@@ -466,32 +378,22 @@ def _before_exec(parent: int, terminal: int | None) -> None:
 @contextmanager
 def private_directory() -> Iterator[str]:
     """The path of a new directory for the local end of the socket.  Raises StoreUnavailable."""
-    path, lock = _make_directory()
-    try:
-        yield path
-    finally:
-        _remove(path, lock)
+    with ExitStack() as stack:
+        yield _make_directory(stack)
 
 
-def _make_directory() -> tuple[str, int]:
-    """The path of a new directory, and the descriptor that holds its lock."""
+def _make_directory(stack: ExitStack) -> str:
     failure = "the paths of all directories for temporary files are too long"
     for above in _places():
         try:
             os.makedirs(above, 0o755, exist_ok=True)
             _remove_stale(above)
-            while True:
-                path = tempfile.mkdtemp(prefix=PREFIX, dir=above)
-                lock = _lock(path)
-                # Another xsfs may have removed it as a stale one before it was locked.
-                if lock is not None and os.path.exists(path):
-                    break
+            if len(os.fsencode(above)) <= ABOVE_MAX:
+                path = stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, dir=above))
+                stack.enter_context(_locked(path))
+                return path
         except OSError as error:
             failure = f"cannot make a directory in {above}: {error.strerror}"
-            continue
-        if len(os.fsencode(os.path.join(path, SOCKET_NAME))) <= SOCKET_PATH_MAX:
-            return path, lock
-        _remove(path, lock)
     raise StoreUnavailable(f"no place for the socket of ssh: {failure}", "set XDG_RUNTIME_DIR")
 
 
@@ -504,29 +406,21 @@ def _places() -> Iterator[str]:
     yield "/tmp"
 
 
-def _lock(path: str) -> int | None:
-    """A descriptor of this directory of ours, locked; None if another process has locked it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with suppress(BlockingIOError):
-        if os.fstat(descriptor).st_uid == os.geteuid():
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-    os.close(descriptor)
-    return None
-
-
-def _remove(path: str, lock: int) -> None:
-    with suppress(OSError):
-        os.unlink(SOCKET_NAME, dir_fd=lock)
-    with suppress(OSError):
-        os.rmdir(path)
-    os.close(lock)
-
-
 def _remove_stale(above: str) -> None:
     """Remove the directories of xsfs processes that have been killed."""
-    for name in glob.glob(f"{PREFIX}*", root_dir=above):
-        path = os.path.join(above, name)
+    for path in Path(above).glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if (lock := _lock(path)) is not None:
-                _remove(path, lock)
+            if path.lstat().st_uid == os.geteuid():
+                with _locked(path):
+                    shutil.rmtree(path)
+
+
+@contextmanager
+def _locked(directory: str | Path) -> Iterator[None]:
+    """Hold the lock of a directory.  Raises OSError, also if another process holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

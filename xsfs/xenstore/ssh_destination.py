@@ -27,7 +27,6 @@ class SshDestination(NamedTuple):
     socket: str
 
     def __str__(self) -> str:
-        """For people."""
         return self.account if self.socket == DEFAULT_SOCKET else f"{self.account}:{self.socket}"
 
 

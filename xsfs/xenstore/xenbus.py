@@ -1,16 +1,15 @@
 """The kernel's device, /dev/xen/xenbus, over which the kernel multiplexes the domain's one ring.
 
-Each write(2) carries one message, and the kernel drops a second one in the same buffer.  The device never
-reports that it is writable, and need not: a write only queues.  But the kernel does not copy what it
-queues.  Each descriptor has one buffer, and the next write overwrites a message that the kernel's thread
-has not put into the ring yet.  So a descriptor can have one request at a time, and a pipeline goes out
-through several.  The kernel carries out WATCH and UNWATCH within write(2).  One that is sent while
-another request of its descriptor is unanswered can deadlock the kernel's Xenstore driver until reboot.
+Each write(2) carries one message, and the kernel drops a second one.  The device never reports that it is
+writable, and need not: a write only queues.  But the kernel does not copy what it queues: the next write
+overwrites a message that the kernel's thread has not put into the ring yet.  So a descriptor can have one
+request at a time, and a pipeline goes out through several.  The kernel carries out WATCH and UNWATCH within
+write(2).  One that is sent while another request of its descriptor is unanswered can deadlock the kernel's
+Xenstore driver until reboot.
 
 A `DeviceTransport` owns its descriptors, which it opens when they are first needed, and the messages that
-wait for one.  It knows for each descriptor whether its last request is unanswered, and holds the part of a
-message that has come.  Only the tasks of its connection touch it; the thread of `send_watch` writes to the
-first descriptor alone.
+wait for one.  Only the tasks of its connection touch it; the thread of `send_watch` writes to the first
+descriptor alone.
 
 Invariants:
 
@@ -28,6 +27,7 @@ import os
 import select
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -41,8 +41,6 @@ DESCRIPTORS_MAX: Final = 16
 RECEIVE_SIZE: Final = 8192
 """Room for a reply and some events."""
 
-_FIRST_ONLY: Final = frozenset((Op.TRANSACTION_START, Op.TRANSACTION_END))
-
 
 class WatchRefused(Exception):
     """write(2) of a WATCH failed: the daemon refused it, and no reply will come."""
@@ -50,35 +48,6 @@ class WatchRefused(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
-
-
-class _Descriptor:
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.is_busy = False
-        """Whether a request is unanswered."""
-        self.partial = b""
-
-    def write(self, message: bytes) -> None:
-        self.is_busy = True
-        try:
-            os.write(self.number, message)
-        except OSError:
-            self.is_busy = False  # there will be no reply
-            raise
-
-    def whole_messages(self, data: bytes) -> bytes:
-        """The whole messages in what has come so far."""
-        data = self.partial + data
-        end = 0
-        while len(data) >= end + HEADER.size:
-            op, _, _, length = HEADER.unpack_from(data, end)
-            if len(data) < end + HEADER.size + length:
-                break
-            end += HEADER.size + length
-            self.is_busy = self.is_busy and op == Op.WATCH_EVENT
-        self.partial = data[end:]
-        return data[:end]
 
 
 class DeviceTransport:
@@ -92,21 +61,24 @@ class DeviceTransport:
 
     def __init__(self, open_device: Callable[[], int]) -> None:
         self._open_device = open_device
-        self._descriptors: dict[int, _Descriptor] = {}
+        self._partial: dict[int, bytes] = {}
+        """For each descriptor, the part of a message that has come."""
+        self._busy: set[int] = set()
+        """Descriptors with an unanswered request."""
         self._queue: deque[bytes] = deque()
         self._poll = select.epoll()
         # Receiving into objects of this size, which are cut to what came, leaves holes in the heap.
         self._room = memoryview(bytearray(RECEIVE_SIZE))
         self._first = self._open()
 
-    def _open(self) -> _Descriptor:
-        descriptor = _Descriptor(self._open_device())
+    def _open(self) -> int:
+        descriptor = self._open_device()
         try:
-            self._poll.register(descriptor.number, select.EPOLLIN)
+            self._poll.register(descriptor, select.EPOLLIN)
         except PermissionError:  # it cannot be polled
-            os.close(descriptor.number)
+            os.close(descriptor)
             raise OSError(errno.ENODEV, "not Xenstore's device") from None
-        self._descriptors[descriptor.number] = descriptor
+        self._partial[descriptor] = b""
         return descriptor
 
     def send(self, messages: Sequence[bytes]) -> bytes:
@@ -130,24 +102,30 @@ class DeviceTransport:
 
     def _write_watch(self, messages: Sequence[bytes]) -> None:
         for message in messages:
-            self._first.write(message)
+            self._write(self._first, message)
+
+    def _write(self, descriptor: int, message: bytes) -> None:
+        self._busy.add(descriptor)
+        try:
+            os.write(descriptor, message)
+        except OSError:
+            self._busy.discard(descriptor)  # there will be no reply
+            raise
 
     def _send_queued(self) -> None:
         while self._queue and (descriptor := self._free_for(self._queue[0])) is not None:
-            descriptor.write(self._queue.popleft())
+            self._write(descriptor, self._queue.popleft())
 
-    def _free_for(self, message: bytes) -> _Descriptor | None:
+    def _free_for(self, message: bytes) -> int | None:
         op, _, tx_id, _ = HEADER.unpack_from(message)
-        if tx_id or op in _FIRST_ONLY:
-            return None if self._first.is_busy else self._first
-        for descriptor in self._descriptors.values():
-            if not descriptor.is_busy:
+        if tx_id or op == Op.TRANSACTION_START:
+            return None if self._first in self._busy else self._first
+        for descriptor in self._partial:
+            if descriptor not in self._busy:
                 return descriptor
-        if len(self._descriptors) < DESCRIPTORS_MAX:
-            try:
+        with suppress(OSError):  # fewer descriptors serve the pipeline, too, only slower
+            if len(self._partial) < DESCRIPTORS_MAX:
                 return self._open()
-            except OSError:
-                return None  # fewer descriptors serve the pipeline, too, only slower
         return None
 
     async def receive(self) -> bytes:
@@ -155,18 +133,32 @@ class DeviceTransport:
             await trio.lowlevel.wait_readable(self._poll.fileno())
             if self._poll.closed:
                 raise trio.ClosedResourceError  # a task that ran in between has closed it
-            messages = []
-            for number, _ in self._poll.poll(0):
+            received = b""
+            for descriptor, _ in self._poll.poll(0):
                 try:
-                    data = bytes(self._room[: os.readv(number, (self._room,))])
+                    data = bytes(self._room[: os.readv(descriptor, (self._room,))])
                 except BlockingIOError:
                     continue
                 if not data:
                     return b""
-                messages.append(self._descriptors[number].whole_messages(data))
+                received += self._whole_messages(descriptor, data)
             self._send_queued()
-            if received := b"".join(messages):
+            if received:
                 return received
+
+    def _whole_messages(self, descriptor: int, data: bytes) -> bytes:
+        """The whole messages in what has come so far."""
+        data = self._partial[descriptor] + data
+        end = 0
+        while len(data) >= end + HEADER.size:
+            op, _, _, length = HEADER.unpack_from(data, end)
+            if len(data) < end + HEADER.size + length:
+                break
+            end += HEADER.size + length
+            if op != Op.WATCH_EVENT:
+                self._busy.discard(descriptor)
+        self._partial[descriptor] = data[end:]
+        return data[:end]
 
     def receive_soon(self) -> bytes | None:
         return None
@@ -176,7 +168,7 @@ class DeviceTransport:
             return
         trio.lowlevel.notify_closing(self._poll.fileno())
         # A closed descriptor's number may belong to another file by the next call.
-        descriptors, self._descriptors = self._descriptors, {}
-        for number in descriptors:
-            os.close(number)
+        descriptors, self._partial = self._partial, {}
+        for descriptor in descriptors:
+            os.close(descriptor)
         self._poll.close()
