@@ -14,13 +14,13 @@ from collections.abc import Coroutine, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pyfuse3 import EntryAttributes, InodeT
+from pyfuse3 import EntryAttributes
 
 from xsfs.fs import posix
 from xsfs.fs.domain_links import DomainsDirectory
 from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
 from xsfs.fs.files import DotValue, ScratchFile, ValueFile, ValueHandle
-from xsfs.fs.generated import DomidFile, StatsFile
+from xsfs.fs.generated import DomidFile, StatsFile, look_up
 from xsfs.fs.listing import DirectoryHandle
 from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
@@ -144,9 +144,9 @@ class Directory(XenstoreNode):
         """
         return self.view.has_dot_value(self.path, state)
 
-    def listed_own(self) -> dict[bytes, type[Node]]:
-        """The part of `own` that a listing shows, apart from `.value`."""
-        return {}
+    def listed_own(self, state: NodeState) -> list[bytes]:
+        """The names of `own` that a listing shows."""
+        return [VALUE_NAME] if self.view.has_dot_value(self.path, state) else []
 
     async def opendir(self, caller: Caller) -> Handle:
         handle = DirectoryHandle(self, caller)
@@ -171,19 +171,7 @@ class Directory(XenstoreNode):
 
     async def _lookup_own(self, kind: type[Node], name: bytes, pid: int) -> EntryAttributes:
         self.require()
-        return self._found(*await self.own_entry(kind, name, pid))
-
-    async def own_entry(
-        self, kind: type[Node], name: bytes, pid: int | None = None
-    ) -> tuple[Node, EntryAttributes]:
-        """The node of one of xsfs's own names, and its attributes for a LOOKUP of thread `pid`, or for a
-        listing."""
-        node = self.table.node(kind, self, name)
-        entry = await (node.getattr() if pid is None else node.looked_up(pid))
-        if not self.table.is_current(node, self, name):
-            node = self.table.node(kind, self, name)
-            entry.st_ino = InodeT(node.inode)
-        return node, entry
+        return await look_up(kind, self, name, pid)
 
     async def _lookup_child(self, name: bytes, pid: int) -> EntryAttributes:
         directory = self.path
@@ -515,8 +503,11 @@ class RootDirectory(Directory):
     def path(self) -> bytes:
         return self.view.root
 
-    def listed_own(self) -> dict[bytes, type[Node]]:
-        if not self.table.visible:
-            return {}
-        hidden = (VALUE_NAME, b".watch")
-        return {name: kind for name, kind in self.own.items() if name not in hidden}
+    def listed_own(self, state: NodeState) -> list[bytes]:
+        listed = super().listed_own(state)
+        if self.table.visible:
+            hidden = {VALUE_NAME, b".watch"}
+            if self.table.mirror is None:
+                hidden.add(b".mirror")
+            listed += [name for name in self.own if name not in hidden]
+        return listed

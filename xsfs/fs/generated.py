@@ -9,9 +9,19 @@ from abc import abstractmethod
 from typing import ClassVar
 
 import pyfuse3
-from pyfuse3 import EntryAttributes
+from pyfuse3 import EntryAttributes, InodeT
 
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
+
+
+async def look_up(kind: type[Node], parent: Node, name: bytes, pid: int) -> EntryAttributes:
+    """A LOOKUP of a name that xsfs itself gives to a node."""
+    table = parent.table
+    entry = await table.node(kind, parent, name).looked_up(pid)
+    node = table.node(kind, parent, name)  # another task may have created it meanwhile
+    entry.st_ino = InodeT(node.inode)
+    table.remember(node)
+    return entry
 
 
 class TextFile(Node):
