@@ -328,10 +328,7 @@ class Directory(XenstoreNode):
 
         async def work(commands: Commands) -> Request:
             return await posix.make(
-                commands,
-                path,
-                directory=directory,
-                missing_parent=None if self.always_there else missing_parent,
+                self.view, commands, path, directory=directory, missing_parent=missing_parent
             )
 
         async with self.open_files.changing_below(partial(self._new_path, name)) as (path,):
@@ -380,13 +377,12 @@ class Directory(XenstoreNode):
 
         async def work(commands: Commands) -> Request | None:
             nonlocal memory
-            if file is not None and file.owes_creation:
-                (state,) = await self.view.fetch((path,), commands)
-                if state is None:
-                    return None  # its creation is still owed
-            memory = await posix.removed(self.open_files, commands, path, directory=is_directory)
-            if is_directory and self.open_files.scratch_names(path):
-                refuse(errno.ENOTEMPTY)
+            (state,) = await self.view.fetch((path,), commands)
+            if state is None and file is not None and file.owes_creation:
+                return None  # its creation is still owed
+            memory = await posix.removed(
+                self.open_files, commands, path, state, directory=is_directory
+            )
             return protocol.rm(path)
 
         await self.view.atomically(work)
@@ -494,10 +490,6 @@ class RootDirectory(Directory):
         b".stats": StatsFile,
         b".domain": DomainsDirectory,
     }
-
-    @property
-    def always_there(self) -> bool:
-        return True
 
     @property
     def path(self) -> bytes:

@@ -28,33 +28,20 @@ RENAME_NODES_MAX: Final = 100_000
 
 
 async def make(
-    commands: Commands, path: bytes, *, directory: bool, missing_parent: int | None
+    view: View, commands: Commands, path: bytes, *, directory: bool, missing_parent: int
 ) -> Request:
-    """Create a node that must not exist.
-
-    missing_parent  the errno if its parent does not exist; None if it need not
-    """
+    """Create a node that must not exist.  Fails with EEXIST, or `missing_parent`."""
     parent, present = await commands.pipeline(
         (protocol.read(parent_path(path)), protocol.read(path))
     )
-    if missing_parent is not None and is_missing(parent):
+    if is_missing(parent) and not view.is_always_there(parent_path(path)):
         refuse(missing_parent)
-    if not is_missing(present):
-        # A node that may not be read exists as well.
-        if isinstance(present, XenstoreError) and present.name != "EACCES":
-            raise present
-        refuse(errno.EEXIST)
-    return protocol.mkdir(path) if directory else protocol.write(path, b"")
-
-
-async def _removed(view: View, commands: Commands, path: bytes, state: NodeState) -> MemoryContent:
-    """The content of a node that is to be removed or replaced, for the handles that have it open."""
-    (reply,) = await commands.pipeline((protocol.get_perms(path),))
-    if isinstance(reply, XenstoreError) and reply.name != "EACCES":
-        raise reply
-    perms = None if isinstance(reply, XenstoreError) else reply
-    perms_text(perms or b"")  # raises WireError before anything is changed
-    return orphan_content(view, path, state.value or b"", perms)
+    if is_missing(present):
+        return protocol.mkdir(path) if directory else protocol.write(path, b"")
+    # A node that may not be read exists as well.
+    if isinstance(present, XenstoreError) and present.name != "EACCES":
+        raise present
+    refuse(errno.EEXIST)
 
 
 def orphan_content(view: View, path: bytes, value: bytes, perms: bytes | None) -> MemoryContent:
@@ -63,31 +50,32 @@ def orphan_content(view: View, path: bytes, value: bytes, perms: bytes | None) -
     return MemoryContent(view.value_format.render(value), perms, size_max)
 
 
-def _check_empty(state: NodeState) -> None:
-    """Whether a directory may be removed.  Fails with EACCES, ENOTEMPTY."""
-    if not state.readable:
-        refuse(errno.EACCES)
-    if state.has_children or state.value:
-        refuse(errno.ENOTEMPTY)
-
-
 async def removed(
     open_files: OpenFiles,
     commands: Commands,
     path: bytes,
+    state: NodeState | None,
     *,
-    directory: bool = False,
-    if_directory: int = errno.EISDIR,
+    directory: bool,
 ) -> MemoryContent:
-    """A node that is to be removed.  Fails with ENOENT, ENOTDIR or `if_directory`, EACCES, ENOTEMPTY."""
-    (state,) = await open_files.view.fetch((path,), commands)
+    """The content of a file, or empty directory, that is to be removed, for the handles that have it open.
+
+    Fails with ENOENT, EISDIR or ENOTDIR, EACCES, ENOTEMPTY.
+    """
     if state is None:
         refuse(errno.ENOENT)
     if open_files.is_directory(path, state) != directory:
-        refuse(errno.ENOTDIR if directory else if_directory)
-    if directory:
-        _check_empty(state)
-    return await _removed(open_files.view, commands, path, state)
+        refuse(errno.ENOTDIR if directory else errno.EISDIR)
+    if directory and not state.readable:
+        refuse(errno.EACCES)
+    if directory and (state.has_children or state.value or open_files.scratch_names(path)):
+        refuse(errno.ENOTEMPTY)
+    (reply,) = await commands.pipeline((protocol.get_perms(path),))
+    if isinstance(reply, XenstoreError) and reply.name != "EACCES":
+        raise reply
+    perms = None if isinstance(reply, XenstoreError) else reply
+    perms_text(perms or b"")  # raises WireError before anything is changed
+    return orphan_content(open_files.view, path, state.value or b"", perms)
 
 
 async def replaced(
@@ -98,27 +86,19 @@ async def replaced(
     *,
     by_directory: bool,
     replace: bool,
-    needs_parent: bool,
 ) -> MemoryContent | None:
-    """The node at `path`, of this state, that a rename to `path` replaces.
+    """As `removed`, of the node that a rename replaces, if there is one.
 
-    Fails with EEXIST, EISDIR, ENOTDIR, EACCES, ENOTEMPTY, ESTALE.
-
-    needs_parent    whether the parent must exist
+    Fails with EEXIST unless it may `replace` one, and with ESTALE if the parent is missing.
     """
-    if state is None:
-        if needs_parent and not await commands.exists(parent_path(path)):
-            refuse(errno.ESTALE)
-        return None
-    if not replace:
-        refuse(errno.EEXIST)
-    if open_files.is_directory(path, state):
-        if not by_directory:
-            refuse(errno.EISDIR)
-        _check_empty(state)
-    elif by_directory:
-        refuse(errno.ENOTDIR)
-    return await _removed(open_files.view, commands, path, state)
+    if state is not None:
+        if not replace:
+            refuse(errno.EEXIST)
+        return await removed(open_files, commands, path, state, directory=by_directory)
+    parent = parent_path(path)
+    if not (open_files.view.is_always_there(parent) or await commands.exists(parent)):
+        refuse(errno.ESTALE)
+    return None
 
 
 async def write_with_perms(
@@ -139,30 +119,19 @@ async def write_with_perms(
 
 
 async def rename(
-    open_files: OpenFiles,
-    commands: Commands,
-    source: bytes,
-    target: bytes,
-    *,
-    replace: bool,
-    needs_parent: bool,
+    open_files: OpenFiles, commands: Commands, source: bytes, target: bytes, *, replace: bool
 ) -> tuple[bool, MemoryContent | None]:
     """Move a node and all below it, with values and permissions.  Returns whether it is a directory, and the
     node that it replaces.
 
-    needs_parent    whether the target's parent must exist
-
     All changes are sent before the commit: a commit succeeds even if a request sent with it fails.
     """
-    moved, target_state = await open_files.view.fetch((source, target), commands)
+    moved, present = await open_files.view.fetch((source, target), commands)
     if moved is None:
         refuse(errno.ENOENT)
     is_directory = open_files.is_directory(source, moved)
     gone = await replaced(
-        *(open_files, commands, target, target_state),
-        by_directory=is_directory,
-        replace=replace,
-        needs_parent=needs_parent,
+        open_files, commands, target, present, by_directory=is_directory, replace=replace
     )
     nodes = await _subtree(commands, source)
     moves = [(target + path[len(source) :], value, perms) for path, value, perms in nodes]

@@ -58,12 +58,8 @@ async def _rename_node(
     async def work(commands: Commands) -> None:
         nonlocal is_directory, replaced
         is_directory, replaced = await posix.rename(
-            *(source.open_files, commands, source_path, target_path),
-            replace=replace,
-            needs_parent=not target.always_there,
+            source.open_files, commands, source_path, target_path, replace=replace
         )
-        if is_directory and replaced is not None and source.open_files.scratch_names(target_path):
-            refuse(errno.ENOTEMPTY)
 
     async with source.open_files.changing_below(*paths) as (source_path, target_path):
         if source_path == target_path:
@@ -137,10 +133,7 @@ async def _rename_to_node(
             nonlocal replaced
             (state,) = await source.view.fetch((path,), commands)
             replaced = await posix.replaced(
-                *(source.open_files, commands, path, state),
-                by_directory=False,
-                replace=replace,
-                needs_parent=not target.always_there,
+                source.open_files, commands, path, state, by_directory=False, replace=replace
             )
             return await posix.write_with_perms(commands, path, value, perms)
 
@@ -177,7 +170,10 @@ async def _rename_to_scratch(
 
     async def work(commands: Commands) -> Request:
         nonlocal taken_in
-        taken = await posix.removed(source.open_files, commands, path, if_directory=errno.EINVAL)
+        (state,) = await source.view.fetch((path,), commands)
+        if state is not None and source.open_files.is_directory(path, state):
+            refuse(errno.EINVAL)
+        taken = await posix.removed(source.open_files, commands, path, state, directory=False)
         if taken.perms is None:
             refuse(errno.EACCES)  # the permissions would be lost
         memory.perms = taken.perms
