@@ -106,7 +106,7 @@ class TransactionsDirectory(GeneratedDirectory):
     def position_of(self, name: bytes) -> tuple[object, ...]:
         # It differs for each transaction, because the kernel may know nodes of one that has ended.
         view = self.parent.transactions.get(name)
-        return self.inode, name, view.number if view is not None else 0
+        return self.inode, name, view.number if view is not None else None
 
     async def names(self) -> Sequence[bytes]:
         return self.parent.transactions.names()

@@ -6,8 +6,8 @@ and these tasks touch it.
 
 Invariants:
 
-- A name is taken from before its transaction is started until after its end.  So no other transaction of
-  this name can start meanwhile.
+- A name is taken until its transaction's connection is closed.  Two mkdir(2) of one name take turns, because
+  the kernel sends one MKDIR of a directory at a time.
 - Each has a connection, a view and commands of its own, and all nodes below share the view.  Once the view
   has `ended`, operations on these nodes, and on files open on them, fail with ESTALE.  The next transaction
   of that name has other nodes, with other inode numbers.
@@ -28,6 +28,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from itertools import count
 from typing import Final
 
 import trio
@@ -89,13 +90,16 @@ class TransactionView(View):
 
     commands: SharedTransaction
 
-    def __init__(self, outer: View, transaction: Transaction, name: bytes, number: int) -> None:
-        """`number` differs for each transaction of the mount."""
+    def __init__(
+        self, outer: View, transaction: Transaction, name: bytes, number: int, caller: Caller
+    ) -> None:
+        """`number` differs for each transaction of the mount.  `caller` has started it."""
         sticky = StickyDirectories(outer.sticky)
         super().__init__(outer.store, outer.domid, outer.root, outer.value_format, sticky)
         self.name = name
         self.log_prefix = name + b":"
         self.number = number
+        self.caller = caller
         self.outer = outer
         self.commands = SharedTransaction(transaction)
         self.touched = TouchedPaths(outer.home)
@@ -134,41 +138,36 @@ class Transactions:
         self._nursery = nursery
         self._outer = outer
         self._idle_seconds = idle_seconds
-        self._callers: dict[bytes, Caller] = {}
-        """The names that are taken, and the callers that have begun these transactions."""
         self._views: dict[bytes, TransactionView] = {}
-        """The open transactions."""
-        self._begun = 0
+        """The transactions that are open, or whose end is under way."""
+        self._numbers = count()
 
     def names(self) -> list[bytes]:
-        return list(self._views)
+        return [name for name, view in self._views.items() if not view.ended]
 
     def get(self, name: bytes) -> TransactionView | None:
         """The open transaction of this name."""
-        return self._views.get(name)
+        view = self._views.get(name)
+        return None if view is None or view.ended else view
 
     async def begin(self, name: bytes, caller: Caller) -> None:
         """Start the transaction.  FUSEError EEXIST, ENOSPC; StoreError."""
-        if name in self._callers:
+        if name in self._views:
             refuse(errno.EEXIST)
         if self._full_for(caller):
             refuse(errno.ENOSPC)
-        self._callers[name] = caller
-        try:
-            transaction = await self._outer.begin()
-        except BaseException:
-            del self._callers[name]
-            raise
-        self._begun += 1
-        view = self._views[name] = TransactionView(self._outer, transaction, name, self._begun)
+        transaction = await self._outer.begin()
+        view = TransactionView(self._outer, transaction, name, next(self._numbers), caller)
+        self._views[name] = view
         self._nursery.start_soon(self._await_end, view)
 
     def _full_for(self, caller: Caller) -> bool:
-        if len(self._callers) >= OPEN_MAX:
+        if len(self._views) >= OPEN_MAX:
             return True
         if not caller.unprivileged:
             return False
-        uids = [each.uid for each in self._callers.values() if each.unprivileged]
+        callers = [view.caller for view in self._views.values()]
+        uids = [each.uid for each in callers if each.unprivileged]
         return len(uids) >= UNPRIVILEGED_MAX or uids.count(caller.uid) >= EACH_UNPRIVILEGED_MAX
 
     async def commit(self, view: TransactionView) -> None:
@@ -204,14 +203,13 @@ class Transactions:
         async with view.commands.lock:
             if view.ended:
                 raise TransactionEnded("the transaction has ended")
-            del self._views[view.name]
             view.end()
         # From here on every other request fails with ESTALE.
         try:
             yield
         finally:
             self._outer.store.abandon(view.commands.transaction)
-            del self._callers[view.name]
+            del self._views[view.name]
 
     async def _await_end(self, view: TransactionView) -> None:
         """Wait until it has ended, and end it if it is idle for too long or its connection is gone."""
