@@ -72,12 +72,10 @@ class Directory(XenstoreNode):
         is_directory = self.always_directory or state.has_children
         return is_directory or self.view.is_directory(self.path, state)
 
-    async def require_directory(self, state: NodeState | None) -> NodeState:
+    def require_directory(self, state: NodeState | None) -> NodeState:
         """The state of the node if it still is a directory.  Fails with ESTALE if not."""
         if state is None and self.always_there:
             return EMPTY_NODE
-        if state is None:
-            await self.open_files.drop_lost(self.path)
         if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         return state
@@ -105,7 +103,7 @@ class Directory(XenstoreNode):
         state = await self.view.fetch_directory(path)
         if await self.is_elsewhere(path, state):
             return await self.getattr()
-        return self.attributes(await self.require_directory(state))
+        return self.attributes(self.require_directory(state))
 
     async def getattr_by(self, pid: int) -> EntryAttributes:
         found = self.table.handover.take(pid, self.inode)
@@ -130,7 +128,6 @@ class Directory(XenstoreNode):
         (reply,) = await self.view.commands.pipeline((protocol.read(path),))
         if not is_missing(reply):
             return True
-        await self.open_files.drop_lost(path)
         return await self.was_renamed(path) and await self._is_present()
 
     def value_was_written(self) -> None:
@@ -200,10 +197,10 @@ class Directory(XenstoreNode):
         return self._found(child, entry)
 
     async def _lookup_alias(self, name: bytes, pid: int) -> EntryAttributes:
-        return await self._lookup_child(await self._child_name(name), pid)
+        return await self._lookup_child(await self.child_name(name), pid)
 
     async def _lookup_forced(self, name: bytes) -> EntryAttributes:
-        child = await self._child_name(name)
+        child = await self.child_name(name)
         path = join(self.path, child)
         state = await self.view.fetch_one(path)
         if state is None and self.open_files.get(path) is not None:
@@ -231,31 +228,29 @@ class Directory(XenstoreNode):
         self.table.remember(node)
         return entry
 
-    async def _child_name(self, name: bytes) -> bytes:
-        """The Xenstore name behind a file name.  Fails with ENOENT for one that Xenstore cannot have."""
+    async def child_name(self, name: bytes, *, new: bool = False) -> bytes:
+        """The Xenstore name behind a file name.
+
+        Fails with EPERM for a name of xsfs's own.  For one that no node can have, it fails with ENOENT, or
+        EINVAL if there is to be a `new` node.
+        """
+        if name in self.own or forced_name(name) is not None:
+            refuse(errno.EPERM)
         if protocol.is_name(name):
             return name
         if is_alias(name):
             if (kept := self.table.name_behind(name)) is not None:
-                (reply,) = await self.view.commands.pipeline(
-                    (protocol.read(join(self.path, kept)),)
-                )
-                if not is_missing(reply):
-                    return kept
+                return kept
             for child in await self.view.commands.list(self.path):
                 if self.table.file_name(child) == name:
                     return child
-        refuse(errno.ENOENT)
+        refuse(errno.EINVAL if new else errno.ENOENT)
 
-    def _new_path(self, name: bytes) -> bytes:
-        """The path of a child that is to be created.  Fails with the errno of a name that cannot be."""
+    def path_below(self, name: bytes) -> bytes:
+        """The present path of a child."""
         self.require()
-        if name in self.own or forced_name(name) is not None:
-            refuse(errno.EPERM)
-        if not protocol.is_name(name):
-            refuse(errno.EINVAL)
         path = join(self.path, name)
-        if len(name) > NAME_MAX or len(path) > protocol.PATH_MAX:
+        if len(path) > protocol.PATH_MAX:
             refuse(errno.ENAMETOOLONG)
         return path
 
@@ -264,54 +259,55 @@ class Directory(XenstoreNode):
     async def create(
         self, name: bytes, flags: int, caller: Caller
     ) -> tuple[Handle, EntryAttributes]:
-        if name == VALUE_NAME:
-            entry = await self._make_dot_value()
-            dot_value = self.table.node(DotValue, self, name)
-            return self._opened(dot_value, flags), entry
-        if self.is_scratch(name):
-            await self.require_present()
-            scratch = await self._make_scratch(
-                name, caller, present=errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
-            )
-            entry = self._found(scratch, scratch.attributes_in_memory())
-            return self._opened(scratch, flags), entry
-        path = self._new_path(name)
-        is_exclusive = bool(flags & os.O_EXCL)
-        if is_exclusive:
-            await self._make(name, directory=False, missing_parent=errno.ESTALE)
-        else:
+        file: ValueFile
+        is_owed = protocol.is_name(name) and not flags & os.O_EXCL
+        if is_owed:
+            path = self.path_below(name)
             if self.was_missing:
                 await self.require_present()
             await self.open_files.retire_missing(path)
-        file = self.table.node(ValueFile, self, name)
-        handle = self._opened(file, flags)
-        handle.file.is_pinned = True
-        if not is_exclusive:
+            file = self.table.node(ValueFile, self, name)
+            entry = self._found(file, file.attributes(EMPTY_NODE))
+        else:
+            file, entry = await self._make_file(name, caller, missing_parent=errno.ESTALE)
+        handle = ValueHandle(file, self.open_files.open(file.path, file), flags)
+        if name != VALUE_NAME:
+            handle.file.is_pinned = True
+        if is_owed:
             handle.file.owe(handle, None)
-        return handle, self._found(file, file.attributes(EMPTY_NODE))
-
-    def _opened(self, file: ValueFile, flags: int) -> ValueHandle:
-        return ValueHandle(file, self.open_files.open(file.path, file), flags)
-
-    async def _make_dot_value(self) -> EntryAttributes:
-        """Create `.value`.  Its node exists, so no request is needed."""
-        state = await self.require_directory(await self.view.fetch_one(self.path))
-        if state.value:
-            refuse(errno.EEXIST)
-        self.value_was_written()
-        node = self.table.node(DotValue, self, VALUE_NAME)
-        return self._found(node, node.attributes(state))
+        return handle, entry
 
     async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
+        _, entry = await self._make_file(name, caller, missing_parent=errno.ENOENT)
+        return entry
+
+    async def _make_file(
+        self, name: bytes, caller: Caller, *, missing_parent: int
+    ) -> tuple[ValueFile, EntryAttributes]:
+        """Create a file that must not exist.  Fails with `missing_parent` if this directory does not."""
+        file: ValueFile
         if name == VALUE_NAME:
-            return await self._make_dot_value()
-        if self.is_scratch(name):
-            await self.require_present(errno.ENOENT)
-            scratch = await self._make_scratch(name, caller, present=errno.EEXIST)
-            return self._found(scratch, scratch.attributes_in_memory())
-        await self._make(name, directory=False, missing_parent=errno.ENOENT)
-        file = self.table.node(ValueFile, self, name)
-        return self._found(file, file.attributes(EMPTY_NODE))
+            # Its node exists, so no request is needed.
+            state = self.require_directory(await self.view.fetch_one(self.path))
+            if state.value:
+                refuse(errno.EEXIST)
+            self.value_was_written()
+            file = self.table.node(DotValue, self, name)
+            entry = file.attributes(state)
+        elif self.is_scratch(name):
+            await self.require_present(missing_parent)
+            scratch = await self.open_files.new_scratch(caller)
+            if self.scratch_file(name) is not None:
+                self.open_files.release(scratch)
+                refuse(errno.EEXIST)
+            self.open_files.link(scratch, join(self.path, name))
+            file = self.table.node(ScratchFile, self, name)
+            entry = file.attributes_in_memory()
+        else:
+            await self._make(name, directory=False, missing_parent=missing_parent)
+            file = self.table.node(ValueFile, self, name)
+            entry = file.attributes(EMPTY_NODE)
+        return file, self._found(file, entry)
 
     async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
         await self._make(name, directory=True, missing_parent=errno.ENOENT)
@@ -324,14 +320,15 @@ class Directory(XenstoreNode):
         refuse(errno.EPERM)
 
     async def _make(self, name: bytes, *, directory: bool, missing_parent: int) -> None:
-        """Create a node.  Fails with `missing_parent` if this directory does not exist."""
+        """Create a node that must not exist."""
 
         async def work(commands: Commands) -> Request:
             return await posix.make(
                 self.view, commands, path, directory=directory, missing_parent=missing_parent
             )
 
-        async with self.open_files.changing_below(partial(self._new_path, name)) as (path,):
+        child = partial(self.path_below, await self.child_name(name, new=True))
+        async with self.open_files.changing_below(child) as (path,):
             before = self.open_files.get(path)
             await self.view.atomically(work)
             self.open_files.retire(before)
@@ -343,14 +340,11 @@ class Directory(XenstoreNode):
         self.require()
         if name == VALUE_NAME:
             await self._unlink_dot_value()
-            return
-        if self.is_scratch(name):
+        elif self.is_scratch(name):
             node, file = self.present_scratch(name)
             self.open_files.unlink(file, node)
-            return
-        child = partial(self.path_below, await self.name_of_present(name))
-        async with self.open_files.changing_below(child, settles=False) as (path,):
-            await self._remove(ValueFile, path)
+        else:
+            await self._remove(ValueFile, name)
 
     async def _unlink_dot_value(self) -> None:
         """Empty the value and keep the node, so that `rm -r` and rmdir can follow."""
@@ -365,59 +359,38 @@ class Directory(XenstoreNode):
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
-        child = partial(self.path_below, await self.name_of_present(name))
-        async with self.open_files.changing_below(child) as (path,):
-            await self._remove(Directory, path)
+        await self._remove(Directory, name)
 
-    async def _remove(self, kind: type[XenstoreNode], path: bytes) -> None:
-        """Remove the node at a path.  Fails with EISDIR or ENOTDIR if it is of another kind."""
-        file = self.open_files.get(path)
+    async def _remove(self, kind: type[XenstoreNode], name: bytes) -> None:
+        """Remove a node.  Fails with EISDIR or ENOTDIR if it is of another kind."""
         is_directory = kind is Directory
-        memory = posix.orphan_content(self.view, path, b"", None)
+        child = partial(self.path_below, await self.child_name(name))
+        async with self.open_files.changing_below(child, settles=is_directory) as (path,):
+            file = self.open_files.get(path)
+            memory = posix.orphan_content(self.view, path, b"", None)
 
-        async def work(commands: Commands) -> Request | None:
-            nonlocal memory
-            (state,) = await self.view.fetch((path,), commands)
-            if state is None and file is not None and file.owes_creation:
-                return None  # its creation is still owed
-            memory = await posix.removed(
-                self.open_files, commands, path, state, directory=is_directory
-            )
-            return protocol.rm(path)
+            async def work(commands: Commands) -> Request | None:
+                nonlocal memory
+                (state,) = await self.view.fetch((path,), commands)
+                if state is None and file is not None and file.owes_creation:
+                    return None  # its creation is still owed
+                memory = await posix.removed(
+                    self.open_files, commands, path, state, directory=is_directory
+                )
+                return protocol.rm(path)
 
-        await self.view.atomically(work)
-        self.was_removed(kind, path, memory)
-
-    async def name_of_present(self, name: bytes) -> bytes:
-        """The Xenstore name of a child that is to be removed or renamed."""
-        if name in self.own or forced_name(name) is not None:
-            refuse(errno.EPERM)
-        return await self._child_name(name)
-
-    def path_below(self, name: bytes) -> bytes:
-        """The present path of a child."""
-        self.require()
-        return join(self.path, name)
+            await self.view.atomically(work)
+            self.was_removed(kind, path, memory)
 
     def was_removed(self, kind: type[XenstoreNode], path: bytes, memory: MemoryContent) -> None:
-        self.forget_names(path)
+        """The node at this path was removed or replaced."""
+        self.view.sticky.discard(path)
+        self.was_written()
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
         for file in self.open_files.at_and_below(path):
             if file.path != path:
                 self.open_files.retire(file)  # its creation came too late
         self.open_files.orphan(path, node, memory)
-
-    def forget_names(self, path: bytes) -> None:
-        """The node at this path was removed."""
-        self.view.sticky.discard(path)
-        self.open_files.drop_below(path)
-        self.was_written()
-
-    async def name_for_rename(self, name: bytes) -> bytes:
-        """The Xenstore name that something is to get by a rename."""
-        if not is_alias(name):
-            return self._new_path(name).rpartition(b"/")[2]
-        return await self.name_of_present(name)
 
     # --------------------------------------------------------------------------- scratch files
 
@@ -440,15 +413,6 @@ class Directory(XenstoreNode):
         await self.require_present(errno.ENOENT)
         node, _ = self.present_scratch(name)
         return self._found(node, node.attributes_in_memory())
-
-    async def _make_scratch(self, name: bytes, caller: Caller, *, present: int) -> ScratchFile:
-        """Create a scratch file.  Fails with the errno `present` if there is one of this name."""
-        file = await self.open_files.new_scratch(caller)
-        if self.scratch_file(name) is not None:
-            self.open_files.release(file)
-            refuse(present)
-        self.open_files.link(file, join(self.path, name))
-        return self.table.node(ScratchFile, self, name)
 
 
 class ForcedDirectory(Directory):

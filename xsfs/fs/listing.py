@@ -60,7 +60,7 @@ class DirectoryHandle(Handle):
         listing = await node.view.list_directory(path)
         if await node.is_elsewhere(path, listing.state):
             return await self.fetch()
-        state = await node.require_directory(listing.state)
+        state = node.require_directory(listing.state)
         if not state.readable:
             refuse(errno.EACCES)
         scratch = node.open_files.scratch_names(node.path)  # it may have been renamed

@@ -49,8 +49,8 @@ async def rename(
 async def _rename_node(
     source: Directory, name: bytes, target: Directory, target_name: bytes, replace: bool
 ) -> None:
-    child = await source.name_of_present(name)
-    new_child = await target.name_for_rename(target_name)
+    child = await source.child_name(name)
+    new_child = await target.child_name(target_name, new=True)
     paths = partial(source.path_below, child), partial(target.path_below, new_child)
     is_directory = False
     replaced: MemoryContent | None = None
@@ -116,7 +116,7 @@ async def _rename_to_node(
     source: Directory, name: bytes, target: Directory, target_name: bytes, replace: bool
 ) -> None:
     """Rename a scratch file to a node: one WRITE of its content."""
-    new = partial(target.path_below, await target.name_for_rename(target_name))
+    new = partial(target.path_below, await target.child_name(target_name, new=True))
     node, file = source.present_scratch(name)
     async with source.open_files.changing_below(lambda: file.path, new) as (_, path):
         if source.open_files.get(file.path) is not file or file.memory is None:
@@ -157,7 +157,7 @@ async def _rename_to_scratch(
     caller: Caller,
 ) -> None:
     """Rename a file's node to a temporary name, with its value and permissions."""
-    child = await source.name_of_present(name)
+    child = await source.child_name(name)
     if is_at_or_below(target.path, source.path_below(child)):
         refuse(errno.EINVAL)
     await target.require_present()
@@ -186,7 +186,8 @@ async def _rename_to_scratch(
         async with source.open_files.changing_below(partial(source.path_below, child)) as (path,):
             await source.view.atomically(work)
             node = source.table.find(ValueFile, source, child)
-            source.forget_names(path)
+            source.view.sticky.discard(path)
+            source.was_written()
             target_path = join(target.path, target_name)
             source.open_files.move_to_scratch(path, node, target_path, file)
     except (ConnectionLost, RequestTimeout):
