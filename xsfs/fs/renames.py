@@ -19,7 +19,6 @@ from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout
 from xsfs.xenstore.protocol import Request
-from xsfs.xenstore.store import Transaction
 
 
 async def rename(
@@ -166,10 +165,8 @@ async def _rename_to_scratch(
     file = await source.open_files.new_scratch(caller)
     memory = file.memory
     assert memory is not None
-    taken_in: Transaction | None = None
 
     async def work(commands: Commands) -> Request:
-        nonlocal taken_in
         (state,) = await source.view.fetch((path,), commands)
         if state is not None and source.open_files.is_directory(path, state):
             refuse(errno.EINVAL)
@@ -178,8 +175,6 @@ async def _rename_to_scratch(
             refuse(errno.EACCES)  # the permissions would be lost
         memory.perms = taken.perms
         await source.open_files.set_data(file, memory, taken.data)
-        assert isinstance(commands, Transaction)
-        taken_in = commands
         return protocol.rm(path)
 
     try:
@@ -191,7 +186,7 @@ async def _rename_to_scratch(
             target_path = join(target.path, target_name)
             source.open_files.move_to_scratch(path, node, target_path, file)
     except (ConnectionLost, RequestTimeout):
-        if taken_in is not None and not taken_in.has_ended:
+        if memory.perms is not None:
             # If the transaction was committed after all, the value is nowhere else.
             source.open_files.link(file, join(target.path, target_name))
         raise
