@@ -120,7 +120,11 @@ class XenstoreNode(Node):
             refuse(errno.EPERM)
         if len(value) > ATTRIBUTE_MAX:
             refuse(errno.E2BIG)
-        perms = await permissions_to_set(self.view, value) if name == PERMS_NAME else None
+        perms: Permissions | None = None
+        if name == PERMS_NAME:
+            # setfattr and scripts may leave a newline or a NUL at the end.
+            text = value.rstrip(b"\n\0").decode("ascii", "replace")
+            perms = await permissions_of(self.view, text)
         if (found := self.in_memory) is not None:
             file, memory = found
             async with file.changing():
@@ -223,16 +227,6 @@ async def permissions_of(view: View, text: str) -> Permissions:
     return perms
 
 
-async def permissions_to_set(view: View, value: bytes) -> Permissions:
-    """The permissions that `user.xs.perms` is set to.  Fails with EINVAL if no node may have them."""
-    try:
-        # setfattr and scripts may leave a newline or a NUL at the end.
-        text = value.rstrip(b"\n\0").decode("ascii")
-    except UnicodeDecodeError:
-        refuse(errno.EINVAL)
-    return await permissions_of(view, text)
-
-
 async def _inherit_perms(node: XenstoreNode) -> None:
     """Give a node the permissions of its parent.  The owner stays, because a guest cannot change it, and in
     domain 0 the guest must not lose it."""
@@ -248,6 +242,6 @@ async def _inherit_perms(node: XenstoreNode) -> None:
         wanted = first[:1] + owner + comma + others
         if wanted == present:
             return None
-        return set_perms(path, await permissions_to_set(node.view, wanted))
+        return set_perms(path, await permissions_of(node.view, wanted.decode()))
 
     await node.view.atomically(work)
