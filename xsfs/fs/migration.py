@@ -24,8 +24,6 @@ from xsfs.xenstore.store import Store
 
 log = logging.getLogger(__name__)
 
-DOMID: Final = b"domid"
-
 RETRY_SECONDS: Final = 1.0
 
 
@@ -39,15 +37,24 @@ async def follow_home(
 
     on_move     called after each move
     """
+    table, store = operations.table, view.store
     try:
-        async with view.store.watch(DOMID) as events:
+        async with store.watch(b"domid") as events:
             async for _ in events:
-                domid = await _present_domid(view.store)
-                if domid not in (0, view.domid):
-                    log.warning("domain %d is domain %d now", view.domid, domid)
-                    _move(view, operations, domid)
-                    on_move()
-                    await transactions.roll_back_all()
+                domid = await _present_domid(store)
+                if domid in (0, view.domid):
+                    continue
+                log.warning("domain %d is domain %d now", view.domid, domid)
+                source = view.home
+                view.move_home(domid)
+                store.home.move(view.home)
+                store.watches.move(source, view.home)
+                view.sticky.move(source, view.home)
+                table.paths.clear()
+                table.open_files_of(view).move(source, view.home)
+                operations.move_handles(source, view.home)
+                on_move()
+                await transactions.roll_back_all()
     except StoreError as error:
         log.warning("xsfs will not notice a migration: %s", error)
 
@@ -67,15 +74,3 @@ async def _present_domid(store: Store) -> int:
             level = logging.DEBUG if error.during_outage else logging.WARNING
             log.log(level, "cannot read the domid, xsfs retries: %s", error)
             await trio.sleep(RETRY_SECONDS)
-
-
-def _move(view: View, operations: Operations, domid: int) -> None:
-    table = operations.table
-    source = view.home
-    view.move_home(domid)
-    view.store.home.move(view.home)
-    view.store.watches.move(source, view.home)
-    view.sticky.move(source, view.home)
-    table.paths.clear()
-    table.open_files_of(view).move(source, view.home)
-    operations.move_handles(source, view.home)
