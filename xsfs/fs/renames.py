@@ -13,7 +13,6 @@ from xsfs.fs.directories import Directory
 from xsfs.fs.files import ValueFile
 from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import Caller, Node, refuse
-from xsfs.fs.open_files import is_at_or_below
 from xsfs.view.names import VALUE_NAME, join
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -35,12 +34,16 @@ async def rename(
         refuse(errno.EXDEV)
     source.require()
     replace = not flags & pyfuse3.RENAME_NOREPLACE
-    if source.is_scratch(name) and target.is_scratch(target_name):
-        await _rename_scratch(source, name, target, target_name, replace)
+    if target.is_scratch(target_name):
+        await target.require_present()
+        if not replace and target.scratch_file(target_name) is not None:
+            refuse(errno.EEXIST)
+        if source.is_scratch(name):
+            _rename_scratch(source, name, target, target_name)
+        else:
+            await _rename_to_scratch(source, name, target, target_name, caller)
     elif source.is_scratch(name):
         await _rename_to_node(source, name, target, target_name, replace)
-    elif target.is_scratch(target_name):
-        await _rename_to_scratch(source, name, target, target_name, replace, caller)
     else:
         await _rename_node(source, name, target, target_name, replace)
 
@@ -93,16 +96,11 @@ def _lose(kind: type[Node], directory: Directory, name: bytes) -> None:
         node.gone = True
 
 
-async def _rename_scratch(
-    source: Directory, name: bytes, target: Directory, target_name: bytes, replace: bool
-) -> None:
-    await target.require_present()
+def _rename_scratch(source: Directory, name: bytes, target: Directory, target_name: bytes) -> None:
     node, file = source.present_scratch(name)
     source_path, target_path = file.path, join(target.path, target_name)
     if (present := target.scratch_file(target_name)) is not None:
         replaced_node, replaced = present
-        if not replace:
-            refuse(errno.EEXIST)
         if replaced is file:
             return
         source.open_files.unlink(replaced, replaced_node)
@@ -148,20 +146,10 @@ async def _rename_to_node(
 
 
 async def _rename_to_scratch(
-    source: Directory,
-    name: bytes,
-    target: Directory,
-    target_name: bytes,
-    replace: bool,
-    caller: Caller,
+    source: Directory, name: bytes, target: Directory, target_name: bytes, caller: Caller
 ) -> None:
     """Rename a file's node to a temporary name, with its value and permissions."""
     child = await source.child_name(name)
-    if is_at_or_below(target.path, source.path_below(child)):
-        refuse(errno.EINVAL)
-    await target.require_present()
-    if not replace and target.scratch_file(target_name) is not None:
-        refuse(errno.EEXIST)
     file = await source.open_files.new_scratch(caller)
     memory = file.memory
     assert memory is not None
