@@ -6,6 +6,7 @@ The links are made of the store's present state at each look-up and listing.  No
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -18,17 +19,9 @@ from xsfs.xenstore.errors import XenstoreError
 
 DOMAINS: Final = b"/local/domain"
 
+_FILE_NAME: Final = re.compile(rb"(?!\.\.?\Z)[^/\0]{1,%d}" % NAME_MAX)
+
 _MISSING: Final = frozenset(("ENOENT", "EACCES"))
-
-
-def is_file_name(name: bytes) -> bool:
-    """Whether a file can have this name."""
-    return (
-        0 < len(name) <= NAME_MAX
-        and name not in (b".", b"..")
-        and b"/" not in name
-        and b"\0" not in name
-    )
 
 
 async def domains_by_name(view: View) -> dict[bytes, list[bytes]]:
@@ -51,7 +44,7 @@ async def domains_by_name(view: View) -> dict[bytes, list[bytes]]:
             if isinstance(reply, XenstoreError):
                 if reply.name not in _MISSING:
                     raise reply
-            elif is_file_name(reply):
+            elif _FILE_NAME.fullmatch(reply):
                 found.setdefault(reply, []).append(number)
     return found
 
