@@ -69,8 +69,7 @@ class Directory(XenstoreNode):
         return self.view.is_always_there(self.path)
 
     def is_of_kind(self, state: NodeState) -> bool:
-        is_directory = self.always_directory or state.has_children
-        return is_directory or self.view.is_directory(self.path, state)
+        return self.always_directory or self.view.is_directory(self.path, state)
 
     def require_directory(self, state: NodeState | None) -> NodeState:
         """The state of the node if it still is a directory.  Fails with ESTALE if not."""
