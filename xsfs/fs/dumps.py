@@ -73,10 +73,10 @@ class SubtreeFile(FileOfDirectory):
 
     def require(self) -> None:
         super().require()
-        self.directory.require()
+        self.parent.require()
 
     async def getattr(self) -> EntryAttributes:
-        await self.require_node()
+        await self.parent.require_present()
         # The size is not known before the text is made, and nobody may pay for that at a stat(2).
         return self.entry(0, write=self.writable)
 
@@ -149,15 +149,15 @@ class SubtreeHandle(Handle):
         node = self.node
         node.require()
         self._next_look = trio.current_time() + LOOK_SECONDS
-        await node.directory.open_files.wait_closed_below(node.path)
+        await node.parent.open_files.wait_closed_below(node.path)
         try:
             path = node.path
             while (made := await node.make_text(self._check)) is None:
-                if not await node.directory.was_renamed(path):
+                if not await node.parent.was_renamed(path):
                     break
                 path = node.path
             if made is None:
-                if not node.directory.always_there:
+                if not node.parent.always_there:
                     refuse(errno.ESTALE)
                 made = SubtreeText(bytearray(), None)
             self._check(len(made.text))
@@ -237,11 +237,11 @@ class DumpHandle(SubtreeHandle):
             return
 
         def path() -> bytes:
-            node.directory.require()  # it may have been removed meanwhile
+            node.parent.require()  # it may have been removed meanwhile
             return node.path
 
         try:
-            async with node.directory.open_files.changing_below(path):
+            async with node.parent.open_files.changing_below(path):
                 for start in range(0, len(lines), RESTORE_WINDOW):
                     await self._restore_window(lines[start : start + RESTORE_WINDOW])
         finally:

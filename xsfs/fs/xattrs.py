@@ -198,20 +198,12 @@ class FileOfDirectory(Node):
     parent: Directory
 
     @property
-    def directory(self) -> Directory:
-        return self.parent
-
-    @property
     def path(self) -> bytes:
-        return self.directory.path
+        return self.parent.path
 
     @property
     def label(self) -> bytes:
         return join(super().label, self.name)
-
-    async def require_node(self) -> None:
-        """Fail with ESTALE if the directory's node does not exist."""
-        await self.directory.require_present()
 
 
 async def permissions_of(view: View, text: str) -> Permissions:
