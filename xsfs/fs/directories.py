@@ -3,6 +3,10 @@
 `own` of each class is the table of xsfs's own names in such a directory.  A new kind of file is a new class,
 a line there, and its name in `OWN_NAMES` of view/names.py.  A name is looked up in this order: own names,
 children, `NAME.d`, scratch files, aliases of long names.
+
+Xenstore's own commands are laxer than POSIX: MKDIR succeeds on a node that exists, WRITE creates missing
+parents, and RM removes everything below.  So each change reads first, in the same transaction, and fails with
+the errno of POSIX.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyfuse3 import EntryAttributes
 
-from xsfs.fs import posix
 from xsfs.fs.domain_links import DomainsDirectory
 from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
 from xsfs.fs.files import DotValue, ScratchFile, ValueFile, ValueHandle
@@ -27,10 +30,20 @@ from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
 from xsfs.fs.watch_files import WatchFile
 from xsfs.fs.xattrs import XenstoreNode
-from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, is_scratch_name, join
+from xsfs.view.names import (
+    NAME_MAX,
+    VALUE_NAME,
+    forced_name,
+    is_alias,
+    is_scratch_name,
+    join,
+    parent_path,
+)
 from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.errors import XenstoreError
+from xsfs.xenstore.permissions import perms_text
 from xsfs.xenstore.protocol import Request
 
 if TYPE_CHECKING:
@@ -322,9 +335,16 @@ class Directory(XenstoreNode):
         """Create a node that must not exist."""
 
         async def work(commands: Commands) -> Request:
-            return await posix.make(
-                self.view, commands, path, directory=directory, missing_parent=missing_parent
-            )
+            parent = parent_path(path)
+            above, present = await commands.pipeline((protocol.read(parent), protocol.read(path)))
+            if is_missing(above) and not self.view.is_always_there(parent):
+                refuse(missing_parent)
+            if is_missing(present):
+                return protocol.mkdir(path) if directory else protocol.write(path, b"")
+            # A node that may not be read exists as well.
+            if isinstance(present, XenstoreError) and present.name != "EACCES":
+                raise present
+            refuse(errno.EEXIST)
 
         child = partial(self.path_below, await self.child_name(name, new=True))
         async with self.open_files.changing_below(child) as (path,):
@@ -353,7 +373,7 @@ class Directory(XenstoreNode):
             self.view.sticky.discard_value(path)
             self.was_written()
             node = self.table.find(DotValue, self, VALUE_NAME)
-            memory = posix.orphan_content(self.view, path, value, None)
+            memory = self._orphan_content(path, value, None)
             self.open_files.orphan(path, node, memory)
 
     async def rmdir(self, name: bytes) -> None:
@@ -366,20 +386,45 @@ class Directory(XenstoreNode):
         child = partial(self.path_below, await self.child_name(name))
         async with self.open_files.changing_below(child, settles=is_directory) as (path,):
             file = self.open_files.get(path)
-            memory = posix.orphan_content(self.view, path, b"", None)
+            memory = self._orphan_content(path, b"", None)
 
             async def work(commands: Commands) -> Request | None:
                 nonlocal memory
                 (state,) = await self.view.fetch((path,), commands)
                 if state is None and file is not None and file.owes_creation:
                     return None  # its creation is still owed
-                memory = await posix.removed(
-                    self.open_files, commands, path, state, directory=is_directory
-                )
+                memory = await self.to_remove(commands, path, state, directory=is_directory)
                 return protocol.rm(path)
 
             await self.view.atomically(work)
             self.was_removed(kind, path, memory)
+
+    async def to_remove(
+        self, commands: Commands, path: bytes, state: NodeState | None, *, directory: bool
+    ) -> MemoryContent:
+        """The content of a file or empty directory that is to be removed, for its open handles.
+
+        Fails with ENOENT, EISDIR or ENOTDIR, EACCES, ENOTEMPTY.
+        """
+        if state is None:
+            refuse(errno.ENOENT)
+        if self.open_files.is_directory(path, state) != directory:
+            refuse(errno.ENOTDIR if directory else errno.EISDIR)
+        if directory and not state.readable:
+            refuse(errno.EACCES)
+        if directory and (state.has_children or state.value or self.open_files.scratch_names(path)):
+            refuse(errno.ENOTEMPTY)
+        (reply,) = await commands.pipeline((protocol.get_perms(path),))
+        if isinstance(reply, XenstoreError) and reply.name != "EACCES":
+            raise reply
+        perms = None if isinstance(reply, XenstoreError) else reply
+        perms_text(perms or b"")  # raises WireError before anything is changed
+        return self._orphan_content(path, state.value or b"", perms)
+
+    def _orphan_content(self, path: bytes, value: bytes, perms: bytes | None) -> MemoryContent:
+        """A content that may become as large as the longest value of the node, and a newline."""
+        size_max = protocol.value_max(path, self.view.commands.payload_max) + 1
+        return MemoryContent(self.view.value_format.render(value), perms, size_max)
 
     def was_removed(self, kind: type[XenstoreNode], path: bytes, memory: MemoryContent) -> None:
         """The node at this path was removed or replaced."""

@@ -1,23 +1,32 @@
-"""Renames: of nodes, of scratch files, and of one to the other."""
+"""Renames: of nodes, of scratch files, and of one to the other.
+
+Xenstore has no rename.  A node is written by its new name, with all below it, and removed by the old one.
+"""
 
 from __future__ import annotations
 
 import errno
 import stat
+from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 import pyfuse3
 
-from xsfs.fs import posix
 from xsfs.fs.directories import Directory
 from xsfs.fs.files import ValueFile
 from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import Caller, Node, refuse
-from xsfs.view.names import VALUE_NAME, join
+from xsfs.view.names import VALUE_NAME, join, parent_path
+from xsfs.view.view import NodeState
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
-from xsfs.xenstore.errors import ConnectionLost, RequestTimeout
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
+from xsfs.xenstore.permissions import set_perms_as_shown
 from xsfs.xenstore.protocol import Request
+
+RENAME_NODES_MAX: Final = 100_000
+"""How many nodes one rename may move: its transaction holds the daemon's memory and time."""
 
 
 async def rename(
@@ -59,9 +68,14 @@ async def _rename_node(
 
     async def work(commands: Commands) -> None:
         nonlocal is_directory, replaced
-        is_directory, replaced = await posix.rename(
-            source.open_files, commands, source_path, target_path, replace=replace
+        moved, present = await source.view.fetch((source_path, target_path), commands)
+        if moved is None:
+            refuse(errno.ENOENT)
+        is_directory = source.open_files.is_directory(source_path, moved)
+        replaced = await _replaced(
+            target, commands, target_path, present, by_directory=is_directory, replace=replace
         )
+        await _move(commands, source_path, target_path)
 
     async with source.open_files.changing_below(*paths) as (source_path, target_path):
         if source_path == target_path:
@@ -88,6 +102,82 @@ async def _rename_node(
         if is_directory:
             # The old name may have made it a directory by convention, and the new one does not.
             source.view.sticky.add(target_path)
+
+
+async def _replaced(
+    directory: Directory,
+    commands: Commands,
+    path: bytes,
+    state: NodeState | None,
+    *,
+    by_directory: bool,
+    replace: bool,
+) -> MemoryContent | None:
+    """The content of the node that a rename replaces, if there is one.
+
+    Fails with EEXIST unless it may `replace` one, and with ESTALE if the directory is missing.
+    """
+    if state is not None:
+        if not replace:
+            refuse(errno.EEXIST)
+        return await directory.to_remove(commands, path, state, directory=by_directory)
+    if not (directory.always_there or await commands.exists(parent_path(path))):
+        refuse(errno.ESTALE)
+    return None
+
+
+async def _move(commands: Commands, source: bytes, target: bytes) -> None:
+    """Move a node and all below it, with values and permissions.
+
+    All changes are sent before the commit: a commit succeeds even if a request sent with it fails.
+    """
+    nodes = await _subtree(commands, source)
+    moves = [(target + path[len(source) :], value, perms) for path, value, perms in nodes]
+    for path, value, _ in moves:
+        if len(path) > protocol.PATH_MAX:
+            refuse(errno.ENAMETOOLONG)
+        if len(value) > protocol.value_max(path, commands.payload_max):
+            refuse(errno.EFBIG)
+    await _call_all(commands, [protocol.write(path, value) for path, value, _ in moves])
+    inherited = await _call_all(commands, [protocol.get_perms(path) for path, _, _ in moves])
+    await _call_all(
+        commands,
+        [
+            set_perms_as_shown(path, perms)
+            for (path, _, perms), present in zip(moves, inherited, strict=True)
+            if present != perms
+        ],
+    )
+    await commands.call(protocol.rm(source))
+
+
+async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, bytes]]:
+    """Each node at and below `top`, parents first: (path, value, reply to GET_PERMS).  One pipeline for
+    each level."""
+    found: list[tuple[bytes, bytes, bytes]] = []
+    level = [top]
+    while level:
+        if len(found) + len(level) > RENAME_NODES_MAX:
+            refuse(errno.EFBIG)
+        asked = [ask(path) for path in level for ask in (protocol.read, protocol.get_perms)]
+        replies = iter(await _call_all(commands, asked))
+        found += zip(level, replies, replies, strict=True)
+        level = [
+            join(path, name)
+            for path, children in zip(level, await commands.list_all(level), strict=True)
+            for name in children
+        ]
+    return found
+
+
+async def _call_all(commands: Commands, requests: Sequence[Request]) -> list[bytes]:
+    """Send them together.  Raises the first error among the replies."""
+    replies = []
+    for reply in await commands.pipeline(requests):
+        if isinstance(reply, XenstoreError):
+            raise reply
+        replies.append(reply)
+    return replies
 
 
 def _lose(kind: type[Node], directory: Directory, name: bytes) -> None:
@@ -129,10 +219,10 @@ async def _rename_to_node(
         async def work(commands: Commands) -> Request | None:
             nonlocal replaced
             (state,) = await source.view.fetch((path,), commands)
-            replaced = await posix.replaced(
-                source.open_files, commands, path, state, by_directory=False, replace=replace
+            replaced = await _replaced(
+                target, commands, path, state, by_directory=False, replace=replace
             )
-            return await posix.write_with_perms(commands, path, value, perms)
+            return await _write_with_perms(commands, path, value, perms)
 
         before = source.open_files.get(path)
         await source.view.atomically(work)
@@ -143,6 +233,23 @@ async def _rename_to_node(
         source.view.sticky.discard(path)
         source.was_written()
         source.open_files.move_to_store(file, node, path)
+
+
+async def _write_with_perms(
+    commands: Commands, path: bytes, value: bytes, perms: bytes | None
+) -> Request | None:
+    """Write a value.  The node keeps its permissions if `perms`, a reply to GET_PERMS, is None."""
+    write = protocol.write(path, value)
+    if perms is None:
+        return write
+    set_perms = set_perms_as_shown(path, perms)
+    if len(set_perms.payload) > commands.payload_max:
+        refuse(errno.E2BIG)
+    _, present = await _call_all(commands, (write, protocol.get_perms(path)))
+    # A guest may not set the permissions of another domain's node, but they may be right already.
+    if present != perms:
+        await commands.call(set_perms)
+    return None
 
 
 async def _rename_to_scratch(
@@ -158,7 +265,7 @@ async def _rename_to_scratch(
         (state,) = await source.view.fetch((path,), commands)
         if state is not None and source.open_files.is_directory(path, state):
             refuse(errno.EINVAL)
-        taken = await posix.removed(source.open_files, commands, path, state, directory=False)
+        taken = await source.to_remove(commands, path, state, directory=False)
         if taken.perms is None:
             refuse(errno.EACCES)  # the permissions would be lost
         memory.perms = taken.perms
