@@ -140,6 +140,7 @@ class Directory(XenstoreNode):
         (reply,) = await self.view.commands.pipeline((protocol.read(path),))
         if not is_missing(reply):
             return True
+        await self.open_files.drop_lost(path)
         return await self.was_renamed(path) and await self._is_present()
 
     def value_was_written(self) -> None:
