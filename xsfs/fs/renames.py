@@ -28,6 +28,9 @@ from xsfs.xenstore.protocol import Request
 RENAME_NODES_MAX: Final = 100_000
 """How many nodes one rename may move: its transaction holds the daemon's memory and time."""
 
+NodeCopy = tuple[bytes, bytes, bytes]
+"""(path, value, reply to GET_PERMS)"""
+
 
 async def rename(
     source: Node, name: bytes, target: Node, target_name: bytes, flags: int, caller: Caller
@@ -75,7 +78,8 @@ async def _rename_node(
         replaced = await _replaced(
             target, commands, target_path, present, by_directory=is_directory, replace=replace
         )
-        await _move(commands, source_path, target_path)
+        await _write(commands, await _subtree(commands, source_path, target_path))
+        await commands.call(protocol.rm(source_path))
 
     async with source.open_files.changing_below(*paths) as (source_path, target_path):
         if source_path == target_path:
@@ -126,42 +130,41 @@ async def _replaced(
     return None
 
 
-async def _move(commands: Commands, source: bytes, target: bytes) -> None:
-    """Move a node and all below it, with values and permissions.
+async def _write(commands: Commands, nodes: Sequence[NodeCopy]) -> None:
+    """Write nodes with their permissions.
 
     All changes are sent before the commit: a commit succeeds even if a request sent with it fails.
     """
-    nodes = await _subtree(commands, source)
-    moves = [(target + path[len(source) :], value, perms) for path, value, perms in nodes]
-    for path, value, _ in moves:
+    for path, value, _ in nodes:
         if len(path) > protocol.PATH_MAX:
             refuse(errno.ENAMETOOLONG)
         if len(value) > protocol.value_max(path, commands.payload_max):
             refuse(errno.EFBIG)
-    await _call_all(commands, [protocol.write(path, value) for path, value, _ in moves])
-    inherited = await _call_all(commands, [protocol.get_perms(path) for path, _, _ in moves])
-    await _call_all(
-        commands,
-        [
-            set_perms_as_shown(path, perms)
-            for (path, _, perms), present in zip(moves, inherited, strict=True)
-            if present != perms
-        ],
-    )
-    await commands.call(protocol.rm(source))
+    await _call_all(commands, [protocol.write(path, value) for path, value, _ in nodes])
+    # A guest may not set the permissions of another domain's node, but they may be right already.
+    inherited = await _call_all(commands, [protocol.get_perms(path) for path, _, _ in nodes])
+    requests = [
+        set_perms_as_shown(path, perms)
+        for (path, _, perms), present in zip(nodes, inherited, strict=True)
+        if present != perms
+    ]
+    if any(len(request.payload) > commands.payload_max for request in requests):
+        refuse(errno.E2BIG)
+    await _call_all(commands, requests)
 
 
-async def _subtree(commands: Commands, top: bytes) -> list[tuple[bytes, bytes, bytes]]:
-    """Each node at and below `top`, parents first: (path, value, reply to GET_PERMS).  One pipeline for
+async def _subtree(commands: Commands, source: bytes, target: bytes) -> list[NodeCopy]:
+    """Each node at and below `source`, parents first, by its path at and below `target`.  One pipeline for
     each level."""
-    found: list[tuple[bytes, bytes, bytes]] = []
-    level = [top]
+    found: list[NodeCopy] = []
+    level = [source]
     while level:
         if len(found) + len(level) > RENAME_NODES_MAX:
             refuse(errno.EFBIG)
         asked = [ask(path) for path in level for ask in (protocol.read, protocol.get_perms)]
         replies = iter(await _call_all(commands, asked))
-        found += zip(level, replies, replies, strict=True)
+        targets = [target + path[len(source) :] for path in level]
+        found += zip(targets, replies, replies, strict=True)
         level = [
             join(path, name)
             for path, children in zip(level, await commands.list_all(level), strict=True)
@@ -222,34 +225,19 @@ async def _rename_to_node(
             replaced = await _replaced(
                 target, commands, path, state, by_directory=False, replace=replace
             )
-            return await _write_with_perms(commands, path, value, perms)
+            if perms is None:
+                return protocol.write(path, value)
+            await _write(commands, [(path, value, perms)])
+            return None
 
         before = source.open_files.get(path)
         await source.view.atomically(work)
-        if replaced is None:
-            source.open_files.retire(before)
-        else:
+        if replaced is not None:
             target.was_removed(ValueFile, path, replaced)
+        source.open_files.retire(before)
         source.view.sticky.discard(path)
         source.was_written()
         source.open_files.move_to_store(file, node, path)
-
-
-async def _write_with_perms(
-    commands: Commands, path: bytes, value: bytes, perms: bytes | None
-) -> Request | None:
-    """Write a value.  The node keeps its permissions if `perms`, a reply to GET_PERMS, is None."""
-    write = protocol.write(path, value)
-    if perms is None:
-        return write
-    set_perms = set_perms_as_shown(path, perms)
-    if len(set_perms.payload) > commands.payload_max:
-        refuse(errno.E2BIG)
-    _, present = await _call_all(commands, (write, protocol.get_perms(path)))
-    # A guest may not set the permissions of another domain's node, but they may be right already.
-    if present != perms:
-        await commands.call(set_perms)
-    return None
 
 
 async def _rename_to_scratch(
