@@ -1,8 +1,7 @@
 """Open transactions: the view, the commands and the end of each (see transaction_dirs.py).
 
-A `Transactions` owns the table of open transactions by name.  It owns a task for each, which ends a
-transaction that is idle for too long or has lost its connection.  Only the tasks that handle FUSE requests
-and these tasks touch it.
+A `Transactions` owns the table of transactions by name, and a task for each, which ends a transaction that is
+idle for too long or has lost its connection.  Only these tasks and those of FUSE requests touch the table.
 
 Invariants:
 
@@ -10,15 +9,12 @@ Invariants:
   the kernel sends one MKDIR of a directory at a time.
 - Each has a connection, a view and commands of its own, and all nodes below share the view.  Once the view
   has `ended`, operations on these nodes, and on files open on them, fail with ESTALE.  The next transaction
-  of that name has other nodes, with other inode numbers.
-- xsfs does not notify the kernel of an end.  The kernel asks whenever a process names the directory.  A
-  notification would wait for each process that creates, removes or looks up a file beside it.  If xsfs were
-  killed then, the two would wait for each other.
-- The end happens once: the first task that calls `end` carries it out, and then closes the connection.  That
-  ends even a transaction that the daemon refuses to end.
-- Within a transaction one pipeline, or one change made of several, is under way at a time, in the order in
-  which the requests came.  So appending, O_EXCL and rename are atomic among its users, too, and a commit
-  comes after everything that was written before.
+  of that name has other inode numbers.
+- The first task that ends a transaction closes the connection afterwards.  That ends even a transaction that
+  the daemon refuses to end.
+- Within a transaction one pipeline, or one change made of several, is under way at a time, in the order of
+  the requests.  So appending, O_EXCL and rename are atomic among its users, too, and a commit comes after
+  everything that was written before.
 """
 
 from __future__ import annotations
