@@ -147,11 +147,7 @@ class Directory(XenstoreNode):
         self.view.sticky.add(self.path, with_value=True)
 
     def has_dot_value(self, state: NodeState) -> bool:
-        """Whether `.value` exists.
-
-        An empty one does not, unless it was created: tools that restore a copy create each file, which must
-        not exist before.
-        """
+        """Whether `.value` exists."""
         return self.view.has_dot_value(self.path, state)
 
     def listed_own(self, state: NodeState) -> list[bytes]:
@@ -216,7 +212,7 @@ class Directory(XenstoreNode):
         child = await self.child_name(name)
         path = join(self.path, child)
         state = await self.view.fetch_one(path)
-        if state is None and self.open_files.get(path) is not None:
+        if state is None:
             await self.open_files.settle(path)  # its creation may be owed
             state = await self.view.fetch_one(path)
         if state is None:
@@ -478,8 +474,6 @@ class WholeStoreDirectory(Directory):
     """`.root`: the whole store from `/`, whatever the mount's root is."""
 
     __slots__ = ()
-
-    always_directory = True
 
     @property
     def path(self) -> bytes:

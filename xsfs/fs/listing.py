@@ -39,11 +39,6 @@ class DirectoryHandle(Handle):
     __slots__ = ("_children_at", "_entries", "_kinds", "_share", "_shown", "_state", "_was_read")
 
     node: Directory
-    _entries: list[bytes]
-    _children_at: int
-    _shown: list[bytes]
-    _kinds: dict[bytes, NodeState | None]
-    _state: NodeState
 
     def __init__(self, node: Directory, caller: Caller) -> None:
         self.node = node
@@ -93,15 +88,10 @@ class DirectoryHandle(Handle):
         if start == 0 and self._was_read:
             await self.fetch()
         self._was_read = True
-        of_self = directory.entry(0) if start < len(SELF_AND_PARENT) else None
         of_leaf: EntryAttributes | None = None
         is_begun = False
         for position in range(start, len(self._entries)):
             name = self._entries[position]
-            if of_self is not None and position < len(SELF_AND_PARENT):
-                if not pyfuse3.readdir_reply(token, name, of_self, position + 1):
-                    return
-                continue
             node: Node
             if position < self._children_at:
                 node, entry = self._other_entry(name)
@@ -124,13 +114,16 @@ class DirectoryHandle(Handle):
                     entry.st_ino = InodeT(node.inode)
             if not pyfuse3.readdir_reply(token, table.file_name(name), entry, position + 1):
                 return
-            table.remember(node)
-            is_begun = True
+            if node is not directory:
+                table.remember(node)
+                is_begun = True
 
     def _other_entry(self, name: bytes) -> tuple[Node, EntryAttributes]:
         """One of xsfs's own names, or a scratch file, without its size: the kernel asks before a program
         sees it."""
         directory = self.node
+        if name in SELF_AND_PARENT:
+            return directory, directory.entry(0)
         if name == VALUE_NAME:
             value = directory.table.node(DotValue, directory, name)
             return value, value.attributes(self._state)

@@ -1,11 +1,8 @@
 """A guest's new home: after a migration, or after it was saved and restored, it has another domid.
 
 `follow_home` watches the node `domid`.  The kernel sets this watch again in the new store, so its first event
-tells of the new domid.  All that the mount keeps by path moves to the new home: open files, scratch files,
-sticky directories and watches.  Open transactions are lost: their users meet ESTALE.
-
-Between the resumption of the guest and that event the mount works by relative paths already
-(xenstore/home.py).  Only the home itself is missing.
+tells of the new domid.  All that the mount keeps by path moves to the new home.  Open transactions are lost:
+their users meet ESTALE.  Until that event the mount works by relative paths (xenstore/home.py).
 """
 
 from __future__ import annotations

@@ -87,8 +87,6 @@ async def _rename_node(
             return
         if target_path.startswith(source_path + b"/"):
             refuse(errno.EINVAL)
-        if source_path.startswith(target_path + b"/"):
-            refuse(errno.ENOTEMPTY)
         before = source.open_files.at_and_below(target_path)
         await source.view.atomically_apart(work)
         if replaced is not None:

@@ -9,6 +9,7 @@ import errno
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
+import trio
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs.directories import RootDirectory
@@ -32,7 +33,14 @@ class ControlFile(TextFile):
     view: TransactionView
 
     def content(self) -> bytes:
-        return self.view.report()
+        view = self.view
+        transaction = view.commands.transaction
+        return (
+            f"started {view.started.isoformat(timespec='seconds')}\n"
+            f"idle {int(trio.current_time() - view.commands.used_at)}\n"
+            f"operations {transaction.requests}\n"
+            f"state {'open' if transaction.is_open else 'lost'}\n"
+        ).encode()
 
     async def accept(self, data: bytes) -> None:
         root = self.parent

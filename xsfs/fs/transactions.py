@@ -110,18 +110,7 @@ class TransactionView(View):
             if last is not None:
                 await transaction.call(last)
 
-    async def atomically_apart(self, work: Work) -> None:
-        await self.atomically(work)
-
-    def report(self) -> bytes:
-        """The content of `.control`."""
-        transaction = self.commands.transaction
-        return (
-            f"started {self.started.isoformat(timespec='seconds')}\n"
-            f"idle {int(trio.current_time() - self.commands.used_at)}\n"
-            f"operations {transaction.requests}\n"
-            f"state {'open' if transaction.is_open else 'lost'}\n"
-        ).encode()
+    atomically_apart = atomically
 
 
 class Transactions:
