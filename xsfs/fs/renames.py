@@ -24,6 +24,7 @@ from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
 from xsfs.xenstore.permissions import set_perms_as_shown
 from xsfs.xenstore.protocol import Request
+from xsfs.xenstore.store import Transaction
 
 RENAME_NODES_MAX: Final = 100_000
 """How many nodes one rename may move: its transaction holds the daemon's memory and time."""
@@ -246,8 +247,10 @@ async def _rename_to_scratch(
     file = await source.open_files.new_scratch(caller)
     memory = file.memory
     assert memory is not None
+    taken_in: Transaction | None = None
 
     async def work(commands: Commands) -> Request:
+        nonlocal taken_in
         (state,) = await source.view.fetch((path,), commands)
         if state is not None and source.open_files.is_directory(path, state):
             refuse(errno.EINVAL)
@@ -256,6 +259,8 @@ async def _rename_to_scratch(
             refuse(errno.EACCES)  # the permissions would be lost
         memory.perms = taken.perms
         await source.open_files.set_data(file, memory, taken.data)
+        assert isinstance(commands, Transaction)
+        taken_in = commands
         return protocol.rm(path)
 
     try:
@@ -267,7 +272,7 @@ async def _rename_to_scratch(
             target_path = join(target.path, target_name)
             source.open_files.move_to_scratch(path, node, target_path, file)
     except (ConnectionLost, RequestTimeout):
-        if memory.perms is not None:
+        if taken_in is not None and not taken_in.has_ended:
             # If the transaction was committed after all, the value is nowhere else.
             source.open_files.link(file, join(target.path, target_name))
         raise
