@@ -30,15 +30,7 @@ from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.fs.open_files import OpenFile, is_missing
 from xsfs.fs.watch_files import WatchFile
 from xsfs.fs.xattrs import XenstoreNode
-from xsfs.view.names import (
-    NAME_MAX,
-    VALUE_NAME,
-    forced_name,
-    is_alias,
-    is_scratch_name,
-    join,
-    parent_path,
-)
+from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, is_scratch_name, join
 from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -76,10 +68,6 @@ class Directory(XenstoreNode):
     def path(self) -> bytes:
         """The absolute Xenstore path.  After a rename of any directory it is another object."""
         return self.table.paths.get(self) or self.table.path_of(self)
-
-    @property
-    def always_there(self) -> bool:
-        return self.view.is_always_there(self.path)
 
     def is_of_kind(self, state: NodeState) -> bool:
         return self.always_directory or self.view.is_directory(self.path, state)
@@ -332,9 +320,8 @@ class Directory(XenstoreNode):
         """Create a node that must not exist."""
 
         async def work(commands: Commands) -> Request:
-            parent = parent_path(path)
-            above, present = await commands.pipeline((protocol.read(parent), protocol.read(path)))
-            if is_missing(above) and not self.view.is_always_there(parent):
+            own, present = await commands.pipeline((protocol.read(self.path), protocol.read(path)))
+            if is_missing(own) and not self.always_there:
                 refuse(missing_parent)
             if is_missing(present):
                 return protocol.mkdir(path) if directory else protocol.write(path, b"")

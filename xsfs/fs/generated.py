@@ -54,10 +54,7 @@ class TextFile(Node):
 
 class TextHandle(Handle):
     node: TextFile
-
-    def __init__(self, node: TextFile) -> None:
-        super().__init__(node)
-        self._content: bytes | None = None
+    _content: bytes | None = None
 
     async def read(self, offset: int, size: int) -> bytes:
         if offset == 0 or self._content is None:
@@ -103,10 +100,7 @@ class GeneratedDirectoryHandle(Handle):
     """The names that existed when the directory was last read from its start."""
 
     node: GeneratedDirectory
-
-    def __init__(self, node: GeneratedDirectory) -> None:
-        super().__init__(node)
-        self._names: Sequence[bytes] = ()
+    _names: Sequence[bytes] = ()
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
         directory, table = self.node, self.node.table

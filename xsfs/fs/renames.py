@@ -17,7 +17,7 @@ from xsfs.fs.directories import Directory
 from xsfs.fs.files import ValueFile
 from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import Caller, Node, refuse
-from xsfs.view.names import VALUE_NAME, join, parent_path
+from xsfs.view.names import VALUE_NAME, join
 from xsfs.view.view import NodeState
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
@@ -96,8 +96,7 @@ async def _rename_node(
             source.open_files.retire(lost)
         for moved_kind in (Directory, ValueFile):
             _lose(moved_kind, target, new_child)
-            node = source.table.find(moved_kind, source, child)
-            if node is not None:
+            if (node := source.table.find(moved_kind, source, child)) is not None:
                 source.table.move(node, target, new_child)
         source.was_written()
         source.open_files.move(source_path, target_path)
@@ -124,7 +123,7 @@ async def _replaced(
         if not replace:
             refuse(errno.EEXIST)
         return await directory.to_remove(commands, path, state, directory=by_directory)
-    if not (directory.always_there or await commands.exists(parent_path(path))):
+    if not (directory.always_there or await commands.exists(directory.path)):
         refuse(errno.ESTALE)
     return None
 

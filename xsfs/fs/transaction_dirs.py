@@ -89,7 +89,7 @@ class TransactionRoot(RootDirectory):
 
     def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
         assert isinstance(parent, TransactionsDirectory)
-        inside = parent.parent.transactions.get(name)
+        inside = parent.parent.transactions.open.get(name)
         if inside is None:
             refuse(errno.ENOENT)
         super().__init__(table, inside, parent, name)
@@ -113,11 +113,11 @@ class TransactionsDirectory(GeneratedDirectory):
 
     def position_of(self, name: bytes) -> tuple[object, ...]:
         # It differs for each transaction, because the kernel may know nodes of one that has ended.
-        view = self.parent.transactions.get(name)
+        view = self.parent.transactions.open.get(name)
         return self.inode, name, view.number if view is not None else None
 
     async def names(self) -> Sequence[bytes]:
-        return self.parent.transactions.names()
+        return list(self.parent.transactions.open)
 
     async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
         if not protocol.is_name(name):
@@ -126,7 +126,7 @@ class TransactionsDirectory(GeneratedDirectory):
         return await self.lookup(name, 0)
 
     async def rmdir(self, name: bytes) -> None:
-        view = self.parent.transactions.get(name)
+        view = self.parent.transactions.open.get(name)
         if view is None:
             refuse(errno.ENOENT)
         await self.parent.transactions.roll_back(view)

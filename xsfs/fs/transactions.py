@@ -127,13 +127,10 @@ class Transactions:
         """The transactions that are open, or whose end is under way."""
         self._numbers = count()
 
-    def names(self) -> list[bytes]:
-        return [name for name, view in self._views.items() if not view.ended]
-
-    def get(self, name: bytes) -> TransactionView | None:
-        """The open transaction of this name."""
-        view = self._views.get(name)
-        return None if view is None or view.ended else view
+    @property
+    def open(self) -> dict[bytes, TransactionView]:
+        """The open transactions by name."""
+        return {name: view for name, view in self._views.items() if not view.ended}
 
     async def begin(self, name: bytes, caller: Caller) -> None:
         """Start the transaction.  FUSEError EEXIST, ENOSPC; StoreError."""

@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 DOMID_LIMIT: Final = 0xFFFFFFFF
 """The daemons keep a domid in 32 bits."""
 
-ATTRIBUTE_MAX: Final = 4096
-"""No permissions and no value are longer in a request."""
-
 PERMS_NAME: Final = b"user.xs.perms"
 PATH_NAME: Final = b"user.xs.path"
 VALUE_ATTRIBUTE_NAME: Final = b"user.xs.value"
@@ -66,7 +63,7 @@ class XenstoreNode(Node):
     @property
     def always_there(self) -> bool:
         """Whether it is shown even if its node does not exist."""
-        return False
+        return self.view.is_always_there(self.path)
 
     def seen(self, fingerprint: int) -> int:
         """The time in nanoseconds at which xsfs first saw the value, or list of children, of this hash.
@@ -116,7 +113,7 @@ class XenstoreNode(Node):
             refuse(errno.EOPNOTSUPP)
         if name == PATH_NAME:
             refuse(errno.EPERM)
-        if len(value) > ATTRIBUTE_MAX:
+        if len(value) > self.view.commands.payload_max:
             refuse(errno.E2BIG)
         perms: Permissions | None = None
         if name == PERMS_NAME:
