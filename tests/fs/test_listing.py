@@ -17,6 +17,7 @@ import pytest
 from pyfuse3 import RequestContext
 
 from tests.support.operating import (
+    EXCL,
     ROOT,
     WRONLY,
     World,
@@ -341,6 +342,24 @@ async def test_a_directory_that_is_renamed_between_two_parts(w: World) -> None:
     last = list(first.values())[-1]
     rest = await entries_of(w, fh, last.next_id)
     assert len(first) + len(rest) == FETCH_WINDOW + 50 + 2
+
+
+@in_world
+async def test_an_alias_whose_node_has_gone(w: World) -> None:
+    """xsfs still knows the name behind it.  Nothing can be created by an alias."""
+    long = "n" * 300
+    await w.store.write(f"data/{long}", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    (alias,) = set(await listed(w, await w.operations.opendir(data, ctx()))) - {b".", b".."}
+    assert (await w.lookup(b"data", alias)).st_size == len("value\n")
+    await w.store.delete(f"data/{long}")
+    await refused(errno.ENOENT, w.lookup(b"data", alias))
+    await refused(errno.ENOENT, w.operations.unlink(data, cast(Any, alias), ctx()))
+    name, mode = cast(Any, alias), cast(Any, 0o644)
+    await refused(errno.EINVAL, w.operations.mkdir(data, name, mode, ctx()))
+    for flags in (WRONLY, WRONLY | EXCL):
+        await refused(errno.EINVAL, w.operations.create(data, name, mode, cast(Any, flags), ctx()))
+    assert await w.store.list("data") == []
 
 
 @in_world

@@ -330,8 +330,9 @@ class Directory(XenstoreNode):
                 raise present
             refuse(errno.EEXIST)
 
-        child = partial(self.path_below, await self.child_name(name, new=True))
-        async with self.open_files.changing_below(child) as (path,):
+        if await self.child_name(name, new=True) != name:
+            refuse(errno.EINVAL)  # an alias
+        async with self.open_files.changing_below(partial(self.path_below, name)) as (path,):
             before = self.open_files.get(path)
             await self.view.atomically(work)
             self.open_files.retire(before)
