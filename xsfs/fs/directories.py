@@ -107,9 +107,7 @@ class Directory(XenstoreNode):
 
     async def getattr_by(self, pid: int) -> EntryAttributes:
         found = self.table.handover.take(pid, self.inode)
-        if found is None or self.gone or self.view.ended:
-            return await self.getattr()
-        return self.attributes(found[0])
+        return await self.getattr() if found is None else self.attributes(found[0])
 
     async def require_present(self, missing: int = errno.ESTALE) -> None:
         """Fail with this errno if the node does not exist.

@@ -108,7 +108,6 @@ class TransactionsDirectory(GeneratedDirectory):
     writable = True
 
     parent: MountRoot
-
     child_kind = TransactionRoot
 
     def position_of(self, name: bytes) -> tuple[object, ...]:
