@@ -30,7 +30,7 @@ ENTRY_BYTES: Final = 80
 class DirectoryHandle(Handle):
     """An open directory: its children's names as they were when it was opened, or last rewound.
 
-    _entries    all names: first those that are no children, then `_children_at` and up the children
+    _entries    all names; the children start at `_children_at`
     _shown      children that the mount shows even if they do not exist
     _kinds      the kinds of some children
     _state      that of the directory, which its `.value` shows, without the value
@@ -82,8 +82,10 @@ class DirectoryHandle(Handle):
         self._share.resize(0)
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
-        """Put entries into the reply until it is full, or until it would have to wait for kinds: if that
-        failed, the kernel would get an error, and nothing of the reply."""
+        """Put entries into the reply until it is full.
+
+        The reply ends before it would wait for kinds.  If that failed, the kernel would learn of no entry.
+        """
         directory, table = self.node, self.node.table
         if start == 0 and self._was_read:
             await self.fetch()

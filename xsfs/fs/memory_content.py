@@ -1,7 +1,5 @@
 """Contents in memory: of scratch files, and of files that were removed or replaced while they are open.
 
-`OpenFiles` in open_files.py says which file has one.
-
 vim, rsync, patch, `sed -i.bak` and many others make a file of another name first and then rename it.
 Xenstore cannot hold these names (see view.names.is_scratch_name), so xsfs keeps these *scratch files* in
 memory.  Their number and bytes are bounded for the mount, and for each unprivileged user.
