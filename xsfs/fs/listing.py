@@ -32,8 +32,8 @@ class DirectoryHandle(Handle):
 
     _entries    all names; the children start at `_children_at`
     _shown      children that the mount shows even if they do not exist
-    _kinds      the kinds of some children
-    _state      that of the directory, which its `.value` shows, without the value
+    _kinds      states of some children
+    _state      the directory's own state, without its value
     """
 
     __slots__ = ("_children_at", "_entries", "_kinds", "_share", "_shown", "_state", "_was_read")

@@ -148,8 +148,7 @@ class Transactions:
             return True
         if not caller.unprivileged:
             return False
-        callers = [view.caller for view in self._views.values()]
-        uids = [each.uid for each in callers if each.unprivileged]
+        uids = [each.caller.uid for each in self._views.values() if each.caller.unprivileged]
         return len(uids) >= UNPRIVILEGED_MAX or uids.count(caller.uid) >= EACH_UNPRIVILEGED_MAX
 
     async def commit(self, view: TransactionView) -> None:
