@@ -17,6 +17,7 @@ import pytest
 from pyfuse3 import RequestContext
 
 from tests.support.operating import (
+    EXCL,
     ROOT,
     WRONLY,
     World,
@@ -296,31 +297,38 @@ async def test_a_listing_in_parts(w: World) -> None:
 
 
 @in_world
-async def test_a_reply_that_fails_in_the_middle_tells_the_kernel_of_nothing(w: World) -> None:
+async def test_a_reply_fails_as_a_whole(w: World) -> None:
+    """It ends before it would have to wait for more kinds.  If it failed in its middle, the kernel would not
+    learn of its nodes."""
     for number in range(FETCH_WINDOW + 50):
         await w.store.write(f"data/{number}", b"1")
     data = (await w.lookup(b"data")).st_ino
     known = await w.lookup(b"data", b"7")
     kinds = w.view.kinds
-    asked = 0
+    replies: list[bytes] = []
 
     async def failing(path: bytes, names: Sequence[bytes]) -> dict[bytes, NodeState | None]:
-        nonlocal asked
-        asked += 1
-        if asked % 2 == 0:
-            raise ConnectionLost("in the middle")
+        if len(replies) > 2:
+            raise ConnectionLost("between two windows")
         return await kinds(path, names)
+
+    def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        replies.append(name)
+        return True
 
     fh = await w.operations.opendir(data, ctx())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(w.view, "kinds", failing)
-        for times in (1, 2):
-            await refused(errno.EIO, listed(w, fh))
-            assert asked == 2 * times
-            assert len(w.table) == 3, "the root, data, and what was looked up"
-            assert w.table.get(known.st_ino).lookups == 1
+        patch.setattr(pyfuse3, "readdir_reply", reply)
+        await w.operations.readdir(fh, 0, cast(Any, None))
+        assert len(replies) == 2 + FETCH_WINDOW
+        for _ in range(2):
+            await refused(errno.EIO, w.operations.readdir(fh, len(replies), cast(Any, None)))
+            assert len(replies) == 2 + FETCH_WINDOW
+            assert b"7" in replies
+            assert len(w.table) == 2 + FETCH_WINDOW, "the root, data, and what was listed"
+            assert w.table.get(known.st_ino).lookups == 2
     assert len(await listed(w, fh)) == 2 + FETCH_WINDOW + 50
-    assert w.table.get(known.st_ino).lookups == 2
 
 
 @in_world
@@ -334,6 +342,24 @@ async def test_a_directory_that_is_renamed_between_two_parts(w: World) -> None:
     last = list(first.values())[-1]
     rest = await entries_of(w, fh, last.next_id)
     assert len(first) + len(rest) == FETCH_WINDOW + 50 + 2
+
+
+@in_world
+async def test_an_alias_whose_node_has_gone(w: World) -> None:
+    """xsfs still knows the name behind it.  Nothing can be created by an alias."""
+    long = "n" * 300
+    await w.store.write(f"data/{long}", b"value")
+    data = (await w.lookup(b"data")).st_ino
+    (alias,) = set(await listed(w, await w.operations.opendir(data, ctx()))) - {b".", b".."}
+    assert (await w.lookup(b"data", alias)).st_size == len("value\n")
+    await w.store.delete(f"data/{long}")
+    await refused(errno.ENOENT, w.lookup(b"data", alias))
+    await refused(errno.ENOENT, w.operations.unlink(data, cast(Any, alias), ctx()))
+    name, mode = cast(Any, alias), cast(Any, 0o644)
+    await refused(errno.EINVAL, w.operations.mkdir(data, name, mode, ctx()))
+    for flags in (WRONLY, WRONLY | EXCL):
+        await refused(errno.EINVAL, w.operations.create(data, name, mode, cast(Any, flags), ctx()))
+    assert await w.store.list("data") == []
 
 
 @in_world

@@ -165,16 +165,27 @@ class Entry(NamedTuple):
 async def entries_of(
     w: World, fh: pyfuse3.FileHandleT, start: int = 0, most: int = 1_000_000
 ) -> dict[bytes, Entry]:
-    """The names and the whole replies to the kernel, `most` of them at most."""
+    """The names and the whole replies to the kernel, `most` of them at most.
+
+    Like the kernel, it goes on after the last entry until a reply is empty or full.
+    """
     entries: dict[bytes, Entry] = {}
+    is_full = False
 
     def reply(token: object, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
-        if len(entries) == most:
+        nonlocal is_full
+        is_full = len(entries) == most
+        if is_full:
             return False
         entries[name] = Entry(entry.st_ino, entry.st_mode, entry.entry_timeout, next_id)
         return True
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pyfuse3, "readdir_reply", reply)
-        await w.operations.readdir(fh, start, cast(Any, None))
+        while not is_full:
+            before = len(entries)
+            await w.operations.readdir(fh, start, cast(Any, None))
+            if len(entries) == before:
+                break
+            start = list(entries.values())[-1].next_id
     return entries

@@ -3,6 +3,10 @@
 `own` of each class is the table of xsfs's own names in such a directory.  A new kind of file is a new class,
 a line there, and its name in `OWN_NAMES` of view/names.py.  A name is looked up in this order: own names,
 children, `NAME.d`, scratch files, aliases of long names.
+
+Xenstore's own commands are laxer than POSIX: MKDIR succeeds on a node that exists, WRITE creates missing
+parents, and RM removes everything below.  So each change reads first, in the same transaction, and fails with
+the errno of POSIX.
 """
 
 from __future__ import annotations
@@ -14,13 +18,12 @@ from collections.abc import Coroutine, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pyfuse3 import EntryAttributes, InodeT
+from pyfuse3 import EntryAttributes
 
-from xsfs.fs import posix
 from xsfs.fs.domain_links import DomainsDirectory
 from xsfs.fs.dumps import DumpFile, JsonFile, LsFile
 from xsfs.fs.files import DotValue, ScratchFile, ValueFile, ValueHandle
-from xsfs.fs.generated import DomidFile, StatsFile
+from xsfs.fs.generated import DomidFile, StatsFile, look_up
 from xsfs.fs.listing import DirectoryHandle
 from xsfs.fs.memory_content import MemoryContent
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
@@ -31,6 +34,8 @@ from xsfs.view.names import NAME_MAX, VALUE_NAME, forced_name, is_alias, is_scra
 from xsfs.view.view import EMPTY_NODE, LEAF, NodeState, View
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
+from xsfs.xenstore.errors import XenstoreError
+from xsfs.xenstore.permissions import perms_text
 from xsfs.xenstore.protocol import Request
 
 if TYPE_CHECKING:
@@ -64,20 +69,13 @@ class Directory(XenstoreNode):
         """The absolute Xenstore path.  After a rename of any directory it is another object."""
         return self.table.paths.get(self) or self.table.path_of(self)
 
-    @property
-    def always_there(self) -> bool:
-        return self.view.is_always_there(self.path)
-
     def is_of_kind(self, state: NodeState) -> bool:
-        is_directory = self.always_directory or state.has_children
-        return is_directory or self.view.is_directory(self.path, state)
+        return self.always_directory or self.view.is_directory(self.path, state)
 
-    async def require_directory(self, state: NodeState | None) -> NodeState:
+    def require_directory(self, state: NodeState | None) -> NodeState:
         """The state of the node if it still is a directory.  Fails with ESTALE if not."""
         if state is None and self.always_there:
             return EMPTY_NODE
-        if state is None:
-            await self.open_files.drop_lost(self.path)
         if state is None or not self.is_of_kind(state):
             refuse(errno.ESTALE)
         return state
@@ -105,13 +103,11 @@ class Directory(XenstoreNode):
         state = await self.view.fetch_directory(path)
         if await self.is_elsewhere(path, state):
             return await self.getattr()
-        return self.attributes(await self.require_directory(state))
+        return self.attributes(self.require_directory(state))
 
     async def getattr_by(self, pid: int) -> EntryAttributes:
         found = self.table.handover.take(pid, self.inode)
-        if found is None or self.gone or self.view.ended:
-            return await self.getattr()
-        return self.attributes(found[0])
+        return await self.getattr() if found is None else self.attributes(found[0])
 
     async def require_present(self, missing: int = errno.ESTALE) -> None:
         """Fail with this errno if the node does not exist.
@@ -137,16 +133,12 @@ class Directory(XenstoreNode):
         self.view.sticky.add(self.path, with_value=True)
 
     def has_dot_value(self, state: NodeState) -> bool:
-        """Whether `.value` exists.
-
-        An empty one does not, unless it was created: tools that restore a copy create each file, which must
-        not exist before.
-        """
+        """Whether `.value` exists."""
         return self.view.has_dot_value(self.path, state)
 
-    def listed_own(self) -> dict[bytes, type[Node]]:
-        """The part of `own` that a listing shows, apart from `.value`."""
-        return {}
+    def listed_own(self, state: NodeState) -> list[bytes]:
+        """The names of `own` that a listing shows."""
+        return [VALUE_NAME] if self.view.has_dot_value(self.path, state) else []
 
     async def opendir(self, caller: Caller) -> Handle:
         handle = DirectoryHandle(self, caller)
@@ -171,19 +163,7 @@ class Directory(XenstoreNode):
 
     async def _lookup_own(self, kind: type[Node], name: bytes, pid: int) -> EntryAttributes:
         self.require()
-        return self._found(*await self.own_entry(kind, name, pid))
-
-    async def own_entry(
-        self, kind: type[Node], name: bytes, pid: int | None = None
-    ) -> tuple[Node, EntryAttributes]:
-        """The node of one of xsfs's own names, and its attributes for a LOOKUP of thread `pid`, or for a
-        listing."""
-        node = self.table.node(kind, self, name)
-        entry = await (node.getattr() if pid is None else node.looked_up(pid))
-        if not self.table.is_current(node, self, name):
-            node = self.table.node(kind, self, name)
-            entry.st_ino = InodeT(node.inode)
-        return node, entry
+        return await look_up(kind, self, name, pid)
 
     async def _lookup_child(self, name: bytes, pid: int) -> EntryAttributes:
         directory = self.path
@@ -213,13 +193,13 @@ class Directory(XenstoreNode):
         return entry
 
     async def _lookup_alias(self, name: bytes, pid: int) -> EntryAttributes:
-        return await self._lookup_child(await self._child_name(name), pid)
+        return await self._lookup_child(await self.child_name(name), pid)
 
     async def _lookup_forced(self, name: bytes) -> EntryAttributes:
-        child = await self._child_name(name)
+        child = await self.child_name(name)
         path = join(self.path, child)
         state = await self.view.fetch_one(path)
-        if state is None and self.open_files.get(path) is not None:
+        if state is None:
             await self.open_files.settle(path)  # its creation may be owed
             state = await self.view.fetch_one(path)
         if state is None:
@@ -244,31 +224,29 @@ class Directory(XenstoreNode):
         self.table.remember(node)
         return entry
 
-    async def _child_name(self, name: bytes) -> bytes:
-        """The Xenstore name behind a file name.  Fails with ENOENT for one that Xenstore cannot have."""
+    async def child_name(self, name: bytes, *, new: bool = False) -> bytes:
+        """The Xenstore name behind a file name.
+
+        Fails with EPERM for a name of xsfs's own.  For one that no node can have, it fails with ENOENT, or
+        EINVAL if there is to be a `new` node.
+        """
+        if name in self.own or forced_name(name) is not None:
+            refuse(errno.EPERM)
         if protocol.is_name(name):
             return name
         if is_alias(name):
             if (kept := self.table.name_behind(name)) is not None:
-                (reply,) = await self.view.commands.pipeline(
-                    (protocol.read(join(self.path, kept)),)
-                )
-                if not is_missing(reply):
-                    return kept
+                return kept
             for child in await self.view.commands.list(self.path):
                 if self.table.file_name(child) == name:
                     return child
-        refuse(errno.ENOENT)
+        refuse(errno.EINVAL if new else errno.ENOENT)
 
-    def _new_path(self, name: bytes) -> bytes:
-        """The path of a child that is to be created.  Fails with the errno of a name that cannot be."""
+    def path_below(self, name: bytes) -> bytes:
+        """The present path of a child."""
         self.require()
-        if name in self.own or forced_name(name) is not None:
-            refuse(errno.EPERM)
-        if not protocol.is_name(name):
-            refuse(errno.EINVAL)
         path = join(self.path, name)
-        if len(name) > NAME_MAX or len(path) > protocol.PATH_MAX:
+        if len(path) > protocol.PATH_MAX:
             refuse(errno.ENAMETOOLONG)
         return path
 
@@ -277,54 +255,55 @@ class Directory(XenstoreNode):
     async def create(
         self, name: bytes, flags: int, caller: Caller
     ) -> tuple[Handle, EntryAttributes]:
-        if name == VALUE_NAME:
-            entry = await self._make_dot_value()
-            dot_value = self.table.node(DotValue, self, name)
-            return self._opened(dot_value, flags), entry
-        if self.is_scratch(name):
-            await self.require_present()
-            scratch = await self._make_scratch(
-                name, caller, present=errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
-            )
-            entry = self._found(scratch, scratch.attributes_in_memory())
-            return self._opened(scratch, flags), entry
-        path = self._new_path(name)
-        is_exclusive = bool(flags & os.O_EXCL)
-        if is_exclusive:
-            await self._make(name, directory=False, missing_parent=errno.ESTALE)
-        else:
+        file: ValueFile
+        is_owed = protocol.is_name(name) and not flags & os.O_EXCL
+        if is_owed:
+            path = self.path_below(name)
             if self.was_missing:
                 await self.require_present()
             await self.open_files.retire_missing(path)
-        file = self.table.node(ValueFile, self, name)
-        handle = self._opened(file, flags)
-        handle.file.is_pinned = True
-        if not is_exclusive:
+            file = self.table.node(ValueFile, self, name)
+            entry = self._found(file, file.attributes(EMPTY_NODE))
+        else:
+            file, entry = await self._make_file(name, caller, missing_parent=errno.ESTALE)
+        handle = ValueHandle(file, self.open_files.open(file.path, file), flags)
+        if name != VALUE_NAME:
+            handle.file.is_pinned = True
+        if is_owed:
             handle.file.owe(handle, None)
-        return handle, self._found(file, file.attributes(EMPTY_NODE))
-
-    def _opened(self, file: ValueFile, flags: int) -> ValueHandle:
-        return ValueHandle(file, self.open_files.open(file.path, file), flags)
-
-    async def _make_dot_value(self) -> EntryAttributes:
-        """Create `.value`.  Its node exists, so no request is needed."""
-        state = await self.require_directory(await self.view.fetch_one(self.path))
-        if state.value:
-            refuse(errno.EEXIST)
-        self.value_was_written()
-        node = self.table.node(DotValue, self, VALUE_NAME)
-        return self._found(node, node.attributes(state))
+        return handle, entry
 
     async def make_file(self, name: bytes, caller: Caller) -> EntryAttributes:
+        _, entry = await self._make_file(name, caller, missing_parent=errno.ENOENT)
+        return entry
+
+    async def _make_file(
+        self, name: bytes, caller: Caller, *, missing_parent: int
+    ) -> tuple[ValueFile, EntryAttributes]:
+        """Create a file that must not exist.  Fails with `missing_parent` if this directory does not."""
+        file: ValueFile
         if name == VALUE_NAME:
-            return await self._make_dot_value()
-        if self.is_scratch(name):
-            await self.require_present(errno.ENOENT)
-            scratch = await self._make_scratch(name, caller, present=errno.EEXIST)
-            return self._found(scratch, scratch.attributes_in_memory())
-        await self._make(name, directory=False, missing_parent=errno.ENOENT)
-        file = self.table.node(ValueFile, self, name)
-        return self._found(file, file.attributes(EMPTY_NODE))
+            # Its node exists, so no request is needed.
+            state = self.require_directory(await self.view.fetch_one(self.path))
+            if state.value:
+                refuse(errno.EEXIST)
+            self.value_was_written()
+            file = self.table.node(DotValue, self, name)
+            entry = file.attributes(state)
+        elif self.is_scratch(name):
+            await self.require_present(missing_parent)
+            scratch = await self.open_files.new_scratch(caller)
+            if self.scratch_file(name) is not None:
+                self.open_files.release(scratch)
+                refuse(errno.EEXIST)
+            self.open_files.link(scratch, join(self.path, name))
+            file = self.table.node(ScratchFile, self, name)
+            entry = file.attributes_in_memory()
+        else:
+            await self._make(name, directory=False, missing_parent=missing_parent)
+            file = self.table.node(ValueFile, self, name)
+            entry = file.attributes(EMPTY_NODE)
+        return file, self._found(file, entry)
 
     async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
         await self._make(name, directory=True, missing_parent=errno.ENOENT)
@@ -337,17 +316,22 @@ class Directory(XenstoreNode):
         refuse(errno.EPERM)
 
     async def _make(self, name: bytes, *, directory: bool, missing_parent: int) -> None:
-        """Create a node.  Fails with `missing_parent` if this directory does not exist."""
+        """Create a node that must not exist."""
 
         async def work(commands: Commands) -> Request:
-            return await posix.make(
-                commands,
-                path,
-                directory=directory,
-                missing_parent=None if self.always_there else missing_parent,
-            )
+            own, present = await commands.pipeline((protocol.read(self.path), protocol.read(path)))
+            if is_missing(own) and not self.always_there:
+                refuse(missing_parent)
+            if is_missing(present):
+                return protocol.mkdir(path) if directory else protocol.write(path, b"")
+            # A node that may not be read exists as well.
+            if isinstance(present, XenstoreError) and present.name != "EACCES":
+                raise present
+            refuse(errno.EEXIST)
 
-        async with self.open_files.changing_below(partial(self._new_path, name)) as (path,):
+        if await self.child_name(name, new=True) != name:
+            refuse(errno.EINVAL)  # an alias
+        async with self.open_files.changing_below(partial(self.path_below, name)) as (path,):
             before = self.open_files.get(path)
             await self.view.atomically(work)
             self.open_files.retire(before)
@@ -359,14 +343,11 @@ class Directory(XenstoreNode):
         self.require()
         if name == VALUE_NAME:
             await self._unlink_dot_value()
-            return
-        if self.is_scratch(name):
+        elif self.is_scratch(name):
             node, file = self.present_scratch(name)
             self.open_files.unlink(file, node)
-            return
-        child = partial(self.path_below, await self.name_of_present(name))
-        async with self.open_files.changing_below(child, settles=False) as (path,):
-            await self._remove(ValueFile, path)
+        else:
+            await self._remove(ValueFile, name)
 
     async def _unlink_dot_value(self) -> None:
         """Empty the value and keep the node, so that `rm -r` and rmdir can follow."""
@@ -376,65 +357,68 @@ class Directory(XenstoreNode):
             self.view.sticky.discard_value(path)
             self.was_written()
             node = self.table.find(DotValue, self, VALUE_NAME)
-            memory = posix.orphan_content(self.view, path, value, None)
+            memory = self._orphan_content(path, value, None)
             self.open_files.orphan(path, node, memory)
 
     async def rmdir(self, name: bytes) -> None:
         self.require()
-        child = partial(self.path_below, await self.name_of_present(name))
-        async with self.open_files.changing_below(child) as (path,):
-            await self._remove(Directory, path)
+        await self._remove(Directory, name)
 
-    async def _remove(self, kind: type[XenstoreNode], path: bytes) -> None:
-        """Remove the node at a path.  Fails with EISDIR or ENOTDIR if it is of another kind."""
-        file = self.open_files.get(path)
+    async def _remove(self, kind: type[XenstoreNode], name: bytes) -> None:
+        """Remove a node.  Fails with EISDIR or ENOTDIR if it is of another kind."""
         is_directory = kind is Directory
-        memory = posix.orphan_content(self.view, path, b"", None)
+        child = partial(self.path_below, await self.child_name(name))
+        async with self.open_files.changing_below(child, settles=is_directory) as (path,):
+            file = self.open_files.get(path)
+            memory = self._orphan_content(path, b"", None)
 
-        async def work(commands: Commands) -> Request | None:
-            nonlocal memory
-            if file is not None and file.owes_creation:
+            async def work(commands: Commands) -> Request | None:
+                nonlocal memory
                 (state,) = await self.view.fetch((path,), commands)
-                if state is None:
+                if state is None and file is not None and file.owes_creation:
                     return None  # its creation is still owed
-            memory = await posix.removed(self.open_files, commands, path, directory=is_directory)
-            if is_directory and self.open_files.scratch_names(path):
-                refuse(errno.ENOTEMPTY)
-            return protocol.rm(path)
+                memory = await self.to_remove(commands, path, state, directory=is_directory)
+                return protocol.rm(path)
 
-        await self.view.atomically(work)
-        self.was_removed(kind, path, memory)
+            await self.view.atomically(work)
+            self.was_removed(kind, path, memory)
 
-    async def name_of_present(self, name: bytes) -> bytes:
-        """The Xenstore name of a child that is to be removed or renamed."""
-        if name in self.own or forced_name(name) is not None:
-            refuse(errno.EPERM)
-        return await self._child_name(name)
+    async def to_remove(
+        self, commands: Commands, path: bytes, state: NodeState | None, *, directory: bool
+    ) -> MemoryContent:
+        """The content of a file or empty directory that is to be removed, for its open handles.
 
-    def path_below(self, name: bytes) -> bytes:
-        """The present path of a child."""
-        self.require()
-        return join(self.path, name)
+        Fails with ENOENT, EISDIR or ENOTDIR, EACCES, ENOTEMPTY.
+        """
+        if state is None:
+            refuse(errno.ENOENT)
+        if self.open_files.is_directory(path, state) != directory:
+            refuse(errno.ENOTDIR if directory else errno.EISDIR)
+        if directory and not state.readable:
+            refuse(errno.EACCES)
+        if directory and (state.has_children or state.value or self.open_files.scratch_names(path)):
+            refuse(errno.ENOTEMPTY)
+        (reply,) = await commands.pipeline((protocol.get_perms(path),))
+        if isinstance(reply, XenstoreError) and reply.name != "EACCES":
+            raise reply
+        perms = None if isinstance(reply, XenstoreError) else reply
+        perms_text(perms or b"")  # raises WireError before anything is changed
+        return self._orphan_content(path, state.value or b"", perms)
+
+    def _orphan_content(self, path: bytes, value: bytes, perms: bytes | None) -> MemoryContent:
+        """A content that may become as large as the longest value of the node, and a newline."""
+        size_max = protocol.value_max(path, self.view.commands.payload_max) + 1
+        return MemoryContent(self.view.value_format.render(value), perms, size_max)
 
     def was_removed(self, kind: type[XenstoreNode], path: bytes, memory: MemoryContent) -> None:
-        self.forget_names(path)
+        """The node at this path was removed or replaced."""
+        self.view.sticky.discard(path)
+        self.was_written()
         node = self.table.find(kind, self, path.rpartition(b"/")[2])
         for file in self.open_files.at_and_below(path):
             if file.path != path:
                 self.open_files.retire(file)  # its creation came too late
         self.open_files.orphan(path, node, memory)
-
-    def forget_names(self, path: bytes) -> None:
-        """The node at this path was removed."""
-        self.view.sticky.discard(path)
-        self.open_files.drop_below(path)
-        self.was_written()
-
-    async def name_for_rename(self, name: bytes) -> bytes:
-        """The Xenstore name that something is to get by a rename."""
-        if not is_alias(name):
-            return self._new_path(name).rpartition(b"/")[2]
-        return await self.name_of_present(name)
 
     # --------------------------------------------------------------------------- scratch files
 
@@ -458,15 +442,6 @@ class Directory(XenstoreNode):
         node, _ = self.present_scratch(name)
         return self._found(node, node.attributes_in_memory())
 
-    async def _make_scratch(self, name: bytes, caller: Caller, *, present: int) -> ScratchFile:
-        """Create a scratch file.  Fails with the errno `present` if there is one of this name."""
-        file = await self.open_files.new_scratch(caller)
-        if self.scratch_file(name) is not None:
-            self.open_files.release(file)
-            refuse(present)
-        self.open_files.link(file, join(self.path, name))
-        return self.table.node(ScratchFile, self, name)
-
 
 class ForcedDirectory(Directory):
     """`NAME.d`: a node as a directory, even if it looks like a file."""
@@ -486,8 +461,6 @@ class WholeStoreDirectory(Directory):
     """`.root`: the whole store from `/`, whatever the mount's root is."""
 
     __slots__ = ()
-
-    always_directory = True
 
     @property
     def path(self) -> bytes:
@@ -509,15 +482,14 @@ class RootDirectory(Directory):
     }
 
     @property
-    def always_there(self) -> bool:
-        return True
-
-    @property
     def path(self) -> bytes:
         return self.view.root
 
-    def listed_own(self) -> dict[bytes, type[Node]]:
-        if not self.table.visible:
-            return {}
-        hidden = (VALUE_NAME, b".watch")
-        return {name: kind for name, kind in self.own.items() if name not in hidden}
+    def listed_own(self, state: NodeState) -> list[bytes]:
+        listed = super().listed_own(state)
+        if self.table.visible:
+            hidden = {VALUE_NAME, b".watch"}
+            if self.table.mirror is None:
+                hidden.add(b".mirror")
+            listed += [name for name in self.own if name not in hidden]
+        return listed

@@ -6,9 +6,9 @@ The links are made of the store's present state at each look-up and listing.  No
 from __future__ import annotations
 
 import errno
+import re
+from collections.abc import Sequence
 from typing import Final
-
-from pyfuse3 import EntryAttributes
 
 from xsfs.fs.generated import GeneratedDirectory, SymbolicLink
 from xsfs.fs.nodes import refuse
@@ -19,17 +19,9 @@ from xsfs.xenstore.errors import XenstoreError
 
 DOMAINS: Final = b"/local/domain"
 
+_FILE_NAME: Final = re.compile(rb"(?!\.\.?\Z)[^/\0]{1,%d}" % NAME_MAX)
+
 _MISSING: Final = frozenset(("ENOENT", "EACCES"))
-
-
-def is_file_name(name: bytes) -> bool:
-    """Whether a file can have this name."""
-    return (
-        0 < len(name) <= NAME_MAX
-        and name not in (b".", b"..")
-        and b"/" not in name
-        and b"\0" not in name
-    )
 
 
 async def domains_by_name(view: View) -> dict[bytes, list[bytes]]:
@@ -52,49 +44,26 @@ async def domains_by_name(view: View) -> dict[bytes, list[bytes]]:
             if isinstance(reply, XenstoreError):
                 if reply.name not in _MISSING:
                     raise reply
-            elif is_file_name(reply):
+            elif _FILE_NAME.fullmatch(reply):
                 found.setdefault(reply, []).append(number)
     return found
 
 
 class DomainLink(SymbolicLink):
-    """The link to the home of the domain of this name."""
-
-    parent: DomainsDirectory
+    """The link to the home of the domain of this name.  Fails with ENOTUNIQ if several domains have it."""
 
     async def readlink(self) -> bytes:
-        return await self.parent.target_of(self.name)
+        numbers = (await domains_by_name(self.view)).get(self.name, [])
+        if len(numbers) != 1:
+            refuse(errno.ENOTUNIQ if numbers else errno.ENOENT)
+        return b"../.root%s/%s" % (DOMAINS, numbers[0])
 
 
 class DomainsDirectory(GeneratedDirectory):
     """`.domain`: see the module's docstring."""
 
-    async def target_of(self, name: bytes) -> bytes:
-        """The target of the link.  Fails with ENOTUNIQ if several domains have this name."""
-        numbers = (await domains_by_name(self.view)).get(name, [])
-        if not numbers:
-            refuse(errno.ENOENT)
-        if len(numbers) > 1:
-            refuse(errno.ENOTUNIQ)
-        return target_path(numbers[0])
+    child_kind = DomainLink
 
-    async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
-        if len(name) > NAME_MAX:
-            refuse(errno.ENAMETOOLONG)
-        target = await self.target_of(name)
-        link = self.child(name)
-        self.table.remember(link)
-        return link.entry(len(target))
-
-    async def children(self) -> list[tuple[bytes, int]]:
+    async def names(self) -> Sequence[bytes]:
         found = await domains_by_name(self.view)
-        unique = {name: numbers[0] for name, numbers in found.items() if len(numbers) == 1}
-        return [(name, len(target_path(number))) for name, number in unique.items()]
-
-    def child(self, name: bytes) -> DomainLink:
-        return self.table.node(DomainLink, self, name)
-
-
-def target_path(number: bytes) -> bytes:
-    """The home of a domain, as seen from `.domain`."""
-    return b"../.root%s/%s" % (DOMAINS, number)
+        return [name for name, numbers in found.items() if len(numbers) == 1]

@@ -168,11 +168,11 @@ class DotValue(FileOfDirectory, ValueFile):
 
     @property
     def path(self) -> bytes:
-        return self.directory.path if self.detached is None else self.detached.path
+        return self.parent.path if self.detached is None else self.detached.path
 
     @property
     def always_there(self) -> bool:
-        return self.directory.always_there
+        return self.parent.always_there
 
     def is_of_kind(self, state: NodeState) -> bool:
         return True
@@ -180,17 +180,17 @@ class DotValue(FileOfDirectory, ValueFile):
     def require(self) -> None:
         super().require()
         if self.detached is None:
-            self.directory.require()
+            self.parent.require()
 
     def _checked(self, state: NodeState | None) -> NodeState:
-        if state is None and self.detached is None and self.directory.always_there:
+        if state is None and self.detached is None and self.parent.always_there:
             state = EMPTY_NODE
         return super()._checked(state)
 
     async def looked_up(self, pid: int) -> EntryAttributes:
         changes = self.table.handover.changes
         state = await self.state()
-        if not self.directory.has_dot_value(state):
+        if not self.parent.has_dot_value(state):
             refuse(errno.ENOENT)
         if state.readable and state.value is not None:
             self.table.handover.put(pid, self.inode, state, changes)
@@ -199,7 +199,7 @@ class DotValue(FileOfDirectory, ValueFile):
     def was_written(self) -> None:
         super().was_written()
         if self.detached is None:
-            self.directory.value_was_written()
+            self.parent.value_was_written()
 
 
 class ScratchFile(ValueFile):

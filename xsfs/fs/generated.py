@@ -6,12 +6,24 @@ import errno
 import os
 import stat
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import pyfuse3
-from pyfuse3 import EntryAttributes
+from pyfuse3 import EntryAttributes, FUSEError, InodeT
 
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
+from xsfs.view.names import NAME_MAX
+
+
+async def look_up(kind: type[Node], parent: Node, name: bytes, pid: int) -> EntryAttributes:
+    """A LOOKUP of a name that xsfs itself gives to a node."""
+    table = parent.table
+    entry = await table.node(kind, parent, name).looked_up(pid)
+    node = table.node(kind, parent, name)  # another task may have created it meanwhile
+    entry.st_ino = InodeT(node.inode)
+    table.remember(node)
+    return entry
 
 
 class TextFile(Node):
@@ -23,45 +35,62 @@ class TextFile(Node):
     def content(self) -> bytes:
         """The present content of the file."""
 
+    async def accept(self, data: bytes) -> None:
+        """Something is written to the file, which is `writable`."""
+
     async def getattr(self) -> EntryAttributes:
         return self.entry(len(self.content()), write=self.writable)
 
+    async def truncate(self, size: int) -> None:
+        """A shell truncates before it writes."""
+        if not self.writable:
+            refuse(errno.EACCES)
+
     async def open(self, flags: int, caller: Caller) -> TextHandle:
-        if flags & os.O_ACCMODE != os.O_RDONLY:
+        if flags & os.O_ACCMODE != os.O_RDONLY and not self.writable:
             refuse(errno.EACCES)
         return TextHandle(self)
 
 
 class TextHandle(Handle):
     node: TextFile
-
-    def __init__(self, node: TextFile) -> None:
-        super().__init__(node)
-        self._content: bytes | None = None
+    _content: bytes | None = None
 
     async def read(self, offset: int, size: int) -> bytes:
         if offset == 0 or self._content is None:
             self._content = self.node.content()
         return self._content[offset : offset + size]
 
+    async def truncate(self, size: int) -> None:
+        await self.node.truncate(size)
+
+    async def write(self, offset: int, data: bytes) -> int:
+        await self.node.accept(data)
+        return len(data)
+
 
 class GeneratedDirectory(Node):
-    """A directory that is no Xenstore node: nobody can make files in it, or rename them."""
+    """A directory that is no Xenstore node: nobody can make files in it, or rename them.
+
+    child_kind  what its children are; one that does not exist cannot be made, or has no attributes
+    """
 
     kind = stat.S_IFDIR
     entry_timeout = DIRECTORY_ENTRY_TIMEOUT
     writable: ClassVar[bool] = False
+    child_kind: ClassVar[type[Node]]
 
     @abstractmethod
-    async def children(self) -> list[tuple[bytes, int]]:
-        """The present names, and the sizes of their files."""
-
-    @abstractmethod
-    def child(self, name: bytes) -> Node | None:
-        """The node of a name from `children`; None if it has vanished meanwhile."""
+    async def names(self) -> Sequence[bytes]:
+        """The present names of the children."""
 
     async def getattr(self) -> EntryAttributes:
         return self.entry(0, write=self.writable)
+
+    async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
+        if len(name) > NAME_MAX:
+            refuse(errno.ENAMETOOLONG)
+        return await look_up(self.child_kind, self, name, pid)
 
     async def opendir(self, caller: Caller) -> Handle:
         return GeneratedDirectoryHandle(self)
@@ -71,23 +100,26 @@ class GeneratedDirectoryHandle(Handle):
     """The names that existed when the directory was last read from its start."""
 
     node: GeneratedDirectory
-
-    def __init__(self, node: GeneratedDirectory) -> None:
-        super().__init__(node)
-        self._children: list[tuple[bytes, int]] = []
+    _names: Sequence[bytes] = ()
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
+        directory, table = self.node, self.node.table
         if start == 0:
-            self._children = [(b".", 0), (b"..", 0), *await self.node.children()]
-        for position in range(start, len(self._children)):
-            name, size = self._children[position]
-            node = self.node if position < 2 else self.node.child(name)
-            if node is None:
-                continue
-            if not pyfuse3.readdir_reply(token, name, node.entry(size), position + 1):
+            self._names = (b".", b"..", *await directory.names())
+        for position in range(start, len(self._names)):
+            name = self._names[position]
+            node: Node = directory
+            if position >= 2:
+                try:
+                    node = table.node(directory.child_kind, directory, name)
+                except FUSEError:
+                    continue  # it has vanished meanwhile
+            entry = node.entry(0)
+            entry.attr_timeout = 0  # the kernel asks before a program sees the size
+            if not pyfuse3.readdir_reply(token, name, entry, position + 1):
                 return
-            if node is not self.node:
-                node.table.remember(node)
+            if node is not directory:
+                table.remember(node)
 
 
 class SymbolicLink(Node):

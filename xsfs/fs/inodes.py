@@ -168,8 +168,7 @@ class InodeTable:
         return alias
 
     def name_behind(self, alias: bytes) -> bytes | None:
-        """The name that had this alias in a listing lately.  A guest can make another name with the same
-        alias elsewhere, so the caller checks that there is such a child."""
+        """The name that had this alias in a listing lately.  There may be no such child any more."""
         return self._aliases.get(alias)
 
     def peek(self, inode: int) -> Node | None:

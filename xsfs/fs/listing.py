@@ -10,8 +10,9 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, FUSEError, InodeT
+from pyfuse3 import EntryAttributes, InodeT
 
+from xsfs.fs.files import DotValue, ScratchFile
 from xsfs.fs.nodes import Caller, Handle, Node, refuse
 from xsfs.fs.quotas import Share
 from xsfs.view.names import VALUE_NAME
@@ -27,15 +28,17 @@ ENTRY_BYTES: Final = 80
 
 
 class DirectoryHandle(Handle):
-    """An open directory: its children's names as they were when it was opened, or last rewound."""
+    """An open directory: its children's names as they were when it was opened, or last rewound.
 
-    __slots__ = ("_entries", "_kinds", "_own", "_scratch", "_share", "_was_read")
+    _entries    all names; the children start at `_children_at`
+    _shown      children that the mount shows even if they do not exist
+    _kinds      states of some children
+    _state      the directory's own state, without its value
+    """
+
+    __slots__ = ("_children_at", "_entries", "_kinds", "_share", "_shown", "_state", "_was_read")
 
     node: Directory
-    _entries: list[bytes]
-    _kinds: dict[bytes, NodeState | None]
-    _own: dict[bytes, type[Node]]
-    _scratch: frozenset[bytes]
 
     def __init__(self, node: Directory, caller: Caller) -> None:
         self.node = node
@@ -48,29 +51,26 @@ class DirectoryHandle(Handle):
         node = self.node
         node.require()
         path = node.path
-        shown_before = self._always_shown(path)
+        shown = self._always_shown(path)
         listing = await node.view.list_directory(path)
         if await node.is_elsewhere(path, listing.state):
             return await self.fetch()
-        state = await node.require_directory(listing.state)
+        state = node.require_directory(listing.state)
         if not state.readable:
             refuse(errno.EACCES)
-        own = node.listed_own()
-        if node.view.has_dot_value(path, state):
-            own[VALUE_NAME] = node.own[VALUE_NAME]
         scratch = node.open_files.scratch_names(node.path)  # it may have been renamed
-        entries = dict.fromkeys((*SELF_AND_PARENT, *own, *scratch, *listing.names))
-        for name in self._always_shown(path):
-            if name not in entries:
-                entries[name] = None
-                listing.kinds[name] = EMPTY_NODE
+        others = (*SELF_AND_PARENT, *node.listed_own(state), *scratch)
         # A creation that was carried out meanwhile may be too late for the listing.
-        entries.update(dict.fromkeys(shown_before))
+        shown += self._always_shown(path)
+        names = dict.fromkeys(listing.names)
+        for name in shown:
+            if name not in names:
+                names[name] = None
+                listing.kinds[name] = EMPTY_NODE
+        entries = [*others, *names]
         self._share.resize(sum(map(len, entries)) + ENTRY_BYTES * len(entries))
-        self._entries = list(entries)
-        self._kinds = listing.kinds
-        self._own = own
-        self._scratch = frozenset(scratch)
+        self._entries, self._children_at, self._shown = entries, len(others), shown
+        self._kinds, self._state = listing.kinds, state._replace(value=None)
         return state
 
     def _always_shown(self, path: bytes) -> list[bytes]:
@@ -82,73 +82,54 @@ class DirectoryHandle(Handle):
         self._share.resize(0)
 
     async def readdir(self, start: int, token: pyfuse3.ReaddirToken) -> None:
+        """Put entries into the reply until it is full.
+
+        The reply ends before it would wait for kinds.  If that failed, the kernel would learn of no entry.
+        """
+        directory, table = self.node, self.node.table
         if start == 0 and self._was_read:
             await self.fetch()
         self._was_read = True
-        remembered: list[Node] = []
-        try:
-            await self._reply(start, token, remembered)
-        except BaseException:
-            # The kernel gets an error, and nothing of the reply.
-            for node in remembered:
-                self.node.table.forget(node.inode, 1)
-            raise
-
-    async def _reply(self, start: int, token: pyfuse3.ReaddirToken, remembered: list[Node]) -> None:
-        """Put entries into the reply until it is full, and their nodes into `remembered`."""
-        directory, table = self.node, self.node.table
-        of_self = directory.entry(0) if start < len(SELF_AND_PARENT) else None
         of_leaf: EntryAttributes | None = None
+        is_begun = False
         for position in range(start, len(self._entries)):
             name = self._entries[position]
-            if of_self is not None and position < len(SELF_AND_PARENT):
-                if not pyfuse3.readdir_reply(token, name, of_self, position + 1):
-                    return
-                continue
-            if name in self._own or name in self._scratch:
-                found = await self._node_and_entry(name)
-                if found is None:
-                    continue  # it has vanished meanwhile
-                node, entry = found
+            node: Node
+            if position < self._children_at:
+                node, entry = self._other_entry(name)
             else:
                 if name not in self._kinds:
-                    await self._fetch_kinds(position)
-                if (state := self._kinds[name]) is None:
+                    if is_begun:
+                        return
+                    window = self._entries[position : position + FETCH_WINDOW]
+                    self._kinds = await directory.view.kinds(directory.path, window)
+                state = self._kinds[name] or (EMPTY_NODE if name in self._shown else None)
+                if state is None:
                     continue
-                child = directory.child(name, state)
+                node = directory.child(name, state)
                 if state is not LEAF:
-                    entry = child.attributes(state)
+                    entry = node.attributes(state)
                 elif of_leaf is None:
-                    entry = of_leaf = child.attributes(LEAF)
+                    entry = of_leaf = node.attributes(LEAF)
                 else:  # most children, which differ in their inodes
                     entry = of_leaf
-                    entry.st_ino = InodeT(child.inode)
-                node = child
+                    entry.st_ino = InodeT(node.inode)
             if not pyfuse3.readdir_reply(token, table.file_name(name), entry, position + 1):
                 return
-            table.remember(node)
-            remembered.append(node)
+            if node is not directory:
+                table.remember(node)
+                is_begun = True
 
-    async def _node_and_entry(self, name: bytes) -> tuple[Node, EntryAttributes] | None:
-        """One of xsfs's own names, or a scratch file; None if it has vanished."""
+    def _other_entry(self, name: bytes) -> tuple[Node, EntryAttributes]:
+        """One of xsfs's own names, or a scratch file, without its size: the kernel asks before a program
+        sees it."""
         directory = self.node
-        if (kind := self._own.get(name)) is not None:
-            try:
-                return await directory.own_entry(kind, name)
-            except FUSEError:
-                return None
-        if (found := directory.scratch_file(name)) is None:
-            return None
-        return found[0], found[0].attributes_in_memory()
-
-    async def _fetch_kinds(self, position: int) -> None:
-        """Fetch the kinds of the entries from `position` on.  Those of the entries before are dropped."""
-        view, path = self.node.view, self.node.path
-        entries = self._entries[position : position + FETCH_WINDOW]
-        # Xenstore has no nodes of xsfs's own names.
-        window = [name for name in entries if name not in self._own and name not in self._scratch]
-        shown_before = self._always_shown(path)
-        self._kinds = await view.kinds(path, window)
-        for name in (*shown_before, *self._always_shown(path)):
-            if name in self._kinds and self._kinds[name] is None:
-                self._kinds[name] = EMPTY_NODE
+        if name in SELF_AND_PARENT:
+            return directory, directory.entry(0)
+        if name == VALUE_NAME:
+            value = directory.table.node(DotValue, directory, name)
+            return value, value.attributes(self._state)
+        node = directory.table.node(directory.own.get(name, ScratchFile), directory, name)
+        entry = node.entry(0)
+        entry.attr_timeout = 0
+        return node, entry

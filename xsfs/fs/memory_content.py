@@ -1,7 +1,5 @@
 """Contents in memory: of scratch files, and of files that were removed or replaced while they are open.
 
-`OpenFiles` in open_files.py says which file has one.
-
 vim, rsync, patch, `sed -i.bak` and many others make a file of another name first and then rename it.
 Xenstore cannot hold these names (see view.names.is_scratch_name), so xsfs keeps these *scratch files* in
 memory.  Their number and bytes are bounded for the mount, and for each unprivileged user.
@@ -66,15 +64,12 @@ class MemoryContent:
 
 def shortage(others: Collection[MemoryContent], owner: int | None, size: int) -> int:
     """The errno if a scratch file of `size` bytes has no room beside the others; 0 if it has."""
-
-    def are_full(group: Collection[MemoryContent], files_max: int, bytes_max: int) -> bool:
-        return len(group) >= files_max or sum(len(each.data) for each in group) + size > bytes_max
-
-    if are_full(others, FILES_MAX, BYTES_MAX):
+    sizes = [len(each.data) for each in others]
+    if len(sizes) >= FILES_MAX or sum(sizes) + size > BYTES_MAX:
         return errno.ENOSPC
-    own = [each for each in others if each.owner == owner]
-    if owner is not None and are_full(
-        own, EACH_UNPRIVILEGED_FILES_MAX, EACH_UNPRIVILEGED_BYTES_MAX
-    ):
-        return errno.EDQUOT
+    if owner is not None:
+        sizes = [len(each.data) for each in others if each.owner == owner]
+        is_full = len(sizes) >= EACH_UNPRIVILEGED_FILES_MAX
+        if is_full or sum(sizes) + size > EACH_UNPRIVILEGED_BYTES_MAX:
+            return errno.EDQUOT
     return 0

@@ -1,11 +1,8 @@
 """A guest's new home: after a migration, or after it was saved and restored, it has another domid.
 
 `follow_home` watches the node `domid`.  The kernel sets this watch again in the new store, so its first event
-tells of the new domid.  All that the mount keeps by path moves to the new home: open files, scratch files,
-sticky directories and watches.  Open transactions are lost: their users meet ESTALE.
-
-Between the resumption of the guest and that event the mount works by relative paths already
-(xenstore/home.py).  Only the home itself is missing.
+tells of the new domid.  All that the mount keeps by path moves to the new home.  Open transactions are lost:
+their users meet ESTALE.  Until that event the mount works by relative paths (xenstore/home.py).
 """
 
 from __future__ import annotations
@@ -24,8 +21,6 @@ from xsfs.xenstore.store import Store
 
 log = logging.getLogger(__name__)
 
-DOMID: Final = b"domid"
-
 RETRY_SECONDS: Final = 1.0
 
 
@@ -39,15 +34,24 @@ async def follow_home(
 
     on_move     called after each move
     """
+    table, store = operations.table, view.store
     try:
-        async with view.store.watch(DOMID) as events:
+        async with store.watch(b"domid") as events:
             async for _ in events:
-                domid = await _present_domid(view.store)
-                if domid not in (0, view.domid):
-                    log.warning("domain %d is domain %d now", view.domid, domid)
-                    _move(view, operations, domid)
-                    on_move()
-                    await transactions.roll_back_all()
+                domid = await _present_domid(store)
+                if domid in (0, view.domid):
+                    continue
+                log.warning("domain %d is domain %d now", view.domid, domid)
+                source = view.home
+                view.move_home(domid)
+                store.home.move(view.home)
+                store.watches.move(source, view.home)
+                view.sticky.move(source, view.home)
+                table.paths.clear()
+                table.open_files_of(view).move(source, view.home)
+                operations.move_handles(source, view.home)
+                on_move()
+                await transactions.roll_back_all()
     except StoreError as error:
         log.warning("xsfs will not notice a migration: %s", error)
 
@@ -67,15 +71,3 @@ async def _present_domid(store: Store) -> int:
             level = logging.DEBUG if error.during_outage else logging.WARNING
             log.log(level, "cannot read the domid, xsfs retries: %s", error)
             await trio.sleep(RETRY_SECONDS)
-
-
-def _move(view: View, operations: Operations, domid: int) -> None:
-    table = operations.table
-    source = view.home
-    view.move_home(domid)
-    view.store.home.move(view.home)
-    view.store.watches.move(source, view.home)
-    view.sticky.move(source, view.home)
-    table.paths.clear()
-    table.open_files_of(view).move(source, view.home)
-    operations.move_handles(source, view.home)

@@ -6,21 +6,21 @@ Below it are the kinds of files that every tree has, over the transaction's own 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
+import trio
 from pyfuse3 import EntryAttributes
 
 from xsfs.fs.directories import RootDirectory
 from xsfs.fs.dumps import SubtreeFile
-from xsfs.fs.generated import GeneratedDirectory, MirrorLink, TextFile, TextHandle
+from xsfs.fs.generated import GeneratedDirectory, MirrorLink, TextFile
 from xsfs.fs.inodes import InodeTable
 from xsfs.fs.nodes import Caller, Node, refuse
 from xsfs.fs.transactions import Transactions, TransactionView
 from xsfs.view.differences import differences
-from xsfs.view.names import NAME_MAX
 from xsfs.view.subtree import SubtreeText
-from xsfs.view.view import View
+from xsfs.view.view import NodeState, View
 from xsfs.xenstore import protocol
 
 
@@ -33,24 +33,18 @@ class ControlFile(TextFile):
     view: TransactionView
 
     def content(self) -> bytes:
-        return self.view.report()
+        view = self.view
+        transaction = view.commands.transaction
+        return (
+            f"started {view.started.isoformat(timespec='seconds')}\n"
+            f"idle {int(trio.current_time() - view.commands.used_at)}\n"
+            f"operations {transaction.requests}\n"
+            f"state {'open' if transaction.is_open else 'lost'}\n"
+        ).encode()
 
-    async def truncate(self, size: int) -> None:
-        """A shell truncates before it writes."""
-
-    async def open(self, flags: int, caller: Caller) -> ControlHandle:
-        return ControlHandle(self)
-
-
-class ControlHandle(TextHandle):
-    node: ControlFile
-
-    async def truncate(self, size: int) -> None:
-        """A shell truncates before it writes."""
-
-    async def write(self, offset: int, data: bytes) -> int:
-        root = self.node.parent
-        transactions = root.parent.transactions
+    async def accept(self, data: bytes) -> None:
+        root = self.parent
+        transactions = root.parent.parent.transactions
         word = data.strip()
         if word == b"commit":
             await root.open_files.settle_all()
@@ -60,7 +54,6 @@ class ControlHandle(TextHandle):
             await transactions.roll_back(root.view)
         else:
             refuse(errno.EINVAL)
-        return len(data)
 
 
 class DiffFile(SubtreeFile):
@@ -96,7 +89,7 @@ class TransactionRoot(RootDirectory):
 
     def __init__(self, table: InodeTable, view: View, parent: Node | None, name: bytes) -> None:
         assert isinstance(parent, TransactionsDirectory)
-        inside = parent.transactions.get(name)
+        inside = parent.parent.transactions.open.get(name)
         if inside is None:
             refuse(errno.ENOENT)
         super().__init__(table, inside, parent, name)
@@ -105,8 +98,8 @@ class TransactionRoot(RootDirectory):
         # Without a request: a listing of `.transaction` must not count as use of the transactions.
         return self.entry(0)
 
-    def getattr_by(self, pid: int) -> Coroutine[Any, Any, EntryAttributes]:
-        return self.getattr()
+    def attributes(self, state: NodeState) -> EntryAttributes:
+        return self.entry(0)
 
 
 class TransactionsDirectory(GeneratedDirectory):
@@ -115,47 +108,27 @@ class TransactionsDirectory(GeneratedDirectory):
     writable = True
 
     parent: MountRoot
-
-    @property
-    def transactions(self) -> Transactions:
-        return self.parent.transactions
-
-    async def lookup(self, name: bytes, pid: int) -> EntryAttributes:
-        root = self.child(name)
-        if root is None:
-            refuse(errno.ENOENT)
-        self.table.remember(root)
-        return root.entry(0)
+    child_kind = TransactionRoot
 
     def position_of(self, name: bytes) -> tuple[object, ...]:
         # It differs for each transaction, because the kernel may know nodes of one that has ended.
-        view = self.transactions.get(name)
-        return self.inode, name, view.number if view is not None else 0
+        view = self.parent.transactions.open.get(name)
+        return self.inode, name, view.number if view is not None else None
 
-    async def children(self) -> list[tuple[bytes, int]]:
-        return [(name, 0) for name in self.transactions.names()]
-
-    def child(self, name: bytes) -> TransactionRoot | None:
-        if self.transactions.get(name) is None:
-            return None
-        return self.table.node(TransactionRoot, self, name)
+    async def names(self) -> Sequence[bytes]:
+        return list(self.parent.transactions.open)
 
     async def make_directory(self, name: bytes, caller: Caller) -> EntryAttributes:
         if not protocol.is_name(name):
             refuse(errno.EINVAL)
-        if len(name) > NAME_MAX:
-            refuse(errno.ENAMETOOLONG)
-        await self.transactions.begin(name, caller)
+        await self.parent.transactions.begin(name, caller)
         return await self.lookup(name, 0)
 
     async def rmdir(self, name: bytes) -> None:
-        view = self.transactions.get(name)
+        view = self.parent.transactions.open.get(name)
         if view is None:
             refuse(errno.ENOENT)
-        await self.transactions.roll_back(view)
-
-    async def unlink(self, name: bytes) -> None:
-        refuse(errno.EISDIR if self.transactions.get(name) is not None else errno.ENOENT)
+        await self.parent.transactions.roll_back(view)
 
 
 class MountRoot(RootDirectory):

@@ -1,24 +1,20 @@
 """Open transactions: the view, the commands and the end of each (see transaction_dirs.py).
 
-A `Transactions` owns the table of open transactions by name.  It owns a task for each, which ends a
-transaction that is idle for too long or has lost its connection.  Only the tasks that handle FUSE requests
-and these tasks touch it.
+A `Transactions` owns the table of transactions by name, and a task for each, which ends a transaction that is
+idle for too long or has lost its connection.  Only these tasks and those of FUSE requests touch the table.
 
 Invariants:
 
-- A name is taken from before its transaction is started until after its end.  So no other transaction of
-  this name can start meanwhile.
+- A name is taken until its transaction's connection is closed.  Two mkdir(2) of one name take turns, because
+  the kernel sends one MKDIR of a directory at a time.
 - Each has a connection, a view and commands of its own, and all nodes below share the view.  Once the view
   has `ended`, operations on these nodes, and on files open on them, fail with ESTALE.  The next transaction
-  of that name has other nodes, with other inode numbers.
-- xsfs does not notify the kernel of an end.  The kernel asks whenever a process names the directory.  A
-  notification would wait for each process that creates, removes or looks up a file beside it.  If xsfs were
-  killed then, the two would wait for each other.
-- The end happens once: the first task that calls `end` carries it out, and then closes the connection.  That
-  ends even a transaction that the daemon refuses to end.
-- Within a transaction one pipeline, or one change made of several, is under way at a time, in the order in
-  which the requests came.  So appending, O_EXCL and rename are atomic among its users, too, and a commit
-  comes after everything that was written before.
+  of that name has other inode numbers.
+- The first task that ends a transaction closes the connection afterwards.  That ends even a transaction that
+  the daemon refuses to end.
+- Within a transaction one pipeline, or one change made of several, is under way at a time, in the order of
+  the requests.  So appending, O_EXCL and rename are atomic among its users, too, and a commit comes after
+  everything that was written before.
 """
 
 from __future__ import annotations
@@ -28,6 +24,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from itertools import count
 from typing import Final
 
 import trio
@@ -89,13 +86,16 @@ class TransactionView(View):
 
     commands: SharedTransaction
 
-    def __init__(self, outer: View, transaction: Transaction, name: bytes, number: int) -> None:
-        """`number` differs for each transaction of the mount."""
+    def __init__(
+        self, outer: View, transaction: Transaction, name: bytes, number: int, caller: Caller
+    ) -> None:
+        """`number` differs for each transaction of the mount.  `caller` has started it."""
         sticky = StickyDirectories(outer.sticky)
         super().__init__(outer.store, outer.domid, outer.root, outer.value_format, sticky)
         self.name = name
         self.log_prefix = name + b":"
         self.number = number
+        self.caller = caller
         self.outer = outer
         self.commands = SharedTransaction(transaction)
         self.touched = TouchedPaths(outer.home)
@@ -110,18 +110,7 @@ class TransactionView(View):
             if last is not None:
                 await transaction.call(last)
 
-    async def atomically_apart(self, work: Work) -> None:
-        await self.atomically(work)
-
-    def report(self) -> bytes:
-        """The content of `.control`."""
-        transaction = self.commands.transaction
-        return (
-            f"started {self.started.isoformat(timespec='seconds')}\n"
-            f"idle {int(trio.current_time() - self.commands.used_at)}\n"
-            f"operations {transaction.requests}\n"
-            f"state {'open' if transaction.is_open else 'lost'}\n"
-        ).encode()
+    atomically_apart = atomically
 
 
 class Transactions:
@@ -134,41 +123,32 @@ class Transactions:
         self._nursery = nursery
         self._outer = outer
         self._idle_seconds = idle_seconds
-        self._callers: dict[bytes, Caller] = {}
-        """The names that are taken, and the callers that have begun these transactions."""
         self._views: dict[bytes, TransactionView] = {}
-        """The open transactions."""
-        self._begun = 0
+        """The transactions that are open, or whose end is under way."""
+        self._numbers = count()
 
-    def names(self) -> list[bytes]:
-        return list(self._views)
-
-    def get(self, name: bytes) -> TransactionView | None:
-        """The open transaction of this name."""
-        return self._views.get(name)
+    @property
+    def open(self) -> dict[bytes, TransactionView]:
+        """The open transactions by name."""
+        return {name: view for name, view in self._views.items() if not view.ended}
 
     async def begin(self, name: bytes, caller: Caller) -> None:
         """Start the transaction.  FUSEError EEXIST, ENOSPC; StoreError."""
-        if name in self._callers:
+        if name in self._views:
             refuse(errno.EEXIST)
         if self._full_for(caller):
             refuse(errno.ENOSPC)
-        self._callers[name] = caller
-        try:
-            transaction = await self._outer.begin()
-        except BaseException:
-            del self._callers[name]
-            raise
-        self._begun += 1
-        view = self._views[name] = TransactionView(self._outer, transaction, name, self._begun)
+        transaction = await self._outer.begin()
+        view = TransactionView(self._outer, transaction, name, next(self._numbers), caller)
+        self._views[name] = view
         self._nursery.start_soon(self._await_end, view)
 
     def _full_for(self, caller: Caller) -> bool:
-        if len(self._callers) >= OPEN_MAX:
+        if len(self._views) >= OPEN_MAX:
             return True
         if not caller.unprivileged:
             return False
-        uids = [each.uid for each in self._callers.values() if each.unprivileged]
+        uids = [each.caller.uid for each in self._views.values() if each.caller.unprivileged]
         return len(uids) >= UNPRIVILEGED_MAX or uids.count(caller.uid) >= EACH_UNPRIVILEGED_MAX
 
     async def commit(self, view: TransactionView) -> None:
@@ -204,14 +184,13 @@ class Transactions:
         async with view.commands.lock:
             if view.ended:
                 raise TransactionEnded("the transaction has ended")
-            del self._views[view.name]
             view.end()
         # From here on every other request fails with ESTALE.
         try:
             yield
         finally:
             self._outer.store.abandon(view.commands.transaction)
-            del self._callers[view.name]
+            del self._views[view.name]
 
     async def _await_end(self, view: TransactionView) -> None:
         """Wait until it has ended, and end it if it is idle for too long or its connection is gone."""

@@ -105,7 +105,7 @@ class WatchFile(FileOfDirectory):
     """`.watch` of a directory.  It ignores transactions, as watches do."""
 
     async def getattr(self) -> EntryAttributes:
-        await self.require_node()
+        await self.parent.require_present()
         return self.entry(0)
 
     async def open(self, flags: int, caller: Caller) -> WatchHandle:

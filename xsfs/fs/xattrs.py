@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 DOMID_LIMIT: Final = 0xFFFFFFFF
 """The daemons keep a domid in 32 bits."""
 
-ATTRIBUTE_MAX: Final = 4096
-"""No permissions and no value are longer in a request."""
-
-
 PERMS_NAME: Final = b"user.xs.perms"
 PATH_NAME: Final = b"user.xs.path"
 VALUE_ATTRIBUTE_NAME: Final = b"user.xs.value"
@@ -67,14 +63,12 @@ class XenstoreNode(Node):
     @property
     def always_there(self) -> bool:
         """Whether it is shown even if its node does not exist."""
-        return False
+        return self.view.is_always_there(self.path)
 
     def seen(self, fingerprint: int) -> int:
-        """The time in nanoseconds at which xsfs first saw the present value, or list of children, of which
-        this is a hash.
+        """The time in nanoseconds at which xsfs first saw the value, or list of children, of this hash.
 
-        Xenstore keeps no times.  A constant one would make rsync, make and editors take a changed value for
-        an unchanged one.
+        Xenstore keeps no times.  With a constant one rsync, make and editors would miss changed values.
         """
         if fingerprint != self._fingerprint:
             self._fingerprint = fingerprint
@@ -109,18 +103,23 @@ class XenstoreNode(Node):
         async with self._settled():
             if name == PATH_NAME:
                 return self.path
+            call = self.view.commands.call
             if name == PERMS_NAME:
-                return perms_text(await self.view.commands.call(protocol.get_perms(self.path)))
-            return await self.view.commands.call(protocol.read(self.path))
+                return perms_text(await call(protocol.get_perms(self.path)))
+            return await call(protocol.read(self.path))
 
     async def setxattr(self, name: bytes, value: bytes) -> None:
         if name not in ATTRIBUTES:
             refuse(errno.EOPNOTSUPP)
         if name == PATH_NAME:
             refuse(errno.EPERM)
-        if len(value) > ATTRIBUTE_MAX:
+        if len(value) > self.view.commands.payload_max:
             refuse(errno.E2BIG)
-        perms = await permissions_to_set(self.view, value) if name == PERMS_NAME else None
+        perms: Permissions | None = None
+        if name == PERMS_NAME:
+            # setfattr and scripts may leave a newline or a NUL at the end.
+            text = value.rstrip(b"\n\0").decode("ascii", "replace")
+            perms = await permissions_of(self.view, text)
         if (found := self.in_memory) is not None:
             file, memory = found
             async with file.changing():
@@ -169,8 +168,23 @@ class XenstoreNode(Node):
             memory.set_perms(None)
             return
         async with self._settled():
-            await _inherit_perms(self)
+            await self.view.atomically(self._inherit_perms)
         self.was_written()
+
+    async def _inherit_perms(self, commands: Commands) -> Request | None:
+        """Set the permissions of the parent.  The owner stays: a guest cannot change it, and in domain 0 the
+        guest must not lose it."""
+        path = self.path
+        if path == b"/":
+            refuse(errno.EPERM)
+        present = perms_text(await commands.call(protocol.get_perms(path)))
+        parent = perms_text(await commands.call(protocol.get_perms(parent_path(path))))
+        owner = present.partition(b",")[0][1:]
+        first, comma, others = parent.partition(b",")
+        wanted = first[:1] + owner + comma + others
+        if wanted == present:
+            return None
+        return set_perms(path, await permissions_of(self.view, wanted.decode()))
 
     @asynccontextmanager
     async def _settled(self) -> AsyncIterator[None]:
@@ -194,24 +208,16 @@ class FileOfDirectory(Node):
     parent: Directory
 
     @property
-    def directory(self) -> Directory:
-        return self.parent
-
-    @property
     def path(self) -> bytes:
-        return self.directory.path
+        return self.parent.path
 
     @property
     def label(self) -> bytes:
         return join(super().label, self.name)
 
-    async def require_node(self) -> None:
-        """Fail with ESTALE if the directory's node does not exist."""
-        await self.directory.require_present()
-
 
 async def permissions_of(view: View, text: str) -> Permissions:
-    """The permissions `n0,r7` as they may be sent to the daemon.  Fails with EINVAL if they may not."""
+    """The permissions `n0,r7`.  Fails with EINVAL if they must not be sent to the daemon."""
     try:
         perms = parse_permissions(text)
     except ValueError:
@@ -221,33 +227,3 @@ async def permissions_of(view: View, text: str) -> Permissions:
     if any(entry.is_reserved for entry in perms) and await view.has_features():
         refuse(errno.EINVAL)
     return perms
-
-
-async def permissions_to_set(view: View, value: bytes) -> Permissions:
-    """The permissions that `user.xs.perms` is set to.  Fails with EINVAL if no node may have them."""
-    try:
-        # setfattr and scripts may leave a newline or a NUL at the end.
-        text = value.rstrip(b"\n\0").decode("ascii")
-    except UnicodeDecodeError:
-        refuse(errno.EINVAL)
-    return await permissions_of(view, text)
-
-
-async def _inherit_perms(node: XenstoreNode) -> None:
-    """Give a node the permissions of its parent.  The owner stays, because a guest cannot change it, and in
-    domain 0 the guest must not lose it."""
-    path = node.path
-    if path == b"/":
-        refuse(errno.EPERM)
-
-    async def work(commands: Commands) -> Request | None:
-        present = perms_text(await commands.call(protocol.get_perms(path)))
-        parent = perms_text(await commands.call(protocol.get_perms(parent_path(path))))
-        owner = present.partition(b",")[0][1:]
-        first, comma, others = parent.partition(b",")
-        wanted = first[:1] + owner + comma + others
-        if wanted == present:
-            return None
-        return set_perms(path, await permissions_to_set(node.view, wanted))
-
-    await node.view.atomically(work)
