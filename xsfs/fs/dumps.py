@@ -142,7 +142,11 @@ class SubtreeHandle(Handle):
             # The next request of a reader beside a walk is served soon: a read takes 0.3 ms in the median,
             # and 1.8 ms if each of its requests has to wait for a turn of the walk.
             with node.table.kernel.not_under_way():
-                made = await node.make_text(self._check)
+                path = node.path
+                while (made := await node.make_text(self._check)) is None:
+                    if not await node.parent.was_renamed(path):
+                        break
+                    path = node.path
             if made is not None:
                 self._text, self._error = made
             elif not node.parent.always_there:
