@@ -1,13 +1,5 @@
 """The client for programs without trio: the operations of `xsfs.Store` as plain functions that block.
 
-    with xsfs.sync.open_store() as store:
-        name = store.read("name")
-        with store.transaction() as tx:
-            tx.write("data/n", tx.read_integer("data/n") + 1)
-        with store.watch("data", timeout=60) as events:
-            for path in events:
-                ...
-
 `open_store` starts a thread, in which trio runs an `xsfs.Store`.  A `_Portal` runs each operation there while
 the calling thread waits.  Any thread may call, and several at once.  When the block of `open_store` ends, so
 does the thread, and the operations of other threads raise ConnectionLost.
@@ -17,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from threading import Thread
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import trio
 
@@ -35,6 +27,7 @@ from xsfs.xenstore.watches import Subscription
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
+Client = TypeVar("Client", bound=Commands)
 
 
 class _Portal:
@@ -82,21 +75,21 @@ class _Portal:
 
 def _blocking(
     method: Callable[Concatenate[Any, P], Coroutine[Any, Any, Result]],
-) -> Callable[Concatenate[SyncCommands, P], Result]:
+) -> Callable[Concatenate[SyncCommands[Any], P], Result]:
     """The method as one that blocks."""
 
     @wraps(method)
-    def call(self: SyncCommands, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+    def call(self: SyncCommands[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
         own: Callable[P, Awaitable[Result]] = getattr(self._commands, method.__name__)
         return self._portal.run(partial(own, *args, **kwargs))
 
     return call
 
 
-class SyncCommands:
+class SyncCommands(Generic[Client]):
     """The operations of `SyncStore` and `SyncTransaction`, with the arguments and results of `xsfs.Store`."""
 
-    def __init__(self, portal: _Portal, commands: Commands) -> None:
+    def __init__(self, portal: _Portal, commands: Client) -> None:
         self._portal = portal
         self._commands = commands
 
@@ -127,7 +120,7 @@ class SyncCommands:
             yield from nodes
 
 
-class SyncTransaction(SyncCommands):
+class SyncTransaction(SyncCommands[Transaction]):
     """A transaction.  Made by `SyncStore.transaction` and `SyncStore.atomically`."""
 
     commit = _blocking(Transaction.commit)
@@ -135,21 +128,12 @@ class SyncTransaction(SyncCommands):
 
 
 class SyncWatch:
-    """The events of one or more nodes and all below them.  Iterate over it, or use `wait`.
+    """The events of one or more nodes and all below them.  Iterate over it, or use `wait`."""
 
-    timeout     the seconds without an event after which an iteration ends; None if it never ends
-    """
-
-    def __init__(
-        self,
-        portal: _Portal,
-        subscriptions: Iterable[Subscription],
-        arrived: trio.lowlevel.ParkingLot,
-        timeout: float | None,
-    ) -> None:
+    def __init__(self, portal: _Portal, timeout: float | None) -> None:
         self._portal = portal
-        self._subscriptions = deque(subscriptions)
-        self._arrived = arrived
+        self._subscriptions: deque[Subscription] = deque()
+        self._arrived = trio.lowlevel.ParkingLot()
         self.timeout = timeout
 
     def wait(self, timeout: float | None = None) -> bytes | None:
@@ -174,17 +158,13 @@ class SyncWatch:
         return None if ready is None else await anext(ready)
 
 
-class SyncStore(SyncCommands):
+class SyncStore(SyncCommands[Store]):
     """Xenstore as it is.  Made by `xsfs.sync.open_store`."""
-
-    def __init__(self, portal: _Portal, store: Store) -> None:
-        super().__init__(portal, store)
-        self._store = store
 
     @contextmanager
     def transaction(self) -> Iterator[SyncTransaction]:
         """As `xsfs.Store.transaction`."""
-        with self._portal.entered(self._store.transaction()) as transaction:
+        with self._portal.entered(self._commands.transaction()) as transaction:
             yield SyncTransaction(self._portal, transaction)
 
     def atomically(self, work: Callable[[SyncTransaction], Result]) -> Result:
@@ -197,7 +177,7 @@ class SyncStore(SyncCommands):
             own = SyncTransaction(self._portal, transaction)
             return await trio.to_thread.run_sync(work, own)
 
-        return self._portal.run(partial(self._store.atomically, work_in_thread))
+        return self._portal.run(partial(self._commands.atomically, work_in_thread))
 
     @contextmanager
     def watch(self, *paths: Path, timeout: float | None = None) -> Iterator[SyncWatch]:
@@ -208,16 +188,15 @@ class SyncStore(SyncCommands):
         The first event of each node comes immediately.  An event is the path of the changed node, in the form
         (absolute, relative) in which the path of the watched node is given.
         """
-        arrived = trio.lowlevel.ParkingLot()
-
-        def watching(path: Path) -> AbstractAsyncContextManager[Subscription]:
-            return self._store.watches.watching(encode_path(path), arrived.unpark_all)
-
+        events = SyncWatch(self._portal, timeout)
         with ExitStack() as stack:
-            subscriptions = [
-                stack.enter_context(self._portal.entered(watching(path))) for path in paths
-            ]
-            yield SyncWatch(self._portal, subscriptions, arrived, timeout)
+            for path in paths:
+                watching = self._commands.watches.watching(
+                    encode_path(path), events._arrived.unpark_all
+                )
+                subscription = stack.enter_context(self._portal.entered(watching))
+                events._subscriptions.append(subscription)
+            yield events
 
 
 @contextmanager
@@ -228,11 +207,10 @@ def open_store(
     portal = _Portal()
     opened: Future[Store] = Future()
     scope = trio.CancelScope()
-    is_over = False
 
     async def serve() -> None:
         portal.token = trio.lowlevel.current_trio_token()
-        if is_over:
+        if not opened.set_running_or_notify_cancel():
             return
         with scope:
             async with asynchronous.open_store(path, timeout=timeout, connect=connect) as store:
@@ -253,8 +231,7 @@ def open_store(
         thread.start()
         yield SyncStore(portal, opened.result())
     finally:
-        # Ctrl-C may come when the thread has just been started.  One of the two sees what the other has set.
-        is_over = True
+        opened.cancel()  # if Ctrl-C came before trio runs
         portal.run_soon(scope.cancel)
         if thread.is_alive():
             thread.join()

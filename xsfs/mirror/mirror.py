@@ -49,7 +49,7 @@ import trio
 
 from xsfs.mirror.reconcile import GONE, FetchedNode, Reconciler, WorkQueue
 from xsfs.mirror.staging import MirrorDirectory, Steps
-from xsfs.view.names import shown_names
+from xsfs.view.names import join, shown_names
 from xsfs.view.view import View, home_of, interpret, requests_for
 from xsfs.xenstore.background import BackgroundCall, open_background
 from xsfs.xenstore.connection import Reply
@@ -285,7 +285,7 @@ class Mirror:
     def _is_inside(self, path: bytes) -> bool:
         """Whether the path of an event is in the tree: a broken store may send any."""
         root = self._view.root
-        if path != root and not path.startswith(root if root == b"/" else root + b"/"):
+        if not (path + b"/").startswith(join(root, b"")):
             return False
         if root == b"/" and path.startswith(b"/@"):
             return False  # as in a listing (names.is_shown)

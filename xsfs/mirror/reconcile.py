@@ -66,10 +66,12 @@ class Reconciler:
     def contradicts(self, path: bytes) -> bool:
         """Whether the files may contradict what the sticky directories say of a node by now: that it is a
         directory, or that its `.value` was made."""
-        place = self.place(path)
-        if self._files.kind(place) != stat.S_IFDIR:
-            # Perhaps it is on its way from the staging directory.
+        if self._files.moves:
             return True
+        place = self.place(path)
+        kind = self._files.kind(place)
+        if kind != stat.S_IFDIR:
+            return kind == stat.S_IFREG and path in self._view.sticky
         value = self._files.read(os.path.join(place, VALUE_NAME))
         # A `.value` that is not empty is shown whatever is known.
         is_empty = value is None or not value[0]
