@@ -294,7 +294,6 @@ class Walk:
         """Those with names to ask about, in the order of the text from the last one on."""
         self._text = bytearray()
         self._size = 0
-        self._turn_end = 0.0
 
     async def run(self) -> SubtreeText | None:
         """The text; None if the first node does not exist.
@@ -349,11 +348,12 @@ class Walk:
         end = len(self._runs)
         each = iter(replies)
         perms_of_each = each if len(self._format.asks) == 3 else repeat(b"")
+        turn_end = perf_counter() + TURN_SECONDS
         answers = zip(window, each, each, perms_of_each, strict=False)
         for (run, path), value, listing, perms in answers:
-            if perf_counter() > self._turn_end:
+            if perf_counter() > turn_end:
                 await trio.lowlevel.checkpoint()
-                self._turn_end = perf_counter() + TURN_SECONDS
+                turn_end = perf_counter() + TURN_SECONDS
             if isinstance(listing, XenstoreError) and listing.name == "E2BIG":
                 listing = await self._long_listing(path)
             if type(value) is bytes and type(listing) is bytes and type(perms) is bytes:
