@@ -412,6 +412,19 @@ def test_a_line_in_two_writes_and_without_a_newline(
     assert sorted(os.listdir(box)) == ["x", "y"]
 
 
+def test_a_dump_that_is_opened_for_both_reads_what_was_there(
+    place: Place, witness: XsClient, box: Path
+) -> None:
+    top = node_of(place, box)
+    witness.write(f"{top}/x", b"1")
+    file = os.open(box / ".dump", os.O_RDWR)
+    os.write(file, b'{"path": "y", "value": "2"}\n')
+    lines = os.pread(file, 1 << 16, 0).splitlines()
+    os.close(file)
+    assert [json.loads(line)["path"] for line in lines] == [".", "x"]
+    assert witness.read(f"{top}/y") == b"2"
+
+
 def test_lines_longer_than_a_write(place: Place, witness: XsClient, box: Path) -> None:
     value = bytes(range(1, 32)) * 60
     line = json.dumps({"path": "x", "value": value.decode()}).encode() + b"\n"

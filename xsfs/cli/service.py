@@ -25,11 +25,10 @@ def notify(*assignments: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
-    if address.startswith("@"):  # an abstract one: unix(7)
-        address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect(address)
+            # An abstract address begins with NUL: unix(7).
+            sock.connect("\0" + address[1:] if address.startswith("@") else address)
             sock.send("\n".join(assignments).encode())
     except OSError as error:
         log.warning("cannot notify the service manager: %s", error)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(slots=True, frozen=True)
-class Ownership:
+class Ownership(NamedTuple):
     """The owner of all files, and the permission bits that are removed from their modes."""
 
     uid: int

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import cycle, repeat
 from time import perf_counter
-from typing import ClassVar, Final, NamedTuple, TypeAlias
+from typing import ClassVar, Final, NamedTuple
 
 import trio
 
@@ -224,37 +224,45 @@ def is_complete(text: bytes) -> bool:
 
 # ----------------------------------------------------------------------------------------- walk
 
-PIECE_MAX: Final = 64 << 10
-"""How long a piece of text may be before the next one starts: joining one takes no time worth a turn."""
 
-Piece: TypeAlias = "bytearray | XenstoreError | list[Piece]"
-"""A part of the text, nested as the tree is.  The text ends before an error."""
+@dataclass(slots=True)
+class _Segment:
+    """A part of the text, and the one that follows it.
+
+    closed      whether nothing is added to it any more
+    error       what ends the text after it
+    """
+
+    following: _Segment | None = None
+    text: bytearray = field(default_factory=bytearray)
+    closed: bool = False
+    error: XenstoreError | None = None
 
 
 @dataclass(slots=True)
 class _Run:
-    """Siblings that the walk has not asked about yet, and the text of their parent's children.
+    """Siblings.
 
     prefix      the parent's path and a slash; empty for the first node of the walk
     separator   what comes before the text of the next node
-    start       how many of the names the walk has asked about
-    pieces      the text; `text` is the last one
+    segment     the part of the text to which they add
+    asked       how many of the names the walk has asked about
+    added       how many of them are in the text, or left out
     """
 
     prefix: bytes
     names: Sequence[bytes]
     separator: bytes
-    start: int = 0
-    text: bytearray = field(default_factory=bytearray)
-    pieces: list[Piece] = field(default_factory=list)
+    segment: _Segment
+    asked: int = 0
+    added: int = 0
 
-    def __post_init__(self) -> None:
-        self.pieces.append(self.text)
-
-    def insert(self, *pieces: Piece) -> None:
-        """Add these.  The text goes on in a new piece."""
-        self.text = bytearray()
-        self.pieces += (*pieces, self.text)
+    def split(self, end: bytes = b"") -> _Segment:
+        """Go on in a new segment, which begins with `end`.  Returns the one before."""
+        before = self.segment
+        before.closed = True
+        before.following = self.segment = _Segment(before.following, bytearray(end))
+        return before
 
 
 Window = list[tuple[_Run, bytes]]
@@ -281,10 +289,11 @@ class Walk:
         self._format = text_format
         self._view = text_format.view
         self._before_window = before_window
-        self._runs: list[_Run] = []
-        """In the order of the text; the last one comes next."""
+        self._first: _Segment | None = _Segment()
+        self._runs = [_Run(b"", (text_format.top,), b"", self._first)]
+        """Those with names to ask about, in the order of the text from the last one on."""
+        self._text = bytearray()
         self._size = 0
-        self._turn_end = 0.0
 
     async def run(self) -> SubtreeText | None:
         """The text; None if the first node does not exist.
@@ -302,13 +311,12 @@ class Walk:
             self._view.store.walks -= 1
 
     async def _walk(self) -> SubtreeText:
-        top = _Run(b"", (self._format.top,), b"")
-        self._runs.append(top)
+        error = None
         pipelines = self._view.commands.pipelines()
         turns = cycle(pipelines)
         async with open_background() as nursery:
             asked: deque[tuple[Window, BackgroundCall[list[Reply]]]] = deque()
-            while self._runs or asked:
+            while self._first is not None:
                 # The store replies to the next windows while this task works on one.
                 while self._runs and len(asked) < self._windows_max(len(pipelines)):
                     self._before_window(self._size)
@@ -318,7 +326,8 @@ class Walk:
                     asked.append((window, call))
                 window, call = asked.popleft()
                 await self._add_window(window, await call.result())
-        return await self._joined(top.pieces)
+                error = self._flush()
+        return SubtreeText(self._text, error)
 
     def _windows_max(self, connections: int) -> int:
         store = self._view.store
@@ -328,9 +337,9 @@ class Walk:
         window: Window = []
         while self._runs and len(window) < WINDOW:
             run = self._runs[-1]
-            end = run.start + WINDOW - len(window)
-            window += [(run, run.prefix + name) for name in run.names[run.start : end]]
-            run.start = end
+            end = run.asked + WINDOW - len(window)
+            window += [(run, run.prefix + name) for name in run.names[run.asked : end]]
+            run.asked = end
             if end >= len(run.names):
                 self._runs.pop()
         return window
@@ -339,9 +348,12 @@ class Walk:
         end = len(self._runs)
         each = iter(replies)
         perms_of_each = each if len(self._format.asks) == 3 else repeat(b"")
+        turn_end = perf_counter() + TURN_SECONDS
         answers = zip(window, each, each, perms_of_each, strict=False)
         for (run, path), value, listing, perms in answers:
-            await self._give_turn()
+            if perf_counter() > turn_end:
+                await trio.lowlevel.checkpoint()
+                turn_end = perf_counter() + TURN_SECONDS
             if isinstance(listing, XenstoreError) and listing.name == "E2BIG":
                 listing = await self._long_listing(path)
             if type(value) is bytes and type(listing) is bytes and type(perms) is bytes:
@@ -349,8 +361,11 @@ class Walk:
                 if listing:
                     self._runs.insert(end, self._child(run, path, value, listing))
             else:
-                errors = (each for each in (value, perms, listing) if not isinstance(each, bytes))
+                errors = (it for it in (value, perms, listing) if not isinstance(it, bytes))
                 self._fail(run, path, next(errors))
+            run.added += 1
+            if run.added == len(run.names):
+                run.segment.closed = True
 
     async def _long_listing(self, path: bytes) -> Reply:
         try:
@@ -361,10 +376,9 @@ class Walk:
     def _child(self, run: _Run, path: bytes, value: bytes, listing: bytes) -> _Run:
         """The run of a node's children, whose text comes next in the node's own run."""
         names = self._format.shown(path, listing)
-        child = _Run(join(path, b""), names, self._format.separator if value else b"")
-        run.insert(child.pieces)
-        run.text += self._format.end(path)
-        return child
+        before = run.split(self._format.end(path))
+        before.following = inner = _Segment(run.segment, closed=not names)
+        return _Run(join(path, b""), names, self._format.separator if value else b"", inner)
 
     def _fail(self, run: _Run, path: bytes, error: XenstoreError) -> None:
         """A node cannot be shown."""
@@ -373,32 +387,22 @@ class Walk:
         text = self._format.unreadable(path)
         if error.name == "EACCES" and text is not None:
             self._put(run, text)
-            run.insert(error)
+            run.split().error = error
 
     def _put(self, run: _Run, text: bytes) -> None:
-        if len(run.text) > PIECE_MAX:
-            run.insert()
-        run.text += run.separator + text
+        run.segment.text += run.separator + text
         self._size += len(run.separator) + len(text)
         run.separator = self._format.separator
 
-    async def _joined(self, pieces: list[Piece]) -> SubtreeText:
-        """The whole text.  It takes no more memory than the pieces, which vanish."""
-        text = bytearray()
-        left: list[Piece] = [pieces]
-        while left:
-            piece = left.pop()
-            if isinstance(piece, XenstoreError):
-                return SubtreeText(text, piece)
-            if isinstance(piece, list):
-                left += reversed(piece)
-                piece.clear()
-            else:
-                text += piece
-            await self._give_turn()
-        return SubtreeText(text, None)
-
-    async def _give_turn(self) -> None:
-        if perf_counter() > self._turn_end:
-            await trio.lowlevel.checkpoint()
-            self._turn_end = perf_counter() + TURN_SECONDS
+    def _flush(self) -> XenstoreError | None:
+        """Move what is complete to the text.  Returns the error that ends it, if any."""
+        while (segment := self._first) is not None:
+            self._text += segment.text
+            segment.text.clear()
+            if segment.error is not None:
+                self._first = None
+                return segment.error
+            if not segment.closed:
+                break
+            self._first = segment.following
+        return None
