@@ -184,11 +184,11 @@ class Record(NamedTuple):
         return RECORD_HEADER + RECORD_ENTRY * len(self.perms) + len(self.value) + len(self.children)
 
     def with_child(self, name: bytes) -> Record:
-        return self._replace(children=b"%b%b\0" % (self.children, name))
+        return Record(self.value, self.perms, b"%b%b\0" % (self.children, name))
 
     def without_child(self, name: bytes) -> Record:
         """Refused (EIO) if there is no such child."""
         before, found, after = (b"\0" + self.children).partition(b"\0%b\0" % name)
         if not found:
             raise Refused("EIO")
-        return self._replace(children=(before + b"\0" + after)[1:])
+        return Record(self.value, self.perms, (before + b"\0" + after)[1:])
