@@ -7,7 +7,6 @@ in the order of their creation, because xenstored lists them in that order.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 ROOT: Final = b"/"
@@ -89,14 +88,6 @@ def absolute(path: bytes, domid: int) -> bytes:
 def parent_of(path: bytes) -> bytes:
     """The root's parent is the root."""
     return path.rpartition(b"/")[0] or ROOT
-
-
-def at_and_above(path: bytes) -> Iterator[bytes]:
-    """The path, its parent, and so on to the root."""
-    yield path
-    while path != ROOT:
-        path = parent_of(path)
-        yield path
 
 
 def name_of(path: bytes) -> bytes:
