@@ -194,8 +194,8 @@ def test_a_request_too_long_ends_the_connection_and_no_other() -> None:
 
 
 def test_clients_that_flood_leave_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reading of the clock takes most of a turn."""
-    ticks = itertools.count(0.0, server.TURN / 1.25)
+    """Each reading of the clock takes as long as a fifth of the time that one round may last."""
+    ticks = itertools.count(0.0, server.TURN / 5)
     monkeypatch.setattr(server, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
     async def test() -> None:

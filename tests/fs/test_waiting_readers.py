@@ -305,6 +305,23 @@ def test_children_that_share_one_directory(box: Path) -> None:
         )
 
 
+def test_a_child_reads_one_file_and_the_opener_of_both_another(box: Path) -> None:
+    (box / "other").mkdir()
+    script = """
+        exec 3< "$0/.watch" 4< "$0/other/.watch"
+        cat <&4 > /dev/null & echo $!
+        while read -r path <&3; do :; done
+    """
+    with program("sh", "-c", script, box) as shell:
+        child = int(shell.lines.next())
+        assert until(partial(waits_for_xsfs, child))
+        assert until(lambda: waits(shell))
+        time.sleep(WAITED)
+        os.kill(child, signal.SIGTERM)
+        assert until(lambda: not waits_for_xsfs(child), SOON)
+        assert waits(shell)
+
+
 def test_two_readers_of_one_open_file(box: Path) -> None:
     """The second waits for the first in the kernel, and no signal can reach it there."""
     with program("sh", "-c", 'exec 3< "$0"; cat <&3 & cat <&3 & wait', box / ".watch") as shell:

@@ -118,7 +118,7 @@ class Database:
                     tx.failed = True
                 raise Refused("ENOSPC")
         for path, record in changed.items():
-            record = record._replace(generation=next(self._generations))
+            record = Record(record.value, record.perms, record.children, next(self._generations))
             if tx is None:
                 self._records[path] = record
             else:
@@ -148,7 +148,7 @@ class Database:
         if record is None:
             self._create(domid, path, value, tx)
         else:
-            self._store(domid, {path: record._replace(value=value)}, tx)
+            self._store(domid, {path: Record(value, record.perms, record.children)}, tx)
             self._notify(path, False, tx, record.perms)
 
     def mkdir(self, domid: int, path: bytes, tx: Tx = None) -> None:
@@ -195,7 +195,7 @@ class Database:
         old = record.perms
         if domid != DOM0 and owner.domid != old[0].domid:
             raise Refused("EPERM")
-        self._store(domid, {path: record._replace(perms=perms)}, tx)
+        self._store(domid, {path: Record(record.value, perms, record.children)}, tx)
         self._count(old[0].domid, -1, tx)
         self._count(owner.domid, 1, tx)
         self._notify(path, False, tx, old, perms)

@@ -7,7 +7,6 @@ in the order of their creation, because xenstored lists them in that order.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 ROOT: Final = b"/"
@@ -89,14 +88,6 @@ def absolute(path: bytes, domid: int) -> bytes:
 def parent_of(path: bytes) -> bytes:
     """The root's parent is the root."""
     return path.rpartition(b"/")[0] or ROOT
-
-
-def at_and_above(path: bytes) -> Iterator[bytes]:
-    """The path, its parent, and so on to the root."""
-    yield path
-    while path != ROOT:
-        path = parent_of(path)
-        yield path
 
 
 def name_of(path: bytes) -> bytes:
@@ -184,11 +175,11 @@ class Record(NamedTuple):
         return RECORD_HEADER + RECORD_ENTRY * len(self.perms) + len(self.value) + len(self.children)
 
     def with_child(self, name: bytes) -> Record:
-        return self._replace(children=b"%b%b\0" % (self.children, name))
+        return Record(self.value, self.perms, b"%b%b\0" % (self.children, name))
 
     def without_child(self, name: bytes) -> Record:
         """Refused (EIO) if there is no such child."""
         before, found, after = (b"\0" + self.children).partition(b"\0%b\0" % name)
         if not found:
             raise Refused("EIO")
-        return self._replace(children=(before + b"\0" + after)[1:])
+        return Record(self.value, self.perms, (before + b"\0" + after)[1:])

@@ -23,13 +23,14 @@ from xsfs.embedded.database import Database
 from xsfs.embedded.domains import DOM0, DOMID_LIMIT, Change, Domain
 from xsfs.embedded.record import (
     PATH_MAX,
+    ROOT,
     Record,
     Refused,
     absolute,
-    at_and_above,
     format_perms,
     home_of,
     is_path,
+    parent_of,
     unsigned,
 )
 from xsfs.embedded.transaction import DatabaseTransaction
@@ -121,7 +122,10 @@ class Requests:
 
     def _fire_watches(self, change: Change) -> None:
         """Queue the event of a change for each watch whose domain may get it."""
-        watched = {change.path} if change.exact else set(at_and_above(change.path))
+        watched = {path := change.path}
+        while not change.exact and path != ROOT:
+            path = parent_of(path)
+            watched.add(path)
         for connection in self.connections:
             if connection.watches and self.database.domains.may_read(connection.domid, change):
                 connection.queue_events(change.path, watched)
@@ -270,8 +274,7 @@ class Requests:
 _Handler = Callable[[Requests, _Request], Result]
 
 _PRIVILEGED: Final = 1
-_NO_TRANSACTION: Final = 2
-"""xenstored ignores the tx_id of such a request."""
+_NO_TRANSACTION: Final = 2  # xenstored ignores the tx_id of such a request
 
 _HANDLERS: Final[dict[int, tuple[_Handler, int]]] = {
     Op.CONTROL: (Requests._control, _PRIVILEGED),

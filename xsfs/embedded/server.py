@@ -33,8 +33,8 @@ from xsfs.xenstore import protocol
 log = logging.getLogger(__name__)
 
 RECEIVE: Final = 64 << 10
-TURN: Final = 0.000125
-"""Seconds.  Then the connections whose requests wait have their turns."""
+TURN: Final = 0.0005
+"""Seconds.  All connections with received requests share this time for one turn of each."""
 BACKLOG: Final = 128
 
 
@@ -50,6 +50,8 @@ class EmbeddedStore:
         self._populate = populate
         self._requests = Requests()
         self._database = self._requests.database
+        self._busy = 0
+        """How many connections have received requests that they have not handled."""
         if populate:
             create_host_nodes(self._database)
 
@@ -147,7 +149,8 @@ class EmbeddedStore:
             if not data:
                 return
             parser.feed(data)
-            turn_end = time.perf_counter() + TURN
+            self._busy += 1
+            turn_end = time.perf_counter() + TURN / self._busy
             try:
                 for request in parser.messages():
                     await self._requests.serve(connection, request)
@@ -156,11 +159,12 @@ class EmbeddedStore:
                         await trio.lowlevel.checkpoint()
                         if connection.full:
                             await connection.drain()
-                        turn_end = time.perf_counter() + TURN
+                        turn_end = time.perf_counter() + TURN / self._busy
             except protocol.WireError as error:
                 log.warning("closing a connection of domain %d: %s", connection.domid, error)
                 return
             finally:
+                self._busy -= 1
                 self._flush()
 
     def _flush(self) -> None:

@@ -8,12 +8,9 @@ Invariants:
 
 - Equal unread events are merged.  Past EVENTS_MAX, one event for each watched path replaces the backlog.
   It means "look at all of it again", so a slow reader misses nothing that is still true.
-- Events are kept as the paths that came from the store, one object for all readers.  They become lines
-  when they are read.  A read returns whole lines; if a line does not fit, the next read has the rest.
+- Events are kept as the paths that came from the store, one object for all readers, until they are read.
 - A read waits until there is an event, or until its reader has been signalled (waiting_readers.py): the
   kernel cannot even kill a process before its read is answered.
-- At most one read of a handle waits, and at most READERS_MAX handles are open in a mount.  Each waiting
-  read takes one of pyfuse3's tasks; mount.py has pyfuse3 start more tasks than that.
 - A poll handle is kept until the next event, even if unread events exist: edge-triggered polling must report
   each event.
 """
@@ -46,11 +43,12 @@ from xsfs.xenstore.watches import EVENTS_MAX, Subscription
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS: Final = 0.25, 0.4
-"""How often xsfs looks whether a waiting reader has been signalled: between these, or many readers that
-began together would be looked at together.  A signal acts within half a second."""
+"""How often xsfs looks whether a waiting reader has been signalled: a signal acts within half a second.  Many
+readers that began together must not be looked at together."""
 
 READERS_MAX: Final = 1024
-"""How many watch files may be open: each may take one of pyfuse3's tasks, for as long as it likes."""
+"""How many watch files may be open.  A waiting read takes one of pyfuse3's tasks, and mount.py has pyfuse3
+start more than these."""
 
 WATCHES_MAX: Final = 1024
 """How many paths one file may watch.  Less than EVENTS_MAX, or a backlog could not be cut short."""
@@ -172,6 +170,7 @@ class WatchHandle(Handle):
                 log.info("a poll could not be answered: %s", error)
 
     async def read(self, offset: int, size: int) -> bytes:
+        """Whole lines; if the first one does not fit, the next read has the rest."""
         if not self._events and not self._rest:
             await self._wait()
         lines = bytearray(self._rest)
