@@ -85,8 +85,9 @@ async def opened(
 
 async def no_watch_is_left(store: Store) -> None:
     """Return when the store has removed the last watch."""
-    while len(store.watches):
-        await trio.sleep(0.01)
+    with trio.fail_after(LIMIT):
+        while len(store.watches):
+            await trio.sleep(0.01)
 
 
 async def events_until(subscription: Subscription, last: str) -> list[str]:

@@ -20,7 +20,7 @@ import pytest
 import trio
 from trio.testing import trio_test, wait_all_tasks_blocked
 
-from tests.support.clients import LIMIT, SOON, TIMEOUT, time_limit
+from tests.support.clients import LIMIT, SOON, TIMEOUT, no_watch_is_left, time_limit
 from tests.support.lying_store import (
     Gate,
     HangUp,
@@ -661,7 +661,7 @@ async def test_a_watch_that_is_a_lie(liar: LyingStore, name: str, late: bool) ->
         liar.behave()
         liar.hang_up()
         await works(store)
-        assert len(store.watches) == 0
+        await no_watch_is_left(store)
 
 
 @trio_test

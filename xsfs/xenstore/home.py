@@ -1,7 +1,7 @@
 """The home of the client's own domain, below which connections send relative paths.
 
 A guest gets another domid, and so another home, when it is migrated, or saved and restored.  Relative paths
-stay right then, also those of watches, which the kernel sets again.  The home itself has no relative path.
+stay right then.  The kernel sets its watches again.  The home itself has no relative path.
 """
 
 from __future__ import annotations
