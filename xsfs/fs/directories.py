@@ -265,7 +265,10 @@ class Directory(XenstoreNode):
             file = self.table.node(ValueFile, self, name)
             entry = self._found(file, file.attributes(EMPTY_NODE))
         else:
-            file, entry = await self._make_file(name, caller, missing_parent=errno.ESTALE)
+            present = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
+            file, entry = await self._make_file(
+                name, caller, missing_parent=errno.ESTALE, present=present
+            )
         handle = ValueHandle(file, self.open_files.open(file.path, file), flags)
         if name != VALUE_NAME:
             handle.file.is_pinned = True
@@ -278,9 +281,13 @@ class Directory(XenstoreNode):
         return entry
 
     async def _make_file(
-        self, name: bytes, caller: Caller, *, missing_parent: int
+        self, name: bytes, caller: Caller, *, missing_parent: int, present: int = errno.EEXIST
     ) -> tuple[ValueFile, EntryAttributes]:
-        """Create a file that must not exist.  Fails with `missing_parent` if this directory does not."""
+        """Create a file that must not exist.
+
+        Fails with `missing_parent` if this directory does not exist, with `present` if another task has just
+        created the file in memory.
+        """
         file: ValueFile
         if name == VALUE_NAME:
             # Its node exists, so no request is needed.
@@ -295,7 +302,7 @@ class Directory(XenstoreNode):
             scratch = await self.open_files.new_scratch(caller)
             if self.scratch_file(name) is not None:
                 self.open_files.release(scratch)
-                refuse(errno.EEXIST)
+                refuse(present)
             self.open_files.link(scratch, join(self.path, name))
             file = self.table.node(ScratchFile, self, name)
             entry = file.attributes_in_memory()
