@@ -958,3 +958,19 @@ async def test_a_text_that_gets_too_long(w: World) -> None:
         await refused(errno.ENFILE, open_as(1001))
         await w.operations.release(other)
     assert w.table.text_bytes.used == w.table.text_bytes.used_by_unprivileged == 0
+
+
+@pytest.mark.parametrize(("flags", "number"), [(0, errno.ESTALE), (EXCL, errno.EEXIST)])
+def test_two_tasks_that_create_one_scratch_file(flags: int, number: int) -> None:
+    """After ESTALE the kernel looks the name up again, and opens the file of the other task."""
+
+    @in_world
+    async def test(w: World) -> None:
+        data = (await w.lookup(b"data")).st_ino
+        name, mode = cast(Any, b"x~"), cast(Any, 0o100600)
+        await w.operations.create(data, name, mode, cast(Any, WRONLY), ctx())
+        with pytest.raises(FUSEError) as refused:
+            await w.operations.create(data, name, mode, cast(Any, WRONLY | flags), ctx(2))
+        assert refused.value.errno == number
+
+    test()
