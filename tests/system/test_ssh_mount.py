@@ -8,6 +8,7 @@ import pty
 import select
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -21,12 +22,14 @@ import pytest
 from tests.support.commands import let_others_reach, process_at, refused, wait_for_end, xsfs
 from tests.support.documents import check_dialogue
 from tests.support.host import Host, open_host
+from tests.support.lying_store import Gate, LyingStore, honest, on
 from tests.support.mirroring import await_true, scratch
 from tests.support.mounting import LIMIT, Mount, mounted, refusal
 from tests.support.programs import program
 from tests.support.sshd import Sshd, descendants, reachable, running_sshd
 from tests.support.xenstored.harness import RealXenstored, XsClient
 from xsfs.cli.exit_statuses import EXIT_INTERRUPTED, EXIT_NO_STORE
+from xsfs.xenstore.protocol import Op
 
 GUEST = 7
 NOBODY = 65534
@@ -428,6 +431,37 @@ def test_an_interrupt_ends_the_mount_before_ssh(
             os.close(owed)  # its file system has gone
     assert witness.read("/local/domain/0/data/owed") == b""
     witness.rm("/local/domain/0/data/owed")
+
+
+def test_the_progress_of_a_mirror(
+    daemon: RealXenstored, server: Sshd, mountpoint: Path, tmp_path: Path
+) -> None:
+    """A copy that takes long shows how far it is: at a terminal, and to systemd."""
+    gate = Gate()
+    with (
+        LyingStore(tmp_path / "slow", daemon.socket) as slow,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+        scratch() as directory,
+    ):
+        slow.lie = on(Op.GET_PERMS, gate.before(honest))  # which only the mirror sends
+        manager.bind(f"{tmp_path}/notify")
+        manager.settimeout(LIMIT)
+        options = arguments(server, slow.path, f"mirror={directory}/mirror", f"timeout={LIMIT:g}")
+        command = ["env", f"NOTIFY_SOCKET={tmp_path}/notify", sys.executable, "-m", "xsfs"]
+        with terminal(*command, *options, mountpoint) as user:
+            user.read_until("\rmaking the mirror: 0 nodes")
+            assert manager.recv(4096) == b"STATUS=making the mirror: 0 nodes"
+            gate.open()
+            assert user.process.wait(LIMIT) == 0
+            while user.read():
+                pass
+            assert user.text.endswith("\r\x1b[K")
+            while (said := manager.recv(4096)).startswith(b"STATUS=making"):
+                pass
+            assert said.startswith(b"READY=1\nSTATUS=/local/domain/0 of ")
+        process = process_at(mountpoint)
+        subprocess.run(["umount", mountpoint], check=True, timeout=LIMIT)
+        wait_for_end(process)
 
 
 # -------------------------------------------------------------------------- hosts of their own

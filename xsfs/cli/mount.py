@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -70,6 +70,11 @@ and frees it when it ends.  With pyfuse3's default they come and go whenever two
 
 C_XENSTORED: Final = "C xenstored"
 OXENSTORED: Final = "oxenstored"
+
+PROGRESS_SECONDS: Final = 1.0
+"""How often xsfs shows how far the first copy of a mirror is."""
+
+ERASE_LINE: Final = "\r\x1b[K"
 
 END_SECONDS: Final = 2.0
 """How long the unmount may wait for changes that open files have not yet written."""
@@ -255,7 +260,9 @@ async def _mirror(options: Options, connect: Connect, view: View) -> AsyncIterat
             own = View(store, view.domid, view.root, view.value_format, view.sticky)
             mirror = Mirror(store, own, files)
             try:
-                await background_tasks.start(mirror.run)
+                async with open_background() as progress:
+                    progress.start_soon(_show_progress, mirror)
+                    await background_tasks.start(mirror.run)
             except OSError as error:
                 raise MountError(
                     EXIT_MIRROR,
@@ -265,6 +272,22 @@ async def _mirror(options: Options, connect: Connect, view: View) -> AsyncIterat
             yield mirror
     finally:
         files.close()
+
+
+async def _show_progress(mirror: Mirror) -> None:
+    """Show how far the first copy is, to systemd and at a terminal."""
+    at_terminal = sys.stderr.isatty()
+    with suppress(OSError):  # the terminal may go
+        try:
+            while True:
+                await trio.sleep(PROGRESS_SECONDS)
+                text = f"making the mirror: {mirror.fetched} nodes"
+                notify(status(text))
+                if at_terminal:
+                    print(f"\r{text}", end="", file=sys.stderr, flush=True)
+        finally:
+            if at_terminal:
+                print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
 
 def _operations(
