@@ -6,7 +6,9 @@ Nothing here sleeps.  That an event has come is known from a later one on the sa
 from __future__ import annotations
 
 import contextlib
+import errno
 
+import pytest
 from trio.testing import trio_test
 
 from tests.support import client_places
@@ -148,3 +150,23 @@ async def test_a_backlog_too_long_becomes_one_event(place: Place) -> None:
         # It goes on as ever.
         await store.write(f"{base}/z", "")
         assert await anext(events) == f"{base}/z".encode()
+
+
+@only_guests
+@trio_test
+async def test_a_watch_by_a_connection_that_has_just_died(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another connection sends it, and nobody notices."""
+
+    async def fail(messages: object) -> bytes:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    async with opened(place) as (store, base), store.watch(base) as others:
+        assert await anext(others) == base.encode()
+        connection = store.watches._reconnecting.current
+        assert connection is not None
+        monkeypatch.setattr(connection._transport, "send_watch", fail)
+        async with store.watch(f"{base}/x") as events:
+            assert await anext(events) == f"{base}/x".encode()
+        assert await anext(others) == base.encode()

@@ -30,7 +30,7 @@ import trio
 
 from xsfs.xenstore import protocol
 from xsfs.xenstore.connection import Connection
-from xsfs.xenstore.errors import RequestTimeout, StoreError, XenstoreError
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
 from xsfs.xenstore.event_reader import with_event_reader
 from xsfs.xenstore.home import Home, moved
 from xsfs.xenstore.protocol import Request
@@ -256,7 +256,17 @@ class Watches:
     async def _set(self, watch: _Watch) -> None:
         """Set the watch at the store.  Raises StoreError; then the store does not have it."""
         await self._remove_unwanted()
-        connection = await self._reconnecting.get(trio.current_time() + self._timeout)
+        deadline = trio.current_time() + self._timeout
+        while True:
+            connection = await self._reconnecting.get(deadline)
+            try:
+                await self._set_by(connection, watch)
+                return
+            except ConnectionLost as error:
+                if not error.unsent:  # else the connection has just died
+                    raise
+
+    async def _set_by(self, connection: Connection, watch: _Watch) -> None:
         if watch.depth is not None:
             # C xenstored 4.22.0 dies at a live update of a watch with a depth.  It knows GET_FEATURE.
             (features,) = await connection.pipeline((protocol.get_feature(),))
