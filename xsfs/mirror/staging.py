@@ -26,14 +26,7 @@ import os
 import stat
 import struct
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    closing,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Final
 
@@ -554,10 +547,9 @@ class MirrorDirectory:
             path, is_directory = left.pop()
             found.append((path, is_directory))
             if is_directory:
-                with closing(self._copy.scan(path)) as entries:
-                    for name, is_below in entries:
-                        left.append((path + b"/" + name, is_below))
-                        yield b""
+                for name, is_below in self._copy.scan(path):
+                    left.append((path + b"/" + name, is_below))
+                    yield b""
         for path, is_directory in reversed(found):
             parent, _, name = path.rpartition(b"/")
             self._copy.forget(path)
