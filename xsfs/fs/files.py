@@ -170,10 +170,6 @@ class DotValue(FileOfDirectory, ValueFile):
     def path(self) -> bytes:
         return self.parent.path if self.detached is None else self.detached.path
 
-    @property
-    def always_there(self) -> bool:
-        return self.parent.always_there
-
     def is_of_kind(self, state: NodeState) -> bool:
         return True
 

@@ -2,7 +2,7 @@
 
 An `InodeTable` owns each `Node` for which the kernel holds a lookup count, and the few facts that all nodes
 of a mount share.  Only the tasks that handle FUSE requests touch it.  The table may change while a task
-waits, so a task that has kept a node across an await checks whether it `is_current`.
+waits, so no task relies on a node that it has kept across an await.
 
 Invariants:
 
@@ -227,20 +227,6 @@ class InodeTable:
             number += 1
         return None, number, number != first
 
-    def is_current(self, node: Node, parent: Node, name: bytes) -> bool:
-        """After an await: whether `node` is still the node for this position.
-
-        True if the kernel knows it there, or if the position is still free and the node's number unused.
-        """
-        if node.gone or node.view.ended or node.lookups == FORGOTTEN:
-            return False
-        if node.lookups:  # it is in the table, in which no other node has its position
-            return node.parent is parent and node.name == name
-        if not (node.renumbered or self._moved):  # a node at its position would have its number
-            return node.inode not in self._nodes
-        known, number, _ = self._search(type(node), parent, name)
-        return known is None and number == node.inode
-
     def move(self, node: Node, parent: Node, name: bytes) -> None:
         """The node was renamed.  It keeps its number, which is not the hash of its new position."""
         self._unmove(node)
@@ -251,8 +237,8 @@ class InodeTable:
         self._moved[type(node), parent, name] = node
 
     def remember(self, node: Node) -> None:
-        """Count one more lookup of the node by the kernel.  No await may lie between `node`, or
-        `is_current`, and this call, or two tasks could have created the node."""
+        """Count one more lookup of the node by the kernel.  No await may lie between `node` and this
+        call, or two tasks could have created the node."""
         if node.view is not self.root_view and not self._joins(node):
             return  # its view has ended meanwhile
         if node.renumbered and not node.lookups:

@@ -476,11 +476,6 @@ class OpenFiles:
             if is_there and parent_path(path) in gone:
                 self.unlink(file)
 
-    def drop_below(self, top: bytes) -> None:
-        """The mount has removed a node, with all below it."""
-        for file in self.scratch_files(top):
-            self.unlink(file)
-
     def link(self, file: OpenFile, path: bytes) -> None:
         """Give a scratch file without a name this one, instead of the file that has it."""
         if (present := self._by_path.get(path)) is not None:
