@@ -75,7 +75,7 @@ class Reconciler:
         value = self._files.read(os.path.join(place, VALUE_NAME))
         # A `.value` that is not empty is shown whatever is known.
         is_empty = value is None or not value[0]
-        if is_empty and self._view.sticky.has_value(path) != (value is not None):
+        if is_empty and bool(self._view.sticky.has_value(path)) != (value is not None):
             return True
         return path != self._view.root and not self._has_children(place)
 
