@@ -323,7 +323,7 @@ class ValueHandle(ReadHandle):
     async def write(self, offset: int, data: bytes) -> int:
         if not data:
             return 0
-        if not self._appends and offset > self._limit:
+        if offset and not self._appends and offset > self._limit:
             if self.file.debt is not None:
                 self.file.debt.is_refused = True
             refuse(errno.EFBIG)
