@@ -25,8 +25,7 @@ class Asker:
         while replies < len(requests):
             data = self._socket.recv(65536)
             expected += len(data)
-            parser.feed(data)
-            replies += len(list(parser.messages()))
+            replies += len(parser.feed(data))
         return Question(self, encoded, expected)
 
     def ask(self, encoded: bytes, expected: int) -> None:

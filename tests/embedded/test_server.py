@@ -62,8 +62,7 @@ class Client:
                 return None
             if not data:
                 return None
-            self._parser.feed(data)
-            self._received.extend(messages_of(self._parser))
+            self._received.extend(messages_of(self._parser, data))
         return self._received.popleft()
 
     async def ask(self, request: Request, tx_id: int = 0) -> bytes | str:

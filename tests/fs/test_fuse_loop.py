@@ -9,7 +9,8 @@ import pytest
 import trio
 from trio.testing import trio_test, wait_all_tasks_blocked
 
-from xsfs.fs.fuse_loop import KernelDescriptor, ReceiveLock
+from xsfs.fs.fuse_loop import KernelDescriptor
+from xsfs.fs.quick_lock import QuickLock
 
 LIMIT = 60.0
 
@@ -99,7 +100,7 @@ async def test_a_wait_that_is_cancelled_leaves_the_descriptor_usable(pipe: Pipe)
 
 @trio_test
 async def test_the_receive_lock_lets_one_worker_in_at_a_time() -> None:
-    lock = ReceiveLock()
+    lock = QuickLock()
     inside = 0
     served = []
 
@@ -123,7 +124,7 @@ async def test_the_receive_lock_lets_one_worker_in_at_a_time() -> None:
 
 @trio_test
 async def test_a_free_receive_lock_is_taken_without_a_turn_of_the_loop() -> None:
-    lock = ReceiveLock()
+    lock = QuickLock()
     ran: list[str] = []
 
     async def other() -> None:
@@ -140,7 +141,7 @@ async def test_a_free_receive_lock_is_taken_without_a_turn_of_the_loop() -> None
 
 @trio_test
 async def test_a_worker_that_is_cancelled_wakes_the_others_all_the_same() -> None:
-    lock = ReceiveLock()
+    lock = QuickLock()
     taken: list[str] = []
 
     async def take(name: str, scope: trio.CancelScope) -> None:
@@ -165,7 +166,7 @@ async def test_a_worker_that_is_cancelled_wakes_the_others_all_the_same() -> Non
 
 @trio_test
 async def test_a_worker_that_was_woken_and_is_cancelled_passes_the_lock_on() -> None:
-    lock = ReceiveLock()
+    lock = QuickLock()
     taken: list[str] = []
 
     async def take(name: str, scope: trio.CancelScope) -> None:

@@ -21,7 +21,7 @@ from typing import Final
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.support.messages import Message, messages_of
+from tests.support.messages import Message
 from xsfs.xenstore import protocol
 from xsfs.xenstore.permissions import decode_perms
 from xsfs.xenstore.protocol import HEADER, Op, Parser, WireError
@@ -90,11 +90,9 @@ def parse(pieces: Sequence[bytes]) -> tuple[list[Message], str | None]:
     parser = Parser(LIMIT)
     found: list[Message] = []
     for piece in pieces:
-        parser.feed(piece)
-        try:
-            found.extend(messages_of(parser))
-        except WireError as error:
-            return found, str(error)
+        found.extend(Message(*fields) for fields in parser.feed(piece))
+        if parser.error is not None:
+            return found, str(parser.error)
     return found, None
 
 

@@ -79,8 +79,7 @@ class Talk:
         data = self.upstream.recv(65536)
         if not data:
             raise HangUp
-        self._answers.feed(data)
-        return list(messages_of(self._answers))
+        return messages_of(self._answers, data)
 
     def relay(self, lie: Callable[[], Lie]) -> None:
         """Serve the connection until either side ends it."""
@@ -92,8 +91,7 @@ class Talk:
                 data = self.client.recv(65536)
                 if not data:
                     return
-                self._parser.feed(data)
-                for request in messages_of(self._parser):
+                for request in messages_of(self._parser, data):
                     self.requests += 1
                     if not lie()(self, request):
                         self._forward(encode(*request))

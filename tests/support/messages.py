@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from xsfs.xenstore.protocol import Parser
@@ -15,7 +14,9 @@ class Message(NamedTuple):
     payload: bytes
 
 
-def messages_of(parser: Parser) -> Iterator[Message]:
-    """The whole messages that have come."""
-    for fields in parser.messages():
-        yield Message(*fields)
+def messages_of(parser: Parser, data: bytes) -> list[Message]:
+    """The messages that are whole with these bytes.  WireError if garbage has come."""
+    found = [Message(*fields) for fields in parser.feed(data)]
+    if parser.error is not None:
+        raise parser.error
+    return found

@@ -18,8 +18,7 @@ def receive(sock: socket.socket, count: int) -> list[Message]:
     while len(messages) < count:
         data = sock.recv(65536)
         assert data, "the end"
-        parser.feed(data)
-        messages += messages_of(parser)
+        messages += messages_of(parser, data)
     return messages
 
 

@@ -49,16 +49,17 @@ class Peer:
 
     def requests(self) -> list[Message]:
         """Those that have come since the last call."""
+        found: list[Message] = []
         try:
             while True:
                 data = self.socket.recv(1 << 20)
                 assert data, "the connection has ended"
-                self._parser.feed(data)
+                found += messages_of(self._parser, data)
                 if len(data) < 1 << 20:
                     break
         except BlockingIOError:
             pass
-        return list(messages_of(self._parser))
+        return found
 
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)

@@ -59,8 +59,7 @@ class Device:
                 continue
             assert number not in self.unanswered
             parser = Parser()
-            parser.feed(data)
-            (message,) = messages_of(parser)
+            (message,) = messages_of(parser, data)
             assert not parser.partial
             self.unanswered[number] = message
             new.append((number, message))

@@ -148,11 +148,10 @@ class EmbeddedStore:
                 return
             if not data:
                 return
-            parser.feed(data)
             self._busy += 1
             turn_end = time.perf_counter() + TURN / self._busy
             try:
-                for request in parser.messages():
+                for request in parser.feed(data):
                     await self._requests.serve(connection, request)
                     if connection.full or time.perf_counter() >= turn_end:
                         self._flush()
@@ -160,12 +159,12 @@ class EmbeddedStore:
                         if connection.full:
                             await connection.drain()
                         turn_end = time.perf_counter() + TURN / self._busy
-            except protocol.WireError as error:
-                log.warning("closing a connection of domain %d: %s", connection.domid, error)
-                return
             finally:
                 self._busy -= 1
                 self._flush()
+            if parser.error is not None:
+                log.warning("closing a connection of domain %d: %s", connection.domid, parser.error)
+                return
 
     def _flush(self) -> None:
         for connection in self._requests.connections:

@@ -171,10 +171,7 @@ class Directory(XenstoreNode):
         if len(path) > protocol.PATH_MAX:
             refuse(errno.ENAMETOOLONG)
         changes = self.table.handover.changes
-        if self.open_files.get(path) is None:
-            state = self.open_files.as_seen(path, await self.view.fetch_one(path))
-        else:
-            state = await self.open_files.fetch_one(path)
+        state = await self.open_files.fetch_one(path)
         if state is None and self.view.is_always_there(path):
             state = EMPTY_NODE
         if state is None:

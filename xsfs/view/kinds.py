@@ -80,13 +80,12 @@ class StickyDirectories:
         return self._outer.has_value(path)
 
     def _set(self, path: bytes, has_value: bool | None) -> None:
-        is_changed = has_value is not self.has_value(path)
-        if is_changed or self._outer is None:
-            self._has_value.pop(path, None)  # so that it becomes the newest
-            if has_value is not None or self._outer is not None:
-                self._has_value[path] = has_value
-        if is_changed:
-            self._tell(path)
+        if has_value is self.has_value(path):
+            return
+        self._has_value.pop(path, None)  # so that it becomes the newest
+        if has_value is not None or self._outer is not None:
+            self._has_value[path] = has_value
+        self._tell(path)
         if len(self._has_value) > STICKY_MAX:
             oldest = next(iter(self._has_value))
             del self._has_value[oldest]
@@ -98,7 +97,11 @@ class StickyDirectories:
 
     def add(self, path: bytes, *, with_value: bool = False) -> None:
         """The node is a directory; `with_value` if its `.value` was created."""
-        self._set(path, with_value or bool(self.has_value(path)))
+        known = self.has_value(path)
+        if known is None or with_value > known:
+            self._set(path, with_value)
+        elif self._outer is None:
+            self._has_value[path] = self._has_value.pop(path)  # now the newest
 
     def discard(self, path: bytes) -> None:
         """The node was removed, or renamed, through the mount."""

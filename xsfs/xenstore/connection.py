@@ -395,10 +395,9 @@ class Connection:
             middle = " in the middle of a message" if self._parser.partial else ""
             self.close(f"Xenstore closed the connection{middle}")
             return
-        self._parser.feed(data)
         in_flight = self._in_flight
         try:
-            for op, req_id, _, payload in self._parser.messages():
+            for op, req_id, _, payload in self._parser.feed(data):
                 # Events first: the kernel's device leaves rubbish in their req_id.
                 if op == _EVENT:
                     path, token = decode_event(payload)
@@ -424,6 +423,8 @@ class Connection:
                     batch.wake(outcome.Value(batch.replies))
                     if self._room:
                         self._room.unpark()
+            if self._parser.error is not None:
+                raise self._parser.error
         except WireError as error:
             log.error("Xenstore broke the protocol: %s", error)
             self.close(f"Xenstore broke the protocol: {error}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import enum
 import re
 import struct
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 HEADER: Final = struct.Struct("=IIII")
@@ -114,59 +113,50 @@ _REPEATABLE: Final = frozenset(
 
 
 class Parser:
-    """Turns the bytes of one direction of a connection into messages.
-
-    `feed` takes bytes in pieces of any size, `messages` yields the whole messages among them.  Messages
-    that came before garbage are still yielded.  The garbage then raises WireError, now and on each later
-    call.
-    """
+    """Turns the bytes of one direction of a connection, in pieces of any size, into messages."""
 
     def __init__(self, payload_max: int = REPLY_MAX) -> None:
         self._payload_max = payload_max
-        self._buffer = b""
-        self._start = 0
-        """Where in the buffer the next message starts."""
-        self._more = bytearray()
-        """What follows the buffer.  It joins the buffer once it ends a message, because a long message comes
-        in many pieces."""
-        self._missing = HEADER_SIZE
-        """How many bytes are missing until a header or a message is whole; negative if there are more."""
+        self._begun = bytearray()
+        """The beginning of a message of which more is to come."""
+        self._needed = 0
+        """How many bytes that message has, or its header."""
+        self.error: WireError | None = None
+        """Set once garbage has come, which ends the messages."""
 
-    def feed(self, data: bytes) -> None:
-        self._missing -= len(data)
-        if self._more or self._start < len(self._buffer):
-            self._more += data
-        else:
-            self._buffer, self._start = data, 0
-
-    def messages(self) -> Iterator[Message]:
-        """The whole messages that have come.  After the next `feed`, iterate again."""
-        if self._missing > 0:
-            return
-        if self._more:
-            self._buffer, self._start = self._buffer[self._start :] + self._more, 0
-            self._more.clear()
-        buffer, start = self._buffer, self._start
-        size = len(buffer)
-        self._missing = 0
-        unpack, payload_max = HEADER.unpack_from, self._payload_max
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages that are whole now.  After garbage, none."""
+        if self.error is not None:
+            return []
+        if self._begun:
+            self._begun += data
+            if len(self._begun) < self._needed:
+                return []
+            data = bytes(self._begun)
+            self._begun.clear()
+        found: list[Message] = []
+        start, size, needed = 0, len(data), HEADER_SIZE
         while size - start >= HEADER_SIZE:
-            op, req_id, tx_id, length = unpack(buffer, start)
-            if length > payload_max:
-                raise WireError(f"a message of {length} bytes, over the limit of {payload_max}")
-            end = start + HEADER_SIZE + length
+            op, req_id, tx_id, length = HEADER.unpack_from(data, start)
+            if length > self._payload_max:
+                limit = self._payload_max
+                self.error = WireError(f"a message of {length} bytes, over the limit of {limit}")
+                return found
+            needed = HEADER_SIZE + length
+            end = start + needed
             if size < end:
-                self._missing = end - size
-                return
-            payload = buffer[start + HEADER_SIZE : end]
-            self._start = start = end
-            yield op, req_id, tx_id, payload
-        self._missing = HEADER_SIZE - (size - start)
+                break
+            found.append((op, req_id, tx_id, data[start + HEADER_SIZE : end]))
+            start, needed = end, HEADER_SIZE
+        if start < size:
+            self._begun += data[start:]
+            self._needed = needed
+        return found
 
     @property
     def partial(self) -> bool:
         """Whether the last message has come only in part."""
-        return len(self._buffer) > self._start or bool(self._more)
+        return bool(self._begun)
 
 
 def encode(op: int, req_id: int, tx_id: int, payload: bytes) -> bytes:
