@@ -51,7 +51,7 @@ class DirectoryHandle(Handle):
         node = self.node
         node.require()
         path = node.path
-        shown = self._always_shown(path)
+        shown = node.open_files.created_in(path)
         listing = await node.view.list_directory(path)
         if await node.is_elsewhere(path, listing.state):
             return await self.fetch()
@@ -61,7 +61,7 @@ class DirectoryHandle(Handle):
         scratch = node.open_files.scratch_names(node.path)  # it may have been renamed
         others = (*SELF_AND_PARENT, *node.listed_own(state), *scratch)
         # A creation that was carried out meanwhile may be too late for the listing.
-        shown += self._always_shown(path)
+        shown += (*node.open_files.created_in(path), *node.view.always_there_below(path))
         names = dict.fromkeys(listing.names)
         for name in shown:
             if name not in names:
@@ -72,11 +72,6 @@ class DirectoryHandle(Handle):
         self._entries, self._children_at, self._shown = entries, len(others), shown
         self._kinds, self._state = listing.kinds, state._replace(value=None)
         return state
-
-    def _always_shown(self, path: bytes) -> list[bytes]:
-        """The names of children that the mount shows even if they do not exist."""
-        node = self.node
-        return [*node.open_files.created_in(path), *node.view.always_there_below(path)]
 
     async def release(self) -> None:
         self._share.resize(0)

@@ -405,8 +405,11 @@ class OpenFiles:
 
     def scratch_names(self, directory: bytes) -> list[bytes]:
         """The names of the scratch files in a directory."""
-        places = [file.path.rpartition(b"/") for file in self.scratch_files(directory)]
-        return [name for above, _, name in places if (above or b"/") == directory]
+        return [
+            file.path.rpartition(b"/")[2]
+            for file in self._scratch
+            if self._by_path.get(file.path) is file and parent_path(file.path) == directory
+        ]
 
     async def new_scratch(self, caller: Caller) -> OpenFile:
         """A scratch file without a name.  Fails with ENOSPC or EDQUOT if there is no room."""

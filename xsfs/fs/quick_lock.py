@@ -33,6 +33,6 @@ class QuickLock(AbstractAsyncContextManager[None]):
 
     async def __aexit__(self, *raised: object) -> None:
         self._is_taken = False
-        if self._waiting and not self._has_woken:
+        if not self._has_woken and self._waiting:
             self._waiting.unpark()
             self._has_woken = True

@@ -17,23 +17,27 @@ from typing import Final
 
 _ABOUT: Final = "vif|vbd|hotplug|PVAddons|device|backend"
 
+_OF_A_DOMAIN: Final = (
+    "bios-strings|console|control|data|drivers|hvmloader|image|libxl",
+    "memory|messages|platform|rrd|serial|store|vm-data|xenserver|data/vchan",
+    f"(attr|error|feature)(/({_ABOUT}))?",
+    "(error/)?backend(/[a-z0-9_]+(/N(/N)?)?)?",
+    "(device|device-misc|error/device)(/[a-z0-9_]+(/N)?)?",
+    "cpu(/N)?",
+    "device-model(/N(/backends)?)?",
+)
+"""Patterns of paths relative to a domain's home, with N for a number."""
+
 _CONTAINERS: Final = (
     "/",
     "/libxl(/N(/(device|remus))?)?",
     "/local(/pool(/N)?)?",
-    "/local/domain(/N)?",
-    "/local/domain/N/(bios-strings|console|control|data|drivers|hvmloader|image|libxl)",
-    "/local/domain/N/(memory|messages|platform|rrd|serial|store|vm-data|xenserver|data/vchan)",
-    f"/local/domain/N/(attr|error|feature)(/({_ABOUT}))?",
-    "/local/domain/N/(error/)?backend(/[a-z0-9_]+(/N(/N)?)?)?",
-    "/local/domain/N/(device|device-misc|error/device)(/[a-z0-9_]+(/N)?)?",
-    "/local/domain/N/cpu(/N)?",
-    "/local/domain/N/device-model(/N(/backends)?)?",
+    f"/local/domain(/N(/({'|'.join(_OF_A_DOMAIN)}))?)?",
     "/(guest_agent_features|mh|vss|xapi)",
     "/tool(/xenstored)?",
     "/vm(/[^/]+(/(image|rtc|device))?)?",
 )
-"""Patterns of paths, with N for a number.  A container's parent is a container, too."""
+"""Patterns of absolute paths.  A container's parent is a container, too."""
 
 _CONTAINER: Final = re.compile("|".join(_CONTAINERS).replace("N", "[0-9]+").encode())
 
@@ -129,4 +133,4 @@ class StickyDirectories:
             self.add(target + path[len(source) :], with_value=has_value)
 
     def __contains__(self, path: bytes) -> bool:
-        return self.has_value(path) is not None
+        return path in self._has_value if self._outer is None else self.has_value(path) is not None

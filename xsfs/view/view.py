@@ -7,8 +7,10 @@ READ and DIRECTORY together tell the kind of a node.  If the rights of the askin
 view sends GET_PERMS, too.  If only the kind matters, it omits READ.  The kind depends on the value only if
 a node has no children and may be a directory; then a second pipeline fetches the value.
 
-A view keeps no states.  It remembers which nodes have been directories (`sticky`), and the names about
-which a listing may ask before it knows them (`hints`).
+A view keeps no states.  It remembers which nodes have been directories (`sticky`), and listings that it has
+seen lately (`hints`).  A program that lists a directory often lists its children next.  With a hint, a
+listing asks for the kinds of the children together with their names.  A wrong hint only costs superfluous
+requests, because it is never shown.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Final, NamedTuple
 
 import trio
 
-from xsfs.view.hints import ListingHints
+from xsfs.view.bounded import Bounded
 from xsfs.view.kinds import StickyDirectories, is_container
 from xsfs.view.names import ValueFormat, is_shown, join, shown_names
 from xsfs.xenstore import protocol
@@ -42,6 +44,12 @@ even roll it back, and since a guest has one connection to it, the transaction s
 
 FETCH_WINDOW: Final = 256
 """How many nodes one pipeline asks about.  A listing of 100,000 children takes many such pipelines."""
+
+
+HINTS_MAX: Final = 1024
+
+HINT_SIZE_MAX: Final = 512
+"""The length in bytes of a listing that is a hint: some 50 names."""
 
 
 class NodeState(NamedTuple):
@@ -153,7 +161,8 @@ class View:
         self.sticky = sticky
         self.asks_perms = domid != 0
         """Whether each pipeline asks for permissions, too.  Domain 0 may do everything anyway."""
-        self.hints = ListingHints()
+        self.hints: Bounded[bytes, bytes] = Bounded(HINTS_MAX)
+        """By path, listings as bytes of the protocol."""
         self._requests_max: int | None = None
         self._has_probed = domid == 0
         self._moves = trio.lowlevel.ParkingLot()
@@ -233,9 +242,8 @@ class View:
         if state is None or not state.readable:
             return state
         if state.has_children:
-            if isinstance(children, bytes):
-                self.hints.saw(path, children)
-            return self._learn(path, state)
+            self._saw_children(path, children)
+            return state
         return await self.fetch_one(path) if self._may_be_directory(path) else state
 
     async def kinds(self, parent: bytes, names: Sequence[bytes]) -> dict[bytes, NodeState | None]:
@@ -245,10 +253,8 @@ class View:
 
     def _requests_for_kinds(self, parent: bytes, names: Sequence[bytes]) -> list[Request]:
         above = join(parent, b"")
-        if self.asks_perms:
-            asks = protocol.directory, protocol.get_perms
-            return [ask(above + name) for name in names for ask in asks]
-        return [protocol.directory(above + name) for name in names]
+        asked = (_DIRECTORY, _GET_PERMS) if self.asks_perms else (_DIRECTORY,)
+        return [Request(op, b"%s%s\0" % (above, name)) for name in names for op in asked]
 
     async def _understand_kinds(
         self, parent: bytes, names: Sequence[bytes], replies: Sequence[Reply]
@@ -270,9 +276,7 @@ class View:
             if state is None:
                 continue
             if state.has_children:
-                self._learn(path, state)
-                if isinstance(children, bytes):
-                    self.hints.saw(path, children)
+                self._saw_children(path, children)
             elif state.readable and (path in self.sticky or (in_container and is_container(path))):
                 doubtful.append(name)
         if doubtful:
@@ -285,7 +289,7 @@ class View:
 
         One round trip, unless the listing is too long for one reply, or a kind depends on a value.
         """
-        hint = self.hints.take(path)
+        hint = self.hints.pop(path, b"")
         hinted = shown_names(path, hint)
         own = requests_for(path, perms=self.asks_perms)
         replies = await self.commands.pipeline((*own, *self._requests_for_kinds(path, hinted)))
@@ -294,15 +298,18 @@ class View:
         state = self._learn(path, interpret(replies[0], listing, perms, self.domid))
         if state is None or not state.has_children:
             return Listing(state, [], {})
-        if isinstance(listing, bytes):
-            self.hints.was_listed(path, listing)
-        else:
+        if not isinstance(listing, bytes):
             listing = b"".join(b"%s\0" % name for name in await self.commands.list(path))
         names = hinted if listing == hint else shown_names(path, listing)
         if len(names) < listing.count(b"\0"):
             _log_hidden(path, protocol.decode_names(listing))
         kinds = await self._understand_kinds(path, hinted, replies[len(own) :]) if hinted else {}
         return Listing(state, names, kinds)
+
+    def _saw_children(self, path: bytes, listing: Reply) -> None:
+        self.sticky.add(path)
+        if isinstance(listing, bytes) and len(listing) <= HINT_SIZE_MAX and not listing[-1]:
+            self.hints.put(path, listing)
 
     def _learn(self, path: bytes, state: NodeState | None) -> NodeState | None:
         if state is None:
