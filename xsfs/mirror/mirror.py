@@ -111,6 +111,8 @@ class Mirror:
         self._idle = trio.lowlevel.ParkingLot()
         self._unrested = 0.0
         """How many seconds the task has worked and not slept."""
+        self._learns: bytes | None = None
+        """The node that the task itself makes a sticky directory, before it shows that."""
         self._left_out: set[bytes] = set()
         """Nodes that make no sense, of which the log has told."""
         self._domid = view.domid
@@ -276,8 +278,8 @@ class Mirror:
             self._queue.setdefault(self._view.root, False)
 
     def _sticky_changed(self, path: bytes) -> None:
-        """The mount has learned, or forgotten, that a node is a directory."""
-        if self._is_inside(path):
+        """The mount, or this task, has learned or forgotten that a node is a directory."""
+        if path != self._learns and self._is_inside(path):
             if self._reconciler.contradicts(path):
                 self._queue.setdefault(path, False)
             self._wake()  # so that the task closes the directories that were opened for that
@@ -318,8 +320,9 @@ class Mirror:
     def _apply(self, batch: WorkQueue, nodes: Sequence[FetchedNode]) -> Steps:
         for (path, renew), node in zip(batch.items(), nodes, strict=True):
             if node.state is not None and node.state.has_children:
-                # If the files contradict that, this queues the node.  `apply` knows it, and takes it out.
+                self._learns = path
                 self._view.sticky.add(path)
+                self._learns = None
             try:
                 yield from self._reconciler.apply(path, node, renew=renew)
             except OSError as error:

@@ -8,7 +8,6 @@ call `apply`.
 
 from __future__ import annotations
 
-import os
 import stat
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
@@ -16,7 +15,7 @@ from contextlib import closing
 from itertools import chain
 from typing import Final, NamedTuple
 
-from xsfs.mirror.staging import MirrorDirectory, Steps
+from xsfs.mirror.staging import MirrorDirectory, Steps, below
 from xsfs.view.names import NAME_MAX, VALUE_NAME, file_name, is_alias, join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
 
@@ -72,7 +71,7 @@ class Reconciler:
         kind = self._files.kind(place)
         if kind != stat.S_IFDIR:
             return kind == stat.S_IFREG and path in self._view.sticky
-        value = self._files.read(os.path.join(place, VALUE_NAME))
+        value = self._files.read(below(place, VALUE_NAME))
         # A `.value` that is not empty is shown whatever is known.
         is_empty = value is None or not value[0]
         if is_empty and bool(self._view.sticky.has_value(path)) != (value is not None):
@@ -121,7 +120,7 @@ class Reconciler:
                         if is_alias(name):
                             self._queue.setdefault(path, False)  # its children follow
                         elif name != VALUE_NAME:
-                            left.append((join(path, name), os.path.join(place, name)))
+                            left.append((join(path, name), below(place, name)))
                         yield b""
             yield b""
 
@@ -179,7 +178,7 @@ class Reconciler:
             self._files.make_directory(place, perms)
         self.nodes += not kind
         if is_directory:
-            value_place = os.path.join(place, VALUE_NAME)
+            value_place = below(place, VALUE_NAME)
             has_value = state is not EMPTY_NODE and self._view.has_dot_value(path, state)
             if kind and not (has_value and self._files.kind(value_place) == stat.S_IFREG):
                 yield from self._files.removing(value_place)
@@ -208,7 +207,7 @@ class Reconciler:
         with closing(self._files.names(place)) as found:
             for name in found:
                 if name not in shown:
-                    yield from self._remove(os.path.join(place, name))
+                    yield from self._remove(below(place, name))
                 yield b""
 
     def _remove(self, place: bytes) -> Steps:

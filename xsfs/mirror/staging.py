@@ -159,6 +159,11 @@ def _unprotected(directories: Sequence[int], mode: int) -> Iterator[None]:
 # ------------------------------------------------------------------------------ the directories
 
 
+def below(path: bytes, name: bytes) -> bytes:
+    """The path of a file in a directory."""
+    return b"%s/%s" % (path, name) if path else name
+
+
 class _OpenDirectories:
     """The directories below an open one, opened on the way down and kept for the next operation.
 
@@ -178,18 +183,20 @@ class _OpenDirectories:
 
         Raises FileNotFoundError or NotADirectoryError if it is missing; `first_missing` tells which.
         """
-        above = path
-        while above and above not in self._open:
-            above = above.rpartition(b"/")[0]
-        fd = self._open[above] if above else self.top
-        for name in filter(None, path[len(above) :].split(b"/")):
-            above = os.path.join(above, name)
-            try:
-                fd = os.open(name, _DIRECTORY, dir_fd=fd)
-            except (FileNotFoundError, NotADirectoryError) as error:
-                error.filename = above
-                raise
-            self._open[above] = fd
+        if (fd := self._open.get(path, -1)) >= 0:
+            return fd
+        above, fd = b"", self.top
+        for name in filter(None, path.split(b"/")):
+            above = below(above, name)
+            # Those on the way become the newest, because many are below them.
+            opened = self._open.pop(above, -1)
+            if opened < 0:
+                try:
+                    opened = os.open(name, _DIRECTORY, dir_fd=fd)
+                except (FileNotFoundError, NotADirectoryError) as error:
+                    error.filename = above
+                    raise
+            fd = self._open[above] = opened
             if len(self._open) > OPEN_MAX:
                 self.forget(next(iter(self._open)))
         return fd

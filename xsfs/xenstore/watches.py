@@ -59,11 +59,12 @@ class Subscription:
     def __init__(
         self,
         path: bytes,
-        on_event: Callable[[], object] = lambda: None,
+        on_event: Callable[[], object] | None = None,
         depth: int | None = None,
     ) -> None:
         """The connection's reader calls `on_event` at each event, and when the watch was lost, set again, or
-        ended.  It must not wait, nor take longer than a few microseconds.
+        ended.  It must not wait, nor take longer than a few microseconds.  If it is None, tasks that `wait`
+        are woken instead.
 
         depth       how many levels below the path changes count.  Only xapi's oxenstored gets it; all other
                     daemons send the events without a limit.  All subscribers of one path give the same.
@@ -73,14 +74,13 @@ class Subscription:
         self.interruptions = 0
         """How often the watch was lost with its connection, and events may have been missed."""
         self._events: dict[bytes, None] = {}
-        self.alert = on_event
+        self._arrived = trio.lowlevel.ParkingLot()
+        self.alert = on_event or self._arrived.unpark_all
         self.ended = False
         """Whether the block of the watch has ended."""
-        self._arrived = trio.lowlevel.ParkingLot()
 
     def put(self, path: bytes) -> None:
         _add(self._events, path, self.path)
-        self._arrived.unpark_all()
         self.alert()
 
     def take(self) -> list[bytes]:
@@ -96,7 +96,6 @@ class Subscription:
     def end(self) -> None:
         """Let tasks that wait for an event return."""
         self.ended = True
-        self._arrived.unpark_all()
         self.alert()
 
     async def wait(self) -> None:
@@ -374,7 +373,7 @@ class Watches:
 
     @asynccontextmanager
     async def watching(
-        self, path: bytes, on_event: Callable[[], object] = lambda: None
+        self, path: bytes, on_event: Callable[[], object] | None = None
     ) -> AsyncIterator[Subscription]:
         subscription = Subscription(path, on_event)
         await self.subscribe(subscription)
