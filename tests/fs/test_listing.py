@@ -10,6 +10,7 @@ import errno
 import stat
 import tracemalloc
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import pyfuse3
@@ -31,7 +32,7 @@ from tests.support.operating import (
 from xsfs.fs.inodes import LISTING_BYTES_MAX
 from xsfs.fs.nodes import FORGOTTEN
 from xsfs.view.names import join
-from xsfs.view.view import FETCH_WINDOW, NodeState
+from xsfs.view.view import FETCH_WINDOW, HINT_SIZE_MAX, NodeState
 from xsfs.xenstore.errors import ConnectionLost
 from xsfs.xenstore.protocol import write
 from xsfs.xenstore.store import open_store
@@ -48,6 +49,19 @@ async def test_a_stat_hints_the_names(w: World) -> None:
     directory = (await w.lookup(b"data", b"d")).st_ino
     assert await w.costs(lambda: w.operations.getattr(directory, ctx())) == 1
     assert await w.costs(lambda: w.operations.opendir(directory, ctx())) == 2 + 1
+    assert await w.costs(lambda: w.operations.opendir(directory, ctx())) == 2, "used once"
+
+
+@in_world
+async def test_a_long_listing_is_no_hint(w: World) -> None:
+    """A wrong hint costs as many requests as it has names."""
+    longest = "x" * (HINT_SIZE_MAX - 1)
+    await w.store.write(f"data/short/{longest}", b"1")
+    await w.store.write(f"data/long/{longest}x", b"1")
+    for name, expected in ((b"short", 2 + 1), (b"long", 2)):
+        directory = (await w.lookup(b"data", name)).st_ino
+        await w.operations.getattr(directory, ctx())
+        assert await w.costs(partial(w.operations.opendir, directory, ctx())) == expected
 
 
 @in_world
@@ -82,8 +96,10 @@ async def test_hints_that_are_right_wrong_or_missing_give_one_listing(w: World) 
     await w.operations.mkdir(data, b"empty", cast(Any, 0), ctx())
     expected = {b".": True, b"..": True, b"file": False, b"directory": True, b"empty": True}
 
-    for _ in range(2):
-        assert await listed(w, await w.operations.opendir(data, ctx())) == expected
+    assert await listed(w, await w.operations.opendir(data, ctx())) == expected
+    await w.operations.getattr(data, ctx())
+    assert await listed(w, await w.operations.opendir(data, ctx())) == expected
+    await w.operations.getattr(data, ctx())
     await w.store.write("data/new", b"value")
     with_new = await w.operations.opendir(data, ctx())
     await w.store.delete("data/new")
@@ -97,7 +113,7 @@ async def test_a_listing_with_hints_is_one_round_trip(w: World) -> None:
     for number in range(5):
         await w.store.write(f"data/{number}", b"value")
     data = (await w.lookup(b"data")).st_ino
-    await listed(w, await w.operations.opendir(data, ctx()))
+    await w.operations.getattr(data, ctx())
     handles: list[pyfuse3.FileHandleT] = []
 
     async def open_it() -> None:
@@ -125,7 +141,7 @@ async def test_a_directory_that_is_renamed_before_it_is_read(w: World) -> None:
 
 async def prepared(w: World, directory: pyfuse3.InodeT) -> pyfuse3.FileHandleT:
     """An open listing whose children's kinds are fetched, and that has not been read."""
-    await listed(w, await w.operations.opendir(directory, ctx()))
+    await w.operations.getattr(directory, ctx())  # a hint
     return await w.operations.opendir(directory, ctx())
 
 

@@ -142,6 +142,7 @@ async def test_a_late_reply_to_a_listing_is_as_good_as_an_early_one(
             await operations.readdir(handles[0], 0, cast(Any, None))
             assert sorted(names) == sorted((b".", b"..", *LEAVES))
             await operations.releasedir(handles[0])
+            await operations.getattr(ROOT, ctx())
 
 
 @trio_test

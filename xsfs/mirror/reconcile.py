@@ -171,7 +171,7 @@ class Reconciler:
         content = self._view.value_format.render(state.value or b"")
         perms = node.perms.rstrip(b"\0").replace(b"\0", b",") if self._files.has_perms else b""
         if not is_directory:
-            self._show_file(place, content, perms, renew=renew or not kind)
+            self._show_file(place, content, perms, is_new=not kind, renew=renew)
         elif kind:
             self._files.set_perms(place, perms)
         else:
@@ -183,15 +183,17 @@ class Reconciler:
             if kind and not (has_value and self._files.kind(value_place) == stat.S_IFREG):
                 yield from self._files.removing(value_place)
             if has_value:
-                self._show_file(value_place, content, perms, renew=renew)
+                self._show_file(value_place, content, perms, is_new=not kind, renew=renew)
             yield from self._queue_children(path, place, node.names, is_new=not kind)
             if not self._is_directory(path, state):
                 # That was learned when the files did not contradict it yet.
                 self._queue.setdefault(path, False)
 
-    def _show_file(self, place: bytes, content: bytes, perms: bytes, *, renew: bool) -> None:
-        if renew or self._files.read(place) != (content, perms):
-            self._files.put(place, content, perms)
+    def _show_file(
+        self, place: bytes, content: bytes, perms: bytes, *, is_new: bool, renew: bool
+    ) -> None:
+        if is_new or renew or self._files.read(place) != (content, perms):
+            self._files.put(place, content, perms, is_new=is_new)
 
     def _queue_children(
         self, path: bytes, place: bytes, names: Iterable[bytes], *, is_new: bool

@@ -432,6 +432,9 @@ class MirrorDirectory:
         """S_IFDIR, S_IFREG or another file type; 0 for what is missing."""
         try:
             directory, name = self._place(path)
+            # Most nodes of a new copy are missing, and an exception takes 7 microseconds.
+            if not os.access(name, os.F_OK, dir_fd=directory, follow_symlinks=False):
+                return 0
             return stat.S_IFMT(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return 0
@@ -483,24 +486,28 @@ class MirrorDirectory:
             raise OSError(errno.ENOSPC, text, self._shown)
         self._unchecked = CHECK_EVERY - 1
 
-    def put(self, path: bytes, content: bytes, perms: bytes) -> None:
-        """Make the file, or replace it by a new one.  Raises OSError."""
+    def put(self, path: bytes, content: bytes, perms: bytes, *, is_new: bool = False) -> None:
+        """Make the file, or replace it by a new one unless it `is_new`.  Raises OSError."""
         self._check_room()
         parent, _, name = path.rpartition(b"/")
+        directory = self._copy.enter(parent)
+        # Nobody sees a copy before it is complete.
+        is_hidden = is_new and self._copy.top == self._tree
+        place, first_name = (directory, name) if is_hidden else (self._staging, _NEW)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(_NEW, flags, 0o600, dir_fd=self._staging)
-        try:
-            if content and os.write(fd, content) != len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._finish(fd, self._file_mode, perms)
-            directory = self._copy.enter(parent)
-            with self._writable(directory):
-                os.rename(_NEW, name, src_dir_fd=self._staging, dst_dir_fd=directory)
-        except OSError:
-            os.unlink(_NEW, dir_fd=self._staging)
-            raise
-        finally:
-            os.close(fd)
+        with self._writable(directory):
+            fd = os.open(first_name, flags, 0o600, dir_fd=place)
+            try:
+                if content and os.write(fd, content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._finish(fd, self._file_mode, perms)
+                if not is_hidden:
+                    os.rename(_NEW, name, src_dir_fd=self._staging, dst_dir_fd=directory)
+            except OSError:
+                os.unlink(first_name, dir_fd=place)
+                raise
+            finally:
+                os.close(fd)
 
     def _writable(self, *directories: int) -> AbstractContextManager[None]:
         """Lets this user change the directories in a block.  Root may do that whatever their mode is."""
