@@ -30,7 +30,7 @@ While the task makes a whole copy, events wait.  Whether a node is a file or a d
 the sticky directories, which report each change to `_sticky_changed`.  The mirror cannot follow changes
 that the store does not report: a guest does not learn that nodes of others vanish from its tree.
 
-The task changes files for SLICE_SECONDS between two checkpoints, and sleeps as long as it has worked.
+The task changes files for SLICE_SECONDS between two checkpoints, and sleeps as long as it has changed files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Collection, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Final
@@ -74,7 +74,7 @@ SLICE_SECONDS: Final = 0.001
 """How long the task changes files before other tasks have their turn."""
 
 UNRESTED_SECONDS: Final = 0.005
-"""How long the task works before it sleeps.  A sleep takes a millisecond longer than asked for."""
+"""How long the task changes files before it sleeps.  A sleep takes a millisecond longer than asked for."""
 
 RETRY_FIRST: Final = 1.0
 RETRY_MAX: Final = 60.0
@@ -110,7 +110,7 @@ class Mirror:
         """Those of the two whose first event has come since they were set."""
         self._idle = trio.lowlevel.ParkingLot()
         self._unrested = 0.0
-        """How many seconds the task has worked and not slept."""
+        """For how many seconds the task has changed files and not slept."""
         self._learns: bytes | None = None
         """The node that the task itself makes a sticky directory, before it shows that."""
         self._left_out: set[bytes] = set()
@@ -247,10 +247,7 @@ class Mirror:
         while self.is_current:
             await self._take_events()
             if self._queue:
-                # Not by the clock: the store, or other processes, may have taken that time.
-                began = time.thread_time()
                 await self._work()
-                self._unrested += time.thread_time() - began
                 await self._rest()
             else:
                 self._files.close_directories()
@@ -259,7 +256,7 @@ class Mirror:
                 self._unrested = max(0.0, self._unrested - (time.monotonic() - parked))
 
     async def _rest(self) -> None:
-        """Sleep as long as the task has worked: events merge meanwhile."""
+        """Sleep as long as the task has changed files: events merge meanwhile."""
         if self._unrested > UNRESTED_SECONDS:
             await trio.sleep(self._unrested)
             self._unrested = 0.0
@@ -303,7 +300,10 @@ class Mirror:
         """Fetch the next nodes, and make the files agree with them."""
         batch = self._next_batch()
         nodes = await self._fetch(batch)  # a checkpoint, even if there is nothing to fetch
+        # The time of this thread alone: other processes may take some meanwhile.
+        began = time.thread_time()
         await self._carry_out(self._apply(batch, nodes))
+        self._unrested += time.thread_time() - began
 
     def _next_batch(self) -> WorkQueue:
         """The nodes that one pipeline fetches."""
@@ -333,12 +333,14 @@ class Mirror:
 
     async def _carry_out(self, steps: Steps) -> None:
         """Change files, with a turn for other tasks after each slice."""
-        with closing(steps):
-            since = time.perf_counter()
+        since = time.perf_counter()
+        try:
             for _ in steps:
                 if time.perf_counter() - since > SLICE_SECONDS:
                     await trio.lowlevel.checkpoint()
                     since = time.perf_counter()
+        finally:
+            steps.close()
 
     async def _fetch(self, paths: Collection[bytes]) -> list[FetchedNode]:
         """All about some nodes, by one pipeline; listings too long for a reply take more.

@@ -142,11 +142,12 @@ class Reconciler:
                 state = EMPTY_NODE
                 self._nodeless.add(path)
         place = self.place(path)
-        if not self._has_parent(path, place):
+        kind = self._files.kind(place)
+        if not (kind or self._has_parent(path, place)):
             return
         if state is not None:
-            yield from self._show(path, place, state, node, renew=renew)
-        elif self._files.kind(place) or renew:
+            yield from self._show(path, place, kind, state, node, renew=renew)
+        elif kind or renew:
             yield from self._remove(place)
             self._queue_parent(path)
 
@@ -160,10 +161,17 @@ class Reconciler:
         return path == self._view.root or self._view.is_directory(path, state)
 
     def _show(
-        self, path: bytes, place: bytes, state: NodeState, node: FetchedNode, *, renew: bool
+        self,
+        path: bytes,
+        place: bytes,
+        kind: int,
+        state: NodeState,
+        node: FetchedNode,
+        *,
+        renew: bool,
     ) -> Steps:
+        """`kind` is that of the file which is there; 0 if none is."""
         is_directory = self._is_directory(path, state)
-        kind = self._files.kind(place)
         if kind not in (0, stat.S_IFDIR if is_directory else stat.S_IFREG):
             yield from self._remove(place)
             kind = 0

@@ -181,7 +181,7 @@ class _OpenDirectories:
     def enter(self, path: bytes) -> int:
         """A descriptor of the directory, good until the next call.
 
-        Raises FileNotFoundError or NotADirectoryError if it is missing; `first_missing` tells which.
+        Raises FileNotFoundError or NotADirectoryError with the highest missing directory as its filename.
         """
         if (fd := self._open.get(path, -1)) >= 0:
             return fd
@@ -200,15 +200,6 @@ class _OpenDirectories:
             if len(self._open) > OPEN_MAX:
                 self.forget(next(iter(self._open)))
         return fd
-
-    def first_missing(self, path: bytes) -> bytes | None:
-        """The highest directory on the way to this one, itself included, that is missing."""
-        try:
-            self.enter(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            missing: bytes = error.filename
-            return missing
-        return None
 
     def forget(self, path: bytes) -> None:
         """Close it.  The next operation opens the directory that is there then."""
@@ -426,7 +417,12 @@ class MirrorDirectory:
 
     def first_missing(self, path: bytes) -> bytes | None:
         """The highest directory on the way to this one, itself included, that is missing."""
-        return self._copy.first_missing(path)
+        try:
+            self._copy.enter(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            missing: bytes = error.filename
+            return missing
+        return None
 
     def kind(self, path: bytes) -> int:
         """S_IFDIR, S_IFREG or another file type; 0 for what is missing."""
