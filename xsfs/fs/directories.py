@@ -76,7 +76,7 @@ class Directory(XenstoreNode):
         """The state of the node if it still is a directory.  Fails with ESTALE if not."""
         if state is None and self.always_there:
             return EMPTY_NODE
-        if state is None or not self.is_of_kind(state):
+        if state is None or not (state.has_children or self.is_of_kind(state)):
             refuse(errno.ESTALE)
         return state
 
@@ -235,7 +235,7 @@ class Directory(XenstoreNode):
             if (kept := self.table.name_behind(name)) is not None:
                 return kept
             for child in await self.view.commands.list(self.path):
-                if self.table.file_name(child) == name:
+                if len(child) > NAME_MAX and self.table.alias(child) == name:
                     return child
         refuse(errno.EINVAL if new else errno.ENOENT)
 

@@ -37,7 +37,7 @@ from xsfs.fs.open_files import OpenFiles
 from xsfs.fs.quotas import Quota
 from xsfs.fs.watch_files import READERS_MAX
 from xsfs.view.bounded import Bounded
-from xsfs.view.names import NAME_MAX, file_name, join
+from xsfs.view.names import file_name, join
 from xsfs.view.ownership import Ownership
 from xsfs.view.view import LEAF, NodeState, View
 
@@ -159,10 +159,8 @@ class InodeTable:
         self.paths[directory] = path
         return path
 
-    def file_name(self, name: bytes) -> bytes:
-        """The file name of a child.  If it is an alias, `name_behind` knows it."""
-        if len(name) <= NAME_MAX:
-            return name
+    def alias(self, name: bytes) -> bytes:
+        """The file name of a child whose name is too long for one.  `name_behind` knows it from now on."""
         alias = file_name(name)
         self._aliases.put(alias, name)
         return alias

@@ -15,7 +15,7 @@ from pyfuse3 import EntryAttributes, InodeT
 from xsfs.fs.files import DotValue, ScratchFile
 from xsfs.fs.nodes import Caller, Handle, Node, refuse
 from xsfs.fs.quotas import Share
-from xsfs.view.names import VALUE_NAME
+from xsfs.view.names import NAME_MAX, VALUE_NAME
 from xsfs.view.view import EMPTY_NODE, FETCH_WINDOW, LEAF, NodeState
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ class DirectoryHandle(Handle):
                 else:  # most children, which differ in their inodes
                     entry = of_leaf
                     entry.st_ino = InodeT(node.inode)
-            if not pyfuse3.readdir_reply(token, table.file_name(name), entry, position + 1):
+            shown = name if len(name) <= NAME_MAX else table.alias(name)
+            if not pyfuse3.readdir_reply(token, shown, entry, position + 1):
                 return
             if node is not directory:
                 table.remember(node)
