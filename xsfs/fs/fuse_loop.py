@@ -25,8 +25,11 @@ import trio
 
 from xsfs.fs.quick_lock import QuickLock
 from xsfs.xenstore.busy_polling import BUSY_POLL_SECONDS, BusyPoll
+from xsfs.xenstore.turns import Turns, turns
 
-TURN_SECONDS: Final = 0.002
+TURN_SECONDS: Final = 0.0007
+"""Less than STREAK_SECONDS of the client, which would give a turn in the middle of a request.  Then another
+worker would begin to wait for the kernel, and sleep."""
 
 
 class KernelDescriptor:
@@ -35,8 +38,8 @@ class KernelDescriptor:
     def __init__(self) -> None:
         self.under_way = 0
         """How many requests wait for the store.  Their replies would have to wait for a busy poll."""
+        self._turns: Turns
         self._busy_poll: BusyPoll | None = None
-        self._turn_ends = 0.0
 
     @contextmanager
     def not_under_way(self) -> Iterator[None]:
@@ -48,15 +51,14 @@ class KernelDescriptor:
             self.under_way += 1
 
     async def wait_readable(self, descriptor: int) -> None:
-        poll = self._busy_poll
-        if poll is None:
-            self._busy_poll = poll = BusyPoll(descriptor)
-        if time.perf_counter() >= self._turn_ends:
+        if self._busy_poll is None:
+            self._busy_poll, self._turns = BusyPoll(descriptor), turns()
+        if time.perf_counter() - self._turns.last > TURN_SECONDS:
             await trio.lowlevel.checkpoint()
-            self._turn_ends = time.perf_counter() + TURN_SECONDS
-        if not poll.is_readable(0 if self.under_way else BUSY_POLL_SECONDS):
+            self._turns.last = time.perf_counter()
+        if not self._busy_poll.is_readable(0 if self.under_way else BUSY_POLL_SECONDS):
             await trio.lowlevel.wait_readable(descriptor)
-            self._turn_ends = time.perf_counter() + TURN_SECONDS
+            self._turns.last = time.perf_counter()
 
 
 class _Proxy:

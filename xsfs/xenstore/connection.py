@@ -45,6 +45,7 @@ from xsfs.xenstore.protocol import (
     decode_event,
 )
 from xsfs.xenstore.transport import Transport
+from xsfs.xenstore.turns import turns
 from xsfs.xenstore.xenbus import WatchRefused
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class Connection:
         self._writer_parked = trio.lowlevel.ParkingLot()
         self._watchdog_parked = trio.lowlevel.ParkingLot()
         self._watched_deadline = 0.0
+        self._turns = turns()
         self._streak_task: Task | None = None
         self._streak_switches = 0
         self._streak_start = 0.0
@@ -196,7 +198,7 @@ class Connection:
         if batch.missing:
             return await self._wait(batch, deadline)
         self._streak_end = time.perf_counter()
-        if self._streak_end - self._streak_start > STREAK_SECONDS:
+        if self._streak_end - max(self._streak_start, self._turns.last) > STREAK_SECONDS:
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._streak_end = 0.0
         return batch.replies
@@ -387,6 +389,7 @@ class Connection:
             except OSError as error:
                 self.close(f"cannot receive: {error.strerror}")
                 return
+            self._turns.last = time.perf_counter()
             self._digest(data)
 
     def _digest(self, data: bytes) -> None:
