@@ -126,11 +126,12 @@ class ValueFile(XenstoreNode):
 
     def _open_file(self) -> OpenFile:
         """The open file, with one more handle."""
-        if (found := self.in_memory) is not None:
-            found[0].add(self)
-            return found[0]
-        self.require()
-        return self.open_files.open(self.path, self)
+        file = self.detached
+        if file is None or file.memory is None:
+            self.require()
+            return self.open_files.open(self.path, self)
+        file.add(self)
+        return file
 
     async def open(self, flags: int, caller: Caller) -> Handle:
         reads = flags & os.O_ACCMODE != os.O_WRONLY
@@ -211,7 +212,7 @@ class ScratchFile(ValueFile):
 
     def require(self) -> None:
         super().require()
-        if self.detached is None:
+        if self.detached is None and self.in_memory is None:
             refuse(errno.ESTALE)
 
 
