@@ -279,6 +279,27 @@ def test_nothing_is_begun_where_there_is_no_room(shm: Path) -> None:
 # ------------------------------------------------------------------------------------------- depth
 
 
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_file_that_cannot_be_finished_leaves_nothing(
+    shm: Path, published: bool, is_new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with opened(shm / "mirror") as files:
+        files.make_directory(b"d", b"n0")
+        if published:
+            carry_out(files.publish())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fchmod", fail)
+            with pytest.raises(OSError, match="Input/output"):
+                files.put(b"d/f", b"v", b"n0", is_new=is_new)
+        assert list(files.names(b"d")) == []
+        files.put(b"d/f", b"v", b"n0", is_new=is_new)
+        assert files.read(b"d/f") == (b"v", b"n0" if files.has_perms else b"")
+
+
 def test_no_path_is_too_deep(shm: Path) -> None:
     """Neither for the number of open files, nor for the time that each step takes."""
     depth = 1500
