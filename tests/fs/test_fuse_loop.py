@@ -9,8 +9,7 @@ import pytest
 import trio
 from trio.testing import trio_test, wait_all_tasks_blocked
 
-from xsfs.fs.fuse_loop import KernelDescriptor
-from xsfs.fs.quick_lock import QuickLock
+from xsfs.fs.fuse_loop import KernelDescriptor, ReceiveLock
 from xsfs.xenstore.turns import turns
 
 LIMIT = 60.0
@@ -81,8 +80,9 @@ async def test_a_turn_that_the_client_has_noted_counts(pipe: Pipe) -> None:
         )  # a slow machine may take longer than the time for a turn
         await kernel.wait_readable(reader)
         assert ran == []
-        turns().last = 0.0
-        await kernel.wait_readable(reader)
+        for _ in range(2):  # one turn may come before that of the other task
+            turns().last = 0.0
+            await kernel.wait_readable(reader)
         assert ran == ["other"]
     assert turns().last > 0.0
 
@@ -125,7 +125,7 @@ async def test_a_wait_that_is_cancelled_leaves_the_descriptor_usable(pipe: Pipe)
 
 @trio_test
 async def test_the_receive_lock_lets_one_worker_in_at_a_time() -> None:
-    lock = QuickLock()
+    lock = ReceiveLock()
     inside = 0
     served = []
 
@@ -149,7 +149,7 @@ async def test_the_receive_lock_lets_one_worker_in_at_a_time() -> None:
 
 @trio_test
 async def test_a_free_receive_lock_is_taken_without_a_turn_of_the_loop() -> None:
-    lock = QuickLock()
+    lock = ReceiveLock()
     ran: list[str] = []
 
     async def other() -> None:
@@ -166,7 +166,7 @@ async def test_a_free_receive_lock_is_taken_without_a_turn_of_the_loop() -> None
 
 @trio_test
 async def test_a_worker_that_is_cancelled_wakes_the_others_all_the_same() -> None:
-    lock = QuickLock()
+    lock = ReceiveLock()
     taken: list[str] = []
 
     async def take(name: str, scope: trio.CancelScope) -> None:
@@ -191,7 +191,7 @@ async def test_a_worker_that_is_cancelled_wakes_the_others_all_the_same() -> Non
 
 @trio_test
 async def test_a_worker_that_was_woken_and_is_cancelled_passes_the_lock_on() -> None:
-    lock = QuickLock()
+    lock = ReceiveLock()
     taken: list[str] = []
 
     async def take(name: str, scope: trio.CancelScope) -> None:

@@ -10,8 +10,11 @@ from functools import partial
 from typing import Any, cast
 
 import pytest
+import trio
 from pyfuse3 import FUSEError
+from trio.testing import trio_test, wait_all_tasks_blocked
 
+from tests.support.mounting import LIMIT
 from tests.support.operating import (
     RDONLY,
     RDWR,
@@ -24,6 +27,7 @@ from tests.support.operating import (
 )
 from xsfs.fs import inodes
 from xsfs.fs.nodes import Caller
+from xsfs.fs.open_files import OpenFile
 from xsfs.fs.operations import Operations
 from xsfs.xenstore.store import open_store
 
@@ -198,3 +202,30 @@ async def test_a_value_is_opened_as_the_node_that_the_table_has(w: World) -> Non
     entry = await w.lookup(b"data", b"x", b".value")
     info = await w.operations.open(entry.st_ino, RDONLY, ctx())
     assert w.operations._handles[info.fh].node is w.table.get(entry.st_ino)
+
+
+@trio_test
+async def test_a_task_that_waits_for_a_file_comes_before_one_that_asks_later() -> None:
+    """A removal ends, even if a program writes to the file without end."""
+    file = OpenFile(b"/x")
+    order: list[str] = []
+
+    async def wait(name: str, scope: trio.CancelScope) -> None:
+        with scope:
+            async with file.changing():
+                await trio.lowlevel.checkpoint_if_cancelled()
+                order.append(name)
+
+    scopes = [trio.CancelScope() for _ in range(4)]
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            async with file.changing():
+                for number, scope in enumerate(scopes):
+                    nursery.start_soon(wait, str(number), scope)
+                    await wait_all_tasks_blocked()
+                scopes[0].cancel()  # before it has its turn
+            scopes[1].cancel()  # the lock is its own already, unless the first has it
+            async with file.changing():
+                order.append("later")
+    assert order[-3:] == ["2", "3", "later"]
+    assert not file.lock or not file.lock._is_taken

@@ -4,9 +4,10 @@ pyfuse3 takes its event loop from the name `trio` in its own module; pyfuse3.asy
 run on asyncio.  Here pyfuse3 gets trio with two objects replaced, which the workers of its session loop use
 before each request:
 
-- The lock under which one worker at a time waits for the kernel.  With a `QuickLock` a worker whose request
-  needed no waiting goes on with the next one.  The lock still wakes another worker, which runs as soon as
-  this one waits.
+- The lock under which one worker at a time waits for the kernel.  trio's lock lets another task run at each
+  acquisition.  `ReceiveLock` lets no other task run if it is free.  So a worker whose request needed no
+  waiting goes on with the next one.  The lock still wakes another worker, which runs as soon as this one
+  waits.
 - The wait for the kernel's descriptor.  `KernelDescriptor` polls for BUSY_POLL_SECONDS before it sleeps: a
   process that has just got its answer sends the next request within that time.  An idle mount sleeps.
 
@@ -23,13 +24,33 @@ from typing import Any, Final, cast
 import pyfuse3
 import trio
 
-from xsfs.fs.quick_lock import QuickLock
 from xsfs.xenstore.busy_polling import BUSY_POLL_SECONDS, BusyPoll
 from xsfs.xenstore.turns import Turns, turns
 
 TURN_SECONDS: Final = 0.0007
 """Less than STREAK_SECONDS of the client, which would give a turn in the middle of a request.  Then another
 worker would begin to wait for the kernel, and sleep."""
+
+
+class ReceiveLock:
+    """See the module's docstring.  At most one waiting worker is woken at a time."""
+
+    def __init__(self) -> None:
+        self._is_taken = False
+        self._waiting = trio.lowlevel.ParkingLot()
+        self._has_woken = False
+
+    async def __aenter__(self) -> None:
+        while self._is_taken:
+            await self._waiting.park()
+            self._has_woken = False
+        self._is_taken = True
+
+    async def __aexit__(self, *raised: object) -> None:
+        self._is_taken = False
+        if not self._has_woken and self._waiting:
+            self._waiting.unpark()
+            self._has_woken = True
 
 
 class KernelDescriptor:
@@ -75,4 +96,4 @@ class _Proxy:
 def install(kernel: KernelDescriptor) -> None:
     """Give pyfuse3 its event loop.  Call it before pyfuse3.main."""
     lowlevel = _Proxy(trio.lowlevel, wait_readable=kernel.wait_readable)
-    cast(Any, pyfuse3).trio = _Proxy(trio, lowlevel=lowlevel, Lock=QuickLock)
+    cast(Any, pyfuse3).trio = _Proxy(trio, lowlevel=lowlevel, Lock=ReceiveLock)

@@ -47,9 +47,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from xsfs.fs.memory_content import MemoryContent, shortage
 from xsfs.fs.nodes import FORGOTTEN, Caller, Handle, refuse
-from xsfs.fs.quick_lock import QuickLock
 from xsfs.view.names import join, parent_path
 from xsfs.view.view import EMPTY_NODE, NodeState, View
 from xsfs.xenstore import protocol
@@ -100,6 +101,35 @@ class Debt:
         return state._replace(value=b"") if self.replaces(state.value) else state
 
 
+class _Changing(AbstractAsyncContextManager[None]):
+    """A lock that gives the event loop no turn if it is free.
+
+    With trio.Lock, which gives one, an `echo` takes a fifth longer.  Tasks that wait get it in turn, before
+    any task that comes later.
+    """
+
+    __slots__ = ("_is_taken", "_waiting")
+
+    def __init__(self) -> None:
+        self._is_taken = False
+        self._waiting: trio.lowlevel.ParkingLot | None = None
+        """Made by the first task that waits."""
+
+    async def __aenter__(self) -> None:
+        if not self._is_taken:
+            self._is_taken = True
+            return
+        if self._waiting is None:
+            self._waiting = trio.lowlevel.ParkingLot()
+        await self._waiting.park()
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._waiting:
+            self._waiting.unpark()  # this task has it from now on, even if it is cancelled before it runs
+        else:
+            self._is_taken = False
+
+
 class OpenFile:
     """See the module's docstring.
 
@@ -120,7 +150,7 @@ class OpenFile:
         self.debt: Debt | None = None
         self.memory: MemoryContent | None = None
         self.is_pinned = False
-        self.lock: QuickLock | None = None
+        self.lock: _Changing | None = None
         """Held while a task changes it; made when it is needed."""
 
     def add(self, node: XenstoreNode) -> None:
@@ -143,10 +173,10 @@ class OpenFile:
     def owes_creation(self) -> bool:
         return self.debt is not None and self.debt.found is None
 
-    def changing(self) -> QuickLock:
+    def changing(self) -> _Changing:
         """No other task changes the file within the block."""
         if self.lock is None:
-            self.lock = QuickLock()
+            self.lock = _Changing()
         return self.lock
 
 
@@ -159,7 +189,7 @@ class OpenFiles:
         self._scratch: set[OpenFile] = set()
         """The files whose memory is bounded: those with a name, those that had one and are open, and those
         that are about to get one."""
-        self._removals: list[tuple[Sequence[bytes], QuickLock]] = []
+        self._removals: list[tuple[Sequence[bytes], _Changing]] = []
         """The removals and renames under way: their paths, and a lock that is held until the end, also in the
         name of each file that is opened there meanwhile."""
 
@@ -248,7 +278,7 @@ class OpenFiles:
         if (file := self._by_path.get(path)) is not None:
             await self.settle_file(file)
 
-    def _removal_at(self, *paths: bytes) -> QuickLock | None:
+    def _removal_at(self, *paths: bytes) -> _Changing | None:
         """The lock of a removal or rename under way at, above or below one of these paths."""
         for tops, lock in self._removals:
             if any(is_at_or_below(a, b) or is_at_or_below(b, a) for a in tops for b in paths):
@@ -275,7 +305,7 @@ class OpenFiles:
             async with under_way:
                 pass
         files = self.at_and_below(*tops)
-        lock = QuickLock()
+        lock = _Changing()
         async with lock, AsyncExitStack() as stack:
             self._removals.append((tops, lock))
             stack.callback(self._removals.remove, (tops, lock))
