@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -277,9 +278,6 @@ def test_nothing_is_begun_where_there_is_no_room(shm: Path) -> None:
         files.put(b"f", b"", b"")
 
 
-# ------------------------------------------------------------------------------------------- depth
-
-
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("is_new", [False, True])
 def test_a_file_that_cannot_be_finished_leaves_nothing(
@@ -301,14 +299,28 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(
         assert files.read(b"d/f") == (b"v", b"n0" if files.has_perms else b"")
 
 
-def test_no_path_is_too_deep(shm: Path) -> None:
+# ------------------------------------------------------------------------------------------- depth
+
+
+def test_no_path_is_too_deep(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for the number of open files, nor for the time that each step takes."""
+    opens = 0
+    real_open = os.open
+
+    def counted_open(*args: Any, **named: Any) -> int:
+        nonlocal opens
+        opens += 1
+        return real_open(*args, **named)
+
     depth = 1500
     paths = [b"/".join([b"d"] * levels) for levels in range(1, depth + 1)]
     with opened(shm / "mirror") as files:
         before = len(os.listdir("/proc/self/fd"))
-        for path in paths:
-            files.make_directory(path, b"")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", counted_open)
+            for path in paths:
+                files.make_directory(path, b"")
+        assert opens <= 2 * depth
         assert len(os.listdir("/proc/self/fd")) - before <= staging.OPEN_MAX
         assert files.first_missing(paths[-1] + b"/d/d/d") == paths[-1] + b"/d"
         files.put(paths[-1] + b"/f", b"v", b"")

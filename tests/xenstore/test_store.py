@@ -4,6 +4,7 @@ guest of each, and the embedded store.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -449,9 +450,15 @@ MANY_READS = 20_000
 """Far more than one task reads in the millisecond that it may keep the event loop."""
 
 
+@pytest.mark.parametrize(("computing", "reads_max"), [(0.0, MANY_READS), (0.0015, 200)])
 @trio_test
-async def test_other_tasks_have_their_turn_beside_a_loop_of_reads(place: Place) -> None:
-    """A task whose reads all return immediately must not keep the event loop to itself."""
+async def test_other_tasks_have_their_turn_beside_a_loop_of_reads(
+    place: Place, computing: float, reads_max: int
+) -> None:
+    """A task whose reads all return immediately must not keep the event loop to itself.
+
+    computing   for how many seconds it computes between two reads
+    """
     async with opened(place) as (store, base):
         turns = count = 0
 
@@ -463,9 +470,12 @@ async def test_other_tasks_have_their_turn_beside_a_loop_of_reads(place: Place) 
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tick)
-            while turns < 20 and count < MANY_READS:
+            while turns < 20 and count < reads_max:
                 await store.read(base)
                 count += 1
+                end = time.perf_counter() + computing
+                while time.perf_counter() < end:
+                    pass
             nursery.cancel_scope.cancel()
         assert turns >= 20
 

@@ -28,8 +28,8 @@ from xsfs.xenstore.busy_polling import BUSY_POLL_SECONDS, BusyPoll
 from xsfs.xenstore.turns import Turns, turns
 
 TURN_SECONDS: Final = 0.0007
-"""Less than STREAK_SECONDS of the client, which would give a turn in the middle of a request.  Then another
-worker would begin to wait for the kernel, and sleep."""
+"""Less than STREAK_SECONDS of the client, which gives its turns in the middle of a request.  In such a turn
+another worker begins to wait for the kernel, and sleeps."""
 
 
 class ReceiveLock:

@@ -142,11 +142,11 @@ class OpenFile:
 
     __slots__ = ("debt", "handles", "is_pinned", "lock", "memory", "nodes", "path")
 
-    def __init__(self, path: bytes, *nodes: XenstoreNode) -> None:
-        """A new file, open by one handle for each of these inodes."""
+    def __init__(self, path: bytes, node: XenstoreNode | None = None) -> None:
+        """`node` opens it; None if it has no handle yet."""
         self.path = path
-        self.handles = len(nodes)
-        self.nodes = set(nodes)
+        self.handles = 0 if node is None else 1
+        self.nodes = set() if node is None else {node}
         self.debt: Debt | None = None
         self.memory: MemoryContent | None = None
         self.is_pinned = False

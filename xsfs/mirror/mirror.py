@@ -112,7 +112,7 @@ class Mirror:
         self._unrested = 0.0
         """For how many seconds the task has changed files and not slept."""
         self._learns: bytes | None = None
-        """The node that the task itself makes a sticky directory, before it shows that."""
+        """The node that the task itself makes a sticky directory.  `apply` comes next, and shows it."""
         self._left_out: set[bytes] = set()
         """Nodes that make no sense, of which the log has told."""
         self._domid = view.domid
@@ -275,7 +275,7 @@ class Mirror:
             self._queue.setdefault(self._view.root, False)
 
     def _sticky_changed(self, path: bytes) -> None:
-        """The mount, or this task, has learned or forgotten that a node is a directory."""
+        """Whether a node is a directory is known, or forgotten, from now on."""
         if path != self._learns and self._is_inside(path):
             if self._reconciler.contradicts(path):
                 self._queue.setdefault(path, False)
@@ -298,9 +298,11 @@ class Mirror:
 
     async def _work(self) -> None:
         """Fetch the next nodes, and make the files agree with them."""
-        batch = self._next_batch()
-        nodes = await self._fetch(batch)  # a checkpoint, even if there is nothing to fetch
         # The time of this thread alone: other processes may take some meanwhile.
+        began = time.thread_time()
+        batch = self._next_batch()
+        self._unrested += time.thread_time() - began
+        nodes = await self._fetch(batch)  # a checkpoint, even if there is nothing to fetch
         began = time.thread_time()
         await self._carry_out(self._apply(batch, nodes))
         self._unrested += time.thread_time() - began

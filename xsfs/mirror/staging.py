@@ -185,18 +185,19 @@ class _OpenDirectories:
         """
         if (fd := self._open.get(path, -1)) >= 0:
             return fd
-        above, fd = b"", self.top
-        for name in filter(None, path.split(b"/")):
+        above, fd = path, self.top
+        while above and above not in self._open:
+            above = above.rpartition(b"/")[0]
+        if above:  # it becomes the newest, because more may be below it
+            fd = self._open[above] = self._open.pop(above)
+        for name in filter(None, path[len(above) :].split(b"/")):
             above = below(above, name)
-            # Those on the way become the newest, because many are below them.
-            opened = self._open.pop(above, -1)
-            if opened < 0:
-                try:
-                    opened = os.open(name, _DIRECTORY, dir_fd=fd)
-                except (FileNotFoundError, NotADirectoryError) as error:
-                    error.filename = above
-                    raise
-            fd = self._open[above] = opened
+            try:
+                fd = os.open(name, _DIRECTORY, dir_fd=fd)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                error.filename = above
+                raise
+            self._open[above] = fd
             if len(self._open) > OPEN_MAX:
                 self.forget(next(iter(self._open)))
         return fd
@@ -429,7 +430,9 @@ class MirrorDirectory:
         try:
             directory, name = self._place(path)
             # Most nodes of a new copy are missing, and an exception takes 7 microseconds.
-            if not os.access(name, os.F_OK, dir_fd=directory, follow_symlinks=False):
+            if not os.access(
+                name, os.F_OK, dir_fd=directory, effective_ids=True, follow_symlinks=False
+            ):
                 return 0
             return stat.S_IFMT(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
         except (FileNotFoundError, NotADirectoryError):
@@ -487,23 +490,32 @@ class MirrorDirectory:
         self._check_room()
         parent, _, name = path.rpartition(b"/")
         directory = self._copy.enter(parent)
-        # Nobody sees a copy before it is complete.
-        is_hidden = is_new and self._copy.top == self._tree
-        place, first_name = (directory, name) if is_hidden else (self._staging, _NEW)
+        if is_new and self._copy.top == self._tree:
+            # Nobody sees this copy before it is complete.
+            with self._writable(directory):
+                self._make(name, directory, content, perms)
+            return
+        self._make(_NEW, self._staging, content, perms)
+        try:
+            with self._writable(directory):
+                os.rename(_NEW, name, src_dir_fd=self._staging, dst_dir_fd=directory)
+        except OSError:
+            os.unlink(_NEW, dir_fd=self._staging)
+            raise
+
+    def _make(self, name: bytes, directory: int, content: bytes, perms: bytes) -> None:
+        """Make a file that is missing.  If this fails, there is none."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        with self._writable(directory):
-            fd = os.open(first_name, flags, 0o600, dir_fd=place)
-            try:
-                if content and os.write(fd, content) != len(content):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._finish(fd, self._file_mode, perms)
-                if not is_hidden:
-                    os.rename(_NEW, name, src_dir_fd=self._staging, dst_dir_fd=directory)
-            except OSError:
-                os.unlink(first_name, dir_fd=place)
-                raise
-            finally:
-                os.close(fd)
+        fd = os.open(name, flags, 0o600, dir_fd=directory)
+        try:
+            if content and os.write(fd, content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._finish(fd, self._file_mode, perms)
+        except OSError:
+            os.unlink(name, dir_fd=directory)
+            raise
+        finally:
+            os.close(fd)
 
     def _writable(self, *directories: int) -> AbstractContextManager[None]:
         """Lets this user change the directories in a block.  Root may do that whatever their mode is."""

@@ -7,10 +7,11 @@ READ and DIRECTORY together tell the kind of a node.  If the rights of the askin
 view sends GET_PERMS, too.  If only the kind matters, it omits READ.  The kind depends on the value only if
 a node has no children and may be a directory; then a second pipeline fetches the value.
 
-A view keeps no states.  It remembers which nodes have been directories (`sticky`), and listings that it has
-seen lately (`hints`).  A program that lists a directory often lists its children next.  With a hint, a
-listing asks for the kinds of the children together with their names.  A wrong hint only costs superfluous
-requests, because it is never shown.
+A view keeps no states.  It remembers which nodes have been directories (`sticky`).  If it fetches only the
+kind of a directory, for a stat or a listing of its parent, it remembers the names in it, too (`hints`): a
+program that lists a directory often lists its children next.  With a hint, a listing asks for the kinds of
+the children together with their names.  A wrong hint only costs superfluous requests, because it is never
+shown.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ FETCH_WINDOW: Final = 256
 
 
 HINTS_MAX: Final = 1024
+"""How many hints are kept."""
 
 HINT_SIZE_MAX: Final = 512
 """The length in bytes of a listing that is a hint: some 50 names."""
@@ -310,6 +312,8 @@ class View:
         self.sticky.add(path)
         if isinstance(listing, bytes) and len(listing) <= HINT_SIZE_MAX and not listing[-1]:
             self.hints.put(path, listing)
+        else:
+            self.hints.pop(path, None)
 
     def _learn(self, path: bytes, state: NodeState | None) -> NodeState | None:
         if state is None:

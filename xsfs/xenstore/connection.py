@@ -17,8 +17,9 @@ Invariants:
 - A violation of the protocol ends the connection.
 
 A task that is alone waits for its replies inside `pipeline`, without the event loop: the store answers within
-some 20 microseconds, and a turn of the loop takes longer.  The task yields to other tasks once in
-STREAK_SECONDS.  If several tasks ask, the writer sends their requests together, in the loop's next turn.
+some 20 microseconds, and a turn of the loop takes longer.  The task gives other tasks a turn if they have had
+none for STREAK_SECONDS.  If several tasks ask, the writer sends their requests together, in the loop's next
+turn.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ class Connection:
         self._turns = turns()
         self._streak_task: Task | None = None
         self._streak_switches = 0
-        self._streak_start = 0.0
-        self._streak_end = 0.0
+        self._streak_since = 0.0
+        """The turn since which the switches between tasks are counted."""
         self._poll_skips = 0
         self._poll_misses = 0
         """How many pipelines were to be skipped after the last late reply; 0 if replies came in time."""
@@ -197,10 +198,9 @@ class Connection:
             self._receive_at_once(batch)
         if batch.missing:
             return await self._wait(batch, deadline)
-        self._streak_end = time.perf_counter()
-        if self._streak_end - max(self._streak_start, self._turns.last) > STREAK_SECONDS:
+        if time.perf_counter() - self._turns.last > STREAK_SECONDS:
             await trio.lowlevel.cancel_shielded_checkpoint()
-            self._streak_end = 0.0
+            self._turns.last = time.perf_counter()
         return batch.replies
 
     async def _wait_for_room(self, count: int, deadline: float | None) -> float:
@@ -220,10 +220,9 @@ class Connection:
         """Whether requests of other tasks are under way, or about to be."""
         if self._in_flight:
             return True
-        now = time.perf_counter()
         task = current_task()
-        if now - self._streak_end > STREAK_SECONDS:
-            self._streak_start = now
+        if self._streak_since != self._turns.last:
+            self._streak_since = self._turns.last
             self._streak_switches = 0
         elif task is not self._streak_task:
             self._streak_switches += 1

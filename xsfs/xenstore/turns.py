@@ -2,7 +2,7 @@
 
 A turn takes longer than a reply of the store.  So a task that asks one thing after the other, and a worker
 that answers one request of the kernel after the other, go on without a turn for a bounded time.  Each of them
-notes a turn that it sees, so that the others need not give one.
+notes the turns that it gives or sees, so that the others need not give one.
 """
 
 from __future__ import annotations
