@@ -32,7 +32,7 @@ from tests.support.operating import (
 from xsfs.fs.inodes import LISTING_BYTES_MAX
 from xsfs.fs.nodes import FORGOTTEN
 from xsfs.view.names import join
-from xsfs.view.view import FETCH_WINDOW, HINT_SIZE_MAX, NodeState
+from xsfs.view.view import FETCH_WINDOW, HINT_SIZE_MAX, HINTS_MAX, NodeState
 from xsfs.xenstore.errors import ConnectionLost
 from xsfs.xenstore.protocol import write
 from xsfs.xenstore.store import open_store
@@ -50,6 +50,19 @@ async def test_a_stat_hints_the_names(w: World) -> None:
     assert await w.costs(lambda: w.operations.getattr(directory, ctx())) == 1
     assert await w.costs(lambda: w.operations.opendir(directory, ctx())) == 2 + 1
     assert await w.costs(lambda: w.operations.opendir(directory, ctx())) == 2, "used once"
+
+
+@in_world
+async def test_a_broken_listing_is_no_hint_and_hints_are_bounded(w: World) -> None:
+    hints = w.view.hints
+    w.view._saw_children(b"/x", b"a\0")
+    assert hints[b"/x"] == b"a\0"
+    w.view._saw_children(b"/x", b"a\0b")
+    assert b"/x" not in hints
+    for number in range(HINTS_MAX + 1):
+        w.view._saw_children(b"/%d" % number, b"a\0")
+    assert len(hints) == HINTS_MAX
+    assert b"/0" not in hints
 
 
 @in_world

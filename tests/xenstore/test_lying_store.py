@@ -525,7 +525,7 @@ async def test_a_part_that_makes_no_sense(liar: LyingStore, payload: bytes) -> N
 async def test_a_listing_that_never_ends(liar: LyingStore) -> None:
     async with opened(liar) as store:
         liar.lie = parts(says(b"7\0a\0"))
-        with pytest.raises(WireError):
+        with trio.fail_after(LIMIT), pytest.raises(WireError):
             await store.list("/test")
         liar.behave()
         await works(store)
