@@ -22,7 +22,7 @@ class Turns:
         self.last = 0.0
 
 
-_TURNS: Final = trio.lowlevel.RunVar[Turns]("xsfs turns")
+_TURNS: Final[trio.lowlevel.RunVar[Turns]] = trio.lowlevel.RunVar("xsfs turns")
 
 
 def turns() -> Turns:
