@@ -216,6 +216,7 @@ def test_deep_paths_hold_nobody_up(alive: Live, gaps: list[float]) -> None:
         for number in range(8):
             alive.witness.rm(f"{ROOT}/{number}")
     paths = [f"{ROOT}/gone/{number}".encode() + b"/d" * LEVELS for number in range(300)]
+    alive.settle()
     await_rest(alive)
     fetched = alive.mirror.fetched
 
