@@ -216,7 +216,9 @@ def test_deep_paths_hold_nobody_up(alive: Live, gaps: list[float]) -> None:
         for number in range(8):
             alive.witness.rm(f"{ROOT}/{number}")
     paths = [f"{ROOT}/gone/{number}".encode() + b"/d" * LEVELS for number in range(300)]
-    alive.settle()
+    # All events of the above come before this one.
+    alive.witness.write(NODE, "after")
+    await_true(partial(contains, alive.path("node"), "after\n"))
     await_rest(alive)
     fetched = alive.mirror.fetched
 
