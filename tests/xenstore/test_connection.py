@@ -371,6 +371,7 @@ async def test_numbers_begin_again_around_what_is_still_in_flight() -> None:
 @trio_test
 async def test_what_is_no_message_leaves_nothing_behind() -> None:
     async with connected() as (connection, peer, nursery):
+        # The types forbid it.  A caller without types can still make it.
         nonsense = Request(-42, b"/\0")  # type: ignore[arg-type]
         for asked in ([nonsense], [*requests(3), nonsense], [nonsense, *requests(3)]):
             with pytest.raises(ValueError, match="-42"):

@@ -99,6 +99,7 @@ async def test_what_is_no_value(place: Place, value: Any) -> None:
 @trio_test
 async def test_what_is_no_request(place: Place) -> None:
     async with opened(place) as (store, base):
+        # The types forbid it.  A caller without types can still make it.
         nonsense = protocol.Request(-42, base.encode() + b"\0")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="-42"):
             await store.call(nonsense)

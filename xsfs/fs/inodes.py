@@ -119,13 +119,6 @@ class InodeTable:
         visible: bool = False,
     ) -> None:
         self.ownership = ownership
-        self.modes = {
-            (kind, read, write): ownership.mode(kind, read, write)
-            for kind in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
-            for read in (False, True)
-            for write in (False, True)
-        }
-        """By kind of file, whether it can be read, and whether it can be written."""
         self.kernel = KernelDescriptor()
         self.allow_other = allow_other
         self.counters = counters

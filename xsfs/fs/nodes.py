@@ -147,7 +147,7 @@ class Node(ABC):
         ownership = self.table.ownership
         entry = EntryAttributes()
         entry.st_ino = self.inode
-        entry.st_mode = self.table.modes[self.kind, read, write]
+        entry.st_mode = ownership.mode(self.kind, read, write)
         entry.st_uid = ownership.uid
         entry.st_gid = ownership.gid
         entry.st_size = size

@@ -111,8 +111,6 @@ class Mirror:
         self._idle = trio.lowlevel.ParkingLot()
         self._unrested = 0.0
         """For how many seconds the task has changed files and not slept."""
-        self._learns: bytes | None = None
-        """The node that the task itself makes a sticky directory.  `apply` comes next, and shows it."""
         self._left_out: set[bytes] = set()
         """Nodes that make no sense, of which the log has told."""
         self._domid = view.domid
@@ -275,8 +273,8 @@ class Mirror:
             self._queue.setdefault(self._view.root, False)
 
     def _sticky_changed(self, path: bytes) -> None:
-        """Whether a node is a directory is known, or forgotten, from now on."""
-        if path != self._learns and self._is_inside(path):
+        """The mount has learned, or forgotten, that a node is a directory."""
+        if self._is_inside(path):
             if self._reconciler.contradicts(path):
                 self._queue.setdefault(path, False)
             self._wake()  # so that the task closes the directories that were opened for that
@@ -322,9 +320,8 @@ class Mirror:
     def _apply(self, batch: WorkQueue, nodes: Sequence[FetchedNode]) -> Steps:
         for (path, renew), node in zip(batch.items(), nodes, strict=True):
             if node.state is not None and node.state.has_children:
-                self._learns = path
+                # If the files contradict that, this queues the node.  `apply` knows it, and takes it out.
                 self._view.sticky.add(path)
-                self._learns = None
             try:
                 yield from self._reconciler.apply(path, node, renew=renew)
             except OSError as error:

@@ -170,7 +170,7 @@ class Reconciler:
         *,
         renew: bool,
     ) -> Steps:
-        """`kind` is that of the file which is there; 0 if none is."""
+        """`kind` is the type of the present file, or 0."""
         is_directory = self._is_directory(path, state)
         if kind not in (0, stat.S_IFDIR if is_directory else stat.S_IFREG):
             yield from self._remove(place)
