@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 from pyfuse3 import EntryAttributes, InodeT
 
-from xsfs.fs.files import DotValue, ScratchFile
+from xsfs.fs.files import ScratchFile
 from xsfs.fs.nodes import Caller, Handle, Node, refuse
 from xsfs.fs.quotas import Share
 from xsfs.view.names import NAME_MAX, VALUE_NAME
@@ -33,10 +33,10 @@ class DirectoryHandle(Handle):
     _entries    all names; the children start at `_children_at`
     _shown      children that the mount shows even if they do not exist
     _kinds      states of some children
-    _state      the directory's own state, without its value
+    _writable   whether the directory's own value may be written
     """
 
-    __slots__ = ("_children_at", "_entries", "_kinds", "_share", "_shown", "_state", "_was_read")
+    __slots__ = ("_children_at", "_entries", "_kinds", "_share", "_shown", "_was_read", "_writable")
 
     node: Directory
 
@@ -70,7 +70,7 @@ class DirectoryHandle(Handle):
         entries = [*others, *names]
         self._share.resize(sum(map(len, entries)) + ENTRY_BYTES * len(entries))
         self._entries, self._children_at, self._shown = entries, len(others), shown
-        self._kinds, self._state = listing.kinds, state._replace(value=None)
+        self._kinds, self._writable = listing.kinds, state.writable
         return state
 
     async def release(self) -> None:
@@ -122,10 +122,7 @@ class DirectoryHandle(Handle):
         directory = self.node
         if name in SELF_AND_PARENT:
             return directory, directory.entry(0)
-        if name == VALUE_NAME:
-            value = directory.table.node(DotValue, directory, name)
-            return value, value.attributes(self._state)
         node = directory.table.node(directory.own.get(name, ScratchFile), directory, name)
-        entry = node.entry(0)
+        entry = node.entry(0, write=self._writable or name != VALUE_NAME)
         entry.attr_timeout = 0
         return node, entry
