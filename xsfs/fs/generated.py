@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, FUSEError, InodeT
+from pyfuse3 import EntryAttributes, FUSEError
 
 from xsfs.fs.nodes import DIRECTORY_ENTRY_TIMEOUT, Caller, Handle, Node, refuse
 from xsfs.view.names import NAME_MAX
@@ -21,7 +21,7 @@ async def look_up(kind: type[Node], parent: Node, name: bytes, pid: int) -> Entr
     table = parent.table
     entry = await table.node(kind, parent, name).looked_up(pid)
     node = table.node(kind, parent, name)  # another task may have created it meanwhile
-    entry.st_ino = InodeT(node.inode)
+    entry.st_ino = node.inode
     table.remember(node)
     return entry
 

@@ -10,7 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, InodeT
+from pyfuse3 import EntryAttributes
 
 from xsfs.fs.files import ScratchFile
 from xsfs.fs.nodes import Caller, Handle, Node, refuse
@@ -108,7 +108,7 @@ class DirectoryHandle(Handle):
                     entry = of_leaf = node.attributes(LEAF)
                 else:  # most children, which differ in their inodes
                     entry = of_leaf
-                    entry.st_ino = InodeT(node.inode)
+                    entry.st_ino = node.inode
             shown = name if len(name) <= NAME_MAX else table.alias(name)
             if not pyfuse3.readdir_reply(token, shown, entry, position + 1):
                 return
