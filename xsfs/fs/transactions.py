@@ -35,9 +35,9 @@ from xsfs.view.kinds import StickyDirectories
 from xsfs.view.view import View, Work
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.connection import Reply
-from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, TransactionEnded
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, TransactionEnded
 from xsfs.xenstore.protocol import Request
-from xsfs.xenstore.store import CLEANUP_SECONDS, Transaction
+from xsfs.xenstore.store import Transaction
 
 log = logging.getLogger(__name__)
 
@@ -168,9 +168,7 @@ class Transactions:
     async def roll_back(self, view: TransactionView) -> None:
         """Undo all changes."""
         async with self._ending(view):
-            # The end of the connection undoes them, too.
-            with trio.move_on_after(CLEANUP_SECONDS), suppress(StoreError):
-                await view.commands.transaction.rollback()
+            pass
 
     async def roll_back_all(self) -> None:
         """The mount ends."""
@@ -180,7 +178,8 @@ class Transactions:
 
     @asynccontextmanager
     async def _ending(self, view: TransactionView) -> AsyncIterator[None]:
-        """The end of a transaction happens within this block, after everything that came before."""
+        """The end of a transaction happens within this block, after everything that came before.  At
+        the end of the block it is rolled back if it is still open."""
         async with view.commands.lock:
             if view.ended:
                 raise TransactionEnded("the transaction has ended")
@@ -189,7 +188,7 @@ class Transactions:
         try:
             yield
         finally:
-            self._outer.store.abandon(view.commands.transaction)
+            await self._outer.store.roll_back(view.commands.transaction)
             del self._views[view.name]
 
     async def _await_end(self, view: TransactionView) -> None:
