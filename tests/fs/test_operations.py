@@ -36,7 +36,7 @@ from tests.support.operating import (
 )
 from xsfs.fs import dumps, files, inodes, listing, open_files
 from xsfs.fs.directories import Directory
-from xsfs.fs.errnos import errno_of
+from xsfs.fs.errnos import translate
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
 from xsfs.view.names import OWN_NAMES
 from xsfs.view.view import Work
@@ -807,11 +807,14 @@ def test_sticky_directories_are_bounded() -> None:
 
 
 def test_errnos_of_replies(caplog: pytest.LogCaptureFixture) -> None:
-    assert errno_of(XenstoreError("EQUOTA", read(b"/x"))) == errno.EDQUOT
+    def errno_of(name: str) -> int:
+        return translate("read", XenstoreError(name, read(b"/x")), pytest.fail).errno
+
+    assert errno_of("EQUOTA") == errno.EDQUOT
     # ENOSYS would turn the operation off.
-    assert errno_of(XenstoreError("ENOSYS", read(b"/x"))) == errno.EOPNOTSUPP
+    assert errno_of("ENOSYS") == errno.EOPNOTSUPP
     assert caplog.text == ""
-    assert errno_of(XenstoreError("EWHATEVER", read(b"/x"))) == errno.EIO
+    assert errno_of("EWHATEVER") == errno.EIO
     assert "EWHATEVER" in caplog.text
 
 

@@ -19,14 +19,6 @@ from xsfs.xenstore.protocol import ERRORS, WireError
 log = logging.getLogger(__name__)
 
 
-def errno_of(error: XenstoreError) -> int:
-    """The errno for an error reply of the store.  An unknown name is logged."""
-    if error.name not in ERRORS:
-        log.error("Xenstore sent an unknown error: %s", error)
-    # After ENOSYS the kernel would turn the operation off until the mount ends.
-    return errno.EOPNOTSUPP if error.errno == errno.ENOSYS else error.errno
-
-
 def translate(
     operation: str, error: Exception, drop_connection: Callable[[str], None]
 ) -> FUSEError:
@@ -37,7 +29,10 @@ def translate(
     if isinstance(error, FUSEError):
         return error
     if isinstance(error, XenstoreError):
-        return FUSEError(errno_of(error))
+        if error.name not in ERRORS:
+            log.error("Xenstore sent an unknown error: %s", error)
+        # After ENOSYS the kernel would turn the operation off until the mount ends.
+        return FUSEError(errno.EOPNOTSUPP if error.errno == errno.ENOSYS else error.errno)
     if isinstance(error, StoreError):
         level = logging.DEBUG if error.during_outage else logging.WARNING
         log.log(level, "%s: %s", operation, error)
