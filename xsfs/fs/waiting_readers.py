@@ -160,7 +160,8 @@ class Census:
         self.possible = _shows_own_namespace()
         self.openers: Counter[int] = Counter()
         """How many reads wait now of files that this thread has opened."""
-        self._began = self._ended = -math.inf
+        self._began = self._due = -math.inf
+        """When the last census began, and when the next one may begin."""
         self._waiting: dict[int, list[Family]] = {}
         self._lock = trio.Lock()
 
@@ -168,12 +169,11 @@ class Census:
         """The threads that wait for the inode, as seen at `since` or later."""
         async with self._lock:
             if self._began < since:
-                if self._waiting:
-                    # The more it costs, the less often it is taken.
-                    await trio.sleep_until(self._ended + 9 * (self._ended - self._began))
+                await trio.sleep_until(self._due)
                 began = trio.current_time()
                 self._waiting = await self._take()
-                self._began, self._ended = began, trio.current_time()
+                # The more it costs, the less often it is taken.
+                self._began, self._due = began, began + 10 * (trio.current_time() - began)
             return self._waiting.get(inode, ())
 
     @staticmethod
