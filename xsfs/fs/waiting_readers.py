@@ -270,15 +270,13 @@ class Reader:
         self._threads = {self._opener} if self._is_guess else threads
 
     def _look(self) -> Outcome:
-        found = {thread: look(thread, self._writable) for thread in self._threads}
-        found = {
-            thread: outcome for thread, outcome in found.items() if outcome is not Outcome.UNKNOWN
-        }
-        if not found:
+        outcomes = {thread: look(thread, self._writable) for thread in self._threads}
+        waiting = {thread for thread in outcomes if outcomes[thread] is not Outcome.UNKNOWN}
+        if not waiting:
             return Outcome.UNKNOWN
-        self._threads = set(found)
-        outcomes = set(found.values())
-        if Outcome.INTERRUPTED in outcomes and (len(found) == 1 or self._writable):
+        self._threads = waiting
+        seen = {outcomes[thread] for thread in waiting}
+        if Outcome.INTERRUPTED in seen and (len(waiting) == 1 or self._writable):
             return Outcome.INTERRUPTED
         # If several threads may be the reader, a signal for one must not interrupt another.
-        return Outcome.WAITS if outcomes == {Outcome.WAITS} else Outcome.PAUSED
+        return Outcome.WAITS if seen == {Outcome.WAITS} else Outcome.PAUSED
