@@ -27,7 +27,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.fs.test_values import fails, node
 from tests.support.mounting import LIMIT, Mount, Place, mounted
-from tests.support.operating import RDONLY, World, ctx, in_world, refused, world
+from tests.support.operating import RDONLY, RDWR, World, ctx, in_world, refused, world
 from tests.support.programs import Lines, Program, needs_poll, program
 from tests.support.xenstored.harness import RealXenstored, XsClient, XsError
 from xsfs.fs import waiting_readers, watch_files
@@ -896,6 +896,19 @@ def test_a_signal_acts_within_half_a_second() -> None:
             await w.operations.release(info.fh)
 
     trio.run(test, clock=clock)
+
+
+@in_world
+async def test_two_watched_paths_that_become_one_at_a_migration_leave_no_watch(w: World) -> None:
+    file = await w.lookup(b"data", b".watch")
+    info = await w.operations.open(file.st_ino, RDWR, ctx())
+    await w.operations.write(info.fh, 0, b"/old/x\n/new/x\n")
+    w.store.watches.move(b"/old", b"/new")
+    w.operations.move_handles(b"/old", b"/new")
+    await w.operations.release(info.fh)
+    with trio.fail_after(LIMIT):
+        while len(w.store.watches):
+            await trio.sleep(0.01)
 
 
 def test_the_census_takes_a_tenth_of_the_time_even_if_it_finds_nobody() -> None:

@@ -263,7 +263,11 @@ class WatchHandle(Handle):
 
     def move(self, source: bytes, target: bytes) -> None:
         self.base = moved(self.base, source, target)
-        self._subscriptions = {each.path: each for each in self._subscriptions.values()}
+        subscriptions = self._subscriptions.values()
+        self._subscriptions = {}
+        for each in subscriptions:
+            if self._subscriptions.setdefault(each.path, each) is not each:
+                self.node.view.store.watches.drop(each)
         self._events = OrderedDict.fromkeys(moved(path, source, target) for path in self._events)
 
     async def release(self) -> None:
