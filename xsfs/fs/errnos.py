@@ -22,10 +22,8 @@ log = logging.getLogger(__name__)
 def translate(
     operation: str, error: Exception, drop_connection: Callable[[str], None]
 ) -> FUSEError:
-    """The FUSEError for an exception that an operation raised.
-
-    drop_connection     called if a reply turns out to be nonsense
-    """
+    """The FUSEError for an exception that an operation raised.  If a reply was nonsense, this calls
+    `drop_connection`."""
     if isinstance(error, FUSEError):
         return error
     if isinstance(error, XenstoreError):

@@ -25,15 +25,9 @@ RETRY_SECONDS: Final = 1.0
 
 
 async def follow_home(
-    view: View,
-    operations: Operations,
-    transactions: Transactions,
-    on_move: Callable[[], None],
+    view: View, operations: Operations, transactions: Transactions, on_move: Callable[[], None]
 ) -> None:
-    """Move the mount to the new home whenever the domain has got another domid.
-
-    on_move     called after each move
-    """
+    """Move the mount to the new home whenever the domain has got another domid, and call `on_move`."""
     table, store = operations.table, view.store
     try:
         async with store.watch(b"domid") as events:
