@@ -114,10 +114,7 @@ class TransactionView(View):
 
 
 class Transactions:
-    """See the module's docstring.
-
-    nursery     runs the tasks that wait for the ends
-    """
+    """See the module's docstring."""
 
     def __init__(self, nursery: trio.Nursery, outer: View, idle_seconds: float) -> None:
         self._nursery = nursery
