@@ -106,17 +106,16 @@ class GeneratedDirectoryHandle(Handle):
         directory, table = self.node, self.node.table
         if start == 0:
             self._names = (b".", b"..", *await directory.names())
-        for position in range(start, len(self._names)):
-            name = self._names[position]
+        for next_id, name in enumerate(self._names[start:], start + 1):
             node: Node = directory
-            if position >= 2:
+            if next_id > 2:  # after `.` and `..`
                 try:
                     node = table.node(directory.child_kind, directory, name)
                 except FUSEError:
                     continue  # it has vanished meanwhile
             entry = node.entry(0)
             entry.attr_timeout = 0  # the kernel asks before a program sees the size
-            if not pyfuse3.readdir_reply(token, name, entry, position + 1):
+            if not pyfuse3.readdir_reply(token, name, entry, next_id):
                 return
             if node is not directory:
                 table.remember(node)
