@@ -189,7 +189,6 @@ def _lose(kind: type[Node], directory: Directory, name: bytes) -> None:
 
 def _rename_scratch(source: Directory, name: bytes, target: Directory, target_name: bytes) -> None:
     node, file = source.present_scratch(name)
-    source_path, target_path = file.path, join(target.path, target_name)
     if (present := target.scratch_file(target_name)) is not None:
         replaced_node, replaced = present
         if replaced is file:
@@ -197,7 +196,7 @@ def _rename_scratch(source: Directory, name: bytes, target: Directory, target_na
         source.open_files.unlink(replaced, replaced_node)
     if node.lookups:
         source.table.move(node, target, target_name)
-    source.open_files.move(source_path, target_path)
+    source.open_files.move(file.path, join(target.path, target_name))
 
 
 async def _rename_to_node(
