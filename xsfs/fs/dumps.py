@@ -15,7 +15,6 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import ClassVar, Final
 
 import trio
@@ -218,27 +217,33 @@ class DumpHandle(SubtreeHandle):
 
     async def _restore_window(self, lines: Sequence[bytes]) -> None:
         """Restore these lines; or those before the first wrong or refused one, and raise its error."""
-        failure: Exception | None = None
         changes: list[Sequence[Request]] = []
         try:
             for line in lines:
                 changes.append(await self._requests_of(line))
-        except FUSEError as error:
-            failure = error
-        while changes:
-            try:
-                await self.node.view.atomically(partial(_carry_out, changes))
-                break
-            except XenstoreError as error:
-                for number, requests in enumerate(changes):
-                    if any(each is error.request for each in requests):
-                        # Nothing has happened yet: the lines before it come first.
-                        changes, failure = changes[:number], error
-                        break
-                else:
-                    raise
-        if failure is not None:
-            raise failure
+        except FUSEError:
+            await self._carry_out(changes)
+            raise
+        await self._carry_out(changes)
+
+    async def _carry_out(self, changes: Sequence[Sequence[Request]]) -> None:
+        """Carry out some lines; or those before the first refused one, and raise its error."""
+        if not changes:
+            return
+
+        async def work(commands: Commands) -> None:
+            for reply in await commands.pipeline([request for each in changes for request in each]):
+                if isinstance(reply, XenstoreError):
+                    raise reply
+
+        try:
+            await self.node.view.atomically(work)
+        except XenstoreError as error:
+            # Nothing has happened yet.
+            for number, requests in enumerate(changes):
+                if any(each is error.request for each in requests):
+                    await self._carry_out(changes[:number])
+            raise
 
     async def _requests_of(self, line: bytes) -> Sequence[Request]:
         try:
@@ -265,9 +270,3 @@ class DumpHandle(SubtreeHandle):
         if self._partial:
             log.warning("left out of a dump for %r: a line that does not end", self.node.path)
         await super().release()
-
-
-async def _carry_out(changes: Sequence[Sequence[Request]], commands: Commands) -> None:
-    for reply in await commands.pipeline([request for each in changes for request in each]):
-        if isinstance(reply, XenstoreError):
-            raise reply
