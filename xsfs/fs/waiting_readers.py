@@ -116,13 +116,8 @@ def _inodes_of(thread: int) -> Iterator[int]:
     """The inodes that a waiting thread may be reading: of the descriptor that its system call names, or
     of all that it has open if xsfs may not see the system call."""
     call = _read(thread, "syscall").split()
-    try:
-        # Nine words: the call, six arguments, two registers.
-        descriptors = (
-            [str(int(call[1], 16))] if len(call) == 9 else os.listdir(f"/proc/{thread}/fd")
-        )
-    except OSError:
-        return
+    # Nine words: the call, six arguments, two registers.
+    descriptors = [int(call[1], 16)] if len(call) == 9 else _numbers(f"/proc/{thread}/fd")
     for descriptor in descriptors[:DESCRIPTORS_MAX]:
         _, found, rest = _read(thread, f"fdinfo/{descriptor}").partition(b"\nino:")
         if found:
