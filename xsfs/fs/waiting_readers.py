@@ -140,19 +140,12 @@ def _numbers(directory: str) -> Sequence[int]:
         return ()
 
 
-def _shows_own_namespace() -> bool:
-    """Whether the ids of threads that FUSE gives are those in /proc."""
-    try:
-        return os.readlink("/proc/self") == str(os.getpid())
-    except OSError:
-        return False
-
-
 class Census:
     """See the module's docstring.  There is one, as there is one /proc."""
 
     def __init__(self) -> None:
-        self.possible = _shows_own_namespace()
+        self.possible = os.path.realpath("/proc/self") == f"/proc/{os.getpid()}"
+        """Whether the ids of threads that FUSE gives are those in /proc."""
         self.openers: Counter[int] = Counter()
         """How many reads wait now of files that this thread has opened."""
         self._began = self._due = -math.inf
