@@ -71,12 +71,9 @@ def line_of(path: bytes, base: bytes) -> bytes:
     except ValueError:
         # A lying store could send line breaks or escape sequences: report a change of everything.
         return b"."
-    below = join(base, b"")
-    line = path
-    if path.startswith(below):
-        line = path[len(below) :]
-        if line.startswith((b"-", b"@")):
-            line = b"./" + line
+    line = path.removeprefix(join(base, b""))
+    if line != path and line.startswith((b"-", b"@")):
+        line = b"./" + line
     if len(line) > NAME_MAX:
         line = b"/".join(map(file_name, line.split(b"/")))
     return line
