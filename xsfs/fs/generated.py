@@ -122,13 +122,9 @@ class GeneratedDirectoryHandle(Handle):
 
 
 class SymbolicLink(Node):
-    """A symbolic link whose target xsfs makes."""
+    """A symbolic link whose target xsfs makes.  Its `readlink` fails with ENOENT if there is none."""
 
     kind = stat.S_IFLNK
-
-    @abstractmethod
-    async def readlink(self) -> bytes:
-        """The present target.  Fails with ENOENT if there is none."""
 
     async def getattr(self) -> EntryAttributes:
         return self.entry(len(await self.readlink()))
