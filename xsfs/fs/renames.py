@@ -267,8 +267,7 @@ async def _rename_to_scratch(
             node = source.table.find(ValueFile, source, child)
             source.view.sticky.discard(path)
             source.was_written()
-            target_path = join(target.path, target_name)
-            source.open_files.move_to_scratch(path, node, target_path, file)
+            source.open_files.move_to_scratch(path, node, join(target.path, target_name), file)
     except (ConnectionLost, RequestTimeout):
         if taken_in is not None and not taken_in.has_ended:
             # If the transaction was committed after all, the value is nowhere else.
