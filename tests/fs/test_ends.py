@@ -25,6 +25,8 @@ from tests.support.transaction_dirs import open_at_once, until
 from tests.support.xenstored.harness import XsClient, XsError
 from xsfs.xenstore.protocol import Op
 
+CONNECTIONS = Path("/sys/fs/fuse/connections")
+
 WATCHES = 60
 """More than half of the quota of either daemon for a guest."""
 
@@ -262,6 +264,8 @@ def test_killed_while_one_transaction_begins_and_another_ends(
     """mkdir(2) holds the directory until it is answered.  Whatever xsfs tells the kernel of the end of
     another transaction must not wait for that: a thread of xsfs that waits in the kernel keeps the
     killed process from letting go, and so the one who made the directory waits for ever."""
+    if not os.path.ismount(CONNECTIONS):  # systemd mounts it, and a container may have none
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", CONNECTIONS], check=True)
     with (
         open_place(name, tmp_path) as place,
         LyingStore(tmp_path / "liar.sock", place.socket) as liar,
@@ -285,7 +289,7 @@ def test_killed_while_one_transaction_begins_and_another_ends(
 
         try:
             mount.wait_mounted()
-            connection = Path(f"/sys/fs/fuse/connections/{os.minor(mount.path.stat().st_dev)}")
+            connection = CONNECTIONS / str(os.minor(mount.path.stat().st_dev))
             identity = connection.stat().st_ino
             (transactions / "ends").mkdir()
             control = os.open(transactions / "ends" / ".control", os.O_WRONLY)

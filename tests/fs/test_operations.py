@@ -511,6 +511,43 @@ def test_a_name_in_a_directory_that_is_renamed_meanwhile(operation: str) -> None
     test()
 
 
+@pytest.mark.parametrize("operation", ["get", "set", "remove"])
+@pytest.mark.parametrize("new", [(b"d", b"e"), (b"f", b"g"), (b"f", b"f~"), (b"f", None)])
+def test_an_attribute_of_an_open_file_that_is_renamed_or_removed_meanwhile(
+    operation: str, new: tuple[bytes, bytes | None]
+) -> None:
+    """As by fgetxattr(2) and its like, after which the kernel looks nothing up again."""
+
+    @in_world
+    async def test(w: World) -> None:
+        await w.store.write("data/d/f", "1")
+        data = (await w.lookup(b"data")).st_ino
+        directory = (await w.lookup(b"data", b"d")).st_ino
+        file = (await w.lookup(b"data", b"d", b"f")).st_ino
+        info = await w.operations.open(file, RDWR, ctx())
+        operations: dict[str, Callable[[], Awaitable[object]]] = {
+            "get": lambda: w.operations.getxattr(file, cast(Any, b"user.xs.perms"), ctx()),
+            "set": lambda: w.operations.setxattr(file, cast(Any, b"user.xs.value"), b"2", ctx()),
+            "remove": lambda: w.operations.removexattr(file, cast(Any, b"user.xs.perms"), ctx()),
+        }
+        old, wanted = new
+        async with trio.open_nursery() as nursery:
+
+            async def operate() -> None:
+                nursery.start_soon(operations[operation])
+                await wait_all_tasks_blocked()
+
+            with beside_the_commit(w, trio.lowlevel.checkpoint, operate):
+                if wanted is None:
+                    await w.operations.unlink(directory, cast(Any, old), ctx())
+                else:
+                    await renaming(w, data if old == b"d" else directory, old, wanted)
+        written = b"2\n" if operation == "set" else b"1\n"
+        assert await w.operations.read(info.fh, 0, 4096) == written
+
+    test()
+
+
 @in_world
 async def test_a_dump_that_is_written_while_its_directory_is_removed(w: World) -> None:
     data = (await w.lookup(b"data")).st_ino

@@ -10,6 +10,7 @@ import errno
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
@@ -93,20 +94,21 @@ class XenstoreNode(Node):
         if name not in ATTRIBUTES:
             # Never ENOSYS, which would turn extended attributes off for the whole mount.
             refuse(errno.EOPNOTSUPP if name.startswith(b"system.") else pyfuse3.ENOATTR)
-        if (found := self.in_memory) is not None:
-            _, memory = found
-            if name == VALUE_ATTRIBUTE_NAME:
-                return self.view.value_format.parse(memory.data)
-            if name == PERMS_NAME and memory.perms is not None:
-                return perms_text(memory.perms)
-            refuse(pyfuse3.ENOATTR)
-        async with self._settled():
-            if name == PATH_NAME:
-                return self.path
-            call = self.view.commands.call
-            if name == PERMS_NAME:
-                return perms_text(await call(protocol.get_perms(self.path)))
-            return await call(protocol.read(self.path))
+        while True:
+            if (found := self.in_memory) is not None:
+                _, memory = found
+                if name == VALUE_ATTRIBUTE_NAME:
+                    return self.view.value_format.parse(memory.data)
+                if name == PERMS_NAME and memory.perms is not None:
+                    return perms_text(memory.perms)
+                refuse(pyfuse3.ENOATTR)
+            async with self._settled() as path:
+                if name == PATH_NAME:
+                    return path
+                call = self.view.commands.call
+                if name == PERMS_NAME:
+                    return perms_text(await call(protocol.get_perms(path)))
+                return await call(protocol.read(path))
 
     async def setxattr(self, name: bytes, value: bytes) -> None:
         if name not in ATTRIBUTES:
@@ -120,28 +122,29 @@ class XenstoreNode(Node):
             # setfattr and scripts may leave a newline or a NUL at the end.
             text = value.rstrip(b"\n\0").decode("ascii", "replace")
             perms = await permissions_of(self.view, text)
-        if (found := self.in_memory) is not None:
-            file, memory = found
-            async with file.changing():
-                if file.memory is memory:
-                    if perms is not None:
-                        memory.set_perms(encode_perms(perms))
-                    else:
-                        data = self.view.value_format.render(value)
-                        await self.open_files.set_data(file, memory, data)
-                    return
-        async with self._settled():
-            if perms is None:
-                await self._set_value(value)
-            else:
-                request = set_perms(self.path, perms)
-                if len(request.payload) > self.view.commands.payload_max:
-                    refuse(errno.E2BIG)
-                await self.view.commands.call(request)
-        self.was_written()
+        while True:
+            if (found := self.in_memory) is not None:
+                file, memory = found
+                async with file.changing():
+                    if file.memory is memory:
+                        if perms is not None:
+                            memory.set_perms(encode_perms(perms))
+                        else:
+                            data = self.view.value_format.render(value)
+                            await self.open_files.set_data(file, memory, data)
+                        return
+            async with self._settled() as path:
+                if perms is None:
+                    await self._set_value(path, value)
+                else:
+                    request = set_perms(path, perms)
+                    if len(request.payload) > self.view.commands.payload_max:
+                        refuse(errno.E2BIG)
+                    await self.view.commands.call(request)
+                self.was_written()
+                return
 
-    async def _set_value(self, value: bytes) -> None:
-        path = self.path
+    async def _set_value(self, path: bytes, value: bytes) -> None:
         if len(value) > protocol.value_max(path, self.view.commands.payload_max):
             refuse(errno.EFBIG)
 
@@ -161,20 +164,21 @@ class XenstoreNode(Node):
         if the source does not have it."""
         if name != PERMS_NAME:
             refuse(errno.EPERM if name in ATTRIBUTES else pyfuse3.ENOATTR)
-        if (found := self.in_memory) is not None:
-            _, memory = found
-            if memory.perms is None:
-                refuse(pyfuse3.ENOATTR)
-            memory.set_perms(None)
-            return
-        async with self._settled():
-            await self.view.atomically(self._inherit_perms)
-        self.was_written()
+        while True:
+            if (found := self.in_memory) is not None:
+                _, memory = found
+                if memory.perms is None:
+                    refuse(pyfuse3.ENOATTR)
+                memory.set_perms(None)
+                return
+            async with self._settled() as path:
+                await self.view.atomically(partial(self._inherit_perms, path))
+                self.was_written()
+                return
 
-    async def _inherit_perms(self, commands: Commands) -> Request | None:
+    async def _inherit_perms(self, path: bytes, commands: Commands) -> Request | None:
         """Set the permissions of the parent.  The owner stays: a guest cannot change it, and in domain 0 the
         guest must not lose it."""
-        path = self.path
         if path == b"/":
             refuse(errno.EPERM)
         present = perms_text(await commands.call(protocol.get_perms(path)))
@@ -187,17 +191,24 @@ class XenstoreNode(Node):
         return set_perms(path, await permissions_of(self.view, wanted.decode()))
 
     @asynccontextmanager
-    async def _settled(self) -> AsyncIterator[None]:
-        """The node has no debt when the block begins.  If it is missing, this fails with ESTALE: the kernel
-        then looks a path up again."""
+    async def _settled(self) -> AsyncIterator[bytes]:
+        """The path of the node, which has no debt when the block begins.
+
+        If the node is missing, this fails with ESTALE: the kernel then looks a path up again.  But if the
+        mount has just renamed it or taken its content into memory, the block only ends, and the caller tries
+        again: for an open file the kernel looks nothing up.
+        """
         self.require()
+        path = self.path
         try:
-            await self.open_files.settle(self.path)
-            yield
+            await self.open_files.settle(path)
+            yield path
         except XenstoreError as error:
             if error.name != "ENOENT" or self.always_there:
                 raise
-            refuse(errno.ESTALE)
+            async with self.open_files.changing(path):
+                if self.path == path and self.in_memory is None:
+                    refuse(errno.ESTALE)
 
 
 class FileOfDirectory(Node):
