@@ -38,7 +38,7 @@ from xsfs.fs import dumps, files, inodes, listing, open_files
 from xsfs.fs.directories import Directory
 from xsfs.fs.errnos import translate
 from xsfs.view.kinds import STICKY_MAX, StickyDirectories
-from xsfs.view.names import OWN_NAMES
+from xsfs.view.names import OWN_NAMES, file_name
 from xsfs.view.view import Work
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.connection import Reply
@@ -452,7 +452,8 @@ def test_a_file_that_is_opened_while_its_rename_or_removal_is_committed(
 @pytest.mark.parametrize(
     "operation",
     [
-        *("look up", "stat", "list", "create", "stat its watch file", "read its nodes"),
+        *("look up", "look up as a directory", "look up a long name", "stat", "list", "create"),
+        *("stat its watch file", "read its nodes"),
         *("unlink", "rmdir", "mkdir", "rename", "rename away", "aside"),
     ],
 )
@@ -463,6 +464,8 @@ def test_a_name_in_a_directory_that_is_renamed_meanwhile(operation: str) -> None
     async def test(w: World) -> None:
         await w.store.write("data/d/x", "1")
         await w.store.mkdir("data/d/y")
+        long_name = b"l" * 300
+        await w.store.write(b"data/d/" + long_name, "1")
         data = (await w.lookup(b"data")).st_ino
         directory = (await w.lookup(b"data", b"d")).st_ino
         w.view.sticky.add(b"/local/domain/0/data/d/y")
@@ -471,6 +474,12 @@ def test_a_name_in_a_directory_that_is_renamed_meanwhile(operation: str) -> None
         name, mode = cast(Any, b"x"), cast(Any, 0o755)
         operations: dict[str, Callable[[], Awaitable[object]]] = {
             "look up": lambda: w.operations.lookup(directory, name, ctx()),
+            "look up as a directory": lambda: w.operations.lookup(
+                directory, cast(Any, b"x.d"), ctx()
+            ),
+            "look up a long name": lambda: w.operations.lookup(
+                directory, cast(Any, file_name(long_name)), ctx()
+            ),
             "stat": lambda: w.operations.getattr(directory, ctx()),
             "list": lambda: w.operations.opendir(directory, ctx()),
             "create": lambda: fill(w, directory, b"z", b"1\n"),
@@ -502,7 +511,8 @@ def test_a_name_in_a_directory_that_is_renamed_meanwhile(operation: str) -> None
             "rename away": {b"y"},
             "aside": {b"y"},
         }
-        assert set(await w.store.list("data/e")) == changed.get(operation, {b"x", b"y"})
+        left = changed.get(operation, {b"x", b"y"}) | {long_name}
+        assert set(await w.store.list("data/e")) == left
         moved = {b"z"} if operation == "rename away" else set()
         assert set(await w.store.list("data")) == {b"e"} | moved
         if operation == "aside":

@@ -194,12 +194,15 @@ class Directory(XenstoreNode):
 
     async def _lookup_forced(self, name: bytes) -> EntryAttributes:
         child = await self.child_name(name)
-        path = join(self.path, child)
+        above = self.path
+        path = join(above, child)
         state = await self.view.fetch_one(path)
         if state is None:
             await self.open_files.settle(path)  # its creation may be owed
             state = await self.view.fetch_one(path)
         if state is None:
+            if await self.was_renamed(above):
+                return await self._lookup_forced(name)
             if not self.view.is_always_there(path):
                 refuse(errno.ENOENT)
             state = EMPTY_NODE
@@ -234,7 +237,14 @@ class Directory(XenstoreNode):
         if is_alias(name):
             if (kept := self.table.name_behind(name)) is not None:
                 return kept
-            for child in await self.view.commands.list(self.path):
+            path = self.path
+            try:
+                children = await self.view.commands.list(path)
+            except XenstoreError as error:
+                if error.name != "ENOENT" or not await self.was_renamed(path):
+                    raise
+                return await self.child_name(name, new=new)
+            for child in children:
                 if len(child) > NAME_MAX and self.table.alias(child) == name:
                     return child
         refuse(errno.EINVAL if new else errno.ENOENT)
