@@ -449,6 +449,50 @@ def test_a_file_that_is_opened_while_its_rename_or_removal_is_committed(
     test()
 
 
+@pytest.mark.parametrize("when", ["before the commit", "after it"])
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("source", [b"f", b"f~"])
+def test_a_file_that_is_opened_by_the_new_name_of_a_rename_meanwhile(
+    source: bytes, is_open: bool, when: str
+) -> None:
+    """As by another name of the directory, which the kernel does not hold for the rename."""
+
+    @in_world
+    async def test(w: World) -> None:
+        await w.store.write("data/x", "")
+        data = (await w.lookup(b"data")).st_ino
+        await fill(w, data, source, b"1\n")
+        if is_open:
+            present = await opened(w, RDWR, b"data", source)
+        handles: list[pyfuse3.FileHandleT] = []
+
+        async def open_it() -> None:
+            info, _ = await w.operations.create(data, cast(Any, b"g"), 0o644, WRONLY, ctx(2))
+            handles.append(info.fh)
+
+        async with trio.open_nursery() as nursery:
+
+            async def operate() -> None:
+                nursery.start_soon(open_it)
+                await wait_all_tasks_blocked()
+
+            idle = trio.lowlevel.checkpoint
+            is_before = when == "before the commit"
+            with beside_the_commit(
+                w, operate if is_before else idle, idle if is_before else operate
+            ):
+                await renaming(w, data, source, b"g")
+        await w.operations.write(handles[0], 0, b"2\n")
+        if is_open:
+            assert await w.operations.read(present, 0, 4096) == b"2\n"
+            await w.operations.release(present)
+        await w.operations.release(handles[0])
+        assert await w.store.read("data/g") == b"2"
+        assert not len(w.operations)
+
+    test()
+
+
 @pytest.mark.parametrize(
     "operation",
     [

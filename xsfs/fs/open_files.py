@@ -23,7 +23,8 @@ The handles stay usable in each state.  An orphan goes with its handles and inod
 Invariants:
 
 - The handles of one path share one `OpenFile`, whatever names they were opened by (`data/x`,
-  `.root/local/domain/0/data/x`, `data/x.d/.value`).
+  `.root/local/domain/0/data/x`, `data/x.d/.value`).  Those that were opened by the new name of an open file
+  while a rename was under way keep one of their own.
 - The mount shows a truncation or creation from the moment of the open: `as_seen` turns the store's state of
   a node into the state that the mount shows.
 - A value that another client writes between the open and the close stays.  A debt is settled in a
@@ -414,11 +415,14 @@ class OpenFiles:
 
     def move(self, source: bytes, target: bytes) -> None:
         """A subtree was renamed, and the node by whose name that was done knows it."""
-        for file in self.at_and_below(source):
+        opened_meanwhile = self.at_and_below(target)
+        moved = self.at_and_below(source)
+        for file in moved:
             del self._by_path[file.path]
             self._attach(file, target + file.path[len(source) :])
+        for file in (*moved, *opened_meanwhile):
             for node in file.nodes:
-                if node.path != file.path:
+                if node.gone or node.path != file.path:
                     node.gone = True
                     node.detached = file
 
