@@ -23,8 +23,8 @@ The handles stay usable in each state.  An orphan goes with its handles and inod
 Invariants:
 
 - The handles of one path share one `OpenFile`, whatever names they were opened by (`data/x`,
-  `.root/local/domain/0/data/x`, `data/x.d/.value`).  Those that were opened by the new name of an open file
-  while a rename was under way keep one of their own.
+  `.root/local/domain/0/data/x`, `data/x.d/.value`).  Only a handle that is opened by the new name while a
+  rename is under way has an `OpenFile` of its own beside that of the renamed file.
 - The mount shows a truncation or creation from the moment of the open: `as_seen` turns the store's state of
   a node into the state that the mount shows.
 - A value that another client writes between the open and the close stays.  A debt is settled in a
@@ -165,7 +165,8 @@ class OpenFile:
 
     def owe(self, handle: Handle, found: bytes | None, *, is_blind: bool = False) -> None:
         """The handle truncates the file, or creates it if `found` is None."""
-        # A value that is seen in spite of a debt has come since, or stayed after a refused write.
+        # If there is a value in spite of a debt, another client has written it since, or the store has
+        # refused a write.
         if self.debt is None or found or self.debt.is_refused:
             self.debt = Debt(found, is_blind=is_blind)
         self.debt.holders.add(handle)
@@ -191,8 +192,8 @@ class OpenFiles:
         """The files whose memory is bounded: those with a name, those that had one and are open, and those
         that are about to get one."""
         self._removals: list[tuple[Sequence[bytes], _Changing]] = []
-        """The removals and renames under way: their paths, and a lock that is held until the end, also in the
-        name of each file that is opened there meanwhile."""
+        """The removals and renames under way: the paths of each, and a lock that is held until its end.  A
+        file that is opened there meanwhile gets this lock as its own."""
 
     def get(self, path: bytes) -> OpenFile | None:
         return self._by_path.get(path)
