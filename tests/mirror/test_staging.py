@@ -161,6 +161,27 @@ def test_a_directory_in_the_place_of_a_file_is_not_read(shm: Path) -> None:
         assert os.listdir("/proc/self/fd") == before
 
 
+def test_others_may_read_while_a_user_changes_the_copy(
+    shm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user needs the right to write for each change; root does not."""
+    modes = set()
+    real_rename = os.rename
+
+    def rename(*args: Any, **named: Any) -> None:
+        modes.add(stat.S_IMODE((shm / "mirror").stat().st_mode))
+        real_rename(*args, **named)
+
+    with opened(shm / "mirror", 0o022) as files:
+        files._is_root = False
+        carry_out(files.publish())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", rename)
+            files.put(b"f", b"v", b"")
+        assert modes == {0o755}
+        assert stat.S_IMODE((shm / "mirror").stat().st_mode) == 0o555
+
+
 # ---------------------------------------------------------------------------------- trusted places
 
 

@@ -148,7 +148,7 @@ def _identity(fd: int) -> bytes:
 @contextmanager
 def _unprotected(directories: Sequence[int], mode: int) -> Iterator[None]:
     for fd in directories:
-        os.fchmod(fd, 0o700)
+        os.fchmod(fd, mode | 0o700)
     try:
         yield
     finally:
