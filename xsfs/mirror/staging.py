@@ -478,36 +478,31 @@ class MirrorDirectory:
         self._unchecked = CHECK_EVERY - 1
 
     def put(self, path: bytes, content: bytes, perms: bytes, *, is_new: bool = False) -> None:
-        """Make the file, or replace it by a new one unless it `is_new`.  Raises OSError."""
+        """Make the file, or replace it by a new one unless it `is_new`.
+
+        If this raises OSError, nothing is left of the new file.
+        """
         self._check_room()
         parent, _, name = path.rpartition(b"/")
         directory = self._copy.enter(parent)
-        if is_new and self._copy.top == self._tree:
-            # Nobody sees this copy before it is complete.  By a rename the start would take 9 % longer.
-            with self._writable(directory):
-                self._make(name, directory, content, perms)
-            return
-        self._make(_NEW, self._staging, content, perms)
-        try:
-            with self._writable(directory):
-                os.rename(_NEW, name, src_dir_fd=self._staging, dst_dir_fd=directory)
-        except OSError:
-            os.unlink(_NEW, dir_fd=self._staging)
-            raise
-
-    def _make(self, name: bytes, directory: int, content: bytes, perms: bytes) -> None:
-        """Make a file that is missing.  If this fails, there is none."""
+        # Nobody sees a copy before it is complete.  By renames the start would take 14 % more processor time.
+        in_place = is_new and self._copy.top == self._tree
+        made_in, made_name = (directory, name) if in_place else (self._staging, _NEW)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(name, flags, 0o600, dir_fd=directory)
-        try:
-            if content and os.write(fd, content) != len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._finish(fd, self._file_mode, perms)
-        except OSError:
-            os.unlink(name, dir_fd=directory)
-            raise
-        finally:
-            os.close(fd)
+        with self._writable(directory):
+            fd = os.open(made_name, flags, 0o600, dir_fd=made_in)
+            try:
+                try:
+                    if content and os.write(fd, content) != len(content):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    self._finish(fd, self._file_mode, perms)
+                finally:
+                    os.close(fd)
+                if not in_place:
+                    os.rename(_NEW, name, src_dir_fd=self._staging, dst_dir_fd=directory)
+            except OSError:
+                os.unlink(made_name, dir_fd=made_in)
+                raise
 
     def _writable(self, *directories: int) -> AbstractContextManager[None]:
         """Lets this user change the directories in a block.  Root may do that whatever their mode is."""
