@@ -229,7 +229,7 @@ def test_what_is_learned_of_a_node_while_its_children_go(
             it.apply(NODE, EMPTY)
         assert list((shm / "mirror").iterdir()) == [shm / "mirror/node"]
         assert (shm / "mirror/node").is_dir() == (becomes == "a directory")
-        assert list(it.files.names(b"node") if becomes == "a directory" else []) == []
+        assert list(it.files.scan(b"node") if becomes == "a directory" else []) == []
 
 
 @pytest.mark.parametrize("moment", range(3))

@@ -96,7 +96,7 @@ def every_operation(files: MirrorDirectory) -> None:
     assert files.read(b"d/f") == (b"w", b"n0" if files.has_perms else b"")
     carry_out(files.removing(b"d/f"))
     carry_out(files.removing(b"d"))
-    assert list(files.names(b"")) == [b"f"]
+    assert list(files.scan(b"")) == [(b"f", False)]
     carry_out(files.clear())
     files.put(b"g", b"w", b"")
 
@@ -294,7 +294,7 @@ def test_nothing_is_begun_where_there_is_no_room(shm: Path) -> None:
         for change in (partial(files.make_directory, b"d"), partial(files.put, b"f", b"")):
             with pytest.raises(OSError, match="No space left on device"):
                 change(b"")
-        assert list(files.names(b"")) == []
+        assert list(files.scan(b"")) == []
         (small / "others").unlink()
         files.put(b"f", b"", b"")
 
@@ -315,7 +315,7 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(
             patch.setattr(os, "fchmod", fail)
             with pytest.raises(OSError, match="Input/output"):
                 files.put(b"d/f", b"v", b"n0", is_new=is_new)
-        assert list(files.names(b"d")) == []
+        assert list(files.scan(b"d")) == []
         files.put(b"d/f", b"v", b"n0", is_new=is_new)
         assert files.read(b"d/f") == (b"v", b"n0" if files.has_perms else b"")
 
@@ -350,7 +350,7 @@ def test_no_path_is_too_deep(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None
         files.close_directories()
         assert len(os.listdir("/proc/self/fd")) <= before
         carry_out(files.removing(b"d"))
-        assert list(files.names(b"")) == []
+        assert list(files.scan(b"")) == []
 
 
 def test_permissions_that_are_too_long_for_the_file_system_are_left_out(tmp_path: Path) -> None:

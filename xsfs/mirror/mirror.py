@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Collection, Sequence
@@ -128,7 +129,7 @@ class Mirror:
 
     @property
     def directory(self) -> bytes:
-        return self._files.directory
+        return os.fsencode(self._files.directory)
 
     @property
     def nodes(self) -> int:

@@ -79,8 +79,8 @@ class Reconciler:
         return path != self._view.root and not self._has_children(place)
 
     def _has_children(self, place: bytes) -> bool:
-        with closing(self._files.names(place)) as names:
-            return any(name != VALUE_NAME for name in names)
+        with closing(self._files.scan(place)) as found:
+            return any(name != VALUE_NAME for name, _ in found)
 
     def is_within_reach(self, path: bytes) -> bool:
         """Whether a node that an event named can be shown.  If not, an ancestor is queued instead.  It may be
@@ -115,8 +115,8 @@ class Reconciler:
             if names_one(self._files.perms(place)):
                 self._queue.setdefault(path, False)
             elif self._files.kind(place) == stat.S_IFDIR:
-                with closing(self._files.names(place)) as found:
-                    for name in found:
+                with closing(self._files.scan(place)) as found:
+                    for name, _ in found:
                         if is_alias(name):
                             self._queue.setdefault(path, False)  # its children follow
                         elif name != VALUE_NAME:
@@ -214,8 +214,8 @@ class Reconciler:
             yield b""
         if is_new:
             return
-        with closing(self._files.names(place)) as found:
-            for name in found:
+        with closing(self._files.scan(place)) as found:
+            for name, _ in found:
                 if name not in shown:
                     yield from self._remove(below(place, name))
                 yield b""

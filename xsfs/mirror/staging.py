@@ -122,14 +122,13 @@ def _distrust(found: os.stat_result, *, sticky: bool) -> str | None:
     return None
 
 
-def _open_trusted(path: bytes) -> int:
+def _open_trusted(place: Path) -> int:
     """Open a directory that only root and this user can write to, or swap for another.
 
-    path        absolute, without symbolic links
+    place       absolute, without symbolic links
 
     As sshd's StrictModes, from the root down: nobody else can swap what is below a checked directory.
     """
-    place = Path(os.fsdecode(path))
     for directory in (*reversed(place.parents), place):
         if (why := _distrust(directory.lstat(), sticky=directory != place)) is not None:
             raise MirrorPlaceError(f"the mirror is not safe in {directory}: it {why}", _TRUSTED)
@@ -209,17 +208,6 @@ class _OpenDirectories:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def scan(self, path: bytes) -> Generator[tuple[bytes, bool], None, None]:
-        """The names in a directory, and which of them are directories.  Meanwhile, names may go."""
-        # A descriptor of its own: others of the same opening share its position.
-        fd = os.open(b".", _DIRECTORY, dir_fd=self.enter(path))
-        try:
-            with os.scandir(fd) as entries:
-                for entry in entries:
-                    yield os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)
-        finally:
-            os.close(fd)
-
 
 class MirrorDirectory:
     """See the module's text.  `open` and `close` frame all else.
@@ -229,11 +217,10 @@ class MirrorDirectory:
     """
 
     def __init__(self, directory: str, ownership: Ownership) -> None:
-        self.directory = os.fsencode(os.path.realpath(directory))
+        self.directory = os.path.realpath(directory)
         self.ownership = ownership
-        self._shown = os.fsdecode(self.directory)
         self._name = os.path.basename(self.directory)
-        self._staging_name = b".%s.xsfs" % self._name
+        self._staging_name = f".{self._name}.xsfs"
         self._file_mode = stat.S_IMODE(ownership.mode(stat.S_IFREG, True, False))
         self._directory_mode = stat.S_IMODE(ownership.mode(stat.S_IFDIR, True, False))
         self._is_root = os.geteuid() == 0
@@ -245,18 +232,18 @@ class MirrorDirectory:
         """Whether the copy is on its way from the staging directory to DIR."""
 
     def is_inside(self, directory: str) -> bool:
-        above = os.fsencode(os.path.realpath(directory))
+        above = os.path.realpath(directory)
         return os.path.commonpath((above, self.directory)) == above
 
     # ------------------------------------------------------------------------ begin and end
 
     def open(self) -> None:
         """Lock the directory, and `clear` what a dead xsfs has left.  Raises MirrorPlaceError."""
-        if len(self.directory) > DIRECTORY_PATH_MAX:
-            raise MirrorPlaceError(f"the mirror's path {self._shown} is too long", _OTHER)
+        if len(os.fsencode(self.directory)) > DIRECTORY_PATH_MAX:
+            raise MirrorPlaceError(f"the mirror's path {self.directory} is too long", _OTHER)
         try:
             with ExitStack() as end:
-                self._parent = _open_trusted(os.path.dirname(self.directory))
+                self._parent = _open_trusted(Path(self.directory).parent)
                 end.callback(os.close, self._parent)
                 self._open_staging(end)
                 self._open_directory(end)
@@ -265,7 +252,7 @@ class MirrorDirectory:
                 self._end = end.pop_all()
         except OSError as error:
             raise MirrorPlaceError(
-                f"cannot keep a mirror in {self._shown}: {error.strerror}", _OTHER
+                f"cannot keep a mirror in {self.directory}: {error.strerror}", _OTHER
             ) from error
         try:
             os.setxattr(self._staging, PERMS_ATTRIBUTE, b"n0")
@@ -278,7 +265,7 @@ class MirrorDirectory:
         try:
             self._end.close()
         except OSError as error:
-            log.error("the mirror %s cannot be removed: %s", self._shown, error)
+            log.error("the mirror %s cannot be removed: %s", self.directory, error)
 
     def _open_staging(self, end: ExitStack) -> None:
         """Open the staging directory and lock it."""
@@ -293,7 +280,7 @@ class MirrorDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise MirrorPlaceError(
-                f"the mirror {self._shown} is that of another mount", _OTHER
+                f"the mirror {self.directory} is that of another mount", _OTHER
             ) from None
         end.callback(self._remove_staging)
         with suppress(FileExistsError):
@@ -309,7 +296,7 @@ class MirrorDirectory:
         with suppress(FileNotFoundError):
             os.unlink(_LOCK, dir_fd=self._staging)
             os.rmdir(self._staging_name, dir_fd=self._parent)
-        if os.path.dirname(self.directory) == os.fsencode(RUN_DIRECTORY):
+        if os.path.dirname(self.directory) == RUN_DIRECTORY:
             with suppress(OSError):  # there are others
                 os.rmdir(RUN_DIRECTORY)
 
@@ -319,6 +306,7 @@ class MirrorDirectory:
         The record is in the lock file: DIR's identity, and what DIR was before: its mode, owner and group,
         or nothing if xsfs made it.
         """
+        mirror = f"the mirror {self.directory}"
         made = True
         try:
             os.mkdir(self._name, 0o700, dir_fd=self._parent)
@@ -327,20 +315,20 @@ class MirrorDirectory:
         try:
             self._fd = os.open(self._name, _DIRECTORY, dir_fd=self._parent)
         except NotADirectoryError:
-            raise MirrorPlaceError(f"the mirror {self._shown} is not a directory", _EMPTY) from None
+            raise MirrorPlaceError(f"{mirror} is not a directory", _EMPTY) from None
         end.callback(os.close, self._fd)
         found = os.fstat(self._fd)
         if found.st_dev != os.fstat(self._staging).st_dev:
-            raise MirrorPlaceError(f"the mirror {self._shown} is a mountpoint itself", _EMPTY)
+            raise MirrorPlaceError(f"{mirror} is a mountpoint itself", _EMPTY)
         identity = _identity(self._fd)
         recorded, _, before = os.pread(self._lock, 4096, 0).partition(b" ")
         if made:
             before = b""
         elif identity != recorded:
             if (why := _distrust(found, sticky=False)) is not None:
-                raise MirrorPlaceError(f"the mirror {self._shown} is not safe: it {why}", _TRUSTED)
+                raise MirrorPlaceError(f"{mirror} is not safe: it {why}", _TRUSTED)
             if os.listdir(self._fd):
-                raise MirrorPlaceError(f"the mirror {self._shown} is not empty", _EMPTY)
+                raise MirrorPlaceError(f"{mirror} is not empty", _EMPTY)
             before = b"%d %d %d" % (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
         self._copy = _OpenDirectories(self._fd)
         end.callback(self._give_back, before)
@@ -369,7 +357,7 @@ class MirrorDirectory:
         self._copy.start_at(self._fd)
         yield from self._move_all(self._tree, renamed=True)
         self._copy.start_at(self._tree)
-        for name, _ in list(self._copy.scan(b"")):
+        for name, _ in list(self.scan(b"")):
             yield from self.removing(name)
         with suppress(FileNotFoundError):
             os.unlink(_NEW, dir_fd=self._staging)
@@ -386,14 +374,13 @@ class MirrorDirectory:
         self._copy.start_at(self._fd)
         self.moves = False
         self.set_perms(b"", perms)
-        self.close_directories()
 
     def _move_all(self, target: int, *, renamed: bool = False) -> Steps:
         """Move the copy to another directory.
 
         renamed     by names that are not used there yet
         """
-        for name, is_directory in list(self._copy.scan(b"")):
+        for name, is_directory in list(self.scan(b"")):
             changed = [self._copy.top, target]
             if is_directory and not self._is_root:
                 changed.append(self._copy.enter(name))  # a move changes what `..` is in it
@@ -430,10 +417,16 @@ class MirrorDirectory:
         except (FileNotFoundError, NotADirectoryError):
             return 0
 
-    def names(self, path: bytes) -> Generator[bytes, None, None]:
-        """The names in a directory, read while the caller takes them."""
-        for name, _ in self._copy.scan(path):
-            yield name
+    def scan(self, path: bytes) -> Generator[tuple[bytes, bool], None, None]:
+        """The names in a directory, and which of them are directories.  Meanwhile, names may go."""
+        # A descriptor of its own: others of the same opening share its position.
+        fd = os.open(b".", _DIRECTORY, dir_fd=self._copy.enter(path))
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    yield os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)
+        finally:
+            os.close(fd)
 
     def read(self, path: bytes) -> tuple[bytes, bytes] | None:
         """The content and the permissions of a file; None for what is no file, or cannot be read."""
@@ -474,7 +467,7 @@ class MirrorDirectory:
         lacks_bytes = room.f_blocks and room.f_bavail * room.f_frsize < least
         if lacks_bytes or (room.f_files and room.f_favail < inodes):
             text = f"{os.strerror(errno.ENOSPC)}: xsfs leaves {least >> 20} MiB and {inodes} inodes free"
-            raise OSError(errno.ENOSPC, text, self._shown)
+            raise OSError(errno.ENOSPC, text, self.directory)
         self._unchecked = CHECK_EVERY - 1
 
     def put(self, path: bytes, content: bytes, perms: bytes, *, is_new: bool = False) -> None:
@@ -556,7 +549,7 @@ class MirrorDirectory:
             path, is_directory = left.pop()
             found.append((path, is_directory))
             if is_directory:
-                for name, is_below in self._copy.scan(path):
+                for name, is_below in self.scan(path):
                     left.append((path + b"/" + name, is_below))
                     yield b""
         for path, is_directory in reversed(found):
