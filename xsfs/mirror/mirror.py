@@ -29,8 +29,6 @@ any node N and its last change:
 While the task makes a whole copy, events wait.  Whether a node is a file or a directory also depends on
 the sticky directories, which report each change to `_sticky_changed`.  The mirror cannot follow changes
 that the store does not report: a guest does not learn that nodes of others vanish from its tree.
-
-The task changes files for SLICE_SECONDS between two checkpoints, and sleeps as long as it has changed files.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
 from typing import Final
@@ -334,13 +332,11 @@ class Mirror:
     async def _carry_out(self, steps: Steps) -> None:
         """Change files, with a turn for other tasks after each slice."""
         since = time.perf_counter()
-        try:
+        with closing(steps):
             for _ in steps:
                 if time.perf_counter() - since > SLICE_SECONDS:
                     await trio.lowlevel.checkpoint()
                     since = time.perf_counter()
-        finally:
-            steps.close()
 
     async def _fetch(self, paths: Collection[bytes]) -> list[FetchedNode]:
         """All about some nodes, by one pipeline; listings too long for a reply take more.
