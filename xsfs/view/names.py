@@ -119,11 +119,7 @@ def _parse_text(content: bytes) -> bytes:
     return content[:-1] if content.endswith(b"\n") else content
 
 
-def _exact(data: bytes) -> bytes:
-    return data
-
-
 TEXT: Final = ValueFormat(_render_text, _parse_text)
 """sysfs's convention: a value ends with a newline, and an empty value is an empty file."""
 
-RAW: Final = ValueFormat(_exact, _exact)
+RAW: Final = ValueFormat(bytes, bytes)
