@@ -26,13 +26,12 @@ from typing import ClassVar, Final, NamedTuple
 import trio
 
 from xsfs.view.names import VALUE_NAME, join, shown_names
-from xsfs.view.view import ABSENT, NodeState, View
+from xsfs.view.view import ABSENT, NodeState, View, requests_for
 from xsfs.xenstore import protocol
 from xsfs.xenstore.background import BackgroundCall, open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import XenstoreError
 from xsfs.xenstore.permissions import perms_text
-from xsfs.xenstore.protocol import Request
 
 WINDOW: Final = 16
 """How many nodes one pipeline asks about."""
@@ -53,14 +52,11 @@ class TextFormat(ABC):
 
     top     the path of the subtree's first node
 
-    Its methods get a node's absolute path, and the replies to READ and GET_PERMS; `perms` is empty if the
-    format does not ask for it.
+    Its methods get a node's absolute path, and the replies to READ and GET_PERMS.
     """
 
-    asks: ClassVar[Sequence[Callable[[bytes], Request]]] = (
-        *(protocol.read, protocol.directory, protocol.get_perms),
-    )
-    """The requests for each node.  A format may omit the last one."""
+    asks_perms: ClassVar[bool] = True
+    """Whether GET_PERMS is sent.  If not, `perms` is empty."""
 
     separator: ClassVar[bytes] = b""
     """What stands between two siblings, and between the value of a node and its first child."""
@@ -151,7 +147,7 @@ def _json_value(value: bytes) -> bytes:
 class JsonFormat(TextFormat):
     """One object: a leaf is its value, a directory an object, with its own value under `.value`."""
 
-    asks = TextFormat.asks[:2]
+    asks_perms = False
     separator = b", "
 
     def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
@@ -312,6 +308,7 @@ class Walk:
 
     async def _walk(self) -> SubtreeText:
         error = None
+        perms = self._format.asks_perms
         pipelines = self._view.commands.pipelines()
         turns = cycle(pipelines)
         async with open_background() as nursery:
@@ -321,7 +318,7 @@ class Walk:
                 while self._runs and len(asked) < self._windows_max(len(pipelines)):
                     self._before_window(self._size)
                     window = self._next_window()
-                    requests = [ask(path) for _, path in window for ask in self._format.asks]
+                    requests = [it for _, path in window for it in requests_for(path, perms=perms)]
                     call = BackgroundCall(nursery, partial(next(turns), requests))
                     asked.append((window, call))
                 window, call = asked.popleft()
@@ -347,7 +344,7 @@ class Walk:
     async def _add_window(self, window: Window, replies: Iterable[Reply]) -> None:
         end = len(self._runs)
         each = iter(replies)
-        perms_of_each = each if len(self._format.asks) == 3 else repeat(b"")
+        perms_of_each = each if self._format.asks_perms else repeat(b"")
         turn_end = perf_counter() + TURN_SECONDS
         answers = zip(window, each, each, perms_of_each, strict=False)
         for (run, path), value, listing, perms in answers:
