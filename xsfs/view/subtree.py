@@ -1,8 +1,8 @@
 """A subtree as one text: a walk over all its nodes, in windows of pipelined requests.
 
-`Walk` asks for READ, DIRECTORY and GET_PERMS of up to WINDOW nodes in one pipeline.  A `TextFormat` turns
-each node into text.  A walk takes at most as many round trips as the subtree has levels, and one more for
-each WINDOW nodes, because each window has the next nodes in the order of the text, of whatever level.
+`Walk` asks for READ, DIRECTORY and GET_PERMS of up to WINDOW nodes in one pipeline: of the next nodes in the
+order of the text, of whatever level.  So a walk takes at most as many round trips as the subtree has levels,
+and one more for each WINDOW nodes.  A `TextFormat` turns each node into text.
 
 Between two windows other tasks run.  A node that vanishes meanwhile is left out.  Beyond the text, a walk
 holds the names of the nodes that it has not asked about, and the windows in flight.
@@ -59,7 +59,7 @@ class TextFormat(ABC):
     """Whether GET_PERMS is sent.  If not, `perms` is empty."""
 
     separator: ClassVar[bytes] = b""
-    """What stands between two siblings, and between the value of a node and its first child."""
+    """The text between two siblings, and between the value of a node and its first child."""
 
     def __init__(self, view: View, top: bytes) -> None:
         self.view = view
@@ -67,7 +67,7 @@ class TextFormat(ABC):
 
     @abstractmethod
     def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
-        """The text of a node before that of its children."""
+        """The text of a node, which its children follow."""
 
     def end(self, path: bytes) -> bytes:
         """The text of a node with children after theirs."""
@@ -106,10 +106,7 @@ def _ls_perms(perms: bytes) -> bytes:
 
 
 class LsFormat(TextFormat):
-    """What `xenstore-ls -f -p PATH` prints.
-
-    That ends at the first node that may not be read, with a line for it, and the walk does so, too.
-    """
+    """The output of `xenstore-ls -f -p PATH`, which ends with a line for the first unreadable node."""
 
     def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
         if path == self.top:
@@ -222,43 +219,24 @@ def is_complete(text: bytes) -> bool:
 
 
 @dataclass(slots=True)
-class _Segment:
-    """A part of the text, and the one that follows it.
-
-    closed      whether nothing is added to it any more
-    error       what ends the text after it
-    """
-
-    following: _Segment | None = None
-    text: bytearray = field(default_factory=bytearray)
-    closed: bool = False
-    error: XenstoreError | None = None
-
-
-@dataclass(slots=True)
 class _Run:
     """Siblings.
 
     prefix      the parent's path and a slash; empty for the first node of the walk
-    separator   what comes before the text of the next node
-    segment     the part of the text to which they add
+    separator   comes before the text of the next node
+    end         comes after the text of the last node
     asked       how many of the names the walk has asked about
-    added       how many of them are in the text, or left out
+    written     how many nodes are in the text of the walk, or left out
+    answers     those that come next: the text of each, and its children or the error that ends all
     """
 
     prefix: bytes
     names: Sequence[bytes]
     separator: bytes
-    segment: _Segment
+    end: bytes
     asked: int = 0
-    added: int = 0
-
-    def split(self, end: bytes = b"") -> _Segment:
-        """Go on in a new segment, which begins with `end`.  Returns the one before."""
-        before = self.segment
-        before.closed = True
-        before.following = self.segment = _Segment(before.following, bytearray(end))
-        return before
+    written: int = 0
+    answers: deque[tuple[bytes, _Run | XenstoreError | None]] = field(default_factory=deque)
 
 
 Window = list[tuple[_Run, bytes]]
@@ -285,9 +263,11 @@ class Walk:
         self._format = text_format
         self._view = text_format.view
         self._before_window = before_window
-        self._first: _Segment | None = _Segment()
-        self._runs = [_Run(b"", (text_format.top,), b"", self._first)]
+        top = _Run(b"", (text_format.top,), b"", b"")
+        self._runs = [top]
         """Those with names to ask about, in the order of the text from the last one on."""
+        self._unwritten = [top]
+        """Those that the end of the text is in, the outermost first."""
         self._text = bytearray()
         self._size = 0
 
@@ -313,7 +293,7 @@ class Walk:
         turns = cycle(pipelines)
         async with open_background() as nursery:
             asked: deque[tuple[Window, BackgroundCall[list[Reply]]]] = deque()
-            while self._first is not None:
+            while self._unwritten:
                 # The store replies to the next windows while this task works on one.
                 while self._runs and len(asked) < self._windows_max(len(pipelines)):
                     self._before_window(self._size)
@@ -323,7 +303,7 @@ class Walk:
                     asked.append((window, call))
                 window, call = asked.popleft()
                 await self._add_window(window, await call.result())
-                error = self._flush()
+                error = self._write()
         return SubtreeText(self._text, error)
 
     def _windows_max(self, connections: int) -> int:
@@ -354,15 +334,17 @@ class Walk:
             if isinstance(listing, XenstoreError) and listing.name == "E2BIG":
                 listing = await self._long_listing(path)
             if type(value) is bytes and type(listing) is bytes and type(perms) is bytes:
-                self._put(run, self._format.begin(path, value, perms, bool(listing)))
+                text = self._format.begin(path, value, perms, bool(listing))
+                children = None
                 if listing:
-                    self._runs.insert(end, self._child(run, path, value, listing))
+                    names = self._format.shown(path, listing)
+                    separator = self._format.separator if value else b""
+                    children = _Run(join(path, b""), names, separator, self._format.end(path))
+                    self._runs.insert(end, children)
+                self._put(run, text, children)
             else:
                 errors = (it for it in (value, perms, listing) if not isinstance(it, bytes))
                 self._fail(run, path, next(errors))
-            run.added += 1
-            if run.added == len(run.names):
-                run.segment.closed = True
 
     async def _long_listing(self, path: bytes) -> Reply:
         try:
@@ -370,36 +352,38 @@ class Walk:
         except XenstoreError as error:
             return error
 
-    def _child(self, run: _Run, path: bytes, value: bytes, listing: bytes) -> _Run:
-        """The run of a node's children, whose text comes next in the node's own run."""
-        names = self._format.shown(path, listing)
-        before = run.split(self._format.end(path))
-        before.following = inner = _Segment(run.segment, closed=not names)
-        return _Run(join(path, b""), names, self._format.separator if value else b"", inner)
-
     def _fail(self, run: _Run, path: bytes, error: XenstoreError) -> None:
         """A node cannot be shown."""
         if path == self._format.top or error.name not in (*ABSENT, "EACCES"):
             raise error
         text = self._format.unreadable(path)
         if error.name == "EACCES" and text is not None:
-            self._put(run, text)
-            run.split().error = error
+            self._put(run, text, error)
+        else:
+            run.answers.append((b"", None))
 
-    def _put(self, run: _Run, text: bytes) -> None:
-        run.segment.text += run.separator + text
-        self._size += len(run.separator) + len(text)
+    def _put(self, run: _Run, text: bytes, then: _Run | XenstoreError | None) -> None:
+        text = run.separator + text
         run.separator = self._format.separator
+        run.answers.append((text, then))
+        self._size += len(text)
 
-    def _flush(self) -> XenstoreError | None:
-        """Move what is complete to the text.  Returns the error that ends it, if any."""
-        while (segment := self._first) is not None:
-            self._text += segment.text
-            segment.text.clear()
-            if segment.error is not None:
-                self._first = None
-                return segment.error
-            if not segment.closed:
+    def _write(self) -> XenstoreError | None:
+        """Move the answers that come next to the text.  Returns the error that ends it, if any."""
+        while self._unwritten:
+            run = self._unwritten[-1]
+            if run.answers:
+                text, then = run.answers.popleft()
+                run.written += 1
+                self._text += text
+                if isinstance(then, XenstoreError):
+                    self._unwritten.clear()
+                    return then
+                if then is not None:
+                    self._unwritten.append(then)
+            elif run.written == len(run.names):
+                self._text += run.end
+                self._unwritten.pop()
+            else:
                 break
-            self._first = segment.following
         return None
