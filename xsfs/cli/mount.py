@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import pyfuse3
@@ -245,7 +246,7 @@ async def _mirror(options: Options, connect: Connect, view: View) -> AsyncIterat
     try:
         directory = options.mirror or default_directory(options.mountpoint)
         files = MirrorDirectory(directory, options.ownership)
-        if files.is_inside(options.mountpoint):
+        if Path(files.directory).is_relative_to(os.path.realpath(options.mountpoint)):
             raise MirrorPlaceError("the mirror is inside the mount", "choose another: mirror=DIR")
         files.open()
     except MirrorPlaceError as error:

@@ -231,10 +231,6 @@ class MirrorDirectory:
         self.moves = False
         """Whether the copy is on its way from the staging directory to DIR."""
 
-    def is_inside(self, directory: str) -> bool:
-        above = os.path.realpath(directory)
-        return os.path.commonpath((above, self.directory)) == above
-
     # ------------------------------------------------------------------------ begin and end
 
     def open(self) -> None:
@@ -503,8 +499,7 @@ class MirrorDirectory:
 
     def _finish(self, fd: int, mode: int, perms: bytes) -> None:
         """Give a new file or directory its attributes."""
-        if perms:
-            self._set_attribute(fd, perms)
+        self._set_attribute(fd, perms)
         os.fchmod(fd, mode)
         os.fchown(fd, self.ownership.uid, self.ownership.gid)
 
