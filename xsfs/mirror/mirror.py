@@ -98,7 +98,6 @@ class Mirror:
 
     def __init__(self, store: Store, view: View, files: MirrorDirectory) -> None:
         self.store = store
-        self._watches = store.watches
         self._view = view
         self._files = files
         self._queue: WorkQueue = OrderedDict()
@@ -137,7 +136,7 @@ class Mirror:
     def move_home(self, domid: int) -> None:
         """The domain has got another domid.  The copy of its old home goes, and another one is made."""
         self._domid = domid
-        self._watches.move(self._view.home, home_of(domid))
+        self.store.watches.move(self._view.home, home_of(domid))
 
     def _wake(self) -> None:
         self._idle.unpark_all()
@@ -151,8 +150,8 @@ class Mirror:
         """
         self._view.sticky.on_change = self._sticky_changed
         try:
-            await self._watches.subscribe(self._changes)
-            await self._watches.subscribe(self._domain_ends)
+            await self.store.watches.subscribe(self._changes)
+            await self.store.watches.subscribe(self._domain_ends)
             with trio.move_on_after(self.store.timeout):
                 await self._wait_until_armed()
             if len(self._heard) < 2:
@@ -163,8 +162,8 @@ class Mirror:
         finally:
             self._copy_of = None
             self._view.sticky.on_change = None
-            self._watches.drop(self._changes)
-            self._watches.drop(self._domain_ends)
+            self.store.watches.drop(self._changes)
+            self.store.watches.drop(self._domain_ends)
 
     @property
     def _interruptions(self) -> int:
@@ -229,7 +228,7 @@ class Mirror:
         """Return when both watches are set at the store, and their first events have come."""
         while True:
             for subscription in (self._changes, self._domain_ends):
-                if not self._watches.is_armed(subscription):
+                if not self.store.watches.is_armed(subscription):
                     self._heard.discard(subscription)
                 elif subscription.take():
                     self._heard.add(subscription)

@@ -116,7 +116,7 @@ def _render_text(value: bytes) -> bytes:
 
 
 def _parse_text(content: bytes) -> bytes:
-    return content[:-1] if content.endswith(b"\n") else content
+    return content.removesuffix(b"\n")
 
 
 TEXT: Final = ValueFormat(_render_text, _parse_text)
