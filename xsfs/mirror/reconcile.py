@@ -63,8 +63,8 @@ class Reconciler:
         return b"/".join(map(file_name, inside.split(b"/")))
 
     def contradicts(self, path: bytes) -> bool:
-        """Whether the files may contradict what the sticky directories say of a node by now: that it is a
-        directory, or that its `.value` was made."""
+        """Whether the files may contradict the sticky directories by now.  These tell whether the node is a
+        directory, and whether its `.value` was made."""
         if self._files.moves:
             return True
         place = self.place(path)
@@ -83,10 +83,10 @@ class Reconciler:
             return any(name != VALUE_NAME for name, _ in found)
 
     def is_within_reach(self, path: bytes) -> bool:
-        """Whether a node that an event named can be shown.  If not, an ancestor is queued instead.  It may be
+        """Whether a node that an event named can be shown.  If not, an ancestor is queued instead: it may be
         one for many nodes, and the store walks up the path of each missing node that is fetched."""
         for directory in self._nodeless:
-            # It may have been made implicitly with this node, and has no event of its own.
+            # The store may have made it implicitly with this node, without an event for it.
             if path.startswith(directory + b"/"):
                 self._queue.setdefault(directory, False)
         return self._has_parent(path, self.place(path))
@@ -131,8 +131,8 @@ class Reconciler:
 
         renew   an event named the node: its file is replaced even by an equal one
         """
-        # Since it was fetched, only nodes that were fetched before it can have queued it; or the mount
-        # has learned something, which counts from here on.
+        # It may have been queued since it was fetched: by a node that was fetched earlier, or because the
+        # mount has learned something.  Neither is newer than the reply and what the mount knows now.
         self._queue.pop(path, None)
         self._nodeless.discard(path)
         state = node.state
@@ -194,7 +194,7 @@ class Reconciler:
                 self._show_file(value_place, content, perms, is_new=not kind, renew=renew)
             yield from self._queue_children(path, place, node.names, is_new=not kind)
             if not self._is_directory(path, state):
-                # That was learned when the files did not contradict it yet.
+                # The mount has learned this while the files did not contradict it yet.
                 self._queue.setdefault(path, False)
 
     def _show_file(
