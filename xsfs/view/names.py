@@ -44,11 +44,8 @@ def forced_name(name: bytes) -> bytes | None:
 
 
 OWN_NAMES: Final = frozenset(
-    (
-        VALUE_NAME,
-        *(b".watch", b".ls", b".json", b".dump", b".root", b".domid", b".stats", b".domain"),
-        *(b".transaction", b".mirror", b".control", b".diff"),
-    )
+    b".value .watch .ls .json .dump .diff"
+    b" .root .domid .stats .domain .transaction .mirror .control".split()
 )
 """xsfs's own names, of all directories together."""
 
