@@ -103,16 +103,15 @@ class Reconciler:
         return False
 
     def queue_nodes_of(self, domids: Collection[bytes]) -> Steps:
-        """Queue the nodes whose permissions, as the mirror shows them, name one of these domains."""
+        """Queue the nodes whose permissions, as the mirror shows them, name one of these domains.
 
-        def names_one(perms: bytes) -> bool:
-            # Permissions that the file system could not store may name any.
-            return not perms or any(entry[1:] in domids for entry in perms.split(b","))
-
+        Permissions that the file system could not store may name any.
+        """
         left = [(self._view.root, b"")]
         while left:
             path, place = left.pop()
-            if names_one(self._files.perms(place)):
+            perms = self._files.perms(place)
+            if not perms or any(entry[1:] in domids for entry in perms.split(b",")):
                 self._queue.setdefault(path, False)
             elif self._files.kind(place) == stat.S_IFDIR:
                 with closing(self._files.scan(place)) as found:
@@ -149,13 +148,9 @@ class Reconciler:
             yield from self._show(path, place, kind, state, node, renew=renew)
         elif kind or renew:
             yield from self._remove(place)
-            self._queue_parent(path)
-
-    def _queue_parent(self, path: bytes) -> None:
-        """A node is gone: without children, its parent may be a file."""
-        parent = parent_path(path)
-        if self._view.root not in (path, parent) and not self._has_children(self.place(parent)):
-            self._queue.setdefault(parent, False)
+            parent = parent_path(path)
+            if self._view.root not in (path, parent) and not self._has_children(self.place(parent)):
+                self._queue.setdefault(parent, False)  # without children, it may be a file
 
     def _is_directory(self, path: bytes, state: NodeState) -> bool:
         return path == self._view.root or self._view.is_directory(path, state)
