@@ -67,9 +67,6 @@ _OTHER: Final = "name another directory: mirror=DIR"
 _EMPTY: Final = "name an empty directory, or one to be made: mirror=DIR"
 _TRUSTED: Final = "name a directory in a place where nobody else can write: mirror=DIR"
 
-_UNSUITABLE: Final = frozenset((errno.ENOSPC, errno.E2BIG, errno.ERANGE))
-"""Errors of a file system for an attribute that is too large for it."""
-
 Steps = Generator[bytes, None, None]
 """A change in small steps, with a turn for other tasks after each.  Yields the changed path, or b""."""
 
@@ -185,7 +182,7 @@ class _OpenDirectories:
         above = path
         while above and above not in self._open:
             above = above.rpartition(b"/")[0]
-        fd = self._open[above] if above else self.top
+        fd = self._open.get(above, self.top)
         for name in filter(None, path[len(above) :].split(b"/")):
             above = below(above, name)
             try:
@@ -511,9 +508,9 @@ class MirrorDirectory:
                 os.setxattr(fd, PERMS_ATTRIBUTE, perms)
                 return
         except OSError as error:
-            if error.errno not in _UNSUITABLE:
+            if error.errno not in (errno.ENOSPC, errno.E2BIG, errno.ERANGE):
                 raise
-            # A guest can make them too long.  None are better than old ones.
+            # A guest can make them too long for the file system.  None are better than old ones.
             log.debug("permissions of %d bytes are left out: %s", len(perms), error.strerror)
         with suppress(OSError):  # there are none
             os.removexattr(fd, PERMS_ATTRIBUTE)
