@@ -36,11 +36,8 @@ def is_alias(name: bytes) -> bool:
 
 def forced_name(name: bytes) -> bytes | None:
     """NAME of `NAME.d`, or None for other names."""
-    if name.endswith(FORCED_SUFFIX):
-        name = name[: -len(FORCED_SUFFIX)]
-        if is_name(name) or is_alias(name):
-            return name
-    return None
+    plain = name.removesuffix(FORCED_SUFFIX)
+    return plain if plain != name and (is_name(plain) or is_alias(plain)) else None
 
 
 OWN_NAMES: Final = frozenset(
