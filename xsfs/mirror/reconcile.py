@@ -107,19 +107,19 @@ class Reconciler:
 
         Permissions that the file system could not store may name any.
         """
-        left = [(self._view.root, b"")]
+        left = [(self._view.root, b"", True)]
         while left:
-            path, place = left.pop()
+            path, place, is_directory = left.pop()
             perms = self._files.perms(place)
             if not perms or any(entry[1:] in domids for entry in perms.split(b",")):
                 self._queue.setdefault(path, False)
-            elif self._files.kind(place) == stat.S_IFDIR:
+            elif is_directory:
                 with closing(self._files.scan(place)) as found:
-                    for name, _ in found:
+                    for name, is_below in found:
                         if is_alias(name):
                             self._queue.setdefault(path, False)  # its children follow
                         elif name != VALUE_NAME:
-                            left.append((join(path, name), below(place, name)))
+                            left.append((join(path, name), below(place, name), is_below))
                         yield b""
             yield b""
 
