@@ -43,7 +43,7 @@ async def test_a_slow_daemon_has_the_time_limit_for_each_window(
             await store.mkdir(b"%s/data" % HOME)
             async with store.transaction() as transaction:
                 inside.commands = transaction
-                touched = TouchedPaths(HOME)
+                touched = TouchedPaths()
                 transaction.on_requests = touched.add
                 paths = [b"%s/data/%d" % (HOME, number) for number in range(CHANGES)]
                 await transaction.pipeline([protocol.write(path, b"v") for path in paths])

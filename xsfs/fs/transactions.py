@@ -98,7 +98,7 @@ class TransactionView(View):
         self.caller = caller
         self.outer = outer
         self.commands = SharedTransaction(transaction)
-        self.touched = TouchedPaths(outer.home)
+        self.touched = TouchedPaths()
         transaction.on_requests = self.touched.add
         self.started = datetime.now(UTC)
 

@@ -28,13 +28,9 @@ some 30 milliseconds for each request, and the pipeline has a time limit."""
 
 
 class TouchedPaths:
-    """See the module's docstring.
+    """See the module's docstring."""
 
-    home    the path that relative paths are relative to
-    """
-
-    def __init__(self, home: bytes) -> None:
-        self._home = home
+    def __init__(self) -> None:
         self.paths: set[bytes] = set()
         self.removed: set[bytes] = set()
         """Those that were removed, with all below."""
@@ -45,12 +41,9 @@ class TouchedPaths:
         for request in requests:
             if self.overflows or request.op not in (Op.WRITE, Op.MKDIR, Op.RM, Op.SET_PERMS):
                 continue
-            path = request.path
-            if not path.startswith(b"/"):
-                path = join(self._home, path)
-            self.paths.add(path)
+            self.paths.add(request.path)
             if request.op == Op.RM:
-                self.removed.add(path)
+                self.removed.add(request.path)
             if len(self.paths) > TOUCHED_MAX:
                 self.paths.clear()
                 self.removed.clear()
