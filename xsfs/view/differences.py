@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import product
 from typing import Final
 
 from xsfs.view.names import join, parent_path
@@ -71,18 +72,15 @@ async def differences(
     before_window   called between pipelines with the size of the paths or of the text so far in bytes
     """
     paths = set(touched.paths)
+    above = {way for path in paths for way in _above(path)}
+    tops = [path for path in touched.removed if touched.removed.isdisjoint(_above(path))]
     size = 0
-    removed = set(touched.removed)
-    for top in removed:
-        if not removed.isdisjoint(_above(top)):
-            continue
-        for commands in (inside.commands, outside.commands):
-            with suppress(NotFound):
-                async for nodes in commands.walk_in_windows(top):
-                    paths.update(path for path, _, _ in nodes)
-                    size += sum(len(path) for path, _, _ in nodes)
-                    before_window(size)
-    above = {way for path in touched.paths for way in _above(path)}
+    for top, commands in product(tops, (inside.commands, outside.commands)):
+        with suppress(NotFound):
+            async for nodes in commands.walk_in_windows(top):
+                paths.update(path for path, _, _ in nodes)
+                size += sum(len(path) for path, _, _ in nodes)
+                before_window(size)
     ordered = sorted(paths | above, key=lambda path: path.split(b"/"))
     text = bytearray()
     for start in range(0, len(ordered), COMPARE_WINDOW):
