@@ -11,7 +11,6 @@ from __future__ import annotations
 import stat
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from contextlib import closing
 from itertools import chain
 from typing import Final, NamedTuple
 
@@ -79,8 +78,7 @@ class Reconciler:
         return path != self._view.root and not self._has_children(place)
 
     def _has_children(self, place: bytes) -> bool:
-        with closing(self._files.scan(place)) as found:
-            return any(name != VALUE_NAME for name, _ in found)
+        return any(name != VALUE_NAME for name, _ in self._files.scan(place))
 
     def is_within_reach(self, path: bytes) -> bool:
         """Whether a node that an event named can be shown.  If not, an ancestor is queued instead: it may be
@@ -114,13 +112,12 @@ class Reconciler:
             if not perms or any(entry[1:] in domids for entry in perms.split(b",")):
                 self._queue.setdefault(path, False)
             elif is_directory:
-                with closing(self._files.scan(place)) as found:
-                    for name, is_below in found:
-                        if is_alias(name):
-                            self._queue.setdefault(path, False)  # its children follow
-                        elif name != VALUE_NAME:
-                            left.append((join(path, name), below(place, name), is_below))
-                        yield b""
+                for name, is_below in self._files.scan(place):
+                    if is_alias(name):
+                        self._queue.setdefault(path, False)  # its children follow
+                    elif name != VALUE_NAME:
+                        left.append((join(path, name), below(place, name), is_below))
+                    yield b""
             yield b""
 
     # ---------------------------------------------------------------------------------- apply
@@ -209,11 +206,10 @@ class Reconciler:
             yield b""
         if is_new:
             return
-        with closing(self._files.scan(place)) as found:
-            for name, _ in found:
-                if name not in shown:
-                    yield from self._remove(below(place, name))
-                yield b""
+        for name, _ in self._files.scan(place):
+            if name not in shown:
+                yield from self._remove(below(place, name))
+            yield b""
 
     def _remove(self, place: bytes) -> Steps:
         for removed in self._files.removing(place):
