@@ -469,8 +469,7 @@ class MirrorDirectory:
         If this raises OSError, nothing is left of the new file.
         """
         self._check_room()
-        parent, _, name = path.rpartition(b"/")
-        directory = self._copy.enter(parent)
+        directory, name = self._place(path)
         # Nobody sees a copy before it is complete.  By renames the start would take 14 % more processor time.
         in_place = is_new and self._copy.top == self._tree
         made_in, made_name = (directory, name) if in_place else (self._staging, _NEW)
@@ -518,8 +517,7 @@ class MirrorDirectory:
     def make_directory(self, path: bytes, perms: bytes) -> None:
         """Make the directory, which is missing.  Raises OSError."""
         self._check_room()
-        parent, _, name = path.rpartition(b"/")
-        directory = self._copy.enter(parent)
+        directory, name = self._place(path)
         with self._writable(directory):
             os.mkdir(name, 0o700, dir_fd=directory)
         # By a descriptor: the owner of the directory above may have put something else there.
@@ -545,9 +543,8 @@ class MirrorDirectory:
                     left.append((path + b"/" + name, is_below))
                     yield b""
         for path, is_directory in reversed(found):
-            parent, _, name = path.rpartition(b"/")
             self._copy.forget(path)
-            directory = self._copy.enter(parent)
+            directory, name = self._place(path)
             with self._writable(directory):
                 if is_directory:
                     os.rmdir(name, dir_fd=directory)
