@@ -69,9 +69,6 @@ TASKS_IDLE: Final = 64
 """How many of pyfuse3's tasks stay when there is nothing to do.  Each allocates a MiB when it starts
 and frees it when it ends.  With pyfuse3's default they come and go whenever two requests coincide."""
 
-C_XENSTORED: Final = "C xenstored"
-OXENSTORED: Final = "oxenstored"
-
 PROGRESS_SECONDS: Final = 1.0
 """How often xsfs shows how far the first copy of a mirror is."""
 
@@ -214,10 +211,10 @@ async def _daemon(options: Options, store: Store) -> str:
     children, missing = await store.pipeline((directory(b"/"), read(b"/xsfs-no-such-node")))
     if isinstance(children, bytes):
         # Only oxenstored lists the special watches.
-        return OXENSTORED if b"@releaseDomain" in decode_names(children) else C_XENSTORED
+        return "oxenstored" if b"@releaseDomain" in decode_names(children) else "C xenstored"
     # A guest may not read "/".  C xenstored does not tell it whether a child exists.
     error = missing.name if isinstance(missing, XenstoreError) else ""
-    return {"EACCES": C_XENSTORED, "ENOENT": OXENSTORED}.get(error, "unknown")
+    return {"EACCES": "C xenstored", "ENOENT": "oxenstored"}.get(error, "unknown")
 
 
 async def _view(options: Options, store: Store) -> View:
