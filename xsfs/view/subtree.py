@@ -169,11 +169,8 @@ class DumpFormat(TextFormat):
 
     def begin(self, path: bytes, value: bytes, perms: bytes, has_children: bool) -> bytes:
         path = b"." if path == self.top else path.removeprefix(join(self.top, b""))
-        return b'{"path": "%s", "%s": %s, "perms": %s}\n' % (
-            path,
-            *_json_of(value),
-            _dump_perms(perms),
-        )
+        key, text = _json_of(value)
+        return b'{"path": "%s", "%s": %s, "perms": %s}\n' % (path, key, text, _dump_perms(perms))
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
