@@ -189,11 +189,10 @@ class SyncStore(SyncCommands[Store]):
         (absolute, relative) in which the path of the watched node is given.
         """
         events = SyncWatch(self._portal, timeout)
+        alert = events._arrived.unpark_all
         with ExitStack() as stack:
             for path in paths:
-                watching = self._commands.watches.watching(
-                    encode_path(path), events._arrived.unpark_all
-                )
+                watching = self._commands.watches.watching(encode_path(path), alert)
                 subscription = stack.enter_context(self._portal.entered(watching))
                 events._subscriptions.append(subscription)
             yield events
