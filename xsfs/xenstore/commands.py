@@ -137,15 +137,15 @@ class Commands(ABC):
     async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
         """The names of the children of each node, in one round trip if all listings are short enough."""
         replies = await self.pipeline([protocol.directory(path) for path in paths])
-        names = []
-        for path, reply in zip(paths, replies, strict=True):
-            if isinstance(reply, bytes):
-                names.append(protocol.decode_names(reply))
-            elif reply.name == "E2BIG":
-                names.append(await self._list_parts(path, reply))
-            else:
-                raise reply
-        return names
+        return [await self._names(path, reply) for path, reply in zip(paths, replies, strict=True)]
+
+    async def _names(self, path: bytes, listing: Reply) -> Names:
+        """The names in the reply to DIRECTORY, which may be that there are too many for one reply."""
+        if isinstance(listing, bytes):
+            return protocol.decode_names(listing)
+        if listing.name == "E2BIG":
+            return await self._list_parts(path, listing)
+        raise listing
 
     async def _list_parts(self, path: bytes, too_big: XenstoreError) -> Names:
         for _ in range(LISTING_RESTARTS):
@@ -213,12 +213,7 @@ class Commands(ABC):
     async def _walked(self, path: bytes, value: Reply, listing: Reply) -> WalkedNode:
         if isinstance(value, XenstoreError):
             raise value
-        if isinstance(listing, bytes):
-            names = protocol.decode_names(listing)
-        elif listing.name == "E2BIG":
-            names = await self.list(path)
-        else:
-            raise listing
+        names = await self._names(path, listing)
         if path == b"/":
             # oxenstored lists the special nodes, which can only be watched.
             names = [name for name in names if not name.startswith(b"@")]

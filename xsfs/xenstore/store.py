@@ -33,10 +33,11 @@ import trio
 
 from xsfs.xenstore import protocol
 from xsfs.xenstore.background import open_background
-from xsfs.xenstore.commands import Commands, NamesOfEach, Path, Pipeline, encode_path
+from xsfs.xenstore.commands import Commands, Names, Path, Pipeline, encode_path
 from xsfs.xenstore.connection import Connection, Reply
 from xsfs.xenstore.errors import (
     DEFAULT_TIMEOUT,
+    Conflict,
     ConnectionLost,
     RequestTimeout,
     StoreError,
@@ -286,18 +287,13 @@ class Store(Commands):
             self.is_far = self._now() - start >= FAR_SECONDS
         return replies
 
-    async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
-        """As in Commands.  A node that never stops changing is listed in a transaction, in which it
-        stands still."""
-        try:
-            return await super().list_all(paths)
-        except XenstoreError as error:
-            if error.name != "EAGAIN":
-                raise
-
+    async def _list_parts(self, path: bytes, too_big: XenstoreError) -> Names:
+        """A node that never stops changing is listed in a transaction, in which it stands still."""
+        with suppress(Conflict):
+            return await super()._list_parts(path, too_big)
         # Not `atomically`: a commit would conflict with the very changes that disturb the listing.
         async with self._long(self.begin) as transaction:
-            return await transaction.list_all(paths)
+            return await transaction.list(path)
 
     # -------------------------------------------------------------------------- transactions
 
