@@ -170,9 +170,12 @@ class Connection:
         requests that were sent.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        if len(requests) > WINDOW:
+        if deadline is None:
+            deadline = trio.current_time() + self._timeout
+        count = len(requests)
+        if count > WINDOW:
             replies: list[Reply] = []
-            for start in range(0, len(requests), WINDOW):
+            for start in range(0, count, WINDOW):
                 try:
                     replies += await self.pipeline(
                         requests[start : start + WINDOW], tx_id, deadline
@@ -181,11 +184,11 @@ class Connection:
                     error.unsent = error.unsent and not start
                     raise
             return replies
-        if not requests:
+        if not count:
             await trio.lowlevel.cancel_shielded_checkpoint()
             return []
-        if len(self._in_flight) + len(requests) > IN_FLIGHT_MAX:
-            deadline = await self._wait_for_room(len(requests), deadline)
+        if len(self._in_flight) + count > IN_FLIGHT_MAX:
+            await self._wait_for_room(count, deadline)
         if requests[0].op in _WATCH_OPS:
             return await self._pipeline_watches(requests, deadline)
         is_crowd = self._is_crowd()
@@ -203,10 +206,8 @@ class Connection:
             self._turns.last = time.perf_counter()
         return batch.replies
 
-    async def _wait_for_room(self, count: int, deadline: float | None) -> float:
-        """Wait until so many more requests may be in flight.  Returns the deadline."""
-        if deadline is None:
-            deadline = trio.current_time() + self._timeout
+    async def _wait_for_room(self, count: int, deadline: float) -> None:
+        """Wait until so many more requests may be in flight."""
         with trio.move_on_at(deadline) as scope:
             while self.alive and len(self._in_flight) + count > IN_FLIGHT_MAX:
                 await self._room.park()
@@ -214,7 +215,6 @@ class Connection:
             reason = "Xenstore does not answer, and too many requests wait for it"
             raise RequestTimeout(reason, unsent=True)
         self._room.unpark()  # there may be room for the next one, too
-        return deadline
 
     def _is_crowd(self) -> bool:
         """Whether requests of other tasks are under way, or about to be."""
@@ -279,12 +279,10 @@ class Connection:
         if self._unsent:
             self._writer_parked.unpark_all()
 
-    async def _wait(self, batch: _Batch, deadline: float | None) -> list[Reply]:
+    async def _wait(self, batch: _Batch, deadline: float) -> list[Reply]:
         """Sleep until all replies have come."""
         if not self.alive:
             raise ConnectionLost(self._closed_because, unsent=bool(batch.messages))
-        if deadline is None:
-            deadline = trio.current_time() + self._timeout
         batch.deadline = deadline
         batch.task = current_task()
         self._waiting[batch] = None
@@ -298,11 +296,7 @@ class Connection:
         replies: list[Reply] = await wait_task_rescheduled(abort)
         return replies
 
-    async def _pipeline_watches(
-        self, requests: Sequence[Request], deadline: float | None
-    ) -> list[Reply]:
-        if deadline is None:
-            deadline = trio.current_time() + self._timeout
+    async def _pipeline_watches(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
         batch = self._enter(requests, 0)
         try:
             if self._unsent or self._outgoing:

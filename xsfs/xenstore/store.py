@@ -88,13 +88,11 @@ class Transaction(Commands):
         connection: Connection,
         tx_id: int,
         breaker: CircuitBreaker,
-        timeout: float,
         deadline: float | None = None,
     ) -> None:
         """`deadline` is that of all its requests, in trio's time; if None, each has the time limit."""
         self.connection = connection
         self._breaker = breaker
-        self._timeout = timeout
         self._deadline = deadline
         self._tx_id: int | None = tx_id
         self.requests = 0
@@ -128,12 +126,9 @@ class Transaction(Commands):
         if self.on_requests is not None:
             self.on_requests(requests)
         self.has_written = self.has_written or not all(r.repeatable for r in requests)
-        deadline = self._deadline
-        if deadline is None:
-            deadline = trio.current_time() + self._timeout
         try:
             with self._breaker.observing():
-                return await self.connection.pipeline(requests, self._tx_id, deadline)
+                return await self.connection.pipeline(requests, self._tx_id, self._deadline)
         except ConnectionLost as error:
             self._tx_id = None
             raise TransactionEnded(f"the transaction was lost: {error}") from error
@@ -332,7 +327,7 @@ class Store(Commands):
                 connection.close()
                 raise
         self.transactions += 1
-        return Transaction(connection, tx_id, self.breaker, self.timeout)
+        return Transaction(connection, tx_id, self.breaker)
 
     async def roll_back(self, transaction: Transaction) -> None:
         """Roll the transaction back if it is open, and close its connection.
@@ -437,7 +432,7 @@ class Store(Commands):
         self.requests += 1
         try:
             connection, tx_id = await self._start_on_idle(deadline)
-            transaction = Transaction(connection, tx_id, self.breaker, self.timeout, deadline)
+            transaction = Transaction(connection, tx_id, self.breaker, deadline)
             try:
                 yield transaction
             finally:
