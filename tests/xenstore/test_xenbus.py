@@ -237,7 +237,7 @@ async def test_a_watch_has_one_time_limit(device: Device, clock: LeapingClock) -
                 outcomes.append(caught.type)
 
             nursery.start_soon(set_watch)
-            while not connection._waiting:
+            while not any(batch.deadline for batch, _ in connection._in_flight.values()):
                 await trio.sleep(0.001)
             assert not outcomes
             clock.leap(0.3 * LIMIT)

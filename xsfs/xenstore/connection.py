@@ -25,6 +25,7 @@ turn.
 from __future__ import annotations
 
 import logging
+import math
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -125,8 +126,6 @@ class Connection:
         self._in_flight: dict[int, tuple[_Batch, int]] = {}
         """By req_id: the batch, and the request's place in it."""
         self._next_id = 0
-        self._waiting: dict[_Batch, None] = {}
-        """The batches for which a task sleeps, or slept until it was cancelled."""
         self._outgoing: list[_Batch] = []
         """Messages that the writer has to send."""
         self._unsent = b""
@@ -285,8 +284,7 @@ class Connection:
             raise ConnectionLost(self._closed_because, unsent=bool(batch.messages))
         batch.deadline = deadline
         batch.task = current_task()
-        self._waiting[batch] = None
-        if self._watchdog_parked and not self._watched_deadline <= deadline:
+        if deadline < self._watched_deadline:
             self._watchdog_parked.unpark_all()
 
         def abort(_: object) -> Abort:
@@ -352,7 +350,7 @@ class Connection:
                     nursery.start_soon(self._enforce_deadlines)
                     await self._read()
         finally:
-            self.close("the connection was closed")
+            self.close()
 
     def close(
         self,
@@ -366,9 +364,8 @@ class Connection:
         self.alive = False
         self._scope.cancel()
         self.ended.set()
-        for batch in self._waiting:
+        for batch in {batch for batch, _ in self._in_flight.values()}:
             batch.wake(outcome.Error(error(reason, unsent=bool(batch.messages))))
-        self._waiting.clear()
         self._in_flight.clear()
         self._room.unpark_all()
         self._transport.close()
@@ -402,10 +399,11 @@ class Connection:
                     if not self.alive:
                         return
                     continue
-                found = in_flight.pop(req_id, None)
-                if found is None:
-                    raise WireError(f"a reply to request {req_id}, which is not in flight")
-                batch, place = found
+                try:
+                    batch, place = in_flight[req_id]
+                except KeyError:
+                    text = f"a reply to request {req_id}, which is not in flight"
+                    raise WireError(text) from None
                 request = batch.requests[place]
                 if op == request.op:
                     batch.replies[place] = payload
@@ -413,9 +411,9 @@ class Connection:
                     batch.replies[place] = XenstoreError(decode_error(payload), request)
                 else:
                     raise WireError(f"a reply of type {op} to a request of type {request.op}")
+                del in_flight[req_id]
                 batch.missing -= 1
                 if not batch.missing and batch.deadline:
-                    del self._waiting[batch]
                     batch.wake(outcome.Value(batch.replies))
                     if self._room:
                         self._room.unpark()
@@ -443,12 +441,9 @@ class Connection:
     async def _enforce_deadlines(self) -> None:
         """Wake at most once in a time limit while a task waits, and never while none does."""
         while True:
-            self._watched_deadline = min(
-                (batch.deadline for batch in self._waiting), default=float("inf")
-            )
+            deadlines = (batch.deadline for batch, _ in self._in_flight.values() if batch.deadline)
+            self._watched_deadline = min(deadlines, default=math.inf)
+            if self._watched_deadline <= trio.current_time():
+                self.close("Xenstore did not answer in time", RequestTimeout)
             with trio.move_on_at(self._watched_deadline):
                 await self._watchdog_parked.park()
-                continue
-            now = trio.current_time()
-            if any(batch.deadline <= now for batch in self._waiting):
-                self.close("Xenstore did not answer in time", RequestTimeout)
