@@ -119,9 +119,6 @@ class ReconnectingConnection:
 
     async def get(self, deadline: float) -> Connection:
         """The live connection.  Raises ConnectionLost, StoreUnavailable."""
-        connection = self.current
-        if connection is not None and connection.alive:
-            return connection
         with trio.move_on_at(deadline):
             async with self._lock:
                 if self.current is not None and self.current.alive:
