@@ -26,7 +26,6 @@ class BusyPoll:
     """Polls one descriptor."""
 
     def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         self._poll = poll.poll
