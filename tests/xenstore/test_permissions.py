@@ -16,7 +16,6 @@ from xsfs.xenstore.permissions import (
     parse_permissions,
     perms_text,
     set_perms,
-    set_perms_as_shown,
 )
 
 ACCESS = {"n": (False, False), "r": (True, False), "w": (False, True), "b": (True, True)}
@@ -108,6 +107,5 @@ def test_domids_that_no_domain_has(domid: int, is_reserved: bool) -> None:
 def test_numbers_that_oxenstored_shows_without_their_sign() -> None:
     shown = b"n7\0r9223372036854775807\0b32757\0"
     accepted = b"/x\0n7\0r-1\0b32757\0"
-    assert set_perms_as_shown(b"/x", shown).payload == accepted
     assert set_perms(b"/x", decode_perms(shown)).payload == accepted
     assert perms_text(shown) == b"n7,r9223372036854775807,b32757"

@@ -22,7 +22,7 @@ from xsfs.view.view import NodeState
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
-from xsfs.xenstore.permissions import set_perms_as_shown
+from xsfs.xenstore.permissions import decode_perms, set_perms
 from xsfs.xenstore.protocol import Request
 from xsfs.xenstore.store import Transaction
 
@@ -142,7 +142,7 @@ async def _write(commands: Commands, nodes: Sequence[NodeCopy]) -> None:
     # A guest may not set the permissions of another domain's node, but they may be right already.
     inherited = await _call_all(commands, [protocol.get_perms(path) for path, _, _ in nodes])
     requests = [
-        set_perms_as_shown(path, perms)
+        set_perms(path, decode_perms(perms))
         for (path, _, perms), present in zip(nodes, inherited, strict=True)
         if present != perms
     ]

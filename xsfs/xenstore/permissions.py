@@ -91,11 +91,6 @@ def set_perms(path: bytes, perms: Iterable[Permission]) -> Request:
     return Request(Op.SET_PERMS, path + b"\0" + encode_perms(entries))
 
 
-def set_perms_as_shown(path: bytes, payload: bytes) -> Request:
-    """Give a node the permissions of a GET_PERMS reply.  Raises WireError."""
-    return set_perms(path, decode_perms(payload))
-
-
 def encode_perms(perms: Iterable[Permission]) -> bytes:
     """The permissions as in SET_PERMS and in a reply to GET_PERMS."""
     return b"".join(b"%s\0" % str(entry).encode() for entry in perms)
