@@ -142,12 +142,13 @@ class Parser:
                 limit = self._payload_max
                 self.error = WireError(f"a message of {length} bytes, over the limit of {limit}")
                 return found
-            needed = HEADER_SIZE + length
-            end = start + needed
+            body = start + HEADER_SIZE
+            end = body + length
             if size < end:
+                needed = end - start
                 break
-            found.append((op, req_id, tx_id, data[start + HEADER_SIZE : end]))
-            start, needed = end, HEADER_SIZE
+            found.append((op, req_id, tx_id, data[body:end]))
+            start = end
         if start < size:
             self._begun += data[start:]
             self._needed = needed
