@@ -318,7 +318,7 @@ class Connection:
 
     def _receive_at_once(self, batch: _Batch) -> None:
         """Receive the replies here, if they come within POLL_SECONDS.  The event loop waits meanwhile."""
-        if len(batch.requests) > POLL_REQUESTS_MAX:
+        if batch.missing > POLL_REQUESTS_MAX:
             return
         if self._poll_skips:
             self._poll_skips -= 1
