@@ -199,25 +199,22 @@ class Commands(ABC):
             below: list[bytes] = []
             for path, value, listing in zip(window, replies[::2], replies[1::2], strict=True):
                 try:
-                    node = await self._walked(path, value, listing)
+                    if isinstance(value, XenstoreError):
+                        raise value
+                    names = await self._names(path, listing)
                 except XenstoreError as error:
                     if path == top or error.name not in _LEFT_OUT:
                         raise
                     continue
-                nodes.append(node)
+                if path == b"/":
+                    # oxenstored lists the special nodes, which can only be watched.
+                    names = [name for name in names if not name.startswith(b"@")]
+                names = [name for name in names if protocol.is_name(name)]
+                nodes.append((path, value, names))
                 above = path if path == b"/" else path + b"/"
-                below += [above + name for name in node[2]]
+                below += [above + name for name in names]
             stack += below[::-1]
             yield nodes
-
-    async def _walked(self, path: bytes, value: Reply, listing: Reply) -> WalkedNode:
-        if isinstance(value, XenstoreError):
-            raise value
-        names = await self._names(path, listing)
-        if path == b"/":
-            # oxenstored lists the special nodes, which can only be watched.
-            names = [name for name in names if not name.startswith(b"@")]
-        return path, value, [name for name in names if protocol.is_name(name)]
 
     async def get_perms(self, path: Path) -> Permissions:
         """The node's permissions, the owner's first.  `format_permissions` makes `n0,r7` of them."""
