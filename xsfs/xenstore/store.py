@@ -52,7 +52,7 @@ from xsfs.xenstore.reconnect import (
     ReconnectingConnection,
     open_transport_by,
 )
-from xsfs.xenstore.transport import Transport, find_store, open_transport
+from xsfs.xenstore.transport import find_store, open_transport
 from xsfs.xenstore.watches import Subscription, Watches
 
 WALK_CONNECTIONS: Final = 4
@@ -215,8 +215,7 @@ class Store(Commands):
         A missing daemon is an error at once: `Store` only waits for a daemon that it has seen.
         """
         deadline = trio.current_time() + self.timeout
-        transport = await open_transport_by(self._connect, deadline, wait_for_daemon=False)
-        self._main.adopt(transport)
+        self._main.adopt(await open_transport_by(self._connect, deadline, wait_for_daemon=False))
         await self.pipeline((protocol.directory(b"/"),))
 
     async def _probe(self) -> None:
@@ -489,9 +488,7 @@ async def open_store(
     if connect is None:
         # Absolute: connections are opened later, too, and a daemon changes its working directory.
         found = os.path.abspath(path if path is not None else find_store(os.environ))
-
-        def connect() -> Transport:
-            return open_transport(found)
+        connect = partial(open_transport, found)
 
     async with open_background() as nursery:
         store = Store(nursery, connect, timeout)
