@@ -309,7 +309,7 @@ class Connection:
             raise RequestTimeout("the kernel did not carry out a WATCH in time") from None
         except WatchRefused as refused:
             self._forget(batch)
-            raise XenstoreError(refused.name, requests[0]) from refused
+            return [XenstoreError(refused.name, request) for request in requests]
         except OSError as error:
             self.close(f"cannot send: {error.strerror}")
         if batch.missing:

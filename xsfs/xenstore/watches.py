@@ -296,8 +296,6 @@ class Watches:
         try:
             deadline = trio.current_time() + seconds
             (reply,) = await connection.pipeline((request,), 0, deadline)
-        except XenstoreError:  # the kernel's device refuses it in this way
-            raise
         except BaseException:
             connection.close("a request of a watch was not answered")
             raise
