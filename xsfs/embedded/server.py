@@ -58,9 +58,7 @@ class EmbeddedStore:
     def connect(self, domid: int = 0) -> socket.socket:
         """A non-blocking socket on which the store serves the domain."""
         self._welcome(domid)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.setblocking(False)
-        theirs.setblocking(False)
+        ours, theirs = socket.socketpair(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._nursery.start_soon(self._serve_socket, ours, domid)
         return theirs
 

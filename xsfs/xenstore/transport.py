@@ -183,9 +183,8 @@ def open_transport(path: str) -> Transport:
 
 
 def _connect(path: str) -> SocketTransport:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        sock.setblocking(False)
         sock.connect(path)
     except BaseException:
         sock.close()
