@@ -110,7 +110,7 @@ class PermissionEntry(NamedTuple):
     """`bits` are READ and WRITE.
 
     `incarnation` tells which of the domains that have had this domid the entry means; None if no
-    such domain existed.  If a later domain gets the domid, the entry has no effect for it.
+    such domain existed.
     """
 
     domid: int

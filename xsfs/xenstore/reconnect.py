@@ -46,7 +46,6 @@ GRACE_SECONDS_LATER: Final = 0.05
 """How long a request waits for the outcome of a probe: of one just sent, and of one that takes long."""
 
 Connect = Callable[[], Transport]
-OnEvent = Callable[[bytes, bytes], None]
 
 
 async def open_transport_by(
@@ -99,7 +98,7 @@ class ReconnectingConnection:
         connect: Connect,
         timeout: float,
         home: Home,
-        on_event: OnEvent | None = None,
+        on_event: Callable[[bytes, bytes], None] | None = None,
         *,
         is_extra: bool = False,
     ) -> None:

@@ -90,10 +90,7 @@ class DeviceTransport:
         raise AssertionError("the device accepts each message whole")
 
     async def send_watch(self, messages: Sequence[bytes]) -> bytes:
-        """Send WATCH or UNWATCH, in a thread because write(2) blocks for a round trip.
-
-        A cancelled caller leaves the thread to itself.  Raises WatchRefused.
-        """
+        """In a thread, because write(2) blocks for a round trip."""
         try:
             await run_in_thread(partial(self._write_watch, messages))
         except OSError as error:
