@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Final, cast
+from typing import Final
 
 from xsfs.xenstore.protocol import ERRORS, Op, Request
 
@@ -14,8 +14,8 @@ DEFAULT_TIMEOUT: Final = 10.0
 LONGEST_SURE_PATH: Final = 1024
 """Every daemon accepts paths up to this length.  Past it, EINVAL for a well-formed path means its length."""
 
-_NUMBERS: Final = {
-    name: cast(int, getattr(errno, "EDQUOT" if name == "EQUOTA" else name)) for name in ERRORS
+_NUMBERS: Final[dict[str, int]] = {
+    name: getattr(errno, "EDQUOT" if name == "EQUOTA" else name) for name in ERRORS
 }
 _NUMBERS_OF_REQUESTS: Final = {
     # oxenstored limits a value to 2048 bytes, and reports that the argument list is too long.
