@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import struct
 import threading
 from collections import deque
 from contextlib import suppress
@@ -54,10 +53,10 @@ CHUNK_MICROSECONDS: Final = 20_000
 class EventReader(SocketTransport):
     """See the module's docstring."""
 
+    receive_microseconds = CHUNK_MICROSECONDS
+
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
-        limit = struct.pack("ll", 0, CHUNK_MICROSECONDS)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._token = trio.lowlevel.current_trio_token()
         self._chunks: deque[bytes | OSError] = deque()
         self._arrived = trio.lowlevel.ParkingLot()
@@ -93,11 +92,11 @@ class EventReader(SocketTransport):
     def close(self) -> None:
         self._closed = True
         self._arrived.unpark_all()
-        if not self.has_thread:
+        if self.has_thread:
+            trio.lowlevel.notify_closing(self.socket)  # the writer may wait for room
+            self._hang_up()
+        else:
             super().close()
-            return
-        trio.lowlevel.notify_closing(self.socket)  # the writer may wait for room
-        self._hang_up()
 
     def _hang_up(self) -> None:
         """End the connection, which wakes the thread."""

@@ -26,9 +26,6 @@ RUNDIR: Final = "/var/run/xenstored"
 DEVICES: Final = ("/dev/xen/xenbus", "/proc/xen/xenbus")
 RECEIVE_SIZE: Final = 65536
 
-RECEIVE_MICROSECONDS: Final = 1000
-"""How long `receive_soon` sleeps for a reply.  The kernel rounds it up to its tick, which is 4 ms at most."""
-
 NO_STORE_HINT: Final = (
     "start xenstored (dom0) or load xen's drivers (domU), name its socket or device, "
     "or try 'xsfs embedded MOUNTPOINT', which needs no Xen"
@@ -87,13 +84,15 @@ class SocketTransport:
 
     payload_max = PAYLOAD_MAX
     is_served_in_turn = True
+    receive_microseconds = 1000
+    """How long `receive_soon` sleeps for a reply.  The kernel rounds it up to its tick, of 4 ms at most."""
 
     def __init__(self, sock: socket.socket, *, same_loop: bool = False) -> None:
         """`same_loop`: the peer is a task of this event loop, which cannot run while `receive_soon` waits."""
         self.same_loop = same_loop
         # Blocking, so that receive_soon is one system call.  All other calls use MSG_DONTWAIT.
         sock.setblocking(True)
-        limit = struct.pack("ll", 0, RECEIVE_MICROSECONDS)
+        limit = struct.pack("ll", 0, self.receive_microseconds)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self.socket = sock
         self._busy_poll = BusyPoll(sock.fileno())
@@ -164,8 +163,7 @@ def open_transport(path: str) -> Transport:
         if stat.S_ISSOCK(mode):
             return _connect(path)
         if stat.S_ISCHR(mode):
-            flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
-            return DeviceTransport(partial(os.open, path, flags))
+            return DeviceTransport(partial(os.open, path, os.O_RDWR | os.O_NONBLOCK))
     except PermissionError as error:
         raise StoreUnavailable(
             f"permission denied: {path}", "Xenstore is restricted to root; run as root", denied=True
