@@ -26,12 +26,10 @@ from xsfs.xenstore.protocol import Op, Request
 Path = bytes | str
 Value = bytes | bytearray | memoryview | str | int
 Names = list[bytes]
-NamesOfEach = list[Names]
 Pipeline = Callable[[Sequence[Request]], Awaitable[list[Reply]]]
 """See `Commands.pipeline`."""
 WalkedNode = tuple[bytes, bytes, Names]
 """(path, value, names of the children)"""
-WalkedNodes = list[WalkedNode]
 
 LISTING_RESTARTS: Final = 20
 """How often a listing starts again because the node changed meanwhile, before it fails with EAGAIN."""
@@ -134,7 +132,7 @@ class Commands(ABC):
         (names,) = await self.list_all((encode_path(path),))
         return names
 
-    async def list_all(self, paths: Sequence[bytes]) -> NamesOfEach:
+    async def list_all(self, paths: Sequence[bytes]) -> Sequence[Names]:
         """The names of the children of each node, in one round trip if all listings are short enough."""
         replies = await self.pipeline([protocol.directory(path) for path in paths])
         return [await self._names(path, reply) for path, reply in zip(paths, replies, strict=True)]
@@ -185,7 +183,7 @@ class Commands(ABC):
             for node in nodes:
                 yield node
 
-    async def walk_in_windows(self, path: Path) -> AsyncIterator[WalkedNodes]:
+    async def walk_in_windows(self, path: Path) -> AsyncIterator[Sequence[WalkedNode]]:
         """The nodes of `walk`, in the lists in which they come."""
         top = encode_path(path)
         stack = [top]
@@ -195,7 +193,7 @@ class Commands(ABC):
             replies = await self.pipeline(
                 [ask(path) for path in window for ask in (protocol.read, protocol.directory)]
             )
-            nodes: WalkedNodes = []
+            nodes: list[WalkedNode] = []
             below: list[bytes] = []
             for path, value, listing in zip(window, replies[::2], replies[1::2], strict=True):
                 try:
