@@ -158,8 +158,8 @@ WIDE: Final = 115
 
 INTERNAL: Final = frozenset(
     (
-        *("abandon", "begin", "connect", "drop_connection", "finish", "is_conflict"),
-        *("pipelines", "walk_in_windows", "alert", "end", "interrupt", "put"),
+        *("abandon", "begin", "connect", "drop_connection", "finish"),
+        *("pipelines", "walk_in_windows", "alert", "put"),
     )
 )
 """Methods of the public classes that only the file system uses."""

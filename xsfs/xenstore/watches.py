@@ -93,11 +93,6 @@ class Subscription:
         """Whether there is an event to take."""
         return bool(self._events)
 
-    def end(self) -> None:
-        """Let tasks that wait for an event return."""
-        self.ended = True
-        self.alert()
-
     async def wait(self) -> None:
         """Return when there is an event to take, or the watch has ended."""
         while not self._events and not self.ended:
@@ -378,5 +373,6 @@ class Watches:
         try:
             yield subscription
         finally:
-            subscription.end()
+            subscription.ended = True
+            subscription.alert()  # tasks that wait for an event return
             self.drop(subscription)
