@@ -16,9 +16,8 @@ def moved(path: bytes, source: bytes, target: bytes) -> bytes:
 class Home:
     """Shared by all connections of a store.  One task moves it when the domain has got another domid."""
 
-    def __init__(self) -> None:
-        self.above = b""
-        """The path and a slash.  While it is empty, all paths are sent as they are."""
+    above = b""
+    """The path and a slash.  While it is empty, all paths are sent as they are."""
 
     def move(self, path: bytes) -> None:
         """The home is at this absolute path."""

@@ -13,13 +13,10 @@ import trio
 
 
 class Turns:
-    """Those of one event loop.
+    """Those of one event loop."""
 
-    last    the time of the last turn that was noted, by time.perf_counter()
-    """
-
-    def __init__(self) -> None:
-        self.last = 0.0
+    last = 0.0
+    """The time of the last turn that was noted, by time.perf_counter()."""
 
 
 _TURNS: Final[trio.lowlevel.RunVar[Turns]] = trio.lowlevel.RunVar("xsfs turns")
