@@ -66,10 +66,7 @@ class _Request(NamedTuple):
 
     @property
     def path(self) -> bytes:
-        return self.absolute(self.string)
-
-    def absolute(self, path: bytes) -> bytes:
-        return absolute(path, self.domid)
+        return absolute(self.string, self.domid)
 
     def strings(self, least: int, most: int = protocol.PAYLOAD_MAX) -> list[bytes]:
         """All strings of the payload.  As in xenstored, bytes after the last NUL do not count."""
@@ -148,7 +145,7 @@ class Requests:
 
     def _directory_part(self, request: _Request) -> bytes:
         path, offset_text = request.strings(2, 2)
-        node = self.database.readable(request.domid, request.absolute(path), request.tx)
+        node = self.database.readable(request.domid, absolute(path, request.domid), request.tx)
         offset = unsigned(offset_text)
         generation = b"%d\0" % node.generation
         listing = node.children
@@ -166,7 +163,7 @@ class Requests:
         path, nul, value = request.payload.partition(b"\0")
         if not nul:
             raise Refused("EINVAL")
-        self.database.write(request.domid, request.absolute(path), value, request.tx)
+        self.database.write(request.domid, absolute(path, request.domid), value, request.tx)
 
     def _mkdir(self, request: _Request) -> None:
         self.database.mkdir(request.domid, request.path, request.tx)
@@ -176,14 +173,14 @@ class Requests:
 
     def _set_perms(self, request: _Request) -> None:
         path, *perms = request.strings(2)
-        self.database.set_perms(request.domid, request.absolute(path), perms, request.tx)
+        self.database.set_perms(request.domid, absolute(path, request.domid), perms, request.tx)
 
     # -- watches
 
     def _watch(self, request: _Request) -> None:
         client, quotas = request.client, self.database.quotas
         given_path, token = request.strings(2, 2)
-        path = request.absolute(given_path)
+        path = absolute(given_path, request.domid)
         special = path.startswith(b"@")
         if not (len(path) <= PATH_MAX if special else is_path(path, quotas[b"path-max"])):
             raise Refused("EINVAL")
@@ -196,7 +193,7 @@ class Requests:
 
     def _unwatch(self, request: _Request) -> None:
         path, token = request.strings(2, 2)
-        if request.client.watches.pop((request.absolute(path), token), None) is None:
+        if request.client.watches.pop((absolute(path, request.domid), token), None) is None:
             raise Refused("ENOENT")
 
     def _reset_watches(self, request: _Request) -> None:
