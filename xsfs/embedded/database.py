@@ -258,7 +258,13 @@ class Database:
         """Carry out the changes.  The transaction has ended even if the commit is refused."""
         if tx.failed:
             raise Refused("ENOMEM")
-        self._check_owned(tx)
+        for owner, difference in tx.owned.items():
+            domain = self.domains.find(owner)
+            if domain is None:
+                raise Refused("ENOMEM")
+            full = owner != DOM0 and domain.nodes + difference >= self.quotas[b"nodes"]
+            if full and tx.created and tx.domid != DOM0:
+                raise Refused("ENOSPC")
         for path, accessed in tx.accessed.items():
             if self._records.get(path) is not accessed.found:
                 raise Refused("EAGAIN")
@@ -273,15 +279,6 @@ class Database:
                 self._notify(path, accessed.exact, None, *perms)
         for owner, difference in tx.owned.items():
             self.domains.known[owner].nodes += difference
-
-    def _check_owned(self, tx: DatabaseTransaction) -> None:
-        for owner, difference in tx.owned.items():
-            domain = self.domains.find(owner)
-            if domain is None:
-                raise Refused("ENOMEM")
-            full = owner != DOM0 and domain.nodes + difference >= self.quotas[b"nodes"]
-            if full and tx.created and tx.domid != DOM0:
-                raise Refused("ENOSPC")
 
     # -- domains
 
