@@ -17,8 +17,6 @@ BUSY_POLL_SECONDS: Final = 100e-6
 """How long xsfs polls for a reply, and for the next request of the kernel after it has answered one."""
 
 YIELD_SECONDS_MAX: Final = 0.0003
-"""If sched_yield(2) takes longer, another process wants the processor."""
-
 SKIPS: Final = 256
 
 
