@@ -170,7 +170,6 @@ class EmbeddedStore:
 
 
 def _bind(listener: socket.socket, path: str) -> None:
-    listener.setblocking(False)
     # Before bind(), so the file never exists with another mode.
     os.fchmod(listener.fileno(), 0o600)
     try:
@@ -185,6 +184,5 @@ def _bind(listener: socket.socket, path: str) -> None:
 
 def _is_stale(path: str) -> bool:
     """Whether this is a socket on which no process listens."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         return Path(path).is_socket() and probe.connect_ex(path) == errno.ECONNREFUSED
