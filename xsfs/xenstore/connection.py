@@ -175,10 +175,9 @@ class Connection:
         if count > WINDOW:
             replies: list[Reply] = []
             for start in range(0, count, WINDOW):
+                window = requests[start : start + WINDOW]
                 try:
-                    replies += await self.pipeline(
-                        requests[start : start + WINDOW], tx_id, deadline
-                    )
+                    replies += await self.pipeline(window, tx_id, deadline)
                 except StoreError as error:
                     error.unsent = error.unsent and not start
                     raise

@@ -76,8 +76,7 @@ async def open_transport_by(
         may_retry = wait_for_descriptor if is_local else wait_for_daemon or is_busy
         if not may_retry or trio.current_time() + delay >= deadline:
             where = failure.filename or "its socket"
-            reason = f"cannot connect to Xenstore at {where}: {failure.strerror}"
-            lost = ConnectionLost(reason)
+            lost = ConnectionLost(f"cannot connect to Xenstore at {where}: {failure.strerror}")
             lost.is_local = is_local
             raise lost from failure
         await trio.sleep(delay)

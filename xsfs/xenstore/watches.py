@@ -289,8 +289,7 @@ class Watches:
     async def _send(self, connection: Connection, request: Request, seconds: float) -> None:
         """Send WATCH or UNWATCH.  Raises StoreError."""
         try:
-            deadline = trio.current_time() + seconds
-            (reply,) = await connection.pipeline((request,), 0, deadline)
+            (reply,) = await connection.pipeline((request,), 0, trio.current_time() + seconds)
         except BaseException:
             connection.close("a request of a watch was not answered")
             raise
