@@ -95,6 +95,7 @@ class SyncCommands(Generic[Client]):
 
     pipeline = _blocking(Commands.pipeline)
     call = _blocking(Commands.call)
+    call_all = _blocking(Commands.call_all)
     read = _blocking(Commands.read)
     read_integer = _blocking(Commands.read_integer)
     write = _blocking(Commands.write)

@@ -26,7 +26,7 @@ from tests.support.clients import GUEST, HOME, LIMIT, Place, opened
 from xsfs.xenstore import connection, protocol
 from xsfs.xenstore.commands import Commands, Value
 from xsfs.xenstore.connection import WINDOW
-from xsfs.xenstore.errors import XenstoreError
+from xsfs.xenstore.errors import NotFound, XenstoreError
 from xsfs.xenstore.permissions import Permission
 from xsfs.xenstore.protocol import PAYLOAD_MAX
 from xsfs.xenstore.store import Store
@@ -346,6 +346,18 @@ async def test_pipelines_larger_than_the_window(place: Place) -> None:
 
 
 @trio_test
+async def test_requests_of_which_none_may_fail(place: Place) -> None:
+    async with opened(place) as (store, base):
+        path = base.encode()
+        requests = [protocol.write(path + b"/a", b"1"), protocol.read(path + b"/a")]
+        assert await store.call_all(requests) == [b"OK\0", b"1"]
+        missing = protocol.read(path + b"/missing")
+        with pytest.raises(NotFound) as caught:
+            await store.call_all([*requests, missing, protocol.read(b"//")])
+        assert caught.value.request is missing
+
+
+@trio_test
 async def test_an_empty_pipeline(place: Place) -> None:
     async with opened(place) as (store, _):
         assert await store.pipeline([]) == []
@@ -370,6 +382,7 @@ OPERATIONS: dict[str, Operation] = {
     "pipeline": lambda store, base: store.pipeline([protocol.read(base.encode())]),
     "empty pipeline": lambda store, _: store.pipeline([]),
     "call": lambda store, base: store.call(protocol.read(base.encode())),
+    "call_all": lambda store, base: store.call_all([protocol.read(base.encode())]),
     "read": lambda store, base: store.read(base),
     "read_integer": lambda store, base: store.read_integer(f"{base}/number"),
     "write": lambda store, base: store.write(f"{base}/x", "1"),

@@ -232,9 +232,7 @@ class DumpHandle(SubtreeHandle):
             return
 
         async def work(commands: Commands) -> None:
-            for reply in await commands.pipeline([request for each in changes for request in each]):
-                if isinstance(reply, XenstoreError):
-                    raise reply
+            await commands.call_all([request for each in changes for request in each])
 
         try:
             await self.node.view.atomically(work)

@@ -21,7 +21,7 @@ from xsfs.view.names import VALUE_NAME, join
 from xsfs.view.view import NodeState
 from xsfs.xenstore import protocol
 from xsfs.xenstore.commands import Commands
-from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, XenstoreError
+from xsfs.xenstore.errors import ConnectionLost, RequestTimeout
 from xsfs.xenstore.permissions import decode_perms, set_perms
 from xsfs.xenstore.protocol import Request
 from xsfs.xenstore.store import Transaction
@@ -138,9 +138,9 @@ async def _write(commands: Commands, nodes: Sequence[NodeCopy]) -> None:
             refuse(errno.ENAMETOOLONG)
         if len(value) > protocol.value_max(path, commands.payload_max):
             refuse(errno.EFBIG)
-    await _call_all(commands, [protocol.write(path, value) for path, value, _ in nodes])
+    await commands.call_all([protocol.write(path, value) for path, value, _ in nodes])
     # A guest may not set the permissions of another domain's node, but they may be right already.
-    inherited = await _call_all(commands, [protocol.get_perms(path) for path, _, _ in nodes])
+    inherited = await commands.call_all([protocol.get_perms(path) for path, _, _ in nodes])
     requests = [
         set_perms(path, decode_perms(perms))
         for (path, _, perms), present in zip(nodes, inherited, strict=True)
@@ -148,7 +148,7 @@ async def _write(commands: Commands, nodes: Sequence[NodeCopy]) -> None:
     ]
     if any(len(request.payload) > commands.payload_max for request in requests):
         refuse(errno.E2BIG)
-    await _call_all(commands, requests)
+    await commands.call_all(requests)
 
 
 async def _subtree(commands: Commands, source: bytes, target: bytes) -> list[NodeCopy]:
@@ -160,7 +160,7 @@ async def _subtree(commands: Commands, source: bytes, target: bytes) -> list[Nod
         if len(found) + len(level) > RENAME_NODES_MAX:
             refuse(errno.EFBIG)
         asked = [ask(path) for path in level for ask in (protocol.read, protocol.get_perms)]
-        replies = iter(await _call_all(commands, asked))
+        replies = iter(await commands.call_all(asked))
         targets = [target + path[len(source) :] for path in level]
         found += zip(targets, replies, replies, strict=True)
         level = [
@@ -169,16 +169,6 @@ async def _subtree(commands: Commands, source: bytes, target: bytes) -> list[Nod
             for name in children
         ]
     return found
-
-
-async def _call_all(commands: Commands, requests: Sequence[Request]) -> list[bytes]:
-    """Send them together.  Raises the first error among the replies."""
-    replies = []
-    for reply in await commands.pipeline(requests):
-        if isinstance(reply, XenstoreError):
-            raise reply
-        replies.append(reply)
-    return replies
 
 
 def _lose(kind: type[Node], directory: Directory, name: bytes) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Final, NamedTuple
 
 import trio
@@ -212,18 +213,11 @@ class View:
         replies = await (commands or self.commands).pipeline(
             [request for path in paths for request in requests_for(path, perms=asks_perms)]
         )
-        step = 3 if asks_perms else 2
+        each = iter(replies)
+        of_each = zip(paths, each, each, each if asks_perms else repeat(None), strict=False)
         return [
-            self._learn(
-                path,
-                interpret(
-                    replies[step * index],
-                    replies[step * index + 1],
-                    replies[step * index + 2] if asks_perms else None,
-                    self.domid,
-                ),
-            )
-            for index, path in enumerate(paths)
+            self._learn(path, interpret(value, children, perms, self.domid))
+            for path, value, children, perms in of_each
         ]
 
     async def fetch_one(self, path: bytes) -> NodeState | None:

@@ -86,6 +86,15 @@ class Commands(ABC):
             raise reply
         return reply
 
+    async def call_all(self, requests: Sequence[Request]) -> list[bytes]:
+        """The replies to requests sent together.  Raises the first error among them, as XenstoreError."""
+        replies: list[bytes] = []
+        for reply in await self.pipeline(requests):
+            if isinstance(reply, XenstoreError):
+                raise reply
+            replies.append(reply)
+        return replies
+
     # --------------------------------------------------------------------------------- nodes
 
     async def read(self, path: Path) -> bytes:
