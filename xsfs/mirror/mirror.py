@@ -318,7 +318,7 @@ class Mirror:
     def _apply(self, batch: WorkQueue, nodes: Sequence[FetchedNode]) -> Steps:
         for (path, renew), node in zip(batch.items(), nodes, strict=True):
             if node.state is not None and node.state.has_children:
-                # If the files contradict that, this queues the node.  `apply` knows it, and takes it out.
+                # This may call `_sticky_changed`, which queues the node.  `apply` takes it out again.
                 self._view.sticky.add(path)
             try:
                 yield from self._reconciler.apply(path, node, renew=renew)
