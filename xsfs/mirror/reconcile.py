@@ -64,7 +64,7 @@ class Reconciler:
     def contradicts(self, path: bytes) -> bool:
         """Whether the files may contradict the sticky directories by now.  These tell whether the node is a
         directory, and whether its `.value` was made."""
-        if self._files.moves:
+        if self._files.is_publishing:
             return True
         place = self.place(path)
         kind = self._files.kind(place)

@@ -225,7 +225,7 @@ class MirrorDirectory:
         """How many files may be made before the next look at the room that is left."""
         self.has_perms = False
         """Whether files can have user attributes here: tmpfs has them since Linux 6.6."""
-        self.moves = False
+        self.is_publishing = False
         """Whether the copy is on its way from the staging directory to DIR."""
 
     # ------------------------------------------------------------------------ begin and end
@@ -346,7 +346,7 @@ class MirrorDirectory:
     def clear(self) -> Steps:
         """Remove the copy, finished or not; what readers see goes first.  The next copy is made in the
         staging directory, and nobody sees it before `publish`."""
-        self.moves = False
+        self.is_publishing = False
         self._copy.start_at(self._fd)
         yield from self._move_all(self._tree, renamed=True)
         self._copy.start_at(self._tree)
@@ -362,10 +362,10 @@ class MirrorDirectory:
     def publish(self) -> Steps:
         """Let all that was made be seen.  From now on files change in DIR."""
         perms = self.perms(b"")
-        self.moves = True
+        self.is_publishing = True
         yield from self._move_all(self._fd)
         self._copy.start_at(self._fd)
-        self.moves = False
+        self.is_publishing = False
         self.set_perms(b"", perms)
 
     def _move_all(self, target: int, *, renamed: bool = False) -> Steps:
