@@ -7,6 +7,7 @@ every name, value, permission and kind.
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections.abc import Iterator
 
@@ -155,6 +156,24 @@ def test_an_empty_value_is_forgotten_beside_children(alive: Live, store: XsClien
     alive.tell(lambda: alive.sticky.discard(b"/test/n"))
     alive.settle()
     assert kind(alive, "n/.value") == "nothing"
+
+
+def test_a_directory_is_forgotten_without_a_free_descriptor(alive: Live, store: XsClient) -> None:
+    """The operation that forgets it has nothing to do with the mirror, and must not fail."""
+    store.write("/test/n/c", "v")
+    alive.settle()
+
+    def forget() -> None:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            alive.sticky.discard(b"/test/n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    alive.tell(forget)
+    alive.settle()
+    assert kind(alive, "n") == "directory"
 
 
 def test_more_directories_than_can_be_remembered(

@@ -273,7 +273,13 @@ class Mirror:
     def _sticky_changed(self, path: bytes) -> None:
         """The mount has learned, or forgotten, that a node is a directory."""
         if self._is_inside(path):
-            if self._reconciler.contradicts(path):
+            try:
+                is_doubtful = self._reconciler.contradicts(path)
+            except (
+                OSError
+            ):  # the task meets it, too, and the operation that changed this must not fail
+                is_doubtful = True
+            if is_doubtful:
                 self._queue.setdefault(path, False)
             self._wake()  # so that the task closes the directories that were opened for that
 
