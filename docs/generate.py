@@ -159,7 +159,7 @@ WIDE: Final = 115
 INTERNAL: Final = frozenset(
     (
         *("abandon", "begin", "connect", "drop_connection", "finish"),
-        *("pipelines", "walk_in_windows", "alert", "put"),
+        *("roll_back", "pipelines", "walk_in_windows", "alert", "put"),
     )
 )
 """Methods of the public classes that only the file system uses."""

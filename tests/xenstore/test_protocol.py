@@ -340,6 +340,11 @@ DECODERS: list[Decoder] = [
 ]
 
 
+@given(st.lists(st.binary(max_size=20).filter(lambda name: b"\0" not in name)))
+def test_names_of_several_replies_are_as_those_of_one(names: list[bytes]) -> None:
+    assert protocol.decode_names(protocol.encode_names(names)) == names
+
+
 @pytest.mark.parametrize("decode", DECODERS)
 @settings(deadline=None)
 @given(

@@ -53,7 +53,7 @@ from xsfs.view.view import View, home_of, interpret, requests_for
 from xsfs.xenstore.background import BackgroundCall, open_background
 from xsfs.xenstore.connection import Reply
 from xsfs.xenstore.errors import ConnectionLost, RequestTimeout, StoreError, XenstoreError
-from xsfs.xenstore.protocol import WireError, check_path
+from xsfs.xenstore.protocol import WireError, check_path, encode_names
 from xsfs.xenstore.store import Store
 from xsfs.xenstore.watches import Subscription
 
@@ -73,7 +73,8 @@ SLICE_SECONDS: Final = 0.001
 """How long the task changes files before other tasks have their turn."""
 
 UNRESTED_SECONDS: Final = 0.005
-"""How long the task changes files before it sleeps.  A sleep takes a millisecond longer than asked for."""
+"""How long the task changes files before it sleeps for as long.  A sleep takes a millisecond longer than
+asked for."""
 
 RETRY_FIRST: Final = 1.0
 RETRY_MAX: Final = 60.0
@@ -378,7 +379,7 @@ class Mirror:
             if not isinstance(listing, bytes):
                 # Too many for one reply.
                 try:
-                    listing = b"".join([b"%s\0" % name for name in await self.store.list(path)])
+                    listing = encode_names(await self.store.list(path))
                 except XenstoreError as error:
                     if error.name in ("ENOENT", "EACCES"):
                         return GONE  # since its value was read

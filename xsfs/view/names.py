@@ -49,7 +49,7 @@ OWN_NAMES: Final = frozenset(
 SCRATCH_SUFFIXES: Final = (b"~", b".bak", b".tmp", b".swp", b".swo", b".swx", b".orig", b".rej")
 
 _PATCH_OUTPUT = re.compile(rb".+\.[or][A-Za-z0-9]{6}", re.DOTALL)
-"""NAME.oXXXXXX and NAME.rXXXXXX: patch(1) has no option for another pattern."""
+"""The temporary files of patch(1), which has no option for other names."""
 
 
 def is_scratch_name(name: bytes) -> bool:

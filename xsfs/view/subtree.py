@@ -345,7 +345,7 @@ class Walk:
 
     async def _long_listing(self, path: bytes) -> Reply:
         try:
-            return b"".join([name + b"\0" for name in await self._view.commands.list(path)])
+            return protocol.encode_names(await self._view.commands.list(path))
         except XenstoreError as error:
             return error
 

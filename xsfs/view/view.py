@@ -295,7 +295,7 @@ class View:
         if state is None or not state.has_children:
             return Listing(state, [], {})
         if not isinstance(listing, bytes):
-            listing = b"".join(b"%s\0" % name for name in await self.commands.list(path))
+            listing = protocol.encode_names(await self.commands.list(path))
         names = hinted if listing == hint else shown_names(path, listing)
         if len(names) < listing.count(b"\0"):
             _log_hidden(path, protocol.decode_names(listing))

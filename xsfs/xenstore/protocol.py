@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 import re
 import struct
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 HEADER: Final = struct.Struct("=IIII")
@@ -302,6 +303,11 @@ def decode_error(payload: bytes) -> str:
 def decode_names(payload: bytes) -> list[bytes]:
     """The children's names of a DIRECTORY reply.  They can be anything: see `is_name`."""
     return strings(payload)
+
+
+def encode_names(names: Iterable[bytes]) -> bytes:
+    """The names as in a DIRECTORY reply, for names that came in several replies."""
+    return b"".join([name + b"\0" for name in names])
 
 
 def decode_part(payload: bytes) -> tuple[bytes, bytes, bool]:
