@@ -122,17 +122,7 @@ class XenstoreNode(Node):
             # setfattr and scripts may leave a newline or a NUL at the end.
             text = value.rstrip(b"\n\0").decode("ascii", "replace")
             perms = await permissions_of(self.view, text)
-        while True:
-            if (found := self.in_memory) is not None:
-                file, memory = found
-                async with file.changing():
-                    if file.memory is memory:
-                        if perms is not None:
-                            memory.set_perms(encode_perms(perms))
-                        else:
-                            data = self.view.value_format.render(value)
-                            await self.open_files.set_data(file, memory, data)
-                        return
+        while not await self._set_in_memory(value, perms):
             async with self._settled() as path:
                 if perms is None:
                     await self._set_value(path, value)
@@ -143,6 +133,21 @@ class XenstoreNode(Node):
                     await self.view.commands.call(request)
                 self.was_written()
                 return
+
+    async def _set_in_memory(self, value: bytes, perms: Permissions | None) -> bool:
+        """Set the permissions, or else the value, if the content is in memory.  Returns whether it is."""
+        if (found := self.in_memory) is None:
+            return False
+        file, memory = found
+        async with file.changing():
+            if file.memory is not memory:
+                return False
+            if perms is not None:
+                memory.set_perms(encode_perms(perms))
+            else:
+                data = self.view.value_format.render(value)
+                await self.open_files.set_data(file, memory, data)
+        return True
 
     async def _set_value(self, path: bytes, value: bytes) -> None:
         if len(value) > protocol.value_max(path, self.view.commands.payload_max):
